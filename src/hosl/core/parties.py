@@ -1,0 +1,126 @@
+"""What the two parties say to each other: batches, targets, and the two protocols that a round talks to.
+
+The data boundary is these types. A `Batch` stays with the client; of it, only `Batch.targets` may cross to the
+server. No field of `Targets` can carry the input's token ids or text. Who implements the protocols: `hosl.parties`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from hosl.core.shapes import Float, Int
+
+Activations: TypeAlias = Any
+"""Hidden states at the cut, [rows, seq, width]; a torch tensor or an array. Rounds never look inside."""
+
+Pair: TypeAlias = tuple[Activations, Activations]
+"""The activations at theta_c + epsilon u and at theta_c - epsilon u, in this order."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassTargets:
+    """Targets of a classification head: one label per row."""
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    labels: Int[np.ndarray, " rows"]
+    """The index of the right class; int64."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptionTargets:
+    """Targets of a language-model head: the tokens of one candidate answer (option) per row.
+
+    Rows with options shorter than the longest are filled: position 0, token -1. A filled place is not scored.
+    """
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    positions: Int[np.ndarray, "rows span"]
+    """Where the logits that predict each option token stand: that token's own position minus 1; int32."""
+    tokens: Int[np.ndarray, "rows span"]
+    """The option's tokens, -1 where filled; int32."""
+
+
+Targets: TypeAlias = ClassTargets | OptionTargets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One mini-batch on the client. Only `targets` may leave the device."""
+
+    input_ids: Int[np.ndarray, "rows seq"]
+    """Token ids; int64."""
+    targets: Targets
+
+
+@dataclass(frozen=True, slots=True)
+class StepReply:
+    """What the server answers to a training step."""
+
+    loss: float
+    """Mean loss of the batch at the theta_s that entered the step, in nats."""
+    gradient: Activations | None = None
+    """dL/dh at the same theta_s, shaped like the activations; None unless asked for."""
+
+
+@runtime_checkable
+class ClientSide(Protocol):
+    """The half that holds the data. Arrays are opaque to the round."""
+
+    def forward(self, batch: Batch) -> Activations:
+        """h = f_c(x; theta_c), without a graph. theta_c is only read."""
+        ...
+
+    def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
+        """f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed). theta_c is only read."""
+        ...
+
+    def project(self, pair: Pair, gradient: Activations, epsilon: float) -> float:
+        """<gradient, h+ - h-> / (2 epsilon): the directional derivative along u, computed on the client."""
+        ...
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float) -> None:
+        """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
+        ...
+
+    def forward_for_backward(self, batch: Batch) -> Activations:
+        """h = f_c(x; theta_c), keeping what `backward` needs. First-order clients only."""
+        ...
+
+    def backward(self, gradient: Activations, learning_rate: float) -> None:
+        """One first-order step from dL/dh of the last `forward_for_backward`. First-order clients only."""
+        ...
+
+
+@runtime_checkable
+class ServerSide(Protocol):
+    """The half that holds the compute. It answers; it never drives."""
+
+    def losses(self, activations: Sequence[Activations], targets: Targets) -> list[float]:
+        """The mean loss in nats of each activation. Inference: theta_s unchanged, safe to repeat."""
+        ...
+
+    def step(
+        self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
+    ) -> StepReply:
+        """One first-order update of theta_s. Repeating the last `step` answers again without a second update."""
+        ...
+
+    def gradient(self, activations: Activations, targets: Targets) -> StepReply:
+        """The loss and dL/dh; theta_s unchanged. For a zeroth-order server behind a first-order client."""
+        ...
+
+    def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
+        """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed). theta_s only read."""
+        ...
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """theta_s <- theta_s - eta_s * mean_q(coefficient_q u(seed_q)). Zeroth-order servers only."""
+        ...
+
+    def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
+        """For evaluation: log-probabilities per class [rows, classes], or per option, mean per token [rows, 1]."""
+        ...

@@ -1,0 +1,64 @@
+"""The errors that hosl raises on purpose, and the exit status that each becomes.
+
+Every message answers four questions: what was asked, what was found, what is allowed, what to do.
+
+    HoslError
+    |-- RequestError (also a ValueError)     the request cannot be met as it stands      exit 2
+    |   |-- ConfigError                        a setting, or two that contradict each other
+    |   |-- SplitError                         a model, a family or a cut
+    |   |-- TaskError                          data, labels or a tokenizer
+    |   `-- RunFolderError                     a run folder that is in use, missing or not one
+    `-- FailureError                         the request was fine, the work failed         exit 1
+        |-- NonFiniteError                     NaN or Inf where a number is needed
+        |-- JournalError                       a journal that cannot be replayed
+        |-- CheckpointError                    a checkpoint that cannot be written or read
+        `-- ModelError                         weights that are missing, cut short or not the expected ones
+"""
+
+
+class HoslError(Exception):
+    """The root of the tree: catch this to catch everything that hosl raises on purpose."""
+
+    exit_status = 1
+
+
+class RequestError(HoslError, ValueError):
+    """The request is wrong; nothing was started. A ValueError too, so that msgspec adds the path to it."""
+
+    exit_status = 2
+
+
+class ConfigError(RequestError):
+    """A setting is unknown, impossible, or contradicts another."""
+
+
+class SplitError(RequestError):
+    """The model cannot be cut as asked."""
+
+
+class TaskError(RequestError):
+    """The data, its labels or the tokenizer cannot serve as asked."""
+
+
+class RunFolderError(RequestError):
+    """The run folder is in use, missing, or not a run folder."""
+
+
+class FailureError(HoslError):
+    """The request was fine; the work failed."""
+
+
+class NonFiniteError(FailureError):
+    """A loss, a coefficient or an activation is NaN or infinite."""
+
+
+class JournalError(FailureError):
+    """A journal whose bytes cannot be what was written."""
+
+
+class CheckpointError(FailureError):
+    """A checkpoint that cannot be written, or whose files do not belong together."""
+
+
+class ModelError(FailureError):
+    """Weights that are missing, cut short, or not those that were expected."""
