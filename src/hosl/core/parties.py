@@ -82,7 +82,9 @@ class ClientSide(Protocol):
         """<gradient, h+ - h-> / (2 epsilon): the directional derivative along u, computed on the client."""
         ...
 
-    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float) -> None:
+    def descend(
+        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
+    ) -> None:
         """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
         ...
 

@@ -1,0 +1,34 @@
+"""From losses and projections to coefficients: what multiplies u in the client's update. Scalars only."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from hosl.errors import NonFiniteError
+
+
+def central_difference(loss_plus: float, loss_minus: float, epsilon: float) -> float:
+    """Directional derivative of the loss along u: (L+ - L-) / (2 epsilon).
+
+    Source: paper.md l.5 (arXiv 2601.10940, Def. 3). Error: O(epsilon^2) where L is smooth, plus rounding
+    of about 6e-8 L / epsilon in fp32 (4e-4 at L = 6, epsilon = 1e-3).
+
+    Raises:
+        NonFiniteError: if either loss is NaN or infinite.
+    """
+    if not (math.isfinite(loss_plus) and math.isfinite(loss_minus)):
+        raise NonFiniteError(
+            f"a probe's losses must be finite, got L+ = {loss_plus}, L- = {loss_minus}; lower the learning rates "
+            "or epsilon, and look for extreme values in the data"
+        )
+    return (loss_plus - loss_minus) / (2 * epsilon)
+
+
+def mean_scales(coefficients: Sequence[float], learning_rate: float) -> tuple[float, ...]:
+    """eta c_q / Q for each direction, rounded to float32: what the update multiplies u_q with and the journal keeps.
+
+    Source: paper.md l.8. Rounding here, once, makes the journal's 4-byte entry exact.
+    """
+    eta_over_q = learning_rate / max(len(coefficients), 1)
+    return tuple(float(np.float32(eta_over_q * c_q)) for c_q in coefficients)

@@ -1,0 +1,134 @@
+"""Every algorithm as one function of two parties, one statement per line of the paper.
+
+Start here. Labels l.N, I-N, D-N are those of docs/algorithm.md (arXiv 2601.10940, Alg. 1-3). A round never looks inside
+an activation and never asks where the server is: in this process or across a network is the party's business.
+A new method is a new function here, never a flag on an old one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hosl.core.estimators import central_difference
+from hosl.core.parties import Batch, ClientSide, ServerSide
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """What one step of any method reports."""
+
+    loss: float
+    """Mean training loss at the weights that entered the step, in nats."""
+    coefficients: tuple[float, ...] = ()
+    """c_q, the directional derivatives that the client measured; empty for methods without probes."""
+
+
+def hosl_round(
+    client: ClientSide,
+    server: ServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """One step of HOSL (arXiv 2601.10940, Alg. 1): zeroth-order client, first-order server."""
+    coefficients = []
+    for seed in seeds:  # l.1
+        h_plus, h_minus = client.probe(batch, seed, epsilon)  # l.2 l.3
+        loss_plus, loss_minus = server.losses([h_plus, h_minus], batch.targets)  # l.4
+        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))  # l.5
+    reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7  the UNPERTURBED client
+    client.descend(step, seeds, coefficients, learning_rate)  # l.8  deferred, mean over Q
+    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+
+
+def hosl_gradient_round(
+    client: ClientSide,
+    server: ServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """HOSL with a returned gradient: the server sends dL/dh once, the client projects its probes on it.
+
+    One upload, one download, one round trip, any Q. Source: methods.md (a), two-sided.
+    """
+    reply = server.step(client.forward(batch), batch.targets, step=step, want_gradient=True)  # l.6 l.7
+    coefficients = []
+    for seed in seeds:  # l.1
+        pair = client.probe(batch, seed, epsilon)  # l.2 l.3
+        coefficients.append(client.project(pair, reply.gradient, epsilon))  # in place of l.4 l.5
+    client.descend(step, seeds, coefficients, learning_rate)  # l.8
+    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+
+
+def fo_round(
+    client: ClientSide, server: ServerSide, batch: Batch, *, step: int, learning_rate: float
+) -> RoundResult:
+    """FO-FO, ordinary split learning: backprop through both halves. Source: paper.md section 4."""
+    h = client.forward_for_backward(batch)
+    reply = server.step(h, batch.targets, step=step, want_gradient=True)
+    client.backward(reply.gradient, learning_rate)
+    return RoundResult(loss=reply.loss)
+
+
+def zo_round(
+    client: ClientSide,
+    server: ServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    server_seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """ZO-ZO: both halves perturbed together, independent directions (I7), both updated after the probes.
+
+    Source: paper.md section 4. The loss is the mean of the probes' losses: no clean forward is made.
+    """
+    coefficients, losses = [], []
+    for seed, server_seed in zip(seeds, server_seeds, strict=True):
+        pair = client.probe(batch, seed, epsilon)
+        loss_plus, loss_minus = server.probe(pair, batch.targets, server_seed, epsilon)
+        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))
+        losses += [loss_plus, loss_minus]
+    server.descend(step, server_seeds, coefficients)
+    client.descend(step, seeds, coefficients, learning_rate)
+    return RoundResult(loss=sum(losses) / len(losses), coefficients=tuple(coefficients))
+
+
+def fo_zo_round(
+    client: ClientSide,
+    server: ServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    server_seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """FO-ZO: first-order client, zeroth-order server. Exists in the authors' code; kept for completeness.
+
+    dL/dh comes from a backward pass through the server at the theta_s that entered the step; only the server's own
+    weights are trained by probes. The client's forward is made once.
+    """
+    h = client.forward_for_backward(batch)
+    reply = server.gradient(h, batch.targets)
+    coefficients = []
+    for server_seed in server_seeds:
+        loss_plus, loss_minus = server.probe((h, h), batch.targets, server_seed, epsilon)
+        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))
+    server.descend(step, server_seeds, coefficients)
+    client.backward(reply.gradient, learning_rate)
+    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+
+
+def frozen_round(client: ClientSide, server: ServerSide, batch: Batch, *, step: int) -> RoundResult:
+    """The client never changes; the server trains. The row that every comparison owes (paper.md H0)."""
+    reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7
+    return RoundResult(loss=reply.loss)

@@ -1,0 +1,118 @@
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hosl.core.directions import (
+    LAWS,
+    TILE_ELEMENTS,
+    direction,
+    direction_rows,
+    direction_seed,
+    direction_sum,
+    gaussian_table,
+    tile,
+    tiles,
+)
+
+DRAWN_LAWS = ["gaussian", "rademacher"]
+
+
+@pytest.mark.parametrize("law", DRAWN_LAWS)
+@settings(max_examples=60, deadline=None)
+@given(start=st.integers(0, 5000), length=st.integers(0, 3000))
+def test_any_tile_on_its_own_has_the_bits_it_has_in_the_whole(law, start, length):
+    whole = tile(11, "w", 0, 8000, law)
+    assert np.array_equal(tile(11, "w", start, start + length, law), whole[start : start + length])
+
+
+@pytest.mark.parametrize(
+    ("law", "digest"),
+    [
+        ("gaussian", "1a79ead7154188f7"),
+        ("rademacher", "67c39f913f199585"),
+        ("sphere", "eea8f95a464c9208"),
+    ],
+)
+def test_the_bits_of_a_direction_never_change(law, digest):
+    """A journal written by one version must replay in every later one. A change needs a new law and an ADR."""
+    u = direction(2**62 + 1, "model.layers.0.weight", (33, 17), law)
+    assert hashlib.sha256(u.astype("<f4").tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_chosen_rows_equal_those_of_the_whole_matrix(law):
+    whole = direction(5, "embed", (50, 24), law)
+    assert np.array_equal(direction_rows(5, "embed", (50, 24), [0, 7, 49], law), whole[[0, 7, 49]])
+
+
+def test_seed_and_name_both_choose_the_stream():
+    a, b, c = (tile(seed, name, 0, 64, "gaussian") for seed, name in [(1, "x"), (2, "x"), (1, "y")])
+    assert not np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_gaussian_elements_have_the_moments_of_a_normal_within_their_standard_error():
+    n = 2_000_000
+    u = tile(3, "w", 0, n, "gaussian").astype(np.float64)
+    assert abs(u.mean()) < 4 / np.sqrt(n)
+    assert abs((u**2).mean() - 1) < 4 * np.sqrt(2 / n)
+    assert abs((u**4).mean() - 3) < 4 * np.sqrt(96 / n) + 0.005  # the table's own kurtosis is 2.998
+    assert abs(np.mean(u[:-1] * u[1:])) < 4 / np.sqrt(n)
+
+
+def test_the_gaussian_table_is_symmetric_and_has_variance_one():
+    table = gaussian_table().astype(np.float64)
+    assert np.array_equal(table, -table[::-1])
+    assert abs((table**2).mean() - 1) < 1e-7
+    assert np.all(np.diff(table) > 0)
+
+
+def test_rademacher_elements_are_signs_in_equal_number():
+    u = tile(3, "w", 0, 100_000, "rademacher")
+    assert set(np.unique(u)) == {-1.0, 1.0}
+    assert abs(u.mean()) < 4 / np.sqrt(100_000)
+
+
+def test_sphere_has_the_norm_of_its_dimension():
+    u = direction(9, "w", (100, 30), "sphere").astype(np.float64)
+    assert np.linalg.norm(u) == pytest.approx(np.sqrt(3000), rel=1e-6)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_estimate_is_unbiased(law):
+    """E[(g.u) u] = g, to three standard errors of its own mean."""
+    gradient = np.random.Generator(np.random.Philox(1)).standard_normal(12)
+    n, d = 4000, gradient.size
+    directions = np.stack([direction(seed, "w", (d,), law).astype(np.float64) for seed in range(n)])
+    mean = (directions * (directions @ gradient)[:, None]).mean(axis=0)
+    standard_error = np.linalg.norm(gradient) * np.sqrt((d + 1) / n)
+    assert np.linalg.norm(mean - gradient) < 3 * standard_error
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_sum_over_tiles_equals_the_sum_of_whole_directions(law):
+    elements = TILE_ELEMENTS + 100
+    seeds, scales = [1, 2, 3], [0.5, -1.25, 2.0]
+    whole = sum(
+        s * direction(seed, "w", (elements,), law).astype(np.float64)
+        for seed, s in zip(seeds, scales, strict=True)
+    )
+    parts = [direction_sum("w", a, b, elements, seeds, scales, law, np.float64) for a, b in tiles(elements)]
+    assert len(parts) == 2
+    # sphere: here the scale meets u in float64, in `whole` in float32
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=4 * np.finfo(np.float32).eps * 8)
+
+
+def test_halves_steps_and_directions_have_seeds_of_their_own():
+    seeds = {
+        direction_seed(run, step, q, half)
+        for run in (0, 1)
+        for step in range(50)
+        for q in range(10)
+        for half in ("client", "server")
+    }
+    assert len(seeds) == 2 * 50 * 10 * 2
+    assert direction_seed(7, 3, 1) == 2112801624997574304  # a change would break every journal
