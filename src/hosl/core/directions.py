@@ -44,8 +44,8 @@ def direction_seed(run_seed: int, step: int, q: int, half: Literal["client", "se
 def gaussian_table() -> Float[np.ndarray, "65536"]:
     """The 2^16 equally likely values of the gaussian law: quantile midpoints of N(0, 1), scaled to variance 1.
 
-    Its distribution function is within 2^-17 of N(0, 1)'s; the largest value is 4.27 (a true normal exceeds it
-    once in 50,000 draws). Moments: mean 0 exactly, variance 1, kurtosis 2.998. float32.
+    Its distribution function is within 2^-17 of N(0, 1)'s; the largest value is 4.32 (a true normal exceeds it
+    once in 65,000 draws). Moments: mean 0 exactly, variance 1, kurtosis 2.999. float32.
 
     Raises:
         AssertionError: if this machine's arithmetic gives other bits than the ones every other machine has.

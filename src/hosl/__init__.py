@@ -1,0 +1,41 @@
+"""hosl: fine-tune a language model that is cut in two, the device's half by forward passes only.
+
+The public names, and nothing else. They are loaded when first used: `import hosl` costs a device nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Batch": "hosl.core.parties",
+    "ClassTargets": "hosl.core.parties",
+    "OptionTargets": "hosl.core.parties",
+    "Journal": "hosl.core.journal",
+    "direction_seed": "hosl.core.directions",
+    "hosl_round": "hosl.core.rounds",
+    "hosl_gradient_round": "hosl.core.rounds",
+    "fo_round": "hosl.core.rounds",
+    "zo_round": "hosl.core.rounds",
+    "fo_zo_round": "hosl.core.rounds",
+    "frozen_round": "hosl.core.rounds",
+    "split_model": "hosl.split",
+    "FrozenClient": "hosl.parties.torch_client",
+    "ZerothOrderClient": "hosl.parties.torch_client",
+    "FirstOrderClient": "hosl.parties.torch_client",
+    "FirstOrderServer": "hosl.parties.torch_server",
+    "ZerothOrderServer": "hosl.parties.torch_server",
+    "load_run": "hosl.run.session",
+    "export": "hosl.run.train",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module hosl has no public name {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

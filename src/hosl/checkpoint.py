@@ -1,0 +1,179 @@
+"""Both halves at one step, on disk: written whole or not at all, read back bit for bit.
+
+    checkpoints/step-00000200/
+      state.json                   step, law, where the metrics end, digest of every other file
+      client/journal.bin           zeroth-order client: every update since the base weights
+      client/trained.safetensors   first-order client: always; zeroth-order: a snapshot (may be of an earlier step)
+      client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
+
+The folder is written under another name, flushed to the disk and renamed, so the newest `step-*` is always complete.
+Base weights are not copied: they are the model's own, recognised by their digest (`hosl.run.train`).
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from hosl.errors import CheckpointError
+
+_FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, in memory."""
+
+    step: int
+    state: dict[str, Any] = field(default_factory=dict)
+    """Plain facts that go to state.json."""
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """File name without ending, such as `server/trained`, to its tensors."""
+    journal: bytes | None = None
+    """The zeroth-order client's journal."""
+    linked: tuple[str, ...] = ()
+    """Files taken over unchanged from the previous checkpoint, such as an earlier snapshot."""
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `checkpoint` below `folder` and drop the older ones; returns its path.
+
+    Raises:
+        CheckpointError: if the disk is full or cannot be written; the older checkpoint then stays.
+    """
+    final = folder / f"step-{checkpoint.step:08d}"
+    partial = folder / f".partial-{checkpoint.step:08d}"
+    previous = newest_checkpoint(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "client").mkdir(parents=True)
+        (partial / "server").mkdir()
+        _fill(partial, checkpoint, previous)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        if final.exists():  # the same step again, after a resume
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+    except OSError as cause:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} could not be written to {folder}: {cause.strerror}; "
+            f"{'the one before it is intact' if previous else 'there is none before it'}: free space, then resume"
+        ) from cause
+    for old in folder.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below `folder`, or None."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint back and check every file against its digest.
+
+    Raises:
+        CheckpointError: if a file is missing or is not the one that was written.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"checkpoint {path} has no readable state.json: {cause}") from cause
+    if state["format"] != _FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {state['format']}; this version reads {_FORMAT}")
+    checkpoint = Checkpoint(step=state["step"], state=state["facts"])
+    for name, digest in state["digests"].items():
+        file = path / name
+        if not file.is_file() or _digest(file) != digest:
+            found = "another content" if file.is_file() else "no such file"
+            raise CheckpointError(f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}")
+        if name == "client/journal.bin":
+            checkpoint.journal = file.read_bytes()
+        else:
+            checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(file)
+    return checkpoint
+
+
+def optimiser_tensors(
+    optimiser: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """An optimiser's state as named tensors, `parameter/entry`; for safetensors."""
+    return {
+        f"{name}/{entry}": torch.as_tensor(value)
+        for name, p in trained.items()
+        for entry, value in optimiser.state.get(p, {}).items()
+        if value is not None
+    }
+
+
+def restore_optimiser_(
+    optimiser: torch.optim.Optimizer,
+    trained: dict[str, torch.nn.Parameter],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Put back what `optimiser_tensors` took."""
+    for key, value in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        keep_on_cpu = entry == "step"
+        optimiser.state[trained[name]][entry] = value if keep_on_cpu else value.to(trained[name].device)
+
+
+def restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    """Write saved tensors into the trained parameters of the same names.
+
+    Raises:
+        CheckpointError: if the names differ.
+    """
+    if trained.keys() != tensors.keys():
+        wrong = sorted(trained.keys() ^ tensors.keys())
+        raise CheckpointError(
+            f"the checkpoint trains {len(tensors)} tensors, this run {len(trained)}; {wrong[0]} is on one side only"
+        )
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[name])
+
+
+def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
+    for name, tensors in checkpoint.tensors.items():
+        kept = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
+        try:
+            safetensors.torch.save_file(kept, partial / f"{name}.safetensors")
+        except safetensors.SafetensorError as cause:  # wraps the system's error, such as a full disk
+            raise OSError(0, str(cause)) from cause
+    if checkpoint.journal is not None:
+        (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
+    for name in checkpoint.linked:
+        assert previous is not None, f"{name} is linked from a checkpoint that does not exist"
+        os.link(previous / name, partial / name)
+    digests = {
+        str(file.relative_to(partial)): _digest(file) for file in sorted(partial.rglob("*")) if file.is_file()
+    }
+    state = {"format": _FORMAT, "step": checkpoint.step, "facts": checkpoint.state, "digests": digests}
+    (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,45 @@
+"""The `hosl` command: finds the verb, runs it, and turns errors into one line and an exit status.
+
+0 done, 1 the work failed, 2 the request was wrong, 130 interrupted. Nothing heavy is imported before a verb needs it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from hosl.errors import HoslError
+
+_VERBS = {
+    "train": "fine-tune a split model: hosl train CONFIG.yaml [--a.b value] | --resume RUN",
+    "eval": "accuracy of a run's newest weights: hosl eval RUN [--split dev|test]",
+    "export": "one Hugging Face checkpoint from a run: hosl export RUN OUT",
+    "split": "cut a checkpoint into two folders: hosl split MODEL --cut K OUT",
+    "report": "write a run's report.html again: hosl report RUN",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Every verb takes --json: its result on standard output."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  {verb:<8}{text}" for verb, text in _VERBS.items()]
+        sys.stdout.write("\n".join(["hosl VERB ...", "", *lines, "", "hosl VERB --help tells more.", ""]))
+        return 0
+    if words[0] not in _VERBS:
+        return _refuse(f"unknown verb `{words[0]}`; allowed: {', '.join(_VERBS)}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, our memory meter, greets on stderr
+    verb: Callable[[list[str]], int] = import_module(f"hosl.cli.{words[0]}").run
+    try:
+        return verb(words[1:])
+    except HoslError as error:
+        return _refuse(str(error), status=error.exit_status)
+    except KeyboardInterrupt:
+        return _refuse("interrupted; go on with `hosl train --resume RUN`", status=130)
+    except OSError as error:
+        return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}", status=1)
+
+
+def _refuse(message: str, status: int = 2) -> int:
+    sys.stderr.write(f"hosl: {' '.join(message.split())}\n")
+    return status

@@ -1,0 +1,62 @@
+"""Accuracy, macro F1 and loss by scoring, through the same two parties as training. Nothing is updated."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hosl.core.parties import ClientSide, ServerSide
+from hosl.errors import NonFiniteError
+from hosl.tasks import Example, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How well the two halves do on a set of examples."""
+
+    accuracy: float
+    """Share of examples whose best-scored label is the right one."""
+    f1_macro: float
+    """F1 averaged over the labels that occur, each label weighing the same."""
+    loss_nats: float
+    """Mean negative log-likelihood of the right label or option (per token)."""
+    examples: int
+
+
+def evaluate(
+    client: ClientSide, server: ServerSide, task: Task, examples: Sequence[Example], *, rows_per_batch: int
+) -> Evaluation:
+    """Score `examples` in batches of at most `rows_per_batch` candidate rows.
+
+    Raises:
+        NonFiniteError: if a score is NaN.
+    """
+    predicted, losses = [], []
+    for chunk in _chunks(examples, max(1, rows_per_batch // task.rows_per_example())):
+        batch = task.collate_candidates(chunk)
+        scores = server.scores(client.forward(batch), batch.targets)
+        if np.isnan(scores).any():
+            raise NonFiniteError("an evaluation score is NaN; the model has diverged: lower the learning rates")
+        predicted.append(task.predict(chunk, scores))
+        losses.append(task.losses(chunk, scores))
+    truth = np.array([example.label for example in examples], dtype=np.int64)
+    guess = np.concatenate(predicted)
+    return Evaluation(
+        accuracy=float((guess == truth).mean()),
+        f1_macro=_f1_macro(guess, truth),
+        loss_nats=float(np.concatenate(losses).astype(np.float64).mean()),
+        examples=len(examples),
+    )
+
+
+def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _f1_macro(guess: np.ndarray, truth: np.ndarray) -> float:
+    scores = []
+    for label in np.unique(truth):
+        hits = int(((guess == label) & (truth == label)).sum())
+        scores.append(2 * hits / max(int((guess == label).sum() + (truth == label).sum()), 1))
+    return float(np.mean(scores))

@@ -1,0 +1,49 @@
+"""The optimisers of a first-order half: torch's own SGD and AdamW, with a learning rate given at each step."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from hosl.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch  # at run time only where an optimiser is made: the schema is read by processes without torch
+
+
+class OptimiserSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a first-order half turns gradients into updates. A zeroth-order half is plain SGD on its estimate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd: the paper's. adamw: torch's AdamW, betas 0.9 and 0.999."""
+    momentum: float = 0.0
+    """SGD momentum; the paper has none, the authors' scripts 0.9."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw, L2 for sgd."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optimiser momentum must lie in [0, 1), got {self.momentum}")
+        if self.momentum and self.name == "adamw":
+            raise ConfigError("optimiser momentum belongs to sgd; adamw has its own betas: leave momentum at 0")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"optimiser weight_decay must be >= 0, got {self.weight_decay}")
+
+
+def make_optimiser(
+    spec: OptimiserSpec, parameters: "Iterable[torch.nn.Parameter]"
+) -> "torch.optim.Optimizer":
+    """A torch optimiser over `parameters`; its learning rate is set at each step (`optimiser_step`)."""
+    import torch
+
+    if spec.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+
+def optimiser_step(optimiser: "torch.optim.Optimizer", learning_rate: float) -> None:
+    """One update at `learning_rate` from the gradients at hand, which are then let go."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)

@@ -1,0 +1,111 @@
+"""What a run writes down while it runs: exact metrics, measured timings, and the lock on its folder.
+
+metrics.jsonl holds what is a function of the config alone (losses, coefficients, bytes), so that a resumed run writes
+the same bytes; timings.jsonl holds what a machine measured (seconds, memory). See docs/adr/0003.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hosl.errors import RunFolderError
+
+
+class RunLock:
+    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = (run / ".lock").open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise RunFolderError(
+                f"{run} is in use by another process; wait for it, end it, or choose another output_dir"
+            ) from None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class Record:
+    """The two line files of a run, appended to, and cut back to a checkpoint on resume."""
+
+    def __init__(self, run: Path, *, metrics_bytes: int = 0, step: int = 0) -> None:
+        """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`)."""
+        self._metrics = (run / "metrics.jsonl").open("ab")
+        self._metrics.truncate(metrics_bytes)
+        self._timings = (run / "timings.jsonl").open("ab+")
+        self._drop_timings_after(step)
+
+    def metrics(self, **line: Any) -> None:
+        """Append one exact line; keys carry their units."""
+        self._metrics.write(_line(line))
+
+    def timings(self, **line: Any) -> None:
+        """Append one measured line; keys carry their units."""
+        self._timings.write(_line(line))
+
+    def flush(self) -> int:
+        """Bring both files to the disk; returns how long metrics.jsonl is, in bytes, for the checkpoint."""
+        for file in (self._metrics, self._timings):
+            file.flush()
+            os.fsync(file.fileno())
+        return self._metrics.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close both files."""
+        self._metrics.close()
+        self._timings.close()
+
+    def _drop_timings_after(self, step: int) -> None:
+        self._timings.seek(0)
+        length = 0
+        for line in self._timings:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            length += len(line)
+        self._timings.truncate(length)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics or timings file; an unfinished last line is left out."""
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file if line.endswith(b"\n")]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a run's numbers, and the machine."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in ("hosl", "torch", "transformers", "numpy", "safetensors", "tokenizers", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def process_peak_bytes() -> int:
+    """The most memory this process has had resident since it started (VmHWM); 0 where the system does not say."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, allow_nan=False).encode() + b"\n"

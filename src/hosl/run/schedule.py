@@ -1,0 +1,44 @@
+"""Which examples and which learning rate a step has: functions of the step alone, so that a resume needs no state."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+
+from hosl.config import Config
+
+
+def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:
+    """The examples of `step` (from 1): every epoch is a fresh permutation; a batch may span two epochs."""
+    indices = []
+    for position in range((step - 1) * batch, step * batch):
+        epoch, place = divmod(position, examples)
+        indices.append(int(_permutation(seed, epoch, examples)[place]))
+    return indices
+
+
+def learning_rate(config: Config, base: float) -> Callable[[int], float]:
+    """The learning rate of each step: warm-up from 0, then constant, or down to 0 by a line or a cosine."""
+
+    def at(step: int) -> float:
+        if step <= config.warmup_steps:
+            return base * step / config.warmup_steps
+        progress = (step - 1 - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
+        match config.lr_scheduler_type:
+            case "constant":
+                return base
+            case "linear":
+                return base * (1 - progress)
+            case "cosine":
+                return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return at
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """The examples in the order of the hash of (seed, epoch, index): the same on every machine."""
+    hashes = [blake2b(f"{seed}/{epoch}/{i}".encode(), digest_size=8).digest() for i in range(examples)]
+    return np.array(sorted(range(examples), key=hashes.__getitem__))

@@ -1,0 +1,113 @@
+"""One row per architecture: the names on either side of a cut. To add a model, add a row; the contract tests do the rest.
+
+Names are dotted paths from Hugging Face's top-level model (`OPTForCausalLM`, `BertForSequenceClassification`, ...).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hosl.errors import SplitError
+
+Head = Literal["causal", "classification"]
+StandIn = Literal["none", "identity", "zeros", "inputs_embeds"]
+"""What takes the place of a module that the other side owns (`hosl.split.stand_ins`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where an architecture can be cut, and what either side does without."""
+
+    model_type: str
+    """`config.model_type`."""
+    head: Head
+    blocks: str
+    """The list of transformer blocks."""
+    client_only: dict[str, StandIn]
+    """Modules before the blocks; what the server half has instead."""
+    server_only: dict[str, StandIn]
+    """Modules after the blocks; what the client half has instead."""
+
+
+def _llama_like(model_type: str) -> Family:
+    return Family(
+        model_type,
+        "causal",
+        blocks="model.layers",
+        client_only={"model.embed_tokens": "none"},
+        server_only={"model.norm": "identity", "lm_head": "identity"},
+    )
+
+
+_ROWS = (
+    Family(
+        "opt",
+        "causal",
+        blocks="model.decoder.layers",
+        client_only={
+            "model.decoder.embed_tokens": "none",
+            "model.decoder.embed_positions": "zeros",
+            "model.decoder.project_in": "none",
+        },
+        server_only={
+            "model.decoder.final_layer_norm": "none",
+            "model.decoder.project_out": "none",
+            "lm_head": "identity",
+        },
+    ),
+    Family(
+        "gpt2",
+        "causal",
+        blocks="transformer.h",
+        client_only={"transformer.wte": "none", "transformer.wpe": "zeros", "transformer.drop": "identity"},
+        server_only={"transformer.ln_f": "identity", "lm_head": "identity"},
+    ),
+    Family(
+        "gpt_neox",
+        "causal",
+        blocks="gpt_neox.layers",
+        client_only={"gpt_neox.embed_in": "none", "gpt_neox.emb_dropout": "identity"},
+        server_only={"gpt_neox.final_layer_norm": "identity", "lm_head": "identity"},
+    ),
+    *(_llama_like(m) for m in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")),
+    Family(
+        "bert",
+        "classification",
+        blocks="bert.encoder.layer",
+        client_only={"bert.embeddings": "inputs_embeds"},
+        server_only={"bert.pooler": "none", "classifier": "identity"},
+    ),
+    Family(
+        "roberta",
+        "classification",
+        blocks="roberta.encoder.layer",
+        client_only={"roberta.embeddings": "inputs_embeds"},
+        server_only={"classifier": "identity"},
+    ),
+    Family(
+        "distilbert",
+        "classification",
+        blocks="distilbert.transformer.layer",
+        client_only={"distilbert.embeddings": "inputs_embeds"},
+        server_only={"pre_classifier": "identity", "classifier": "identity"},
+    ),
+)
+
+FAMILIES: dict[tuple[str, Head], Family] = {(row.model_type, row.head): row for row in _ROWS}
+
+
+def family_of(config: Any, architecture: str) -> Family:
+    """The row for a Hugging Face config and the name of its top-level class.
+
+    Raises:
+        SplitError: if there is none.
+    """
+    head: Head = "classification" if architecture.endswith("ForSequenceClassification") else "causal"
+    known = architecture.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel"))
+    row = FAMILIES.get((config.model_type, head)) if known else None
+    if row is None:
+        rows = ", ".join(f"{name} ({head})" for name, head in FAMILIES)
+        raise SplitError(
+            f"cannot cut {architecture} (model_type {config.model_type!r}): no such family. Known: {rows}. "
+            f"To add it, write a row for ({config.model_type!r}, its head) in hosl/split/families.py"
+        )
+    return row

@@ -1,0 +1,185 @@
+"""A Hugging Face model in two: HF's own forward, HF's own parameter names, bit for bit the whole.
+
+`cut_to_client_` and `cut_to_server_` are the one place where modules are taken away; `split_model` uses them on a model
+in memory, `hosl.split.artifact` on a skeleton that is then filled from a split folder.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from hosl.errors import SplitError
+from hosl.split.families import Family, family_of
+from hosl.split.stand_ins import PassThrough, stand_in
+
+
+class _Half:
+    """What both halves share: an HF module tree of which only one side is left."""
+
+    def __init__(self, model: Any, family: Family, cut: int) -> None:
+        self.model = model
+        """The HF model; parameters keep the names they have in the whole, prefix included."""
+        self.cut = cut
+        self._family = family
+        self.eval()
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the whole model."""
+        return self.model.config
+
+    @property
+    def family(self) -> str:
+        """`config.model_type`."""
+        return self._family.model_type
+
+    @property
+    def blocks_name(self) -> str:
+        """The dotted name of the block list; parameters of blocks start with it."""
+        return self._family.blocks
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This side's parameters under their names in the whole."""
+        return self.model.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This side's parameters."""
+        return self.model.parameters()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This side's tensors under their names in the whole."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], *, assign: bool = False) -> None:
+        """Take over tensors under the names of the whole; every one of this side must be there, and no other."""
+        self.model.load_state_dict(tensors, assign=assign)
+
+    def to(self, *args: Any, **kwargs: Any) -> "_Half":
+        """Move or convert, as torch.nn.Module.to."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> "_Half":
+        """Dropout off; how halves are made and how probes need them."""
+        self.model.eval()
+        return self
+
+    def train(self) -> "_Half":
+        """Dropout on, where the config has any."""
+        self.model.train()
+        return self
+
+
+class ClientHalf(_Half):
+    """Embeddings and blocks 0..cut-1. `client_half(input_ids, attention_mask)` is the hidden state at the cut."""
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """H = f_c(x).
+
+        Args:
+            input_ids: [rows, seq], int64.
+            attention_mask: [rows, seq], int64; 0 is padding, on either side.
+
+        Returns:
+            The hidden state [rows, seq, width] in the weights' dtype.
+        """
+        base = getattr(self.model, self.model.base_model_prefix)
+        options = {} if self._family.head == "classification" else {"use_cache": False}
+        return base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+
+
+class ServerHalf(_Half):
+    """Blocks cut..n-1 and the head. `server_half(hidden, attention_mask)` is the logits."""
+
+    def __call__(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """f_s(h).
+
+        Args:
+            hidden: [rows, seq, width], what the client half returned.
+            attention_mask: [rows, seq], int64, the same as the client's.
+            positions: [positions], int64; where a causal model's logits are wanted. None: everywhere.
+
+        Returns:
+            Logits: [rows, classes], or [rows, seq or positions, vocabulary].
+        """
+        options: dict[str, Any] = {}
+        if self._family.head == "causal":
+            options["use_cache"] = False
+            if positions is not None:
+                options["logits_to_keep"] = positions
+        return self.model(inputs_embeds=hidden, attention_mask=attention_mask, **options).logits
+
+
+def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:
+    """Cut a Hugging Face model between blocks cut-1 and cut.
+
+    The halves share the model's tensors: no weight is copied, and training a half trains the model's tensors too. Only a
+    tied output head is copied, since its twin stays with the client: each side trains its own from the same start.
+    Dropout is off in both (`eval`).
+
+    Args:
+        model: a `...ForCausalLM` or `...ForSequenceClassification` of a known family.
+        cut: 0 (only the embeddings on the client) to n (only the head on the server).
+
+    Raises:
+        SplitError: if the family is unknown, or the cut is outside 0..n.
+    """
+    family = family_of(model.config, type(model).__name__)
+    check_cut(family, model, cut)
+    client_model, server_model = (
+        deepcopy(model, {id(p): p for p in model.parameters()}) for _ in ("client", "server")
+    )
+    cut_to_client_(client_model, family, cut)
+    cut_to_server_(server_model, family, cut)
+    _separate_ties_(client_model, server_model)
+    return ClientHalf(client_model, family, cut), ServerHalf(server_model, family, cut)
+
+
+def check_cut(family: Family, model: Any, cut: int) -> None:
+    """Refuse a cut outside the model.
+
+    Raises:
+        SplitError: saying how many blocks there are.
+    """
+    n = len(model.get_submodule(family.blocks))
+    if not 0 <= cut <= n:
+        raise SplitError(
+            f"cut={cut} is outside 0..{n}: {type(model).__name__} has {n} blocks. "
+            f"0 keeps only the embeddings on the client; {n} leaves the server the head."
+        )
+
+
+def cut_to_client_(model: Any, family: Family, cut: int) -> None:
+    """Take away, in place, what the server owns."""
+    blocks = model.get_submodule(family.blocks)
+    _replace_(model, family.blocks, nn.ModuleList(blocks[:cut]))
+    for name, kind in family.server_only.items():
+        _replace_(model, name, stand_in(kind))
+
+
+def cut_to_server_(model: Any, family: Family, cut: int) -> None:
+    """Take away, in place, what the client owns."""
+    blocks = model.get_submodule(family.blocks)
+    _replace_(model, family.blocks, nn.ModuleList([PassThrough() for _ in range(cut)] + list(blocks[cut:])))
+    for name, kind in family.client_only.items():
+        _replace_(model, name, stand_in(kind))
+
+
+def _replace_(model: Any, name: str, module: nn.Module | None) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if getattr(owner, child) is not None:  # OPT has no project_in when the widths agree
+        setattr(owner, child, module)
+
+
+def _separate_ties_(client_model: nn.Module, server_model: nn.Module) -> None:
+    clients = {id(p) for p in client_model.parameters()}
+    for module in server_model.modules():
+        for key, p in list(module._parameters.items()):
+            if p is not None and id(p) in clients:
+                setattr(module, key, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))

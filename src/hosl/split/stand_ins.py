@@ -1,0 +1,53 @@
+"""Parameter-free modules that take the place of what the other half owns, so that HF's own forward runs unchanged."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hosl.split.families import StandIn
+
+
+class PassThrough(nn.Module):
+    """A block of the other half: gives back the hidden state it gets. Keeps the later blocks' indices, so their names."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The hidden state, untouched."""
+        return hidden_states
+
+
+class ZeroPositions(nn.Module):
+    """Position embeddings of the other half: adding zero leaves the hidden state as it came (-0.0 becomes 0.0)."""
+
+    def forward(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A zero without dimensions: it takes the dtype of the hidden state that it is added to."""
+        return torch.zeros((), device=first.device)
+
+
+class GivenEmbeddings(nn.Module):
+    """An encoder's embedding layer of the other half: the hidden state that arrives is the embedding."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *args: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The hidden state, by whichever argument the family passes it."""
+        given = inputs_embeds if inputs_embeds is not None else args[0]
+        assert given is not None, "a server half is called with inputs_embeds"
+        return given
+
+
+def stand_in(kind: StandIn) -> nn.Module | None:
+    """A fresh stand-in of the kind that a family's row names."""
+    match kind:
+        case "none":
+            return None
+        case "identity":
+            return nn.Identity()
+        case "zeros":
+            return ZeroPositions()
+        case "inputs_embeds":
+            return GivenEmbeddings()
