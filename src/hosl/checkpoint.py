@@ -96,7 +96,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file() or _digest(file) != digest:
             found = "another content" if file.is_file() else "no such file"
-            raise CheckpointError(f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}")
+            raise CheckpointError(
+                f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}"
+            )
         if name == "client/journal.bin":
             checkpoint.journal = file.read_bytes()
         else:

@@ -34,7 +34,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         if self.cut < 0:
-            raise ConfigError(f"model.cut must be >= 0, got {self.cut}; 0 keeps only the embeddings on the client")
+            raise ConfigError(
+                f"model.cut must be >= 0, got {self.cut}; 0 keeps only the embeddings on the client"
+            )
 
 
 class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,7 +137,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.max_steps:
-            raise ConfigError(f"warmup_steps must lie in 0..max_steps={self.max_steps}, got {self.warmup_steps}")
+            raise ConfigError(
+                f"warmup_steps must lie in 0..max_steps={self.max_steps}, got {self.warmup_steps}"
+            )
         if self.profile == "authors-head" and self.method not in ("hosl", "fo-fo"):
             raise ConfigError(
                 f"profile authors-head describes hosl and fo-fo, method is {self.method}; use profile paper for it"
@@ -160,7 +164,9 @@ def load_config(path: str | Path) -> Config:
     except yaml.YAMLError as cause:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(cause).split())}") from cause
     if content is None:
-        raise ConfigError(f"config {path} is empty; a run needs at least one setting, such as `max_steps: 300`")
+        raise ConfigError(
+            f"config {path} is empty; a run needs at least one setting, such as `max_steps: 300`"
+        )
     return parse_config(content, where=str(path))
 
 

@@ -36,7 +36,9 @@ def evaluate(
         batch = task.collate_candidates(chunk)
         scores = server.scores(client.forward(batch), batch.targets)
         if np.isnan(scores).any():
-            raise NonFiniteError("an evaluation score is NaN; the model has diverged: lower the learning rates")
+            raise NonFiniteError(
+                "an evaluation score is NaN; the model has diverged: lower the learning rates"
+            )
         predicted.append(task.predict(chunk, scores))
         losses.append(task.losses(chunk, scores))
     truth = np.array([example.label for example in examples], dtype=np.int64)

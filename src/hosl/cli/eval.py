@@ -22,5 +22,7 @@ def run(words: list[str]) -> int:
         session.client, session.server, session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
-    answer({"run": known.run, "step": session.step, "split": known.split, **asdict(found)}, as_json=known.json)
+    answer(
+        {"run": known.run, "step": session.step, "split": known.split, **asdict(found)}, as_json=known.json
+    )
     return 0

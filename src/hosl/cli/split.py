@@ -10,7 +10,9 @@ def run(words: list[str]) -> int:
     parser = verb_parser("split", "Cut a checkpoint into a client folder and a server folder.")
     parser.add_argument("model", help="a local folder or a hub name")
     parser.add_argument("out", help="a folder to make: OUT/client goes to the device, OUT/server stays")
-    parser.add_argument("--cut", type=int, required=True, help="the client keeps the embeddings and blocks 0..K-1")
+    parser.add_argument(
+        "--cut", type=int, required=True, help="the client keeps the embeddings and blocks 0..K-1"
+    )
     parser.add_argument("--head", choices=("causal", "classification"), default="causal")
     parser.add_argument("--labels", type=int, help="number of labels of a classification head")
     known = parser.parse_args(words)

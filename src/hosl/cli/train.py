@@ -12,8 +12,12 @@ from hosl.errors import ConfigError
 
 def run(words: list[str]) -> int:
     """Train; the summary goes to standard output, progress to standard error. 130 after Ctrl-C."""
-    parser = verb_parser("train", "Fine-tune a split model. Any setting of the config can be given as --a.b value.")
-    parser.add_argument("config", nargs="?", help="a YAML file; the settings that can stand in it follow below")
+    parser = verb_parser(
+        "train", "Fine-tune a split model. Any setting of the config can be given as --a.b value."
+    )
+    parser.add_argument(
+        "config", nargs="?", help="a YAML file; the settings that can stand in it follow below"
+    )
     parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run's folder")
     if {"-h", "--help"} & set(words):
         parser.print_help()
@@ -23,7 +27,9 @@ def run(words: list[str]) -> int:
     if (known.config is None) == (known.resume is None):
         raise ConfigError("hosl train: give either a CONFIG.yaml or --resume RUN")
     if known.resume and overrides:
-        raise ConfigError(f"hosl train --resume keeps the run's own settings; leave out {' '.join(overrides)}")
+        raise ConfigError(
+            f"hosl train --resume keeps the run's own settings; leave out {' '.join(overrides)}"
+        )
     config = None if known.resume else _overridden(load_config(known.config), overrides)
 
     from hosl.run.train import resume, start  # torch and transformers, only now

@@ -56,7 +56,9 @@ class Meter:
         self.bytes_in += payload_bytes(args)
         start = time.perf_counter()
         if self.measuring:
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
+            with profile(
+                activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
+            ) as recorded:
                 answer = verb(*args, **kwargs)
             self._follow(recorded, kept=verb.__name__ in _KEEPING)
         else:

@@ -25,7 +25,9 @@ class OptimiserSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optimiser momentum must lie in [0, 1), got {self.momentum}")
         if self.momentum and self.name == "adamw":
-            raise ConfigError("optimiser momentum belongs to sgd; adamw has its own betas: leave momentum at 0")
+            raise ConfigError(
+                "optimiser momentum belongs to sgd; adamw has its own betas: leave momentum at 0"
+            )
         if not self.weight_decay >= 0:
             raise ConfigError(f"optimiser weight_decay must be >= 0, got {self.weight_decay}")
 

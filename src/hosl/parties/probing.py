@@ -85,7 +85,9 @@ def _signed_rows(
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # some families flatten [rows, seq] before a layer; plus rows still come first
-        assert x.shape[0] % rows == 0, f"{module} got {tuple(x.shape)}; a probe of {rows} rows needs rows first"
+        assert x.shape[0] % rows == 0, (
+            f"{module} got {tuple(x.shape)}; a probe of {rows} rows needs rows first"
+        )
         weights = {key: module._parameters[key] for key in names}
         u = {key: _drawn(p, names[key], probe) for key, p in weights.items() if p is not None}
         scratch = {key: torch.empty_like(p) for key, p in weights.items() if p is not None}

@@ -78,9 +78,7 @@ def _subtitle(record: dict[str, Any]) -> str:
     )
 
 
-def _cards(
-    steps: list[dict[str, Any]], timings: list[dict[str, Any]], test: dict[str, Any] | None
-) -> str:
+def _cards(steps: list[dict[str, Any]], timings: list[dict[str, Any]], test: dict[str, Any] | None) -> str:
     shown = []
     if test:
         shown.append((f"{100 * test['accuracy']:.2f} %", "test accuracy"))
@@ -102,10 +100,16 @@ def _curves(steps: list[dict[str, Any]], dev: list[dict[str, Any]]) -> str:
         return "<p>No curves: matplotlib is not installed (<code>pip install 'hosl[report]'</code>).</p>"
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([s["step"] for s in steps], [s["loss_nats"] for s in steps], color=_COLOURS["loss"], lw=0.8, alpha=0.6)
+    left.plot(
+        [s["step"] for s in steps], [s["loss_nats"] for s in steps], color=_COLOURS["loss"], lw=0.8, alpha=0.6
+    )
     if dev:
-        left.plot([d["step"] for d in dev], [d["loss_nats"] for d in dev], "o-", color=_COLOURS["accuracy"], ms=3)
-        right.plot([d["step"] for d in dev], [d["accuracy"] for d in dev], "o-", color=_COLOURS["accuracy"], ms=3)
+        left.plot(
+            [d["step"] for d in dev], [d["loss_nats"] for d in dev], "o-", color=_COLOURS["accuracy"], ms=3
+        )
+        right.plot(
+            [d["step"] for d in dev], [d["accuracy"] for d in dev], "o-", color=_COLOURS["accuracy"], ms=3
+        )
     left.set(xlabel="step", title="loss in nats: training (line), dev (points)")
     right.set(xlabel="step", title="dev accuracy")
     for axes in (left, right):
@@ -142,7 +146,8 @@ def _costs(steps: list[dict[str, Any]], timings: list[dict[str, Any]]) -> str:
 def _table(lines: list[dict[str, Any]], keys: tuple[str, ...]) -> str:
     head = "".join(f"<th>{key}</th>" for key in keys)
     rows = "".join(
-        "<tr>" + "".join(f'<td class="n">{_number(line[key])}</td>' for key in keys) + "</tr>" for line in lines
+        "<tr>" + "".join(f'<td class="n">{_number(line[key])}</td>' for key in keys) + "</tr>"
+        for line in lines
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
 

@@ -137,7 +137,9 @@ def load_run(run: Path) -> Session:
         CheckpointError: if its checkpoint belongs to other weights, or is damaged.
     """
     if not (run / "config.yaml").is_file():
-        raise RunFolderError(f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made")
+        raise RunFolderError(
+            f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
+        )
     session = new_session(load_config(run / "config.yaml"))
     path = newest_checkpoint(run / "checkpoints")
     if path is None:

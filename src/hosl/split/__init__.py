@@ -1,0 +1,41 @@
+"""A Hugging Face model -> two halves, and back. Names are loaded when first used, so the settings cost no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hosl.split.adapters import add_lora, set_trainable
+    from hosl.split.artifact import SplitInfo, load_half, split_folder
+    from hosl.split.export import export_adapter, export_checkpoint
+    from hosl.split.halves import ClientHalf, ServerHalf, split_model
+    from hosl.split.loading import LoadedModel, load_model, resolve_model_folder
+    from hosl.split.specs import LoraSpec
+
+_HOMES = {
+    "LoraSpec": "specs",
+    "add_lora": "adapters",
+    "set_trainable": "adapters",
+    "SplitInfo": "artifact",
+    "load_half": "artifact",
+    "split_folder": "artifact",
+    "export_adapter": "export",
+    "export_checkpoint": "export",
+    "ClientHalf": "halves",
+    "ServerHalf": "halves",
+    "split_model": "halves",
+    "LoadedModel": "loading",
+    "load_model": "loading",
+    "resolve_model_folder": "loading",
+}
+
+__all__ = [
+    "ClientHalf", "LoadedModel", "LoraSpec", "ServerHalf", "SplitInfo", "add_lora", "export_adapter",
+    "export_checkpoint", "load_half", "load_model", "resolve_model_folder", "set_trainable", "split_folder",
+    "split_model",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module hosl.split has no name {name!r}")
+    return getattr(import_module(f"hosl.split.{_HOMES[name]}"), name)

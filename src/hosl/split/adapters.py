@@ -1,0 +1,96 @@
+"""Which weights of a half are trained: all, the blocks, none, or low-rank adapters by peft's conventions."""
+
+import math
+import re
+from typing import Any, Literal
+
+import torch
+
+from hosl.errors import ConfigError
+from hosl.split.halves import ClientHalf, ServerHalf
+from hosl.split.loading import seeded_generator
+from hosl.split.specs import LoraSpec
+
+ADAPTER = "default"
+"""The adapter's name inside peft's modules; peft's own default."""
+
+
+def set_trainable(half: ClientHalf | ServerHalf, which: Literal["all", "blocks", "none"]) -> None:
+    """Choose a half's trained weights; blocks leaves embeddings (and their norms) and the head as they are."""
+    prefix = f"{half.blocks_name}."
+    for name, p in half.named_parameters():
+        p.requires_grad_(which == "all" or (which == "blocks" and name.startswith(prefix)))
+
+
+def add_lora(half: ClientHalf | ServerHalf, spec: LoraSpec, *, seed: int) -> None:
+    """Put adapters into a half's blocks, in place, and train only them. They start as peft's do, from the seed.
+
+    A half without blocks (cut 0 or n) gets none.
+
+    Raises:
+        ConfigError: if peft is not installed, or no module has one of the targets' names.
+    """
+    set_trainable(half, "none")
+    if not any(name.startswith(f"{half.blocks_name}.") for name, _ in half.named_parameters()):
+        return
+    peft = _peft()
+    targets = _target_modules(half, spec)
+    config = peft.LoraConfig(
+        r=spec.r, lora_alpha=spec.alpha, target_modules=sorted(targets), lora_dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws A from the global state; drawn again below
+        peft.inject_adapter_in_model(config, half.model, adapter_name=ADAPTER)
+    with torch.no_grad():
+        for name, p in half.named_parameters():
+            if ".lora_A." in name:
+                bound = 1 / math.sqrt(p.shape[1])  # kaiming uniform with a = sqrt(5), as peft's
+                p.copy_(torch.from_numpy(seeded_generator(seed, name).uniform(-bound, bound, p.shape)))
+            elif ".lora_B." in name:
+                p.zero_()
+            p.requires_grad_(".lora_" in name)
+    half.eval()
+
+
+def lora_layers(half: ClientHalf | ServerHalf) -> dict[str, Any]:
+    """peft's layers of a half by the name of the module that they wrap; empty without adapters."""
+    return {
+        name: m for name, m in half.model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
+
+
+def _target_modules(half: ClientHalf | ServerHalf, spec: LoraSpec) -> set[str]:
+    """Full names of the modules to adapt: inside the blocks, last part of the name as asked."""
+    asked = set(spec.target_modules or _default_targets(half.family))
+    inside = re.compile(re.escape(half.blocks_name) + r"\.\d+\.")
+    found = {
+        name
+        for name, module in half.model.named_modules()
+        if inside.match(name) and name.rpartition(".")[2] in asked and hasattr(module, "weight")
+    }
+    if not found:
+        leaves = {
+            name.rpartition(".")[2]
+            for name, module in half.model.named_modules()
+            if inside.match(name) and getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
+        }
+        raise ConfigError(
+            f"lora.target_modules {sorted(asked)}: no such module in the blocks of a {half.family}; "
+            f"there are {', '.join(sorted(leaves))}"
+        )
+    return found
+
+
+def _default_targets(family: str) -> list[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as MAPPING
+
+    if family not in MAPPING:
+        raise ConfigError(f"lora.target_modules: peft has no default for {family}; name the modules to adapt")
+    return list(MAPPING[family])
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("LoRA needs peft, which is not installed; `pip install 'hosl[lora]'`") from None
+    return peft

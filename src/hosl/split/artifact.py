@@ -1,0 +1,214 @@
+"""A split folder: client/ and server/, each with only its own tensors, read and written one tensor at a time.
+
+    OUT/client/   config.json  half.json  model.safetensors  tokenizer files
+    OUT/server/   config.json  half.json  model.safetensors
+
+half.json names the side, family, cut and head, the digest of the whole checkpoint and of this side's tensors.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+
+from hosl.errors import ModelError
+from hosl.split.export import copy_tokenizer
+from hosl.split.families import Family, Head, family_of
+from hosl.split.folders import whole_folder
+from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
+from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
+
+_FORMAT = 1
+Side = Literal["client", "server"]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitInfo:
+    """What `split_folder` wrote."""
+
+    family: str
+    cut: int
+    base_digest: str
+    """SHA-256 over the whole checkpoint's safetensors files."""
+    client_bytes: int
+    """Size of the client's tensors."""
+    server_bytes: int
+    """Size of the server's tensors."""
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def split_folder(
+    model: str | Path,
+    cut: int,
+    out: Path,
+    *,
+    head: Head = "causal",
+    num_labels: int | None = None,
+    seed: int = 0,
+) -> SplitInfo:
+    """Cut a checkpoint on disk into `out`/client and `out`/server, never holding more than one half.
+
+    Args:
+        model: a folder, a hub name, or the embedded model.
+        cut: 0..n; the client keeps the embeddings and blocks 0..cut-1.
+        out: must not exist, or be empty.
+        head: which top-level class the checkpoint is read as.
+        num_labels: of a classification head.
+        seed: of weights that the checkpoint does not hold, such as a new head.
+
+    Raises:
+        SplitError: if family, cut or `out` cannot serve. ModelError: if weights are missing or cut short.
+    """
+    name = str(model)
+    folder = resolve_model_folder(name)
+    base_digest = checkpoint_digest(folder, name)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    sizes = {}
+    with whole_folder(out) as partial:
+        for side in ("client", "server"):
+            skeleton, family = _skeleton(config, head)
+            check_cut(family, skeleton, cut)
+            (cut_to_client_ if side == "client" else cut_to_server_)(skeleton, family, cut)
+            (partial / side).mkdir()
+            digest, sizes[side] = _write_side(
+                skeleton, checkpoint_files(folder, name), partial / side, name, seed
+            )
+            config.save_pretrained(partial / side)
+            facts = {
+                "format": _FORMAT, "side": side, "family": family.model_type, "head": head, "cut": cut,
+                "base_digest": base_digest, "digest": digest,
+            }  # fmt: skip
+            (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        copy_tokenizer(folder, partial / "client")
+    return SplitInfo(family.model_type, cut, base_digest, sizes["client"], sizes["server"])
+
+
+def load_half(folder: str | Path) -> ClientHalf | ServerHalf:
+    """One side of a split folder, without ever allocating the other: bit for bit `split_model`'s.
+
+    Raises:
+        ModelError: if it is no half, or its tensors are not those that were written.
+    """
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / "half.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise ModelError(
+            f"{folder} is no half of a split model: half.json: {cause}; `hosl split` makes halves"
+        ) from cause
+    if facts.get("format") != _FORMAT:
+        raise ModelError(
+            f"{folder}: half.json has format {facts.get('format')}, this version reads {_FORMAT}"
+        )
+    skeleton, family = _skeleton(transformers.AutoConfig.from_pretrained(folder), facts["head"])
+    client = facts["side"] == "client"
+    (cut_to_client_ if client else cut_to_server_)(skeleton, family, facts["cut"])
+    (file,) = checkpoint_files(folder, str(folder))
+    tensors = safetensors.torch.load_file(file)
+    if _digest(tensors) != facts["digest"]:
+        raise ModelError(f"{folder}: the tensors do not have the digest of half.json; split the model again")
+    _restore_buffers_(skeleton)
+    skeleton.load_state_dict(tensors, assign=True)
+    for p in skeleton.parameters():
+        p.requires_grad_(True)
+    return (ClientHalf if client else ServerHalf)(skeleton, family, facts["cut"])
+
+
+def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
+    """The whole model on the meta device: shapes and names, no memory."""
+    auto = (
+        transformers.AutoModelForCausalLM
+        if head == "causal"
+        else transformers.AutoModelForSequenceClassification
+    )
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return model, family_of(config, type(model).__name__)
+
+
+def _write_side(skeleton: Any, files: list[Path], out: Path, name: str, seed: int) -> tuple[str, int]:
+    homes = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as content:
+            homes |= dict.fromkeys(content.keys(), file)
+    tensors, absent = {}, []
+    for wanted in skeleton.state_dict():
+        key = _key_in_checkpoint(skeleton, wanted, homes)
+        if key is None:
+            absent.append(wanted)
+            continue
+        with safetensors.safe_open(homes[key], "pt") as content:
+            tensors[wanted] = content.get_tensor(key)
+    tensors |= _new_weights(skeleton, absent, name, seed)
+    safetensors.torch.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return _digest(tensors), sum(t.nbytes for t in tensors.values())
+
+
+def _key_in_checkpoint(skeleton: Any, wanted: str, homes: dict[str, Path]) -> str | None:
+    """A tensor's name in the checkpoint: its own, its tied twin's, or without the base model's prefix."""
+    twin = (type(skeleton)._tied_weights_keys or {}).get(wanted)
+    tied = getattr(skeleton.config, "tie_word_embeddings", False)
+    for name in (wanted, twin if tied else None):
+        if name is None:
+            continue
+        for key in (name, name.removeprefix(f"{skeleton.base_model_prefix}.")):
+            if key in homes:
+                return key
+    return None
+
+
+def _new_weights(skeleton: Any, absent: list[str], name: str, seed: int) -> dict[str, torch.Tensor]:
+    inside = f"{skeleton.base_model_prefix}."
+    lost = [key for key in absent if key.startswith(inside) and ".pooler." not in key]
+    if lost:
+        raise ModelError(
+            f"model {name}: the checkpoint lacks {lost[0]} and {len(lost) - 1} more tensors of its own model"
+        )
+    parameters = dict(skeleton.named_parameters())
+    holder = torch.nn.Module()
+    holder.config = skeleton.config
+    for key in absent:
+        owner, _, last = key.rpartition(".")
+        child = holder
+        for part in owner.split("."):
+            if not hasattr(child, part):
+                child.add_module(part, torch.nn.Module())
+            child = child.get_submodule(part)
+        child.register_parameter(
+            last, torch.nn.Parameter(torch.empty(parameters[key].shape, dtype=torch.float32))
+        )
+    draw_weights_(holder, absent, seed)
+    return {key: p.detach() for key, p in holder.named_parameters()}
+
+
+def _restore_buffers_(model: Any) -> None:
+    """Buffers that no file holds (rotary frequencies, position ids) are lost on the meta device: compute them again."""
+    for module in model.modules():
+        lost = [key for key, b in module._buffers.items() if b is not None and b.is_meta]
+        for key in lost:
+            b = module._buffers[key]
+            module._buffers[key] = torch.zeros(b.shape, dtype=b.dtype)
+        if lost:
+            model._init_weights(
+                module
+            )  # transformers' own; parameters are still meta, so only buffers are filled
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else b"")
+    return digest.hexdigest()

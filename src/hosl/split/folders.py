@@ -1,0 +1,47 @@
+"""A folder that appears whole or not at all: written under another name, flushed, renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hosl.errors import FailureError, SplitError
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder to fill; it becomes `out` at the end, or vanishes when the block fails.
+
+    Raises:
+        SplitError: if `out` exists and is not an empty folder.
+        FailureError: if the disk is full or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SplitError(
+            f"{out} exists and is not empty; nothing is overwritten: choose another folder, or empty it"
+        )
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        partial.replace(out)
+        _flush(out.parent)
+    except OSError as cause:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FailureError(
+            f"{out} could not be written: {cause.strerror or cause}; nothing was left behind"
+        ) from cause
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,24 @@
+"""Settings of a split that a config can name. No torch here: the schema is read by processes without it."""
+
+import msgspec
+
+from hosl.errors import ConfigError
+
+
+class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Low-rank adapters, by the names of peft's LoraConfig. No dropout: a probe's two losses must be one function."""
+
+    r: int = 8
+    """Rank."""
+    alpha: int = 16
+    """The adapter's output is scaled by alpha / r."""
+    target_modules: tuple[str, ...] | None = None
+    """Last parts of module names, such as q_proj; default: peft's own choice for the architecture."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"lora.r must be >= 1, got {self.r}")
+        if self.alpha < 1:
+            raise ConfigError(f"lora.alpha must be >= 1, got {self.alpha}")
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError("lora.target_modules is empty; name at least one module, or leave it out")

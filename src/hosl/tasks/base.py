@@ -1,0 +1,63 @@
+"""What a task is: encoded examples in three disjoint splits, batches for training and scoring, predictions from scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from hosl.core.parties import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded example: its candidate rows of tokens, and which of them is right.
+
+    A classification example has one row, and its label is a class; a prompt has one row per candidate answer.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    """Token ids, special tokens included."""
+    label: int
+    """Index of the right class or candidate."""
+    option_lengths: tuple[int, ...] = ()
+    """Per row, how many of its last tokens are the candidate answer; empty for classification."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Text turned into batches. The training loop reads train and dev; test is looked at once, after training."""
+
+    name: str
+    labels: tuple[str, ...]
+    head: Literal["classification", "causal"]
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    test: Sequence[Example]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A training batch: one row per example, for prompts the right candidate's."""
+        ...
+
+    def collate_candidates(self, examples: Sequence[Example]) -> Batch:
+        """A scoring batch: every candidate of an example is a row, candidates of an example one after the other."""
+        ...
+
+    def rows_per_example(self) -> int:
+        """Rows that an example becomes in `collate_candidates`, at most."""
+        ...
+
+    def predict(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
+        """The best-scored label of each example, int64."""
+        ...
+
+    def losses(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
+        """Negative log-likelihood of each example's right label, in nats."""
+        ...
+
+
+def content_order(texts: Sequence[str], seed: int) -> list[int]:
+    """Indices of `texts` in the order of the hash of (seed, text): the same on every machine, whatever order they came in."""
+    keys = [(blake2b(f"{seed}/{text}".encode(), digest_size=16).digest(), text) for text in texts]
+    return sorted(range(len(texts)), key=lambda index: (keys[index], index))

@@ -1,0 +1,82 @@
+"""A tokenizer from its folder, by the `tokenizers` library alone: no transformers on the device."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+
+from hosl.errors import TaskError
+
+
+class TextTokenizer:
+    """Text -> token ids, with the model's own special tokens."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, pad_id: int) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self.pad_id = pad_id
+        self._tail = self._special_tail()
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextTokenizer":
+        """Read tokenizer.json of a model folder; the padding token from the files beside it.
+
+        Raises:
+            TaskError: if there is no tokenizer.json, or it is damaged.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise TaskError(
+                f"{folder} has no tokenizer.json, and a model without a tokenizer cannot read text; save a fast one "
+                "there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as cause:  # the library raises plain Exception
+            raise TaskError(f"{file} is not a tokenizer: {cause}; fetch it again") from cause
+        return cls(tokenizer, _pad_id(folder, tokenizer))
+
+    def encode(self, text: str, max_tokens: int) -> tuple[int, ...]:
+        """Token ids with special tokens; cut at the right to `max_tokens`, the closing special tokens kept."""
+        ids = self._tokenizer.encode(text).ids
+        if len(ids) <= max_tokens:
+            return tuple(ids)
+        return (*ids[: max_tokens - len(self._tail)], *self._tail)
+
+    def encode_open(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that goes on: opening special tokens, no closing ones."""
+        ids = self._tokenizer.encode(text).ids
+        return tuple(ids[: len(ids) - len(self._tail)])
+
+    @property
+    def opening(self) -> int:
+        """How many special tokens open every text."""
+        return len(self._tokenizer.encode("").ids) - len(self._tail)
+
+    def _special_tail(self) -> tuple[int, ...]:
+        """The special tokens that the post-processor puts after a text."""
+        encoding = self._tokenizer.encode("a")
+        tail: list[int] = []
+        for token, special in zip(reversed(encoding.ids), reversed(encoding.special_tokens_mask), strict=True):
+            if not special:
+                break
+            tail.insert(0, token)
+        return tuple(tail)
+
+
+def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
+    """The id to fill with: the named padding token, else the end-of-text token, else 0. Filled places are masked."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        if isinstance(settings.get("pad_token_id"), int):
+            return settings["pad_token_id"]
+        for key in ("pad_token", "eos_token"):
+            token = settings.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if found is not None:
+                return found
+    return 0
