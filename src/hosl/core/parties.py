@@ -68,11 +68,16 @@ class StepReply:
 
 @runtime_checkable
 class ClientSide(Protocol):
-    """The half that holds the data. Arrays are opaque to the round."""
+    """The half that holds the data; every client can do this much, a frozen one nothing else."""
 
     def forward(self, batch: Batch) -> Activations:
         """h = f_c(x; theta_c), without a graph. theta_c is only read."""
         ...
+
+
+@runtime_checkable
+class ZerothOrderClientSide(ClientSide, Protocol):
+    """A client that is trained by forward passes."""
 
     def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
         """f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed). theta_c is only read."""
@@ -88,41 +93,56 @@ class ClientSide(Protocol):
         """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
         ...
 
+
+@runtime_checkable
+class FirstOrderClientSide(ClientSide, Protocol):
+    """A client that is trained by backprop."""
+
     def forward_for_backward(self, batch: Batch) -> Activations:
-        """h = f_c(x; theta_c), keeping what `backward` needs. First-order clients only."""
+        """h = f_c(x; theta_c), keeping what `backward` needs."""
         ...
 
     def backward(self, gradient: Activations, learning_rate: float) -> None:
-        """One first-order step from dL/dh of the last `forward_for_backward`. First-order clients only."""
+        """One first-order step from dL/dh of the last `forward_for_backward`."""
         ...
 
 
 @runtime_checkable
 class ServerSide(Protocol):
-    """The half that holds the compute. It answers; it never drives."""
+    """The half that holds the compute. It answers; it never drives. These verbs change nothing."""
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> list[float]:
-        """The mean loss in nats of each activation. Inference: theta_s unchanged, safe to repeat."""
+        """The mean loss in nats of each activation. Inference; safe to repeat."""
         ...
+
+    def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
+        """For evaluation: log-probabilities per class [rows, classes], or per option, mean per token [rows, 1]."""
+        ...
+
+    def gradient(self, activations: Activations, targets: Targets) -> StepReply:
+        """The loss and dL/dh at theta_s. For a zeroth-order server behind a first-order client."""
+        ...
+
+
+@runtime_checkable
+class FirstOrderServerSide(ServerSide, Protocol):
+    """A server that is trained by backprop."""
 
     def step(
         self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
-        """One first-order update of theta_s. Repeating the last `step` answers again without a second update."""
+        """One update of theta_s. Repeating the last `step` answers again without a second update."""
         ...
 
-    def gradient(self, activations: Activations, targets: Targets) -> StepReply:
-        """The loss and dL/dh; theta_s unchanged. For a zeroth-order server behind a first-order client."""
-        ...
+
+@runtime_checkable
+class ZerothOrderServerSide(ServerSide, Protocol):
+    """A server that is trained by probes, as a zeroth-order client is."""
 
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed). theta_s only read."""
         ...
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """theta_s <- theta_s - eta_s * mean_q(coefficient_q u(seed_q)). Zeroth-order servers only."""
-        ...
-
-    def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
-        """For evaluation: log-probabilities per class [rows, classes], or per option, mean per token [rows, 1]."""
+        """theta_s <- theta_s - eta_s * mean_q(coefficient_q u(seed_q))."""
         ...

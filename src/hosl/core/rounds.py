@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hosl.core.estimators import central_difference
-from hosl.core.parties import Batch, ClientSide, ServerSide
+from hosl.core.parties import (
+    Batch,
+    ClientSide,
+    FirstOrderClientSide,
+    FirstOrderServerSide,
+    ZerothOrderClientSide,
+    ZerothOrderServerSide,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +30,8 @@ class RoundResult:
 
 
 def hosl_round(
-    client: ClientSide,
-    server: ServerSide,
+    client: ZerothOrderClientSide,
+    server: FirstOrderServerSide,
     batch: Batch,
     *,
     step: int,
@@ -44,8 +51,8 @@ def hosl_round(
 
 
 def hosl_gradient_round(
-    client: ClientSide,
-    server: ServerSide,
+    client: ZerothOrderClientSide,
+    server: FirstOrderServerSide,
     batch: Batch,
     *,
     step: int,
@@ -67,7 +74,12 @@ def hosl_gradient_round(
 
 
 def fo_round(
-    client: ClientSide, server: ServerSide, batch: Batch, *, step: int, learning_rate: float
+    client: FirstOrderClientSide,
+    server: FirstOrderServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    learning_rate: float,
 ) -> RoundResult:
     """FO-FO, ordinary split learning: backprop through both halves. Source: paper.md section 4."""
     h = client.forward_for_backward(batch)
@@ -77,8 +89,8 @@ def fo_round(
 
 
 def zo_round(
-    client: ClientSide,
-    server: ServerSide,
+    client: ZerothOrderClientSide,
+    server: ZerothOrderServerSide,
     batch: Batch,
     *,
     step: int,
@@ -103,8 +115,8 @@ def zo_round(
 
 
 def fo_zo_round(
-    client: ClientSide,
-    server: ServerSide,
+    client: FirstOrderClientSide,
+    server: ZerothOrderServerSide,
     batch: Batch,
     *,
     step: int,
@@ -128,7 +140,7 @@ def fo_zo_round(
     return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
 
 
-def frozen_round(client: ClientSide, server: ServerSide, batch: Batch, *, step: int) -> RoundResult:
+def frozen_round(client: ClientSide, server: FirstOrderServerSide, batch: Batch, *, step: int) -> RoundResult:
     """The client never changes; the server trains. The row that every comparison owes (paper.md H0)."""
     reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7
     return RoundResult(loss=reply.loss)

@@ -1,6 +1,7 @@
 """Clocks, byte counters and memory meters around the two parties. They change nothing that passes through.
 
-Bytes are those of the arrays and numbers that would cross a wire without compression; a transport counts its own framing.
+Bytes are those of the arrays and numbers that would cross a wire without compression; a
+transport counts its own framing.
 """
 
 import time
@@ -11,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from hosl.core.parties import ClientSide, ServerSide
 
 _KEEPING = ("forward_for_backward",)
 """Verbs after which the party still holds what it allocated: the graph that `backward` needs."""
@@ -68,8 +67,7 @@ class Meter:
         return answer
 
     def _follow(self, recorded: profile, *, kept: bool) -> None:
-        assert recorded.profiler is not None, "the profile has ended, so it has a result"
-        events = recorded.profiler.kineto_results.events()
+        events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         for _, change_bytes in changes:
             self._held_bytes += change_bytes
@@ -81,7 +79,7 @@ class Meter:
 class Metered:
     """A ClientSide or a ServerSide whose every verb goes through a `Meter`."""
 
-    def __init__(self, party: ClientSide | ServerSide, meter: Meter) -> None:
+    def __init__(self, party: Any, meter: Meter) -> None:
         self._party = party
         self._meter = meter
 

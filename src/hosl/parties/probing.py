@@ -48,8 +48,10 @@ def paired(model: nn.Module, probe: Probe, rows: int) -> Iterator[None]:
             }
             if names:
                 covered.append((module, module.__dict__.get("forward")))
-                signed = _signed_lookup if isinstance(module, nn.Embedding) else _signed_rows
-                module.forward = signed(module, names, probe, rows)
+                if isinstance(module, nn.Embedding):
+                    module.forward = _signed_lookup(module, names, probe, rows)
+                else:
+                    module.forward = _signed_rows(module, names, probe, rows)
         yield
     finally:
         for module, previous in covered:
@@ -122,7 +124,7 @@ def _signed_lookup(
         try:
             return own_forward(*args, **kwargs)
         finally:
-            module._parameters["weight"] = weight
+            module._parameters["weight"] = weight  # pyright: ignore[reportArgumentType]
 
     return forward
 

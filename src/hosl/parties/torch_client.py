@@ -112,4 +112,4 @@ class FirstOrderClient(FrozenClient):
 
 def client_state(client: FrozenClient) -> dict[str, Any]:
     """The trained tensors of a client by name, for a snapshot; empty when it is frozen."""
-    return dict(trained_parameters(client.half.model)) if not type(client) is FrozenClient else {}
+    return dict(trained_parameters(client.half.model)) if type(client) is not FrozenClient else {}

@@ -44,7 +44,7 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
             config.seed, step, config.per_device_train_batch_size, len(session.task.train)
         )
         batch = session.task.collate([session.task.train[i] for i in indices])
-        result = session.round(client, server, batch, step)  # pyright: ignore[reportArgumentType]
+        result = session.round(client, server, batch, step)
         _measure_memory(session, meters, on=False)
         session.step = step
         seconds = perf_counter() - begin

@@ -19,7 +19,7 @@ from hosl.checkpoint import (
 from hosl.config import Config, load_config
 from hosl.core.directions import direction_seed
 from hosl.core.journal import Journal
-from hosl.core.parties import Batch, ClientSide, ServerSide
+from hosl.core.parties import Batch
 from hosl.core.rounds import (
     RoundResult,
     fo_round,
@@ -73,7 +73,7 @@ class Session:
         """The half on the server."""
         return self.server.half
 
-    def round(self, client: ClientSide, server: ServerSide, batch: Batch, step: int) -> RoundResult:
+    def round(self, client: Any, server: Any, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method between two parties (this session's own, or wrapped ones)."""
         config = self.config
         seeds = [direction_seed(config.seed, step, q) for q in range(config.zo.directions)]
@@ -200,11 +200,11 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
 def _choose_trained(
     config: Config, client_half: ClientHalf, server_half: ServerHalf, new_weights: Sequence[str]
 ) -> None:
-    frozen_client = config.method == "frozen"
-    if config.client.trainable == "lora" and not frozen_client:
+    of_client = "none" if config.method == "frozen" else config.client.trainable
+    if of_client == "lora":
         add_lora(client_half, config.client.lora, seed=config.seed)
     else:
-        set_trainable(client_half, "none" if frozen_client else config.client.trainable)
+        set_trainable(client_half, of_client)
     if config.server.trainable == "lora":
         add_lora(server_half, config.server.lora, seed=config.seed)
         for name, p in server_half.named_parameters():

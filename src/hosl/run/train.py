@@ -1,4 +1,4 @@
-"""One run from start to end: setup -> train -> test once -> export and report. `hosl train` calls `start` or `resume`."""
+"""One run from start to end: setup -> train -> test once -> export and report. `hosl train` calls them."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from hosl.run.loop import save, train
 from hosl.run.progress import open_view
 from hosl.run.record import Record, RunLock, read_lines, versions
 from hosl.run.report import write_report
-from hosl.run.session import Session, new_session, load_run
+from hosl.run.session import Session, load_run, new_session
 from hosl.run.stopping import Stop
 from hosl.run.trackers import feed_trackers
 from hosl.split import export_adapter, export_checkpoint

@@ -1,4 +1,4 @@
-"""One row per architecture: the names on either side of a cut. To add a model, add a row; the contract tests do the rest.
+"""One row per architecture: the names on either side of a cut. To add a model, add a row; tests do the rest.
 
 Names are dotted paths from Hugging Face's top-level model (`OPTForCausalLM`, `BertForSequenceClassification`, ...).
 """

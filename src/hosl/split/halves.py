@@ -118,8 +118,8 @@ class ServerHalf(_Half):
 def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:
     """Cut a Hugging Face model between blocks cut-1 and cut.
 
-    The halves share the model's tensors: no weight is copied, and training a half trains the model's tensors too. Only a
-    tied output head is copied, since its twin stays with the client: each side trains its own from the same start.
+    The halves share the model's tensors: no weight is copied, and training a half trains the model's too. Only a tied
+    output head is copied, since its twin stays with the client: each side trains its own from the same start.
     Dropout is off in both (`eval`).
 
     Args:

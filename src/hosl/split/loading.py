@@ -104,7 +104,7 @@ def checkpoint_files(folder: Path, name: str) -> list[Path]:
         pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
         found = f"only {', '.join(pickled)}, which is pickle and never read" if pickled else "no weights"
         raise ModelError(
-            f"model {name}: {folder} holds {found}; save it with `model.save_pretrained(folder)` of a recent transformers"
+            f"model {name}: {folder} holds {found}; save it with `model.save_pretrained(folder)` of transformers 5"
         )
     for file in files:
         try:

@@ -9,7 +9,7 @@ from hosl.split.families import StandIn
 
 
 class PassThrough(nn.Module):
-    """A block of the other half: gives back the hidden state it gets. Keeps the later blocks' indices, so their names."""
+    """A block of the other half: gives back what it gets. Keeps the later blocks' indices, and so their names."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The hidden state, untouched."""

@@ -1,4 +1,4 @@
-"""What a task is: encoded examples in three disjoint splits, batches for training and scoring, predictions from scores."""
+"""What a task is: encoded examples in three disjoint splits, batches from them, predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +29,35 @@ class Example:
 class Task(Protocol):
     """Text turned into batches. The training loop reads train and dev; test is looked at once, after training."""
 
-    name: str
-    labels: tuple[str, ...]
-    head: Literal["classification", "causal"]
-    train: Sequence[Example]
-    dev: Sequence[Example]
-    test: Sequence[Example]
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes, or the candidate answers."""
+        ...
+
+    @property
+    def head(self) -> Literal["classification", "causal"]:
+        """Which head the model needs."""
+        ...
+
+    @property
+    def train(self) -> Sequence[Example]:
+        """To train on."""
+        ...
+
+    @property
+    def dev(self) -> Sequence[Example]:
+        """To choose by."""
+        ...
+
+    @property
+    def test(self) -> Sequence[Example]:
+        """To report on; no text of it is in train or dev."""
+        ...
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A training batch: one row per example, for prompts the right candidate's."""
@@ -58,6 +81,6 @@ class Task(Protocol):
 
 
 def content_order(texts: Sequence[str], seed: int) -> list[int]:
-    """Indices of `texts` in the order of the hash of (seed, text): the same on every machine, whatever order they came in."""
+    """Indices of `texts` by the hash of (seed, text): the same on every machine, in whatever order they came."""
     keys = [(blake2b(f"{seed}/{text}".encode(), digest_size=16).digest(), text) for text in texts]
     return sorted(range(len(texts)), key=lambda index: (keys[index], index))

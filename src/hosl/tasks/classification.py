@@ -78,4 +78,3 @@ def without(texts: Sequence[LabelledText], held_out: Sequence[LabelledText]) -> 
     """`texts` less those whose text stands in `held_out`."""
     held = {text for text, _ in held_out}
     return [pair for pair in texts if pair[0] not in held]
-

@@ -16,7 +16,16 @@ from hosl.tasks.classification import ClassificationTask, LabelledText, carve, e
 from hosl.tasks.configs import DocstringsConfig
 from hosl.tasks.tokenizer import TextTokenizer
 
-_SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idle_test", "turtledemo", "__pycache__", "lib2to3"}
+_SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idle_test",
+    "turtledemo",
+    "__pycache__",
+    "lib2to3",
+}
 _LABELS = 20
 _LEAST_WORDS = 4
 
@@ -32,7 +41,9 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
     library = Path(sysconfig.get_paths()["stdlib"])
     labels, texts = standard_library_texts(library)
     if len(labels) < 2:
-        raise TaskError(f"task docstrings: {library} holds no Python sources to read; use kind: files with your own text")
+        raise TaskError(
+            f"task docstrings: {library} holds no Python sources to read; use kind: files with your own text"
+        )
     test, dev, train = carve(texts, [0.15, 0.10], seed=0)
     if config.train_rows is not None:
         train = carve(train, [config.train_rows], seed)[0]

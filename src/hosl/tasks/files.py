@@ -40,7 +40,9 @@ def files_task(config: FilesConfig, tokenizer: TextTokenizer, *, seed: int) -> C
         train = carve(train, [config.train_rows], seed)[0]
     for name, part in (("train", train), ("dev", dev), ("test", test)):
         if not part:
-            raise TaskError(f"{config.train}: no row is left for {name} once the splits are disjoint; give more rows")
+            raise TaskError(
+                f"{config.train}: no row is left for {name} once the splits are disjoint; give more rows"
+            )
     encoded = [encode_classes(part, tokenizer, config.max_tokens) for part in (train, dev, test)]
     return ClassificationTask(Path(config.train).stem, labels, *encoded, pad_id=tokenizer.pad_id)
 
@@ -57,9 +59,13 @@ def read_rows(path: Path, split: str = "train") -> Iterator[Row]:
     if path.is_dir():
         yield from _dataset_rows(path, split)
     elif not path.exists():
-        raise TaskError(f"{path}: no such file; task.train, task.dev and task.test name files or dataset folders")
+        raise TaskError(
+            f"{path}: no such file; task.train, task.dev and task.test name files or dataset folders"
+        )
     elif path.suffix not in readers:
-        raise TaskError(f"{path}: cannot tell what `{path.suffix}` holds; allowed: {', '.join(readers)}, or a folder")
+        raise TaskError(
+            f"{path}: cannot tell what `{path.suffix}` holds; allowed: {', '.join(readers)}, or a folder"
+        )
     elif not path.stat().st_size:
         raise TaskError(f"{path} is empty; it should hold one example per row")
     else:
@@ -153,7 +159,9 @@ def _dataset_rows(folder: Path, split: str) -> Iterator[Row]:
     home = folder / split if (folder / split).is_dir() else folder
     files = sorted(home.glob("*.arrow"))
     if not files:
-        raise TaskError(f"{folder} is no saved dataset: no .arrow file in it or in {split}/; use `save_to_disk`")
+        raise TaskError(
+            f"{folder} is no saved dataset: no .arrow file in it or in {split}/; use `save_to_disk`"
+        )
     _pyarrow()
     import pyarrow
 

