@@ -16,6 +16,8 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from hosl.errors import ModelError
 from hosl.split.export import copy_tokenizer
@@ -138,24 +140,36 @@ def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
 
 
 def _write_side(skeleton: Any, files: list[Path], out: Path, name: str, seed: int) -> tuple[str, int]:
-    homes = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as content:
-            homes |= dict.fromkeys(content.keys(), file)
+    homes = _homes(skeleton, files)
     tensors, absent = {}, []
     for wanted in skeleton.state_dict():
         key = _key_in_checkpoint(skeleton, wanted, homes)
         if key is None:
             absent.append(wanted)
             continue
-        with safetensors.safe_open(homes[key], "pt") as content:
-            tensors[wanted] = content.get_tensor(key)
+        file, stored_key = homes[key]
+        with safetensors.safe_open(file, "pt") as content:
+            tensors[wanted] = content.get_tensor(stored_key)
     tensors |= _new_weights(skeleton, absent, name, seed)
     safetensors.torch.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return _digest(tensors), sum(t.nbytes for t in tensors.values())
 
 
-def _key_in_checkpoint(skeleton: Any, wanted: str, homes: dict[str, Path]) -> str | None:
+def _homes(skeleton: Any, files: list[Path]) -> dict[str, tuple[Path, str]]:
+    """Where each tensor stands: its name today -> file, and the name it has there (transformers' own renamings)."""
+    renamings = [r for r in get_model_conversion_mapping(skeleton) if isinstance(r, WeightRenaming)]
+    homes = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as content:
+            for stored_key in list(content.keys()):
+                key = stored_key
+                for renaming in renamings:
+                    key, _ = renaming.rename_source_key(key)
+                homes[key] = (file, stored_key)
+    return homes
+
+
+def _key_in_checkpoint(skeleton: Any, wanted: str, homes: dict[str, tuple[Path, str]]) -> str | None:
     """A tensor's name in the checkpoint: its own, its tied twin's, or without the base model's prefix."""
     twin = (type(skeleton)._tied_weights_keys or {}).get(wanted)
     tied = getattr(skeleton.config, "tie_word_embeddings", False)
