@@ -1,4 +1,4 @@
-"""The first results: five methods x {full, LoRA} on SST-2, learning rates tuned on dev with three tries each, three seeds.
+"""The first results: five methods x {full, LoRA} on SST-2, rates tuned on dev with three tries each, three seeds.
 
     HOSL_DATA=... python benchmarks/sst2.py runs/sst2-study            # resumes: what is done is not done again
 
@@ -103,7 +103,8 @@ def table(chosen: dict[tuple[str, str], list[dict]]) -> str:
             f"{_closure(runs, frozen, first, 'test_accuracy')} | {_spread(loss, 4)} | "
             f"{_closure(runs, frozen, first, 'dev_loss_nats')} | "
             f"{max(r['client_peak_bytes'] for r in runs) / 2**20:.0f} | {runs[0]['bytes_up_per_step'] / 2**20:.2f} | "
-            f"{runs[0]['bytes_down_per_step'] / 2**10:.2f} | {statistics.median(r['median_step_s'] for r in runs):.2f} |"
+            f"{runs[0]['bytes_down_per_step'] / 2**10:.2f} | "
+            f"{statistics.median(r['median_step_s'] for r in runs):.2f} |"
         )
     return "\n".join(lines)
 

@@ -147,7 +147,8 @@ def _looked_up(weight: torch.Tensor, name: str, ids: torch.Tensor, probe: Probe,
     ids = ids.expand(rows, *ids.shape[1:])
     touched, place = torch.unique(ids, return_inverse=True)
     u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.law)
-    shift = torch.from_numpy(u).to(weight.device)[place] * probe.epsilon
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    shift = torch.from_numpy(u).to(weight.device, compute)[place] * probe.epsilon
     shift[rows // 2 :].neg_()
     return (nn.functional.embedding(ids, weight) + shift).to(weight.dtype)
 

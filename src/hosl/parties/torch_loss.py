@@ -1,4 +1,4 @@
-"""From logits to losses and scores, for both kinds of targets. float32 whatever the model computes in."""
+"""From logits to losses and scores, for both kinds of targets. In float32 at least, whatever the model computes in."""
 
 import numpy as np
 import torch
@@ -24,14 +24,14 @@ def row_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """
     if isinstance(targets, ClassTargets):
         labels = torch.from_numpy(targets.labels).to(logits.device)
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return F.cross_entropy(_widened(logits), labels, reduction="none")
     return -_option_log_likelihoods(logits, targets)
 
 
 def row_scores(logits: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
     """Log-probabilities per class [rows, classes], or of each row's option, mean per token [rows, 1]."""
     if isinstance(targets, ClassTargets):
-        return logits.float().log_softmax(dim=-1).cpu().numpy()
+        return _widened(logits).log_softmax(dim=-1).cpu().numpy()
     return _option_log_likelihoods(logits, targets)[:, None].cpu().numpy()
 
 
@@ -41,6 +41,10 @@ def _option_log_likelihoods(logits: torch.Tensor, targets: OptionTargets) -> tor
     wanted = np.unique(targets.positions[targets.tokens >= 0])
     place = np.searchsorted(wanted, targets.positions).clip(max=len(wanted) - 1)
     rows = torch.arange(len(tokens), device=logits.device)[:, None]
-    at_tokens = logits[rows, torch.from_numpy(place).to(logits.device)].float().log_softmax(dim=-1)
+    at_tokens = _widened(logits[rows, torch.from_numpy(place).to(logits.device)]).log_softmax(dim=-1)
     log_likelihoods = at_tokens.gather(-1, tokens[..., None])[..., 0]
     return (log_likelihoods * scored).sum(dim=1) / scored.sum(dim=1)
+
+
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
