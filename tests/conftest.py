@@ -11,6 +11,8 @@ import transformers as hf
 from hosl.core.parties import Batch, ClassTargets, OptionTargets
 from hosl.parties.metered import payload_bytes  # noqa: F401  (imports the profiler once, before warnings are errors)
 
+hf.logging.disable_progress_bar()  # its bars would stand among the lines that tests count
+
 BLOCKS = 3
 _SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
 _SIZES |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}

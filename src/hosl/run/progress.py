@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +19,7 @@ from rich.progress import (
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+@runtime_checkable
 class View(Protocol):
     """Where a run shows itself."""
 

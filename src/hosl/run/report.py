@@ -152,11 +152,11 @@ def _table(lines: list[dict[str, Any]], keys: tuple[str, ...]) -> str:
     return f"<table><tr>{head}</tr>{rows}</table>"
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
-def _mib(size_bytes: float) -> str:
+def _mib(size_bytes: int | float) -> str:
     return f"{size_bytes / 2**20:.2f} MiB" if size_bytes >= 2**17 else f"{size_bytes / 2**10:.2f} KiB"
 
 
@@ -165,4 +165,4 @@ def _mean(lines: list[dict[str, Any]], key: str) -> float:
 
 
 def _median(lines: list[dict[str, Any]], key: str) -> float:
-    return sorted(line[key] for line in lines)[len(lines) // 2]
+    return float(sorted(line[key] for line in lines)[len(lines) // 2])

@@ -58,12 +58,16 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
     if head == "classification":
         auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, num_labels
+        options["ignore_mismatched_sizes"] = True  # a head for other labels is replaced by a new one
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
             model, info = auto.from_pretrained(folder, **options)
         except (ValueError, OSError) as cause:
             raise SplitError(f"{name} cannot be loaded as a {head} model: {_one_line(cause)}") from cause
-    initialised = tuple(sorted(info["missing_keys"]))
+    initialised = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))
+    inside = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        raise ModelError(f"model {name}: {inside[0]} has another shape in the weights than in config.json")
     draw_weights_(model, initialised, seed)
     return LoadedModel(model.eval(), initialised, name, digest)
 

@@ -1,0 +1,42 @@
+"""A tiny model with a tokenizer, a small labelled file, and a config over both: a whole run takes seconds."""
+
+import csv
+
+import pytest
+import tokenizers
+import yaml
+
+WORDS = ["red", "green", "blue", "round", "flat", "long", "warm", "cold", "old", "new"]
+
+
+@pytest.fixture
+def tiny_run(tmp_path, tiny):
+    """`tiny_run(**settings)` writes model, data and config.yaml; returns the config's path."""
+
+    def make(**settings):
+        model = tmp_path / "model-in"
+        tiny("bert").save_pretrained(model)
+        vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(model / "tokenizer.json"))
+        with (tmp_path / "data.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["text", "label"])
+            for a in WORDS:
+                for b in WORDS:
+                    rows.writerow([f"{a} {b}", "colour" if a in WORDS[:3] else "other"])
+        config = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"name": str(model), "cut": 2},
+            "task": {"kind": "files", "train": str(tmp_path / "data.csv")},
+            "zo": {"directions": 2},
+            "client": {"learning_rate": 1e-3},
+            "server": {"learning_rate": 1e-2},
+            "max_steps": 12, "per_device_train_batch_size": 8, "eval_steps": 5, "save_steps": 4, "snapshot_steps": 6,
+        }  # fmt: skip
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config | settings))
+        return path
+
+    return make

@@ -1,0 +1,101 @@
+"""A run that is killed and resumed ends with the bytes of one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hosl.cli import main
+
+_HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
+_EXACT = ("metrics.jsonl", "model/model.safetensors")
+
+
+def _train(*words):
+    return subprocess.Popen(
+        [*_HOSL, "train", *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finished(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def _exact_bytes(run):
+    """Everything a run leaves that is a function of its config alone, digests of its checkpoint included."""
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    names = [*_EXACT, *(str(p.relative_to(run)) for p in checkpoint.rglob("*") if p.is_file())]
+    return {name: (run / name).read_bytes() for name in names}
+
+
+def _kill_and_resume(config, folder, delays):
+    """Kill a run so many seconds after its folder appears, again and again, then let it finish."""
+    process = _train(config, "--output-dir", folder)
+    for delay in delays:
+        while process.poll() is None and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = _train("--resume", folder)
+    _finished(process)
+
+
+@pytest.mark.parametrize(("method", "delay"), [("hosl", 0.6), ("fo-fo", 1.0)])
+def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, delay):
+    config = tiny_run(method=method, max_steps=60, client={"learning_rate": 1e-3, "trainable": "all"})
+    _finished(_train(config, "--output-dir", tmp_path / "whole"))
+    _kill_and_resume(config, tmp_path / "killed", [delay])
+    assert _exact_bytes(tmp_path / "killed") == _exact_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hosl", "hosl-gradient", "fo-fo", "zo-zo", "frozen"])
+def test_a_run_killed_twenty_times_resumes_to_the_same_bits(tiny_run, tmp_path, method):
+    """Four kills for each of five methods, at moments drawn over the whole life of the process."""
+    config = tiny_run(method=method, max_steps=80, server={"learning_rate": 1e-2, "optimiser": {"name": "adamw"}}
+                      if method not in ("zo-zo",) else {"learning_rate": 1e-3})  # fmt: skip
+    _finished(_train(config, "--output-dir", tmp_path / "whole"))
+    moments = random.Random(method)
+    _kill_and_resume(config, tmp_path / "killed", [moments.uniform(0, 5) for _ in range(4)])
+    assert _exact_bytes(tmp_path / "killed") == _exact_bytes(tmp_path / "whole")
+
+
+def test_ctrl_c_ends_with_a_usable_checkpoint(tiny_run, tmp_path):
+    config = tiny_run(max_steps=2000)
+    process = _train(config)
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: hosl train --resume" in err
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+
+
+def test_a_folder_in_use_is_refused(tiny_run, tmp_path, capsys):
+    from hosl.run.record import RunLock
+
+    assert main(["train", str(tiny_run())]) == 0
+    with RunLock(tmp_path / "run"):
+        assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+
+
+def test_a_second_run_takes_a_folder_of_its_own(tiny_run, tmp_path):
+    config = str(tiny_run(max_steps=2))
+    assert main(["train", config]) == main(["train", config]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "run-2" / "metrics.jsonl"
+    ).read_bytes()

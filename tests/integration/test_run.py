@@ -1,0 +1,207 @@
+"""The command line from config to exported model, and what it says to wrong requests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hosl
+from hosl.cli import main
+from hosl.run.record import read_lines
+
+METHODS = ["hosl", "hosl-gradient", "fo-fo", "zo-zo", "fo-zo", "frozen"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_from_config_to_report(tiny_run, tmp_path, capsys, method):
+    assert main(["train", str(tiny_run(method=method)), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    run = tmp_path / "run"
+    assert summary["finished"]
+    assert summary["client_peak_bytes"] > 0
+    assert summary["server_peak_bytes"] > 0
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "split" not in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if line.get("split") == "dev"] == [5, 10, 12]
+    assert [line["step"] for line in lines if line.get("split") == "test"] == [12]
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+
+
+def test_the_exported_model_gives_the_runs_own_accuracy(tiny_run, tmp_path, capsys):
+    assert main(["train", str(tiny_run(max_steps=30)), "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(tmp_path / "run"), "--split", "test", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["accuracy"] == trained["test_accuracy"]
+    session = hosl.load_run(tmp_path / "run")
+    rows = [(example.rows[0], example.label) for example in session.task.test]
+    script = (
+        "import json, sys, torch, transformers\n"
+        "rows = json.loads(sys.argv[2])\n"
+        "model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()\n"
+        "hits = [int(model(torch.tensor([ids])).logits.argmax()) == label for ids, label in rows]\n"
+        "assert 'hosl' not in sys.modules\n"
+        "print(sum(hits) / len(hits))\n"
+    )
+    asked = [sys.executable, "-c", script, str(tmp_path / "run" / "model"), json.dumps(rows)]
+    ran = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert float(ran.stdout) == pytest.approx(trained["test_accuracy"])
+
+
+def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
+    lora = {"target_modules": ["query", "value"], "r": 4}
+    config = tiny_run(
+        client={"trainable": "lora", "learning_rate": 1e-2, "lora": lora},
+        server={"trainable": "lora", "learning_rate": 1e-2, "lora": lora},
+    )
+    assert main(["train", str(config)]) == 0
+    script = (
+        "import sys, torch, transformers, peft\n"
+        "auto = transformers.AutoModelForSequenceClassification\n"
+        "ids = torch.tensor([[2, 3, 4], [5, 6, 7]])\n"
+        "merged = auto.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "base = auto.from_pretrained(sys.argv[2], num_labels=2, ignore_mismatched_sizes=True).eval()\n"
+        "base.classifier.load_state_dict(merged.classifier.state_dict())\n"
+        "adapted = peft.PeftModel.from_pretrained(base, sys.argv[1] + '/model/adapter').eval()\n"
+        "plain = auto.from_pretrained(sys.argv[2], num_labels=2, ignore_mismatched_sizes=True).eval()\n"
+        "plain.classifier.load_state_dict(merged.classifier.state_dict())\n"
+        "torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)\n"
+        "assert not torch.allclose(plain(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)\n"
+    )
+    asked = [sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "model-in")]
+    ran = subprocess.run(asked, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"metod": "hosl"}, "unknown field `metod`; did you mean `method`?"),
+        ({"zo": {"epsilom": 1.0}}, "did you mean `epsilon`?"),
+        ({"zo": {"epsilon": "1e-3"}}, "YAML reads 1e-3 as text: write 1.0e-3"),
+        ({"model": {"name": "all-MiniLM-L6-v2", "cut": -1}}, "model.cut must be >= 0, got -1"),
+        ({"method": "sgd"}, "Invalid enum value 'sgd' - at `$.method`"),
+        ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
+        ({"report_to": ["tensorbored"]}, "Invalid enum value 'tensorbored'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_status_two(tiny_run, tmp_path, capsys, settings, said):
+    assert main(["train", str(tiny_run(**settings))]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_impossible_cut_names_the_blocks(tiny_run, tmp_path, capsys):
+    assert main(["train", str(tiny_run()), "--model.cut", "9"]) == 2
+    assert "cut=9 is outside 0..3: BertForSequenceClassification has 3 blocks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_override_is_refused_with_the_right_name(tiny_run, capsys):
+    assert main(["train", str(tiny_run()), "--zo.epsilom", "1e-4"]) == 2
+    assert "--zo.epsilon" in capsys.readouterr().err
+
+
+def test_an_impossible_override_is_refused_as_in_the_file(tiny_run, capsys):
+    assert main(["train", str(tiny_run()), "--zo.epsilon", "-1"]) == 2
+    err = capsys.readouterr().err
+    assert "zo.epsilon" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"text,label\nred,\x00\x01\n", "not text in UTF-8: it holds NUL bytes"),
+        (b"\xff\xfe\xfa", "not text in UTF-8"),
+        (b"txet,label\nred,a\n", "no column `text`; there are txet, label; did you mean `txet`?"),
+        (b"text,label\nred,\n", "row 1: `label` is empty"),
+        (b"text,label\nred,a\nblue,a\n", "two labels or more, found only"),
+    ],
+)
+def test_unusable_data_is_one_line_and_status_two(tiny_run, tmp_path, capsys, content, said):
+    config = tiny_run()
+    (tmp_path / "data.csv").write_bytes(content)
+    assert main(["train", str(config)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_never_seen_in_training_is_named(tiny_run, tmp_path, capsys):
+    (tmp_path / "test.csv").write_text("text,label\nred red,purple\n")
+    config = yaml.safe_load(tiny_run().read_text())
+    config["task"]["test"] = str(tmp_path / "test.csv")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    assert "row 1: label `purple` never occurs in training; known: colour, other" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny_run, tmp_path, capsys):
+    config = tiny_run()
+    (tmp_path / "model-in" / "tokenizer.json").unlink()
+    assert main(["train", str(config)]) == 2
+    assert "has no tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere_is_refused_without_asking_the_hub(tiny_run, capsys):
+    assert main(["train", str(tiny_run()), "--model.name", "/no/such/folder"]) == 1
+    assert "no such folder, and no hub name either" in capsys.readouterr().err
+
+
+def test_a_diverging_run_stops_with_one_line_and_keeps_its_last_checkpoint(tiny_run, tmp_path, capsys):
+    config = tiny_run(server={"learning_rate": 1e30}, max_steps=40, save_steps=1)
+    assert main(["train", str(config)]) == 1
+    err = capsys.readouterr().err
+    assert "must be finite" in err or "diverged" in err
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tiny_run, tmp_path, capsys, monkeypatch):
+    import hosl.checkpoint as checkpoint
+
+    write, calls = checkpoint.safetensors.torch.save_file, []
+
+    def filling(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
+
+    config = tiny_run()
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", filling)
+    assert main(["train", str(config)]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device; the one before it is intact" in err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_help_is_quick_to_import():
+    script = "import sys; from hosl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_unknown_verb_lists_the_known_ones(capsys):
+    assert main(["trian"]) == 2
+    assert "unknown verb `trian`; allowed: train, eval" in capsys.readouterr().err
+
+
+def test_the_loop_in_the_readme_runs(monkeypatch, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (loop,) = [block for block in readme.split("```python\n")[1:] if "hosl_round(" in block]
+    found = {}
+    exec(loop.split("```")[0], found)
+    assert found["result"].loss < found["first_loss"]
