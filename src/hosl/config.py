@@ -141,7 +141,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"warmup_steps must lie in 0..max_steps={self.max_steps}, got {self.warmup_steps}"
             )
         if self.profile == "authors-head":
-            raise ConfigError("profile authors-head is not implemented yet; allowed: paper")
+            self._check_authors_head()
+
+    def _check_authors_head(self) -> None:
+        wanted = {
+            "method": "hosl",
+            "zo.law": "sphere",
+            "server.optimiser.name": "sgd",
+            "server.optimiser.momentum": 0.9,
+        }
+        for path, value in wanted.items():
+            found = self
+            for name in path.split("."):
+                found = getattr(found, name)
+            if found != value:
+                raise ConfigError(
+                    f"profile authors-head wants {path}: {value}, got {found}; examples/authors-head.yaml has all of it"
+                )
 
 
 def load_config(path: str | Path) -> Config:

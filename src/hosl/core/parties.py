@@ -146,3 +146,27 @@ class ZerothOrderServerSide(ServerSide, Protocol):
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """theta_s <- theta_s - eta_s * mean_q(coefficient_q u(seed_q))."""
         ...
+
+
+@runtime_checkable
+class NoisyClientSide(ZerothOrderClientSide, Protocol):
+    """A client that can also probe as the authors' published code does; for the profile authors-head only."""
+
+    def probe_with_dropout(self, batch: Batch, seed: int, epsilon: float, dropout_seed: int) -> Pair:
+        """As `probe`, but h+ has dropout on and h- has not (paper.md D2)."""
+        ...
+
+
+@runtime_checkable
+class NoisyServerSide(FirstOrderServerSide, Protocol):
+    """A server that can also answer as the authors' published code does; for the profile authors-head only."""
+
+    def loss_with_dropout(self, activations: Activations, targets: Targets, dropout_seed: int) -> float:
+        """The mean loss with dropout on. theta_s unchanged."""
+        ...
+
+    def step_with_dropout(
+        self, activations: Activations, targets: Targets, *, step: int, dropout_seed: int
+    ) -> StepReply:
+        """As `step`, with the dropout that `loss_with_dropout` drew from the same seed."""
+        ...

@@ -14,6 +14,8 @@ from hosl.core.parties import (
     ClientSide,
     FirstOrderClientSide,
     FirstOrderServerSide,
+    NoisyClientSide,
+    NoisyServerSide,
     ZerothOrderClientSide,
     ZerothOrderServerSide,
 )
@@ -144,3 +146,33 @@ def frozen_round(client: ClientSide, server: FirstOrderServerSide, batch: Batch,
     """The client never changes; the server trains. The row that every comparison owes (paper.md H0)."""
     reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7
     return RoundResult(loss=reply.loss)
+
+
+def authors_head_round(
+    client: NoisyClientSide,
+    server: NoisyServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    dropout_seed: int,
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """HOSL as the authors' published code runs it (HEAD 60c4a12); the profile authors-head. Never a recommendation.
+
+    Against the paper: the server's gradient is taken at the first +epsilon probe (D1), dropout is on in that probe and
+    off in its twin (D2), and the client moves after every pair (D6). 2Q uploads, none of them clean.
+    """
+    h_first, h_minus = client.probe_with_dropout(batch, seeds[0], epsilon, dropout_seed)  # D2
+    loss_plus = server.loss_with_dropout(h_first, batch.targets, dropout_seed)
+    (loss_minus,) = server.losses([h_minus], batch.targets)
+    coefficients = [central_difference(loss_plus, loss_minus, epsilon)]
+    client.descend(step, seeds[:1], [coefficients[0] / len(seeds)], learning_rate)  # D6
+    for seed in seeds[1:]:
+        h_plus, h_minus = client.probe(batch, seed, epsilon)
+        loss_plus, loss_minus = server.losses([h_plus, h_minus], batch.targets)
+        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))
+        client.descend(step, [seed], [coefficients[-1] / len(seeds)], learning_rate)  # D6
+    reply = server.step_with_dropout(h_first, batch.targets, step=step, dropout_seed=dropout_seed)  # D1
+    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))

@@ -22,6 +22,7 @@ from hosl.core.journal import Journal
 from hosl.core.parties import Batch
 from hosl.core.rounds import (
     RoundResult,
+    authors_head_round,
     fo_round,
     fo_zo_round,
     frozen_round,
@@ -30,6 +31,7 @@ from hosl.core.rounds import (
     zo_round,
 )
 from hosl.errors import CheckpointError, RunFolderError
+from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
 from hosl.parties.torch_server import FirstOrderServer, TorchServer, ZerothOrderServer
 from hosl.run.schedule import learning_rate
@@ -79,7 +81,10 @@ class Session:
         seeds = [direction_seed(config.seed, step, q) for q in range(config.zo.directions)]
         server_seeds = [direction_seed(config.seed, step, q, "server") for q in range(config.zo.directions)]
         eta = learning_rate(config, config.client.learning_rate)(step)
-        probes = {"seeds": seeds, "epsilon": config.zo.epsilon, "learning_rate": eta}
+        probes: dict[str, Any] = {"seeds": seeds, "epsilon": config.zo.epsilon, "learning_rate": eta}
+        if config.profile == "authors-head":
+            dropout_seed = direction_seed(config.seed, step, 0, "server")
+            return authors_head_round(client, server, batch, step=step, dropout_seed=dropout_seed, **probes)
         rounds: dict[str, Callable[..., RoundResult]] = {
             "hosl": partial(hosl_round, **probes),
             "hosl-gradient": partial(hosl_gradient_round, **probes),
@@ -222,7 +227,8 @@ def _client(config: Config, half: ClientHalf) -> FrozenClient:
         case "fo-fo" | "fo-zo":
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
         case "hosl" | "hosl-gradient" | "zo-zo":
-            return ZerothOrderClient(half, law=config.zo.law, device=device)
+            kind = NoisyZerothOrderClient if config.profile == "authors-head" else ZerothOrderClient
+            return kind(half, law=config.zo.law, device=device)
 
 
 def _server(config: Config, half: ServerHalf) -> TorchServer:
@@ -230,7 +236,8 @@ def _server(config: Config, half: ServerHalf) -> TorchServer:
     device = config.server.device
     if config.method in ("zo-zo", "fo-zo"):
         return ZerothOrderServer(half, learning_rate=eta, law=config.zo.law, device=device)
-    return FirstOrderServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
+    kind = NoisyFirstOrderServer if config.profile == "authors-head" else FirstOrderServer
+    return kind(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
 
 
 def _count(client: FrozenClient) -> int:

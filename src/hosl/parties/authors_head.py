@@ -1,0 +1,74 @@
+"""The two parties with the authors' published defects D1-D3, D6, for the profile authors-head and nothing else.
+
+They exist so that a difference between our numbers and the published ones can be attributed (docs/algorithm.md).
+Dropout is torch's own, from a seed, inside a fence that puts the global random state back.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from hosl.core.journal import Journal
+from hosl.core.parties import Batch, Pair, StepReply, Targets
+from hosl.core.shapes import Float
+from hosl.parties.probing import Probe, descend_, paired
+from hosl.parties.torch_client import ZerothOrderClient
+from hosl.parties.torch_server import FirstOrderServer
+
+
+@contextmanager
+def dropout(half: Any, seed: int) -> Iterator[None]:
+    """Within this fence `half` drops as its config says, drawing from `seed`; afterwards it is in eval mode again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        half.train()
+        try:
+            yield
+        finally:
+            half.eval()
+
+
+class NoisyZerothOrderClient(ZerothOrderClient):
+    """A zeroth-order client whose first probe of a step has dropout on in L+ only (D2)."""
+
+    def probe_with_dropout(self, batch: Batch, seed: int, epsilon: float, dropout_seed: int) -> Pair:
+        """h+ with dropout, h- without, [rows, seq, width] each."""
+        ids, mask = self._inputs(batch)
+        probe = Probe(seed, epsilon, self.law)
+        with torch.no_grad(), paired(self.half.model, probe, rows=2 * len(ids)):
+            with dropout(self.half, dropout_seed):
+                h_plus, _ = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
+            _, h_minus = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
+        return h_plus, h_minus
+
+    def replay(self, journal: Journal, *, after: int = 0) -> None:
+        """Apply the journal's updates one direction at a time, as they were made (D6)."""
+        for _, seeds, scales in journal.updates(after=after):
+            for seed, scale in zip(seeds, scales, strict=True):
+                descend_(self.trained, [seed], [scale], self.law)
+        self.journal = journal
+
+
+class NoisyFirstOrderServer(FirstOrderServer):
+    """A first-order server with dropout in its training step and in evaluation (D2, D3)."""
+
+    def loss_with_dropout(self, activations: torch.Tensor, targets: Targets, dropout_seed: int) -> float:
+        """The mean loss with dropout on, in nats; theta_s unchanged."""
+        with torch.no_grad(), dropout(self.half, dropout_seed):
+            return float(self._loss(activations, targets))
+
+    def step_with_dropout(
+        self, activations: torch.Tensor, targets: Targets, *, step: int, dropout_seed: int
+    ) -> StepReply:
+        """One update of theta_s from a forward with dropout on."""
+        with dropout(self.half, dropout_seed):
+            return self.step(activations, targets, step=step)
+
+    def scores(self, activations: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
+        """Scores with dropout on (D3); its seed comes from the mask, so that an evaluation repeats itself."""
+        with dropout(self.half, crc32(targets.mask.tobytes())):
+            return super().scores(activations, targets)
