@@ -131,10 +131,32 @@ def test_a_full_disk_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("hosl.split.artifact.write_tensors", full)
     with pytest.raises(FailureError, match="No space left on device; nothing was left behind"):
         split_folder(tmp_path / "whole", 1, tmp_path / "split")
     assert [p.name for p in tmp_path.iterdir()] == ["whole"]
+
+
+def test_splitting_needs_less_memory_than_the_larger_half(tmp_path):
+    """Peak growth of a fresh process, against halves of about 60 MiB; tensors are read and written one by one."""
+    config = hf.OPTConfig(vocab_size=4000, hidden_size=512, word_embed_proj_dim=512, ffn_dim=2048)
+    config.num_hidden_layers, config.num_attention_heads = 8, 8
+    hf.OPTForCausalLM(config).save_pretrained(tmp_path / "whole", max_shard_size="40MB")
+    script = (
+        "import sys; from pathlib import Path; import hosl.split.artifact as a, transformers.models.opt.modeling_opt\n"
+        "peak = lambda: next(int(x.split()[1]) * 1024 for x in open('/proc/self/status') if x.startswith('VmHWM'))\n"
+        "before = peak()\n"
+        "info = a.split_folder(sys.argv[1] + '/whole', 4, Path(sys.argv[1] + '/split'))\n"
+        "print(peak() - before, info.client_bytes, info.server_bytes)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    growth, client, server = map(int, ran.stdout.split())
+    assert growth < max(client, server)
+    for side, size_bytes in (("client", client), ("server", server)):
+        half = load_half(tmp_path / "split" / side)
+        assert sum(t.nbytes for t in half.state_dict().values()) == size_bytes
 
 
 def test_weights_cut_short_by_a_download_are_named(tiny, tmp_path):

@@ -25,7 +25,7 @@ _PAGE = """<!doctype html>
  .card {{ background: var(--card); border-radius: .5rem; padding: .7rem .9rem }}
  .card b {{ display: block; font-size: 1.3rem }}
  table {{ border-collapse: collapse; width: 100% }} td, th {{ text-align: left; padding: .25rem .6rem .25rem 0;
-   border-bottom: 1px solid var(--line) }} td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
+   border-bottom: 1px solid var(--line) }} .n {{ text-align: right; font-variant-numeric: tabular-nums }}
  svg {{ width: 100%; height: auto }} pre {{ background: var(--card); padding: .8rem; border-radius: .5rem;
    overflow-x: auto; font-size: .85rem }}
  @media print {{ body {{ max-width: none; margin: 0 }} }}
@@ -144,7 +144,7 @@ def _costs(steps: list[dict[str, Any]], timings: list[dict[str, Any]]) -> str:
 
 
 def _table(lines: list[dict[str, Any]], keys: tuple[str, ...]) -> str:
-    head = "".join(f"<th>{key}</th>" for key in keys)
+    head = "".join(f'<th class="n">{key}</th>' for key in keys)
     rows = "".join(
         "<tr>" + "".join(f'<td class="n">{_number(line[key])}</td>' for key in keys) + "</tr>"
         for line in lines

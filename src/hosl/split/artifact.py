@@ -8,7 +8,6 @@ half.json names the side, family, cut and head, the digest of the whole checkpoi
 
 import json
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from hosl.split.families import Family, Head, family_of
 from hosl.split.folders import whole_folder
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
+from hosl.split.streaming import Source, tensors_digest, write_tensors
 
 _FORMAT = 1
 Side = Literal["client", "server"]
@@ -118,7 +118,7 @@ def load_half(folder: str | Path) -> ClientHalf | ServerHalf:
     (cut_to_client_ if client else cut_to_server_)(skeleton, family, facts["cut"])
     (file,) = checkpoint_files(folder, str(folder))
     tensors = safetensors.torch.load_file(file)
-    if _digest(tensors) != facts["digest"]:
+    if tensors_digest(tensors) != facts["digest"]:
         raise ModelError(f"{folder}: the tensors do not have the digest of half.json; split the model again")
     _restore_buffers_(skeleton)
     skeleton.load_state_dict(tensors, assign=True)
@@ -141,18 +141,26 @@ def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
 
 def _write_side(skeleton: Any, files: list[Path], out: Path, name: str, seed: int) -> tuple[str, int]:
     homes = _homes(skeleton, files)
-    tensors, absent = {}, []
+    sources, absent = [], []
     for wanted in skeleton.state_dict():
         key = _key_in_checkpoint(skeleton, wanted, homes)
         if key is None:
             absent.append(wanted)
-            continue
-        file, stored_key = homes[key]
+        else:
+            sources.append(_stored(wanted, *homes[key]))
+    for wanted, tensor in _new_weights(skeleton, absent, name, seed).items():
+        sources.append(Source(wanted, "F32", tuple(tensor.shape), lambda tensor=tensor: tensor))
+    return write_tensors(out / "model.safetensors", sources), sum(source.size_bytes for source in sources)
+
+
+def _stored(wanted: str, file: Path, stored_key: str) -> Source:
+    def read() -> torch.Tensor:
         with safetensors.safe_open(file, "pt") as content:
-            tensors[wanted] = content.get_tensor(stored_key)
-    tensors |= _new_weights(skeleton, absent, name, seed)
-    safetensors.torch.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return _digest(tensors), sum(t.nbytes for t in tensors.values())
+            return content.get_tensor(stored_key)
+
+    with safetensors.safe_open(file, "pt") as content:
+        part = content.get_slice(stored_key)
+        return Source(wanted, part.get_dtype(), tuple(part.get_shape()), read)
 
 
 def _homes(skeleton: Any, files: list[Path]) -> dict[str, tuple[Path, str]]:
@@ -217,12 +225,3 @@ def _restore_buffers_(model: Any) -> None:
             model._init_weights(
                 module
             )  # transformers' own; parameters are still meta, so only buffers are filled
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
