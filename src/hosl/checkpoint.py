@@ -22,7 +22,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from hosl.errors import CheckpointError
+from hosl.errors import CheckpointError, FailureError
+from hosl.folders import whole_folder
 
 _FORMAT = 1
 
@@ -48,27 +49,16 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         CheckpointError: if the disk is full or cannot be written; the older checkpoint then stays.
     """
-    final = folder / f"step-{checkpoint.step:08d}"
-    partial = folder / f".partial-{checkpoint.step:08d}"
-    previous = newest_checkpoint(folder)
+    final, previous = folder / f"step-{checkpoint.step:08d}", newest_checkpoint(folder)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "client").mkdir(parents=True)
-        (partial / "server").mkdir()
-        _fill(partial, checkpoint, previous)
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        if final.exists():  # the same step again, after a resume
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(folder)
-    except OSError as cause:
-        shutil.rmtree(partial, ignore_errors=True)
+        with whole_folder(final) as partial:
+            _fill(partial, checkpoint, previous)
+    except (OSError, FailureError) as cause:
         raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} could not be written to {folder}: {cause.strerror}; "
+            f"the checkpoint of step {checkpoint.step} could not be written: {cause}; "
             f"{'the one before it is intact' if previous else 'there is none before it'}: free space, then resume"
         ) from cause
-    for old in folder.glob("step-*"):
+    for old in folder.iterdir():
         if old != final:
             shutil.rmtree(old)
     return final
@@ -147,6 +137,8 @@ def restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, 
 
 
 def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
+    (partial / "client").mkdir()
+    (partial / "server").mkdir()
     for name, tensors in checkpoint.tensors.items():
         kept = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
         try:
@@ -171,11 +163,3 @@ def _digest(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

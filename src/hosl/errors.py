@@ -7,7 +7,7 @@ Every message answers four questions: what was asked, what was found, what is al
     |   |-- ConfigError                        a setting, or two that contradict each other
     |   |-- SplitError                         a model, a family or a cut
     |   |-- TaskError                          data, labels or a tokenizer
-    |   `-- RunFolderError                     a run folder that is in use, missing or not one
+    |   `-- FolderError                        a folder that is in use, occupied, missing or no run
     `-- FailureError                         the request was fine, the work failed         exit 1
         |-- NonFiniteError                     NaN or Inf where a number is needed
         |-- JournalError                       a journal that cannot be replayed
@@ -40,8 +40,8 @@ class TaskError(RequestError):
     """The data, its labels or the tokenizer cannot serve as asked."""
 
 
-class RunFolderError(RequestError):
-    """The run folder is in use, missing, or not a run folder."""
+class FolderError(RequestError):
+    """A folder is in use, occupied, missing, or not a run's folder."""
 
 
 class FailureError(HoslError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hosl.errors import FailureError, ModelError, SplitError
+from hosl.errors import FailureError, FolderError, ModelError, SplitError
 from hosl.split import export_checkpoint, load_half, load_model, split_folder, split_model
 
 CUTS = [0, 1, 2, 3]
@@ -120,7 +120,7 @@ def test_an_occupied_folder_is_left_alone(tiny, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path / "whole")
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / "precious").write_text("keep me")
-    with pytest.raises(SplitError, match="nothing is overwritten"):
+    with pytest.raises(FolderError, match="nothing is overwritten"):
         split_folder(tmp_path / "whole", 1, tmp_path / "split")
     assert [p.name for p in (tmp_path / "split").iterdir()] == ["precious"]
 

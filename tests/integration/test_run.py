@@ -48,6 +48,7 @@ def test_the_exported_model_gives_the_runs_own_accuracy(tiny_run, tmp_path, caps
         "model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()\n"
         "hits = [int(model(torch.tensor([ids])).logits.argmax()) == label for ids, label in rows]\n"
         "assert 'hosl' not in sys.modules\n"
+        "assert model.config.id2label == {0: 'colour', 1: 'other'}\n"
         "print(sum(hits) / len(hits))\n"
     )
     asked = [sys.executable, "-c", script, str(tmp_path / "run" / "model"), json.dumps(rows)]
@@ -97,6 +98,12 @@ def test_a_wrong_setting_is_one_line_and_status_two(tiny_run, tmp_path, capsys, 
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tiny_run, tmp_path, capsys):
+    assert main(["train", str(tiny_run(report_to=["trackio"]))]) == 2
+    assert "report_to asks for trackio, which is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -184,7 +191,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_run, tmp_path, capsys, mon
     monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", filling)
     assert main(["train", str(config)]) == 1
     err = capsys.readouterr().err
-    assert "No space left on device; the one before it is intact" in err
+    assert "No space left on device; nothing was left behind; the one before it is intact" in err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hosl.cli.answers import answer, verb_parser
-from hosl.errors import RunFolderError
+from hosl.errors import FolderError
 
 
 def run(words: list[str]) -> int:
@@ -12,7 +12,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("run", help="a run's folder")
     known = parser.parse_args(words)
     if not (Path(known.run) / "metrics.jsonl").is_file():
-        raise RunFolderError(f"{known.run} is not a run's folder: it has no metrics.jsonl")
+        raise FolderError(f"{known.run} is not a run's folder: it has no metrics.jsonl")
 
     from hosl.run.report import write_report
 

@@ -6,16 +6,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Float, Int
 else:
     try:
-        from jaxtyping import Float, Int, Shaped
+        from jaxtyping import Float, Int
     except ImportError:
 
         class _PlainArray:
             def __getitem__(self, annotation: Any) -> Any:
                 return annotation[0]
 
-        Float = Int = Shaped = _PlainArray()
+        Float = Int = _PlainArray()
 
-__all__ = ["Float", "Int", "Shaped"]
+__all__ = ["Float", "Int"]

@@ -4,7 +4,6 @@ Requires of the half: dropout off (L+ and L- must be one function, paper.md I4),
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -108,8 +107,3 @@ class FirstOrderClient(FrozenClient):
         h, self._h = self._h, None
         h.backward(gradient.to(h))
         optimiser_step(self.optimiser, learning_rate)
-
-
-def client_state(client: FrozenClient) -> dict[str, Any]:
-    """The trained tensors of a client by name, for a snapshot; empty when it is frozen."""
-    return dict(trained_parameters(client.half.model)) if type(client) is not FrozenClient else {}

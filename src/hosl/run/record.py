@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hosl.errors import RunFolderError
+from hosl.errors import FolderError
 
 
 class RunLock:
@@ -25,7 +25,7 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise RunFolderError(
+            raise FolderError(
                 f"{run} is in use by another process; wait for it, end it, or choose another output_dir"
             ) from None
 

@@ -30,7 +30,7 @@ from hosl.core.rounds import (
     hosl_round,
     zo_round,
 )
-from hosl.errors import CheckpointError, RunFolderError
+from hosl.errors import CheckpointError, FolderError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
 from hosl.parties.torch_server import FirstOrderServer, TorchServer, ZerothOrderServer
@@ -138,11 +138,11 @@ def load_run(run: Path) -> Session:
     """The session of a run's folder at its newest checkpoint, bit for bit as it was.
 
     Raises:
-        RunFolderError: if `run` is not a run's folder.
+        FolderError: if `run` is not a run's folder.
         CheckpointError: if its checkpoint belongs to other weights, or is damaged.
     """
     if not (run / "config.yaml").is_file():
-        raise RunFolderError(
+        raise FolderError(
             f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
         )
     session = new_session(load_config(run / "config.yaml"))

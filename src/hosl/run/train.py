@@ -7,15 +7,15 @@ from typing import Any
 
 from hosl.checkpoint import newest_checkpoint
 from hosl.config import Config, dump_config
-from hosl.errors import RunFolderError
+from hosl.errors import FolderError
 from hosl.evaluation import Evaluation, evaluate
-from hosl.run.loop import save, train
+from hosl.run.loop import train
 from hosl.run.progress import open_view
 from hosl.run.record import Record, RunLock, read_lines, versions
 from hosl.run.report import write_report
 from hosl.run.session import Session, load_run, new_session
 from hosl.run.stopping import Stop
-from hosl.run.trackers import feed_trackers
+from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split import export_adapter, export_checkpoint
 
 
@@ -24,6 +24,7 @@ def start(config: Config) -> dict[str, Any]:
 
     The folder is `config.output_dir`, or, where that is taken, the same name with -2, -3, ...
     """
+    check_trackers(config)
     session = new_session(config)  # what can be refused is refused before a folder is made
     run = _new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -37,10 +38,10 @@ def resume(run: Path) -> dict[str, Any]:
     """Go on from the newest checkpoint of a run's folder; returns the run's summary.
 
     Raises:
-        RunFolderError: if `run` is not a run's folder, or another process is at work in it.
+        FolderError: if `run` is not a run's folder, or another process is at work in it.
     """
     if not (run / "config.yaml").is_file():
-        raise RunFolderError(
+        raise FolderError(
             f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
         )
     with RunLock(run):
@@ -62,7 +63,7 @@ def export(run: Path, out: Path) -> None:
     """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
 
     Raises:
-        RunFolderError: if `run` is not a run's folder. SplitError: if `out` is taken.
+        FolderError: if `run` is not a run's folder, or `out` is taken.
     """
     export_session(load_run(run), out)
 
@@ -70,8 +71,13 @@ def export(run: Path, out: Path) -> None:
 def export_session(session: Session, out: Path) -> None:
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
     config = session.config
+    labels = session.task.labels if session.task.head == "classification" else None
     export_checkpoint(
-        session.client_half, session.server_half, out, tokenizer_folder=session.tokenizer_folder
+        session.client_half,
+        session.server_half,
+        out,
+        tokenizer_folder=session.tokenizer_folder,
+        labels=labels,
     )
     if "lora" in (config.client.trainable, config.server.trainable) and config.method != "frozen":
         export_adapter(session.client_half, session.server_half, out / "adapter")
@@ -97,10 +103,8 @@ def _carry_on(session: Session, run: Path, metrics_bytes: int) -> dict[str, Any]
 
 
 def _finish(session: Session, record: Record, run: Path) -> None:
-    lines = read_lines(run / "metrics.jsonl")
-    if not any(line.get("split") == "test" for line in lines):
-        record.metrics(step=session.step, split="test", **asdict(test(session)))
-        save(session, record, run)
+    record.metrics(step=session.step, split="test", **asdict(test(session)))
+    record.flush()
     if not (run / "model").exists():
         export_session(session, run / "model")
     write_report(run)
@@ -155,7 +159,7 @@ def _new_folder(wanted: Path) -> Path:
         except FileExistsError:
             number += 1
         except OSError as cause:
-            raise RunFolderError(
+            raise FolderError(
                 f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
             ) from cause
         else:

@@ -19,9 +19,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from hosl.errors import ModelError
+from hosl.folders import whole_folder
 from hosl.split.export import copy_tokenizer
 from hosl.split.families import Family, Head, family_of
-from hosl.split.folders import whole_folder
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
 from hosl.split.streaming import Source, tensors_digest, write_tensors
@@ -68,7 +68,8 @@ def split_folder(
         seed: of weights that the checkpoint does not hold, such as a new head.
 
     Raises:
-        SplitError: if family, cut or `out` cannot serve. ModelError: if weights are missing or cut short.
+        SplitError: if family or cut cannot serve. FolderError: if `out` is taken.
+        ModelError: if weights are missing or cut short.
     """
     name = str(model)
     folder = resolve_model_folder(name)

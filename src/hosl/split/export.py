@@ -8,8 +8,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from hosl.folders import whole_folder
 from hosl.split.adapters import ADAPTER, lora_layers
-from hosl.split.folders import whole_folder
 from hosl.split.halves import ClientHalf, ServerHalf
 
 TOKENIZER_FILES = (
@@ -30,7 +30,7 @@ def export_checkpoint(
     Halves whose tie a cut has separated and training has parted are written untied (`tie_word_embeddings: false`).
 
     Raises:
-        SplitError: if `out` exists and is not empty.
+        FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
     tensors = merged_tensors(client_half) | merged_tensors(server_half)
@@ -55,7 +55,7 @@ def export_adapter(client_half: ClientHalf, server_half: ServerHalf, out: Path) 
     """Write `out` as peft would: the adapters of both halves, for `PeftModel.from_pretrained(base, out)`.
 
     Raises:
-        SplitError: if `out` exists and is not empty.
+        FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
     import peft

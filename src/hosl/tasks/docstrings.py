@@ -8,7 +8,7 @@ dropped. Source files are parsed, never imported.
 import ast
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from hosl.errors import TaskError
@@ -80,9 +80,3 @@ def _paragraphs(library: Path) -> Iterator[tuple[str, str]]:
 
 def _first_paragraph(docstring: str | None) -> str:
     return " ".join((docstring or "").split("\n\n")[0].split())
-
-
-def label_counts(texts: Sequence[LabelledText], labels: Sequence[str]) -> dict[str, int]:
-    """How many texts each label has."""
-    counts = Counter(label for _, label in texts)
-    return {name: counts[index] for index, name in enumerate(labels)}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hosl.errors import FailureError, SplitError
+from hosl.errors import FailureError, FolderError
 
 
 @contextmanager
@@ -14,15 +14,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """Yields a folder to fill; it becomes `out` at the end, or vanishes when the block fails.
 
     Raises:
-        SplitError: if `out` exists and is not an empty folder.
+        FolderError: if `out` exists and is not an empty folder.
         FailureError: if the disk is full or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SplitError(
+        raise FolderError(
             f"{out} exists and is not empty; nothing is overwritten: choose another folder, or empty it"
         )
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f".{out.name}.partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
