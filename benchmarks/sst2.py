@@ -1,6 +1,8 @@
 """The first results: five methods x {full, LoRA} on SST-2, rates tuned on dev with three tries each, three seeds.
 
-    HOSL_DATA=... python benchmarks/sst2.py runs/sst2-study            # resumes: what is done is not done again
+    HOSL_DATA=... python benchmarks/sst2.py        # resumes: a run whose summary is there is not made again
+
+Summaries stand in benchmarks/results/sst2, one file per run, each with its command; runs go to runs/sst2-study.
 
 Three tries on seed 0, the lowest dev loss chosen, then the other seeds at that rate; test is read from the chosen runs
 only. The server's rate is tuned on the frozen client and kept for the other first-order servers; zo-zo has one rate.
@@ -27,10 +29,13 @@ GRID = {
 }
 
 
+SUMMARIES = Path(__file__).parent / "results" / "sst2"
+
+
 def run_one(folder: Path, method: str, tuning: str, rate: float, server_rate: float, seed: int) -> dict:
     """One `hosl train`, or its summary if it has been made; the command is in the summary."""
     name = f"{tuning}-{method}-{rate:g}-{server_rate:g}-seed{seed}"
-    summary = folder / f"{name}.json"
+    summary = SUMMARIES / f"{name}.json"
     if summary.is_file():
         return json.loads(summary.read_text())
     trainable = {"full": ("blocks", "all"), "lora": ("lora", "lora")}[tuning]
@@ -124,7 +129,7 @@ def _closure(runs: list[dict], frozen: list[dict], first: list[dict], key: str) 
 
 if __name__ == "__main__":
     words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("folder", type=Path)
+    words.add_argument("folder", type=Path, nargs="?", default=Path("runs/sst2-study"))
     known = words.parse_args()
-    known.folder.mkdir(parents=True, exist_ok=True)
+    SUMMARIES.mkdir(parents=True, exist_ok=True)
     print(table(study(known.folder)))
