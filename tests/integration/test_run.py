@@ -212,3 +212,31 @@ def test_the_loop_in_the_readme_runs(monkeypatch, tmp_path):
     found = {}
     exec(loop.split("```")[0], found)
     assert found["result"].loss < found["first_loss"]
+
+
+def test_hosl_split_writes_two_sides_and_says_how_large(tiny_run, tmp_path, capsys):
+    tiny_run()
+    out = tmp_path / "halves"
+    words = [
+        "split",
+        str(tmp_path / "model-in"),
+        str(out),
+        "--cut",
+        "2",
+        "--head",
+        "classification",
+        "--labels",
+        "5",
+    ]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["family"] == "bert"
+    assert {path.name for path in (out / "server").iterdir()} == {
+        "config.json",
+        "half.json",
+        "model.safetensors",
+    }
+    assert (out / "client" / "tokenizer.json").is_file()
+    assert main(words) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
