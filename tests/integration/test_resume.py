@@ -99,3 +99,14 @@ def test_a_second_run_takes_a_folder_of_its_own(tiny_run, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
         tmp_path / "run-2" / "metrics.jsonl"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(("changed", "what"), [("data.csv", "task"), ("model-in/model.safetensors", "model")])
+def test_a_resume_with_other_inputs_is_refused(tiny_run, tmp_path, capsys, changed, what):
+    assert main(["train", str(tiny_run(max_steps=4))]) == 0
+    file = tmp_path / changed
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 1
+    assert f"was trained with another {what}" in capsys.readouterr().err

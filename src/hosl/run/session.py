@@ -44,7 +44,7 @@ from hosl.split import (
     set_trainable,
     split_model,
 )
-from hosl.tasks import Task, TextTokenizer, load_task
+from hosl.tasks import Task, TextTokenizer, load_task, task_digest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -125,7 +125,9 @@ def new_session(config: Config) -> Session:
     )
     session.facts = {
         "model": {"source": loaded.source, "digest": loaded.digest, "family": client_half.family},
+        "task": {"name": task.name, "digest": task_digest(task)},
         "cut": config.model.cut,
+        "tied_head_trained_apart": task.head == "causal" and bool(loaded.model.config.tie_word_embeddings),
         "new_weights": list(loaded.initialised),
         "trained_parameters": {
             "client": _count(session.client), "server": sum(p.numel() for p in session.server.trained.values())
@@ -139,7 +141,7 @@ def load_run(run: Path) -> Session:
 
     Raises:
         FolderError: if `run` is not a run's folder.
-        CheckpointError: if its checkpoint belongs to other weights, or is damaged.
+        CheckpointError: if its checkpoint belongs to other weights or data, or is damaged.
     """
     if not (run / "config.yaml").is_file():
         raise FolderError(
@@ -150,12 +152,7 @@ def load_run(run: Path) -> Session:
     if path is None:
         return session
     checkpoint = read_checkpoint(path)
-    digest = session.facts["model"]["digest"]
-    if checkpoint.state["model_digest"] != digest:
-        raise CheckpointError(
-            f"{path} was trained from a model with digest {checkpoint.state['model_digest'][:12]}, "
-            f"{session.config.model.name} now has {digest[:12]}: put the original weights back"
-        )
+    _check_same_inputs(session, checkpoint, path)
     _restore(session, checkpoint)
     return session
 
@@ -179,11 +176,22 @@ def session_checkpoint(session: Session, facts: dict[str, Any]) -> Checkpoint:
         checkpoint.tensors["client/optimiser"] = optimiser_tensors(client.optimiser, client.trained)
     checkpoint.state = {
         "model_digest": session.facts["model"]["digest"],
+        "task_digest": session.facts["task"]["digest"],
         "law": session.config.zo.law,
         "snapshot_step": session.snapshot_step,
         **facts,
     }
     return checkpoint
+
+
+def _check_same_inputs(session: Session, checkpoint: Checkpoint, path: Path) -> None:
+    for what, name in (("model", session.config.model.name), ("task", session.task.name)):
+        before, now = checkpoint.state[f"{what}_digest"], session.facts[what]["digest"]
+        if before != now:
+            raise CheckpointError(
+                f"{path} was trained with another {what}: {name} had the digest {before[:12]}, now {now[:12]}; "
+                "put the original files back, or start a new run"
+            )
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """Text -> batches: the embedded task, your own files, the paper's six tasks as prompts. No torch here."""
 
-from hosl.tasks.base import Example, Task
+from hosl.tasks.base import Example, Task, task_digest
 from hosl.tasks.configs import DocstringsConfig, FilesConfig, PromptsConfig, TaskConfig
 from hosl.tasks.docstrings import docstrings_task
 from hosl.tasks.files import files_task
@@ -25,4 +25,5 @@ def load_task(config: TaskConfig, tokenizer: TextTokenizer, *, seed: int) -> Tas
 
 __all__ = [
     "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "Task", "TaskConfig", "TextTokenizer", "load_task",
+    "task_digest",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -84,3 +84,13 @@ def content_order(texts: Sequence[str], seed: int) -> list[int]:
     """Indices of `texts` by the hash of (seed, text): the same on every machine, in whatever order they came."""
     keys = [(blake2b(f"{seed}/{text}".encode(), digest_size=16).digest(), text) for text in texts]
     return sorted(range(len(texts)), key=lambda index: (keys[index], index))
+
+
+def task_digest(task: Task) -> str:
+    """SHA-256 over every encoded example of the three splits, in order: equal for equal data and settings."""
+    digest = sha256()
+    for part in (task.train, task.dev, task.test):
+        for example in part:
+            digest.update(repr((example.rows, example.label, example.option_lengths)).encode())
+        digest.update(b"|")
+    return digest.hexdigest()
