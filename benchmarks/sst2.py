@@ -22,7 +22,7 @@ METHODS = ("frozen", "fo-fo", "hosl", "hosl-gradient", "zo-zo")
 GRID = {
     ("full", "server"): (3e-5, 1e-4, 3e-4),
     ("lora", "server"): (3e-4, 1e-3, 3e-3),
-    ("full", "fo-fo"): (3e-5, 1e-4, 3e-4),
+    ("full", "fo-fo"): (1e-5, 3e-5, 1e-4, 3e-4),  # 3e-5 was the lowest and the best of three: one more below it
     ("lora", "fo-fo"): (3e-4, 1e-3, 3e-3),
     ("full", "zo"): (1e-6, 1e-5, 1e-4),
     ("lora", "zo"): (1e-4, 1e-3, 1e-2),
