@@ -50,8 +50,12 @@ def run_one(folder: Path, method: str, tuning: str, rate: float, server_rate: fl
     if method == "fo-fo":
         command += ["--client.optimiser.name", "adamw"]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if ran.returncode:  # a rate so high that it diverges is a result of the search, not of the program
-        found = {"failed": ran.stderr.strip().splitlines()[-1], "dev_loss_nats": float("inf")}
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines()[-1]
+        if not said.startswith("hosl:") or "finite" not in said:
+            raise RuntimeError(f"{name} failed: {said}")
+        # a rate so high that it diverges is a result of the search, not of the program
+        found = {"failed": said, "dev_loss_nats": float("inf")}
     else:
         found = json.loads(ran.stdout)
     found |= {"rate": rate, "server_rate": server_rate, "command": "hosl " + " ".join(command[3:])}

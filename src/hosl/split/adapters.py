@@ -35,11 +35,14 @@ def add_lora(half: ClientHalf | ServerHalf, spec: LoraSpec, *, seed: int) -> Non
         return
     peft = _peft()
     targets = _target_modules(half, spec)
-    config = peft.LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, target_modules=sorted(targets), lora_dropout=0.0
-    )
+    prefix = f"{half.blocks_name}."
+    inside = sorted(name.removeprefix(prefix) for name in targets)
+    config = peft.LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=inside, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global state; drawn again below
-        peft.inject_adapter_in_model(config, half.model, adapter_name=ADAPTER)
+        # into the blocks, not the model: peft looks for a tied model's embeddings, and a half may have none
+        peft.inject_adapter_in_model(
+            config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER
+        )
     with torch.no_grad():
         for name, p in half.named_parameters():
             if ".lora_A." in name:
