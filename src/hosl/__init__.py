@@ -24,7 +24,7 @@ _HOMES = {
     "FirstOrderClient": "hosl.parties.torch_client",
     "FirstOrderServer": "hosl.parties.torch_server",
     "ZerothOrderServer": "hosl.parties.torch_server",
-    "load_run": "hosl.run.session",
+    "load_run": "hosl.run.local",
     "export": "hosl.run.train",
 }
 

@@ -7,7 +7,8 @@
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
 The folder is written under another name, flushed to the disk and renamed, so the newest `step-*` is always complete.
-Base weights are not copied: they are the model's own, recognised by their digest (`hosl.run.train`).
+Base weights are not copied: they are the model's own, recognised by their digest (`hosl.run.local`). Tensors are the
+runtime's own; torch is loaded when there are any to write or read, so that a device without it can import this.
 """
 
 import json
@@ -17,10 +18,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import safetensors
-import safetensors.torch
-import torch
 
 from hosl.errors import CheckpointError, FailureError
 from hosl.folders import whole_folder
@@ -35,7 +32,7 @@ class Checkpoint:
     step: int
     state: dict[str, Any] = field(default_factory=dict)
     """Plain facts that go to state.json."""
-    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """File name without ending, such as `server/trained`, to its tensors."""
     journal: bytes | None = None
     """The zeroth-order client's journal."""
@@ -43,8 +40,10 @@ class Checkpoint:
     """Files taken over unchanged from the previous checkpoint, such as an earlier snapshot."""
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder` and drop the older ones; returns its path.
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
+    """Write `checkpoint` below `folder` and drop all but the newest `keep`; returns its path.
+
+    Two are kept where the other half is saved elsewhere: one of the two writes comes first, a kill may come between.
 
     Raises:
         CheckpointError: if the disk is full or cannot be written; the older checkpoint then stays.
@@ -58,10 +57,18 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             f"the checkpoint of step {checkpoint.step} could not be written: {cause}; "
             f"{'the one before it is intact' if previous else 'there is none before it'}: free space, then resume"
         ) from cause
+    kept = sorted(folder.glob("step-*"))[-keep:]
     for old in folder.iterdir():
-        if old != final:
+        if old not in kept:
             shutil.rmtree(old)
     return final
+
+
+def drop_checkpoints_after(folder: Path, step: int) -> None:
+    """Delete checkpoints later than `step`: the run has gone back and will write them again."""
+    for path in folder.glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -92,59 +99,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if name == "client/journal.bin":
             checkpoint.journal = file.read_bytes()
         else:
+            import safetensors.torch
+
             checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(file)
     return checkpoint
-
-
-def optimiser_tensors(
-    optimiser: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """An optimiser's state as named tensors, `parameter/entry`; for safetensors."""
-    return {
-        f"{name}/{entry}": torch.as_tensor(value)
-        for name, p in trained.items()
-        for entry, value in optimiser.state.get(p, {}).items()
-        if value is not None
-    }
-
-
-def restore_optimiser_(
-    optimiser: torch.optim.Optimizer,
-    trained: dict[str, torch.nn.Parameter],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Put back what `optimiser_tensors` took."""
-    for key, value in tensors.items():
-        name, entry = key.rsplit("/", 1)
-        keep_on_cpu = entry == "step"
-        optimiser.state[trained[name]][entry] = value if keep_on_cpu else value.to(trained[name].device)
-
-
-def restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
-    """Write saved tensors into the trained parameters of the same names.
-
-    Raises:
-        CheckpointError: if the names differ.
-    """
-    if trained.keys() != tensors.keys():
-        wrong = sorted(trained.keys() ^ tensors.keys())
-        raise CheckpointError(
-            f"the checkpoint trains {len(tensors)} tensors, this run {len(trained)}; {wrong[0]} is on one side only"
-        )
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(tensors[name])
 
 
 def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     (partial / "client").mkdir()
     (partial / "server").mkdir()
     for name, tensors in checkpoint.tensors.items():
-        kept = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
-        try:
-            safetensors.torch.save_file(kept, partial / f"{name}.safetensors")
-        except safetensors.SafetensorError as cause:  # wraps the system's error, such as a full disk
-            raise OSError(0, str(cause)) from cause
+        _save_tensors(tensors, partial / f"{name}.safetensors")
     if checkpoint.journal is not None:
         (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
     for name in checkpoint.linked:
@@ -155,6 +120,16 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     }
     state = {"format": _FORMAT, "step": checkpoint.step, "facts": checkpoint.state, "digests": digests}
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
+    import safetensors.torch
+
+    kept = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
+    try:
+        safetensors.torch.save_file(kept, file)
+    except safetensors.SafetensorError as cause:  # wraps the system's error, such as a full disk
+        raise OSError(0, str(cause)) from cause
 
 
 def _digest(file: Path) -> str:

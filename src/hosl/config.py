@@ -94,6 +94,45 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"server.learning_rate must be >= 0, got {self.learning_rate}")
 
 
+class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What goes over the network of `hosl join`, and how long it may take."""
+
+    compression: Literal["none", "bf16", "int8"] = "none"
+    """Of the activations on their way up."""
+    labels: Literal["server", "client"] = "server"
+    """server: the scored targets travel. client: norm and head live on the device, label values never cross."""
+    connect_s: float = 10.0
+    """For the first connection; later ones are tried for ever."""
+    idle_s: float = 60.0
+    """Without any sign of life from the server before the connection is given up and made again."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect_s", "idle_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"wire.{name} must be > 0 seconds, got {getattr(self, name)}")
+
+
+class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Several devices that train one server half (`hosl join` on each)."""
+
+    count: int = 1
+    """How many devices take part."""
+    halves: Literal["personal", "shared"] = "personal"
+    """personal: each keeps its own client half. shared: all stay equal, by one journal that the server relays."""
+    schedule: Literal["sequential", "synchronous"] = "sequential"
+    """sequential: each step is applied as it comes. synchronous: one server update per round over all."""
+    grace_s: float = 30.0
+    """How long a synchronous round waits for the others after its first contribution."""
+    directions: Literal["own", "common"] = "own"
+    """Shared halves: whether every device draws its own directions, or all the same."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"clients.count must be >= 1, got {self.count}")
+        if not self.grace_s > 0:
+            raise ConfigError(f"clients.grace_s must be > 0 seconds, got {self.grace_s}")
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fine-tuning run of a split model."""
 
@@ -110,6 +149,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zo: ZOConfig = ZOConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
+    wire: WireConfig = WireConfig()
+    clients: ClientsConfig = ClientsConfig()
     max_steps: int = 300
     """Steps of the run; a step is one server update."""
     per_device_train_batch_size: int = 16
@@ -142,6 +183,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if self.profile == "authors-head":
             self._check_authors_head()
+        self._check_clients()
+
+    def _check_clients(self) -> None:
+        clients = self.clients
+        if clients.halves == "shared" and self.method in ("fo-fo", "fo-zo", "frozen"):
+            raise ConfigError(
+                f"clients.halves: shared needs a client that is trained by probes, method is {self.method}; use "
+                "hosl, hosl-gradient or zo-zo, or halves: personal"
+            )
+        if clients.schedule == "synchronous" and self.method in ("zo-zo", "fo-zo"):
+            raise ConfigError(
+                f"clients.schedule: synchronous needs a server that is trained by backprop, method is {self.method}; "
+                "use schedule: sequential"
+            )
+        if clients.count == 1 and (clients.halves, clients.schedule) != ("personal", "sequential"):
+            raise ConfigError(
+                "clients.halves and clients.schedule are for clients.count of 2 and more; leave them out"
+            )
+        if self.wire.labels == "client" and (clients.count > 1 or self.method in ("zo-zo", "fo-zo")):
+            raise ConfigError(
+                "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
+                "method to hosl, hosl-gradient, fo-fo or frozen"
+            )
 
     def _check_authors_head(self) -> None:
         wanted = {

@@ -7,12 +7,19 @@ Every message answers four questions: what was asked, what was found, what is al
     |   |-- ConfigError                        a setting, or two that contradict each other
     |   |-- SplitError                         a model, a family or a cut
     |   |-- TaskError                          data, labels or a tokenizer
-    |   `-- FolderError                        a folder that is in use, occupied, missing or no run
+    |   |-- FolderError                        a folder that is in use, occupied, missing or no run
+    |   |-- AccessError                        a token, a fingerprint or a certificate
+    |   `-- AgreementError                     two sides that do not fit: version, model, settings
     `-- FailureError                         the request was fine, the work failed         exit 1
         |-- NonFiniteError                     NaN or Inf where a number is needed
         |-- JournalError                       a journal that cannot be replayed
         |-- CheckpointError                    a checkpoint that cannot be written or read
-        `-- ModelError                         weights that are missing, cut short or not the expected ones
+        |-- ModelError                         weights that are missing, cut short or not the expected ones
+        |-- LinkError                          a peer that cannot be reached, or went away
+        |-- WireError                          bytes from a peer that cannot be what was meant
+        |-- LimitError                         more than a peer may ask for, or more at once
+        |-- StepError                          a step from the past or the future
+        `-- SessionError                       a peer that does not know us (any more): say hello again
 """
 
 
@@ -44,6 +51,14 @@ class FolderError(RequestError):
     """A folder is in use, occupied, missing, or not a run's folder."""
 
 
+class AccessError(RequestError):
+    """A token, a fingerprint or a certificate that is not accepted."""
+
+
+class AgreementError(RequestError):
+    """The two sides do not fit together: protocol version, model, halves, settings."""
+
+
 class FailureError(HoslError):
     """The request was fine; the work failed."""
 
@@ -62,3 +77,31 @@ class CheckpointError(FailureError):
 
 class ModelError(FailureError):
     """Weights that are missing, cut short, or not those that were expected."""
+
+
+class LinkError(FailureError):
+    """A peer that cannot be reached, or went away in the middle."""
+
+
+class WireError(FailureError):
+    """Bytes from a peer that cannot be what was meant; nothing was changed by them."""
+
+
+class LimitError(FailureError):
+    """More than a peer may ask for, or more at once."""
+
+
+class StepError(FailureError):
+    """A step from the past or the future; nothing was changed by it."""
+
+
+class SessionError(FailureError):
+    """The peer does not know this session (any more): say hello again."""
+
+
+class StepMoved(HoslError):  # noqa: N818  (no error: the run's loop hears of it and goes there)
+    """The other side goes on from another step than the one at hand; never reaches a person."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the run goes on from the state after step {step}")
+        self.step = step

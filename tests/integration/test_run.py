@@ -177,9 +177,9 @@ def test_a_diverging_run_stops_with_one_line_and_keeps_its_last_checkpoint(tiny_
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tiny_run, tmp_path, capsys, monkeypatch):
-    import hosl.checkpoint as checkpoint
+    import safetensors.torch
 
-    write, calls = checkpoint.safetensors.torch.save_file, []
+    write, calls = safetensors.torch.save_file, []
 
     def filling(*args, **kwargs):
         calls.append(args)
@@ -188,7 +188,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny_run, tmp_path, capsys, mon
         return write(*args, **kwargs)
 
     config = tiny_run()
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", filling)
+    monkeypatch.setattr(safetensors.torch, "save_file", filling)
     assert main(["train", str(config)]) == 1
     err = capsys.readouterr().err
     assert "No space left on device; nothing was left behind; the one before it is intact" in err

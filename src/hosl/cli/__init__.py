@@ -15,6 +15,9 @@ _VERBS = {
     "eval": "accuracy of a run's newest weights: hosl eval RUN [--split dev|test]",
     "export": "one Hugging Face checkpoint from a run: hosl export RUN OUT",
     "split": "cut a checkpoint into two folders: hosl split MODEL --cut K OUT",
+    "serve": "train a server half with the devices that join: hosl serve OUT/server --listen HOST:PORT",
+    "join": "train this device's half with a server: hosl join OUT/client --to LINE --config CONFIG.yaml",
+    "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
     "report": "write a run's report.html again: hosl report RUN",
 }
 
@@ -35,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HoslError as error:
         return _refuse(str(error), status=error.exit_status)
     except KeyboardInterrupt:
-        return _refuse("interrupted; go on with `hosl train --resume RUN`", status=130)
+        return _refuse(
+            "interrupted; go on with `hosl train --resume RUN`, or the same `hosl join`", status=130
+        )
     except OSError as error:
         return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}", status=1)
 

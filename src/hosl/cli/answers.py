@@ -16,10 +16,11 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` shows what is allowed")
 
 
-def verb_parser(verb: str, description: str) -> Parser:
-    """A parser for one verb, with --json."""
+def verb_parser(verb: str, description: str, *, as_json: bool = True) -> Parser:
+    """A parser for one verb, with --json where it has a result."""
     parser = Parser(prog=f"hosl {verb}", description=description)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 

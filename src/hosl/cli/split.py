@@ -15,10 +15,15 @@ def run(words: list[str]) -> int:
     )
     parser.add_argument("--head", choices=("causal", "classification"), default="causal")
     parser.add_argument("--labels", type=int, help="number of labels of a classification head")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of a new head; give the seed of the run's config"
+    )
     known = parser.parse_args(words)
 
     from hosl.split import split_folder
 
-    info = split_folder(known.model, known.cut, Path(known.out), head=known.head, num_labels=known.labels)
+    info = split_folder(
+        known.model, known.cut, Path(known.out), head=known.head, num_labels=known.labels, seed=known.seed
+    )
     answer({"out": known.out, "cut": known.cut, **info.facts()}, as_json=known.json)
     return 0

@@ -21,7 +21,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run's folder")
     if {"-h", "--help"} & set(words):
         parser.print_help()
-        _overridden(Config(), ["--help"])
+        overridden(Config(), ["--help"])
         return 0
     known, overrides = parser.parse_known_args(words)
     if (known.config is None) == (known.resume is None):
@@ -30,7 +30,7 @@ def run(words: list[str]) -> int:
         raise ConfigError(
             f"hosl train --resume keeps the run's own settings; leave out {' '.join(overrides)}"
         )
-    config = None if known.resume else _overridden(load_config(known.config), overrides)
+    config = None if known.resume else overridden(load_config(known.config), overrides)
 
     from hosl.run.train import resume, start  # torch and transformers, only now
 
@@ -39,7 +39,7 @@ def run(words: list[str]) -> int:
     return 0 if summary["finished"] else 130
 
 
-def _overridden(config: Config, words: list[str]) -> Config:
+def overridden(config: Config, words: list[str]) -> Config:
     """`config` with the settings that `words` name changed; --help prints them all.
 
     Raises:

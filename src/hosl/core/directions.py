@@ -31,10 +31,11 @@ _BITS_PER_ELEMENT: dict[Law, int] = {"gaussian": 16, "sphere": 16, "rademacher":
 _TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
 
 
-def direction_seed(run_seed: int, step: int, q: int, half: Literal["client", "server"] = "client") -> int:
+def direction_seed(run_seed: int, step: int, q: int, half: str = "client") -> int:
     """A 63-bit seed for direction q of a step; the same on every machine, collisions only by chance.
 
-    The two halves of zo-zo ask with their own name and so draw independent directions (paper.md I7).
+    The two halves of zo-zo ask with their own name and so draw independent directions (paper.md I7), and so may several
+    clients of one run.
     """
     text = f"hosl/{half}/{run_seed}/{step}/{q}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -44,6 +44,16 @@ class OptionTargets:
     """The option's tokens, -1 where filled; int32."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionTargets:
+    """Where the scored positions are, without what is right there: all that a server sees when labels stay away."""
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    positions: Int[np.ndarray, " positions"]
+    """The scored positions of any row, ascending; int64."""
+
+
 Targets: TypeAlias = ClassTargets | OptionTargets
 
 
@@ -111,8 +121,8 @@ class FirstOrderClientSide(ClientSide, Protocol):
 class ServerSide(Protocol):
     """The half that holds the compute. It answers; it never drives. These verbs change nothing."""
 
-    def losses(self, activations: Sequence[Activations], targets: Targets) -> list[float]:
-        """The mean loss in nats of each activation. Inference; safe to repeat."""
+    def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
+        """The mean loss in nats of each activation. Inference; safe to repeat. Reading them may wait for a wire."""
         ...
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:

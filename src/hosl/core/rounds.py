@@ -42,11 +42,13 @@ def hosl_round(
     learning_rate: float,
 ) -> RoundResult:
     """One step of HOSL (arXiv 2601.10940, Alg. 1): zeroth-order client, first-order server."""
-    coefficients = []
+    answers = []
     for seed in seeds:  # l.1
         h_plus, h_minus = client.probe(batch, seed, epsilon)  # l.2 l.3
-        loss_plus, loss_minus = server.losses([h_plus, h_minus], batch.targets)  # l.4
-        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))  # l.5
+        answers.append(
+            server.losses([h_plus, h_minus], batch.targets)
+        )  # l.4  may arrive during the next probe
+    coefficients = [central_difference(plus, minus, epsilon) for plus, minus in answers]  # l.5
     reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7  the UNPERTURBED client
     client.descend(step, seeds, coefficients, learning_rate)  # l.8  deferred, mean over Q
     return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))

@@ -74,7 +74,10 @@ class ZerothOrderClient(FrozenClient):
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:
         """theta_c -= eta_c / Q sum_q c_q u(seed_q), and the journal's entries for it. Source: paper.md l.8."""
-        scales = mean_scales(coefficients, learning_rate)
+        self.apply(step, seeds, mean_scales(coefficients, learning_rate))
+
+    def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
+        """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` with the scales at hand."""
         self.journal.append(step, seeds, scales)
         descend_(self.trained, seeds, scales, self.law)
 

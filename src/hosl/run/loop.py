@@ -1,82 +1,114 @@
-"""The steps of a run, one after the other: draw a batch, run the round, write down, evaluate, save."""
+"""The steps of a run, one after the other: draw a batch, run the round, write down, evaluate, save. No torch."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-from hosl.checkpoint import write_checkpoint
-from hosl.evaluation import evaluate
-from hosl.parties.metered import Meter, Metered, resident_bytes
-from hosl.parties.torch_client import FirstOrderClient
-from hosl.parties.torch_server import FirstOrderServer
-from hosl.run.progress import View
+from hosl.core.rounds import RoundResult
+from hosl.errors import StepMoved
+from hosl.evaluation import Evaluation, evaluate
+from hosl.run.progress import View, open_view
 from hosl.run.record import Record, process_peak_bytes
 from hosl.run.schedule import batch_indices, learning_rate
-from hosl.run.session import Session, session_checkpoint
+from hosl.run.session import Session
 from hosl.run.stopping import Stop
+from hosl.run.summary import farewell, greeting, run_summary
+from hosl.tasks import Example
 
 _MEMORY_STEPS = 50
 """Memory is measured in the first two steps of a process and every so many after; it slows those steps."""
 
 
-@dataclass
-class Meters:
-    """One meter per party."""
+def carry_on(
+    session: Any, run: Path, resume_command: str, finish: Callable[[Any, Path], None], *, metrics_bytes: int
+) -> dict[str, Any]:
+    """Everything between a session that is ready and its summary: the steps left, the one look at test, `finish`.
 
-    client: Meter
-    server: Meter
+    Args:
+        session: at the step to go on from.
+        run: its folder.
+        resume_command: what a person types to go on after an interruption; `{run}` is filled in.
+        finish: what is left to do with a finished session and its folder.
+        metrics_bytes: how much of metrics.jsonl belongs to the steps done.
+    """
+    config = session.config
+    record = Record(run, metrics_bytes=metrics_bytes, step=session.step)
+    try:
+        with (
+            Stop() as stop,
+            open_view(f"{config.method} {run}", session.step, config.max_steps) as view,
+        ):
+            view.say(greeting(session, run))
+            train(session, record, run, view, stop)
+            if session.step < config.max_steps:
+                view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
+                return run_summary(session, run, finished=False)
+            test = _evaluated(session, session.task.test)
+            record.metrics(step=session.step, split="test", **asdict(test))
+            record.flush()
+            session.finish()
+            finish(session, run)
+            summary = run_summary(session, run, finished=True)
+            view.say(farewell(summary, run))
+            return summary
+    finally:
+        record.close()
 
 
 def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -> None:
-    """Run the steps that are left, until the last one or until `stop` is asked for; ends with a checkpoint."""
-    config, first = session.config, session.step + 1
-    meters = Meters(Meter(), Meter())
-    client, server = Metered(session.client, meters.client), Metered(session.server, meters.server)
-    shown: dict[str, str] = {}
-    for step in range(first, config.max_steps + 1):
-        begin = perf_counter()
-        measured = step < first + 2 or step % _MEMORY_STEPS == 0
-        _measure_memory(session, meters, on=measured)
-        indices = batch_indices(
-            config.seed, step, config.per_device_train_batch_size, len(session.task.train)
-        )
-        batch = session.task.collate([session.task.train[i] for i in indices])
-        result = session.round(client, server, batch, step)
-        _measure_memory(session, meters, on=False)
-        session.step = step
-        seconds = perf_counter() - begin
-        _write_step(session, record, meters, step, seconds, result)
-        shown |= {"loss": f"{result.loss:.4f}", "s/step": f"{seconds:.2f}"}
-        shown["client"] = f"{meters.client.peak_bytes / 2**20:.0f} MiB"
-        last = step == config.max_steps
-        if step % config.eval_steps == 0 or last:
-            shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
-        if step % config.save_steps == 0 or last or stop.asked:
-            save(session, record, run)
-        view.step(step, shown)
-        if stop.asked:
-            return
+    """Run the steps that are left, until the last one or until `stop` is asked for; ends with a checkpoint.
+
+    Where the server turns out to be at another step, the client goes there, and the record with it.
+    """
+    first, shown = session.step + 1, dict[str, str]()
+    while session.step < session.config.max_steps and not stop.asked:
+        try:
+            _one_step(session, record, run, first, shown, stop)
+        except StepMoved as moved:
+            before = session.step
+            facts = session.go_to(run, moved.step)
+            if facts is not None:
+                record.cut_back(facts.get("metrics_bytes", 0), moved.step)
+            view.say(f"the server is at step {moved.step}, this client was at {before}: going on from there")
+        view.step(session.step, shown)
 
 
 def save(session: Session, record: Record, run: Path) -> None:
-    """A checkpoint of both halves at the session's step."""
-    metrics_bytes = record.flush()
-    write_checkpoint(run / "checkpoints", session_checkpoint(session, {"metrics_bytes": metrics_bytes}))
+    """A checkpoint at the session's step."""
+    session.save(run, {"metrics_bytes": record.flush()})
 
 
-def _write_step(
-    session: Session, record: Record, meters: Meters, step: int, seconds: float, result: Any
+def _one_step(
+    session: Session, record: Record, run: Path, first: int, shown: dict[str, str], stop: Stop
 ) -> None:
-    client, server = meters.client.take(), meters.server.take()
+    config, step, begin = session.config, session.step + 1, perf_counter()
+    session.measure_memory(on=step < first + 2 or step % _MEMORY_STEPS == 0)
+    indices = batch_indices(config.seed, step, config.per_device_train_batch_size, len(session.task.train))
+    batch = session.task.collate([session.task.train[i] for i in indices])
+    result = session.round(batch, step)
+    session.measure_memory(on=False)
+    session.done(step)
+    seconds = perf_counter() - begin
+    _write_step(session, record, step, seconds, result)
+    shown |= {"loss": f"{result.loss:.4f}", "s/step": f"{seconds:.2f}"}
+    shown["client"] = f"{session.meters.client.peak_bytes / 2**20:.0f} MiB"
+    last = step == config.max_steps
+    if step % config.eval_steps == 0 or last:
+        shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
+    if step % config.save_steps == 0 or last or stop.asked:
+        save(session, record, run)
+
+
+def _write_step(session: Session, record: Record, step: int, seconds: float, result: RoundResult) -> None:
+    config, client, server = session.config, session.meters.client.take(), session.meters.server.take()
     record.metrics(
         step=step,
         loss_nats=result.loss,
         coefficients=list(result.coefficients),
-        client_learning_rate=learning_rate(session.config, session.config.client.learning_rate)(step),
-        server_learning_rate=session.server.learning_rate(step),
+        client_learning_rate=learning_rate(config, config.client.learning_rate)(step),
+        server_learning_rate=learning_rate(config, config.server.learning_rate)(step),
         bytes_up=server.bytes_in,
         bytes_down=server.bytes_out,
     )
@@ -88,30 +120,18 @@ def _write_step(
         client_peak_bytes=client.peak_bytes,
         server_peak_bytes=server.peak_bytes,
         process_peak_bytes=process_peak_bytes(),
+        **session.costs(step_s=seconds, client_s=client.seconds, server_s=server.seconds),
     )
 
 
 def _evaluate_dev(session: Session, record: Record, step: int) -> float:
-    dev = evaluate(
-        session.client, session.server, session.task, session.task.dev,
-        rows_per_batch=session.config.per_device_eval_batch_size,
-    )  # fmt: skip
+    dev = _evaluated(session, session.task.dev)
     record.metrics(step=step, split="dev", **asdict(dev))
     return dev.accuracy
 
 
-def _measure_memory(session: Session, meters: Meters, *, on: bool) -> None:
-    if not on:
-        meters.client.stop_measuring()
-        meters.server.stop_measuring()
-        return
-    meters.client.start_measuring(resident_bytes(_resident(session.client)))
-    meters.server.start_measuring(resident_bytes(_resident(session.server)))
-
-
-def _resident(party: Any) -> list[torch.Tensor]:
-    tensors = [*party.half.model.parameters(), *party.half.model.buffers()]
-    if isinstance(party, FirstOrderClient | FirstOrderServer):
-        for state in party.optimiser.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return tensors
+def _evaluated(session: Session, examples: Sequence[Example]) -> Evaluation:
+    return evaluate(
+        session.client, session.server, session.task, examples,
+        rows_per_batch=session.config.per_device_eval_batch_size,
+    )  # fmt: skip

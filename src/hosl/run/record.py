@@ -63,6 +63,12 @@ class Record:
             os.fsync(file.fileno())
         return self._metrics.seek(0, os.SEEK_END)
 
+    def cut_back(self, metrics_bytes: int, step: int) -> None:
+        """Drop what was written after the checkpoint of `step`, which knows where its metrics ended."""
+        self.flush()
+        self._metrics.truncate(metrics_bytes)
+        self._drop_timings_after(step)
+
     def close(self) -> None:
         """Close both files."""
         self._metrics.close()
@@ -76,6 +82,23 @@ class Record:
                 break
             length += len(line)
         self._timings.truncate(length)
+
+
+def new_folder(wanted: Path) -> Path:
+    """Make `wanted`, or, where that is taken, the same name with -2, -3, ...; returns the folder made."""
+    number = 1
+    while True:
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as cause:
+            raise FolderError(
+                f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
+            ) from cause
+        else:
+            return folder
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

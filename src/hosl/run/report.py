@@ -72,9 +72,8 @@ def write_report(run: Path) -> Path:
 
 def _subtitle(record: dict[str, Any]) -> str:
     model, trained = record["model"], record["trained_parameters"]
-    return (
-        f"{model['source']} ({model['family']}), cut at {record['cut']}; trained parameters: "
-        f"client {trained['client']:,}, server {trained['server']:,}"
+    return f"{model['source']} ({model['family']}), cut at {record['cut']}; trained parameters: " + ", ".join(
+        f"{side} {count:,}" for side, count in trained.items()
     )
 
 
@@ -89,7 +88,8 @@ def _cards(steps: list[dict[str, Any]], timings: list[dict[str, Any]], test: dic
     if timings:
         shown.append((f"{_median(timings, 'step_s'):.2f} s", "median step"))
         shown.append((_mib(max(t["client_peak_bytes"] for t in timings)), "client peak (tensors)"))
-        shown.append((_mib(max(t["server_peak_bytes"] for t in timings)), "server peak (tensors)"))
+        if any(t["server_peak_bytes"] for t in timings):  # a server elsewhere measures its own
+            shown.append((_mib(max(t["server_peak_bytes"] for t in timings)), "server peak (tensors)"))
     return "".join(f'<div class="card"><b>{value}</b>{name}</div>' for value, name in shown)
 
 

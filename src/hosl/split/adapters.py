@@ -40,9 +40,7 @@ def add_lora(half: ClientHalf | ServerHalf, spec: LoraSpec, *, seed: int) -> Non
     config = peft.LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=inside, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global state; drawn again below
         # into the blocks, not the model: peft looks for a tied model's embeddings, and a half may have none
-        peft.inject_adapter_in_model(
-            config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER
-        )
+        peft.inject_adapter_in_model(config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER)
     with torch.no_grad():
         for name, p in half.named_parameters():
             if ".lora_A." in name:

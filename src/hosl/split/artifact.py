@@ -3,7 +3,8 @@
     OUT/client/   config.json  half.json  model.safetensors  tokenizer files
     OUT/server/   config.json  half.json  model.safetensors
 
-half.json names the side, family, cut and head, the digest of the whole checkpoint and of this side's tensors.
+half.json names the side, family, cut and head, the digests of the whole checkpoint and of both sides' tensors, and the
+weights that the checkpoint did not hold.
 """
 
 import json
@@ -77,20 +78,23 @@ def split_folder(
     config = transformers.AutoConfig.from_pretrained(folder)
     if num_labels is not None:
         config.num_labels = num_labels
-    sizes = {}
+    sizes, digests, new_weights = {}, {}, []
     with whole_folder(out) as partial:
         for side in ("client", "server"):
             skeleton, family = _skeleton(config, head)
             check_cut(family, skeleton, cut)
             (cut_to_client_ if side == "client" else cut_to_server_)(skeleton, family, cut)
             (partial / side).mkdir()
-            digest, sizes[side] = _write_side(
+            digests[side], sizes[side], drawn = _write_side(
                 skeleton, checkpoint_files(folder, name), partial / side, name, seed
             )
+            new_weights += drawn
             config.save_pretrained(partial / side)
+        for side in ("client", "server"):
             facts = {
                 "format": _FORMAT, "side": side, "family": family.model_type, "head": head, "cut": cut,
-                "base_digest": base_digest, "digest": digest,
+                "base_digest": base_digest, "digest": digests[side], "client_digest": digests["client"],
+                "server_digest": digests["server"], "new_weights": new_weights,
             }  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         copy_tokenizer(folder, partial / "client")
@@ -140,18 +144,22 @@ def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
     return model, family_of(config, type(model).__name__)
 
 
-def _write_side(skeleton: Any, files: list[Path], out: Path, name: str, seed: int) -> tuple[str, int]:
+def _write_side(
+    skeleton: Any, files: list[Path], out: Path, name: str, seed: int
+) -> tuple[str, int, list[str]]:
     homes = _homes(skeleton, files)
     sources, absent = [], []
-    for wanted in skeleton.state_dict():
+    for wanted, tensor in skeleton.state_dict().items():
         key = _key_in_checkpoint(skeleton, wanted, homes)
-        if key is None:
+        source = None if key is None else _stored(wanted, *homes[key])
+        if source is None or source.shape != tuple(tensor.shape):  # a head for other labels is drawn anew
             absent.append(wanted)
         else:
-            sources.append(_stored(wanted, *homes[key]))
+            sources.append(source)
     for wanted, tensor in _new_weights(skeleton, absent, name, seed).items():
         sources.append(Source(wanted, "F32", tuple(tensor.shape), lambda tensor=tensor: tensor))
-    return write_tensors(out / "model.safetensors", sources), sum(source.size_bytes for source in sources)
+    digest = write_tensors(out / "model.safetensors", sources)
+    return digest, sum(source.size_bytes for source in sources), absent
 
 
 def _stored(wanted: str, file: Path, stored_key: str) -> Source:
@@ -196,7 +204,8 @@ def _new_weights(skeleton: Any, absent: list[str], name: str, seed: int) -> dict
     lost = [key for key in absent if key.startswith(inside) and ".pooler." not in key]
     if lost:
         raise ModelError(
-            f"model {name}: the checkpoint lacks {lost[0]} and {len(lost) - 1} more tensors of its own model"
+            f"model {name}: the checkpoint lacks {lost[0]} and {len(lost) - 1} more tensors of its own model, or has "
+            "them in another shape than config.json says"
         )
     parameters = dict(skeleton.named_parameters())
     holder = torch.nn.Module()

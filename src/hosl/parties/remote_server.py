@@ -1,0 +1,319 @@
+"""ServerSide that asks over a connection. Every verb is safe to repeat, so a lost connection is simply tried again.
+
+What a round sees is a server; what it does not see is here: the greeting, the session, and that a server which was
+restarted may be at another step (`StepMoved`). No torch: `Arrays` turns the runtime's tensors into the wire's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar, overload, runtime_checkable
+
+import numpy as np
+
+from hosl.core.parties import Activations, Pair, StepReply, Targets
+from hosl.core.shapes import Float
+from hosl.errors import SessionError, StepMoved, WireError
+from hosl.parties.metered import Meter, payload_bytes
+from hosl.transport.channel import Channel
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.targets import targets_to_message
+from hosl.wire.tensors import Compression, Packed, Unpacking, WireArray, pack
+
+_Answer = TypeVar("_Answer")
+
+
+@runtime_checkable
+class Arrays(Protocol):
+    """A runtime's tensors <-> the wire's arrays (`torch_wire`)."""
+
+    def to_wire(self, tensor: Any) -> WireArray:
+        """Shares memory where it can."""
+        ...
+
+    def from_wire(self, array: WireArray) -> Any:
+        """Shares memory where it can."""
+        ...
+
+
+class PendingLosses(Sequence[float]):
+    """Losses that may still be on their way; reading one waits for them, and raises what went wrong."""
+
+    def __init__(self, answer: "Future[list[float]]") -> None:
+        self._answer = answer
+
+    def __len__(self) -> int:
+        return len(self._answer.result())
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        return self._answer.result()[index]
+
+
+class RemoteServer:
+    """The server half behind a connection.
+
+    One question may be on its way while the client computes the next: `losses` returns at once, so at most one pair of
+    activations is alive beyond the client's own compute. Every other verb waits for that one first.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        greeting: Callable[[int], pb.HelloRequest],
+        arrays: Arrays,
+        *,
+        compression: Compression = "none",
+        seed: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Nothing is sent before `hello`.
+
+        Args:
+            channel: to the server.
+            greeting: makes the Hello of a client that is in the state after a step.
+            arrays: of the client's runtime.
+            compression: of the activations on their way up.
+            seed: of the run; keys the rounding noise of int8.
+            say: hears of lost connections.
+        """
+        self.channel, self.meter = channel, Meter()
+        self.current = 0
+        """The step whose state the client is in (`at`)."""
+        self.client = ""
+        """The name that our token stands for."""
+        self.journal_updates = 0
+        """Shared halves: how many updates the server's journal held at the last Hello."""
+        self._greeting, self._arrays, self._say = greeting, arrays, say
+        self._compression: Compression = compression
+        self._seed = seed
+        self._limits, self._session = pb.Limits(), ""
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="hosl-sender")
+        self._pending: Future[list[float]] | None = None
+        self._asked = 0
+
+    def hello(self) -> int:
+        """Greet the server; returns the step after which both sides go on.
+
+        Raises:
+            AgreementError: if the two sides do not fit, naming both values.
+            AccessError: if the token is unknown or revoked.
+        """
+        reply = self.channel.ask("Hello", self._greeting(self.current), pb.HelloReply)
+        self._session, self._limits, self.client = reply.session, reply.limits, reply.client
+        self.journal_updates = reply.journal_updates
+        return reply.start
+
+    def at(self, step: int) -> None:
+        """The client is in the state after `step` now, and will begin the next one."""
+        self.current, self._asked = step, 0
+
+    @property
+    def incarnation(self) -> str:
+        """Which life of the server process the session belongs to."""
+        return self._session.partition(".")[0]
+
+    def close(self) -> None:
+        """End the connection; what is still on its way is waited for."""
+        self._sender.shutdown(wait=True)
+        self.channel.close()
+
+    # ---- questions that change nothing ----
+
+    def losses(self, activations: Sequence[Activations], targets: Targets) -> PendingLosses:
+        """The mean loss of each activation, in nats; reading them waits."""
+        self._settle()
+        step, noise = self.current + 1, self._noise()
+        arrays = [self._arrays.to_wire(h) for h in activations]
+        packed = [pack(array, self._compression, noise=noise) for array in arrays]
+        self._count_up(packed, targets)
+
+        def ask() -> list[float]:
+            headers = [p.header for p in packed]
+            question = pb.AskLosses(
+                where=self._where(step), activations=headers, targets=targets_to_message(targets)
+            )
+            reply = self.channel.upload("Losses", _frames(pb.Upload(losses=question), packed), pb.LossesReply)
+            if len(reply.losses) != len(packed):
+                raise WireError(f"asked for {len(packed)} losses, the server sent {len(reply.losses)}")
+            self._count_down(reply.server_s, list(reply.losses))
+            return list(reply.losses)
+
+        self._pending = self._sender.submit(self._repeated, ask)
+        return PendingLosses(self._pending)
+
+    def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
+        """Log-probabilities per class, or per option, mean per token."""
+        packed = [pack(self._arrays.to_wire(activations), self._compression, noise="scores")]
+
+        def ask() -> np.ndarray:
+            question = pb.AskScores(
+                where=self._where(self.current),
+                activations=packed[0].header,
+                targets=targets_to_message(targets),
+            )
+            reply = self.channel.upload("Scores", _frames(pb.Upload(scores=question), packed), pb.ScoresReply)
+            values = np.frombuffer(reply.values, dtype="<f4")
+            if values.size != reply.rows * reply.scores or reply.rows != len(targets.mask):
+                raise WireError(
+                    f"asked to score {len(targets.mask)} rows, the server sent {values.size} numbers"
+                )
+            return values.reshape(reply.rows, reply.scores)
+
+        self._settle()
+        return self._repeated(ask)
+
+    def gradient(self, activations: Activations, targets: Targets) -> StepReply:
+        """The loss and dL/dh; theta_s unchanged."""
+        packed = [self._packed(activations, targets)]
+
+        def ask() -> StepReply:
+            question = pb.AskGradient(
+                where=self._where(self.current + 1),
+                activations=packed[0].header,
+                targets=targets_to_message(targets),
+            )
+            return self._stepped("Gradient", pb.Upload(gradient=question), packed)
+
+        self._settle()
+        return self._repeated(ask)
+
+    def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
+        """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed)."""
+        self._settle()
+        noise = self._noise()
+        packed = [pack(self._arrays.to_wire(h), self._compression, noise=noise) for h in pair]
+        self._count_up(packed, targets)
+        self.meter.bytes_in += payload_bytes([seed, epsilon])
+
+        def ask() -> tuple[float, float]:
+            question = pb.AskProbe(
+                where=self._where(self.current + 1), activations=[p.header for p in packed],
+                targets=targets_to_message(targets), seed=seed, epsilon=epsilon,
+            )  # fmt: skip
+            reply = self.channel.upload("Probe", _frames(pb.Upload(probe=question), packed), pb.LossesReply)
+            if len(reply.losses) != 2:
+                raise WireError(f"asked for two losses, the server sent {len(reply.losses)}")
+            self._count_down(reply.server_s, list(reply.losses))
+            return reply.losses[0], reply.losses[1]
+
+        return self._repeated(ask)
+
+    # ---- questions that change the server: once per step, however often they are sent ----
+
+    def step(
+        self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
+    ) -> StepReply:
+        """One update of theta_s."""
+        packed = [self._packed(activations, targets)]
+
+        def ask() -> StepReply:
+            question = pb.AskStep(
+                where=self._where(step), activations=packed[0].header, targets=targets_to_message(targets),
+                want_gradient=want_gradient,
+            )  # fmt: skip
+            return self._stepped("Step", pb.Upload(step=question), packed)
+
+        self._settle()
+        return self._repeated(ask)
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """A zeroth-order server's update."""
+
+        def ask() -> None:
+            question = pb.DescendRequest(where=self._where(step), seeds=seeds, coefficients=coefficients)
+            self._count_down(self.channel.ask("Descend", question, pb.DescendReply).server_s, None)
+
+        self.meter.bytes_in += payload_bytes([step, list(seeds), list(coefficients)])
+        self._settle()
+        self._repeated(ask)
+
+    def save(self, step: int) -> int:
+        """Have the server write a checkpoint of its state, which is the one after `step`; returns the server's step."""
+        self._settle()
+        return self._repeated(
+            lambda: self.channel.ask("Save", pb.SaveRequest(where=self._where(step)), pb.SaveReply).step
+        )
+
+    def journal(
+        self, step: int, have: int, seeds: Sequence[int], scales: Sequence[float], examples: int
+    ) -> list[pb.JournalReply]:
+        """Shared halves: hand in an update (or none), and get those that come after the first `have`."""
+
+        def ask() -> list[pb.JournalReply]:
+            question = pb.JournalRequest(
+                where=self._where(step), have=have, seeds=seeds, scales=scales, examples=examples
+            )
+            return list(self.channel.converse("Journal", [question], pb.JournalReply))
+
+        self._settle()
+        return self._repeated(ask)
+
+    # ---- how a question is asked ----
+
+    def _repeated(self, ask: Callable[[], _Answer]) -> _Answer:
+        """Ask until there is an answer; greet again where the server does not know us any more.
+
+        Raises:
+            StepMoved: if the server then goes on from another step than ours.
+        """
+        while True:
+            try:
+                return self.channel.for_ever(ask, self._say)
+            except SessionError as unknown:
+                start = self.channel.for_ever(self.hello, self._say)
+                if start != self.current:
+                    raise StepMoved(start) from unknown
+
+    def _settle(self) -> None:
+        """Wait until no question is on its way; its own reader hears of its errors."""
+        if self._pending is not None:
+            self._pending.exception()
+            self._pending = None
+
+    def _stepped(self, verb: str, question: pb.Upload, packed: list[Packed]) -> StepReply:
+        parts = self.channel.converse(verb, _frames(question, packed), pb.StepReply)
+        done = next(parts, pb.StepReply()).done
+        gradient = None
+        if done.HasField("gradient"):
+            if list(done.gradient.shape) != list(packed[0].header.shape):
+                raise WireError(
+                    f"the gradient has shape {list(done.gradient.shape)}, the activations another"
+                )
+            arriving = Unpacking(done.gradient, tensor_bytes=self._limits.tensor_bytes)
+            for part in parts:
+                arriving.add(part.chunk)
+            gradient = self._arrays.from_wire(arriving.array())
+        for _ in parts:
+            raise WireError(f"{verb} was answered by more than was announced")
+        self._count_down(done.server_s, StepReply(done.loss, gradient))
+        return StepReply(done.loss, gradient)
+
+    def _packed(self, activations: Activations, targets: Targets) -> Packed:
+        packed = pack(self._arrays.to_wire(activations), self._compression, noise=self._noise())
+        self._count_up([packed], targets)
+        return packed
+
+    def _where(self, step: int) -> pb.Where:
+        return pb.Where(session=self._session, step=step)
+
+    def _noise(self) -> str:
+        """The key of the next question's rounding noise: the same when a step is done again."""
+        self._asked += 1
+        return f"{self._seed}/{self.current}/{self._asked}"
+
+    def _count_up(self, packed: list[Packed], targets: Targets) -> None:
+        self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
+
+    def _count_down(self, server_s: float, answer: Any) -> None:
+        self.meter.seconds += server_s
+        self.meter.bytes_out += payload_bytes(answer)
+
+
+def _frames(question: pb.Upload, packed: list[Packed]) -> Iterator[pb.Upload]:
+    yield question
+    for tensor in packed:
+        for chunk in tensor.chunks():
+            yield pb.Upload(chunk=chunk)

@@ -1,0 +1,243 @@
+"""`hosl join`: a device trains its half with a server across a network. Torch comes only with the client's runtime.
+
+The same steps, metrics and checkpoints as `hosl train`. Which state a run goes on from is the server's and the client's
+to settle at every Hello: alone, the newest checkpoint that both have.
+"""
+
+import json
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hosl.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.config import Config, dump_config
+from hosl.core.parties import Batch
+from hosl.core.rounds import RoundResult
+from hosl.errors import AgreementError, CheckpointError, StepMoved
+from hosl.parties.metered import Metered
+from hosl.parties.remote_server import RemoteServer
+from hosl.parties.shared_client import SharedClient
+from hosl.run.agreement import model_message, training_message
+from hosl.run.loop import carry_on
+from hosl.run.record import RunLock, new_folder, read_lines, versions
+from hosl.run.session import Session, method_round
+from hosl.run.trackers import check_trackers, feed_trackers
+from hosl.split.folder_facts import half_facts
+from hosl.tasks import TextTokenizer, load_task, task_digest
+from hosl.transport.channel import Channel, Patience, Proof
+from hosl.transport.join_line import JoinLine
+from hosl.wire import hosl_pb2 as pb
+
+
+@dataclass
+class JoinedSession(Session):
+    """A client half here, its server elsewhere."""
+
+    server: RemoteServer
+    folder: Path = Path()
+    """The client half's folder."""
+    runtime: Any = None
+    """The module that knows the client's runtime, such as `hosl.run.torch_device`."""
+    snapshot_step: int = 0
+    _incarnation: str = ""
+    _wire_bytes: tuple[int, int] = (0, 0)
+
+    def round(self, batch: Batch, step: int) -> RoundResult:
+        """One step of the config's method; the server's costs are those that it reports."""
+        self.meters.server = self.server.meter
+        client = Metered(self.client, self.meters.client)
+        clients = self.config.clients
+        own = clients.count > 1 and clients.directions == "own"
+        name = f"client/{self.server.client}" if own else "client"
+        result = method_round(self.config, client, self.server, batch, step, half=name)
+        if clients.schedule == "synchronous" and clients.halves == "personal":
+            for reply in self.server.journal(step, 0, (), (), len(batch.input_ids)):
+                if reply.late:
+                    raise StepMoved(reply.step)
+        return result
+
+    def done(self, step: int) -> None:
+        """The round of `step` is complete on both sides."""
+        self.step = step
+        self.server.at(step)
+
+    def measure_memory(self, *, on: bool) -> None:
+        """Start or stop measuring the memory of the client's verbs; the server measures its own."""
+        self.meters.client.memory = self.runtime.memory_meter(self.client) if on else None
+
+    def costs(self, *, step_s: float, client_s: float, server_s: float) -> dict[str, Any]:
+        """Message bytes as the connection counted them, and the time that was neither client's nor server's."""
+        now = self.server.channel.bytes_up, self.server.channel.bytes_down
+        before, self._wire_bytes = self._wire_bytes, now
+        return {
+            "wire_s": round(max(step_s - client_s - server_s, 0.0), 6),
+            "wire_bytes_up": now[0] - before[0],
+            "wire_bytes_down": now[1] - before[1],
+        }
+
+    def restorable(self, run: Path) -> list[int]:
+        """The steps whose state this client can go to: its base weights and its checkpoints."""
+        return [0, *sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))]
+
+    def save(self, run: Path, facts: dict[str, Any]) -> None:
+        """The server writes its half, then this client its own; the checkpoint before stays until the next."""
+        self.server.save(self.step)
+        if (run / "checkpoints" / f"step-{self.step:08d}").is_dir():
+            return  # written before a kill that the server did not survive with us
+        checkpoint = Checkpoint(step=self.step)
+        self.snapshot_step = self.runtime.put_client(
+            checkpoint,
+            self.client,
+            snapshot_step=self.snapshot_step,
+            snapshot_steps=self.config.snapshot_steps,
+        )
+        checkpoint.state |= {
+            "model_digest": self.facts["model"]["digest"],
+            "task_digest": self.facts["task"]["digest"],
+            "law": self.config.zo.law,
+            **facts,
+        }
+        write_checkpoint(run / "checkpoints", checkpoint, keep=2)
+
+    def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
+        """Take the state after `step`, because the server goes on from there."""
+        if self.config.clients.halves == "shared":
+            return self._catch_up(step)
+        if step > self.step:  # a round was closed without us: our half stays as it is
+            self.done(step)
+            return None
+        self.client = None  # lets go of the old half before it is loaded again
+        self.client, self.snapshot_step = self.runtime.open_client(self.config, self.folder), 0
+        facts: dict[str, Any] = {}
+        if step:
+            path = run / "checkpoints" / f"step-{step:08d}"
+            checkpoint = read_checkpoint(path)
+            self._check_task(checkpoint, path)
+            self.snapshot_step = self.runtime.restore_client_(self.client, checkpoint)
+            facts = checkpoint.state
+        drop_checkpoints_after(run / "checkpoints", step)
+        self.done(step)
+        return facts
+
+    def finish(self) -> None:
+        """Shared halves: take what the others did since our last step."""
+        if self.config.clients.halves == "shared":
+            self.client.catch_up()
+
+    def _catch_up(self, step: int) -> None:
+        if self._incarnation != self.server.incarnation:
+            # a server that was restarted may have gone back: its journal is the truth, from the base weights on
+            self.client = None
+            base = self.runtime.open_client(self.config, self.folder)
+            synchronous = self.config.clients.schedule == "synchronous"
+            self.client = SharedClient(base, self.server, synchronous=synchronous)
+            self._incarnation = self.server.incarnation
+        self.done(step)
+        self.client.catch_up()
+
+    def _check_task(self, checkpoint: Checkpoint, path: Path) -> None:
+        before, now = checkpoint.state["task_digest"], self.facts["task"]["digest"]
+        if before != now:
+            raise CheckpointError(
+                f"{path} was trained with other data: {self.task.name} had the digest {before[:12]}, now {now[:12]}; "
+                "put the original files back, or choose another output_dir"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinOptions:
+    """What `hosl join` is told beside the config."""
+
+    half: Path
+    """OUT/client of `hosl split`."""
+    line: JoinLine
+    proof: Proof = field(default_factory=Proof)
+
+
+def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train this device's half with the server of the join line; returns the run's summary.
+
+    The same command goes on with its own run when it was interrupted; a finished run is left alone and the next one is
+    called -2, -3, ...
+
+    Raises:
+        AccessError, AgreementError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
+    """
+    check_trackers(config)
+    facts = half_facts(options.half, "client")
+    runtime: Any = import_module("hosl.run.torch_device")
+    task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed)
+    if task.head != facts["head"]:
+        raise AgreementError(
+            f"task {task.name} needs a {task.head} head, the half in {options.half} was split with a {facts['head']} "
+            f"one; split again with --head {task.head}"
+        )
+    patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
+    channel = Channel(options.line, patience=patience, proof=options.proof)
+    run, identity = _run_folder(config)
+    with RunLock(run):
+        session: JoinedSession
+
+        def greeting(current: int) -> pb.HelloRequest:
+            return pb.HelloRequest(
+                protocol=1, run=identity, model=model_message(facts, config), training=training_message(config),
+                restorable=session.restorable(run), current=current, version=versions()["hosl"],
+            )  # fmt: skip
+
+        server = RemoteServer(
+            channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say
+        )
+        session = JoinedSession(
+            config=config, task=task, client=None, server=server, folder=options.half, runtime=runtime
+        )
+        session.facts = {
+            "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
+            "task": {"name": task.name, "digest": task_digest(task)},
+            "cut": facts["cut"],
+        }
+        try:
+            known = session.go_to(run, channel.for_ever(server.hello, say)) or {}
+            session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
+            record = {"run_id": identity, "versions": versions(), **session.facts}
+            (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+            return carry_on(
+                session, run, "the same command", _finish, metrics_bytes=known.get("metrics_bytes", 0)
+            )
+        finally:
+            server.close()
+            if not (run / "record.json").is_file():
+                shutil.rmtree(run)  # refused before the first step: nothing half-made stays
+
+
+def _run_folder(config: Config) -> tuple[Path, str]:
+    """The folder of this config's unfinished run, or a new one; and the run's name on the server."""
+    wanted, text = Path(config.output_dir), dump_config(config)
+    for folder in sorted(wanted.parent.glob(f"{wanted.name}*")):
+        if _unfinished(folder, text):
+            return folder, json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"]
+    run = new_folder(wanted)
+    (run / "config.yaml").write_text(text, encoding="utf-8")
+    name = (
+        "".join(c if c.isalnum() or c in "._-" else "-" for c in run.name.lower()).strip("._-")[:40] or "run"
+    )
+    # alone, a run is its own on the server, whatever it is called; several clients find each other by the name
+    return run, name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
+
+
+def _unfinished(folder: Path, config_text: str) -> bool:
+    files = folder / "config.yaml", folder / "record.json"
+    if not all(file.is_file() for file in files) or files[0].read_text(encoding="utf-8") != config_text:
+        return False
+    lines = read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    return not any(line.get("split") == "test" for line in lines)
+
+
+def _finish(session: JoinedSession, run: Path) -> None:
+    from hosl.run.report import write_report
+
+    write_report(run)
+    feed_trackers(session.config, run)

@@ -1,0 +1,145 @@
+"""A run in one process: from a config to two parties ready for their first step, and back again from a run's folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hosl.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from hosl.config import Config, load_config
+from hosl.errors import CheckpointError, FolderError
+from hosl.parties.torch_client import FrozenClient
+from hosl.parties.torch_memory import TorchMemory
+from hosl.parties.torch_server import TorchServer
+from hosl.run.session import Session
+from hosl.run.torch_halves import (
+    DTYPES,
+    make_client,
+    make_server,
+    party_bytes,
+    put_client,
+    put_server,
+    restore_client_,
+    restore_server_,
+    trained_elements,
+)
+from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
+from hosl.tasks import TextTokenizer, load_task, task_digest
+
+
+@dataclass
+class LocalSession(Session):
+    """Both halves on PyTorch in this process."""
+
+    client: FrozenClient
+    server: TorchServer
+    tokenizer_folder: Path = Path()
+    snapshot_step: int = 0
+    """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
+
+    @property
+    def client_half(self) -> ClientHalf:
+        """The half on the device."""
+        return self.client.half
+
+    @property
+    def server_half(self) -> ServerHalf:
+        """The half on the server."""
+        return self.server.half
+
+    def measure_memory(self, *, on: bool) -> None:
+        """Start or stop measuring the memory of the parties' verbs."""
+        for meter, party in ((self.meters.client, self.client), (self.meters.server, self.server)):
+            meter.memory = TorchMemory(party_bytes(party)) if on else None
+
+    def save(self, run: Path, facts: dict[str, Any]) -> None:
+        """Both halves at the session's step, as one checkpoint."""
+        checkpoint = Checkpoint(step=self.step)
+        put_server(checkpoint, self.server)
+        self.snapshot_step = put_client(
+            checkpoint,
+            self.client,
+            snapshot_step=self.snapshot_step,
+            snapshot_steps=self.config.snapshot_steps,
+        )
+        checkpoint.state |= {
+            "model_digest": self.facts["model"]["digest"],
+            "task_digest": self.facts["task"]["digest"],
+            "law": self.config.zo.law,
+            **facts,
+        }
+        write_checkpoint(run / "checkpoints", checkpoint)
+
+
+def new_session(config: Config) -> LocalSession:
+    """Load the task and the model, cut it, and give each half to its party. Deterministic in the config.
+
+    Raises:
+        RequestError, ModelError: see `load_task`, `load_model`, `split_model`.
+    """
+    folder = resolve_model_folder(config.model.name)
+    tokenizer_folder = Path(folder)
+    task = load_task(config.task, TextTokenizer.load(tokenizer_folder), seed=config.seed)
+    loaded = load_model(
+        config.model.name,
+        head=task.head,
+        num_labels=len(task.labels) if task.head == "classification" else None,
+        seed=config.seed,
+        dtype=DTYPES[config.model.dtype],
+    )
+    client_half, server_half = split_model(loaded.model, config.model.cut)
+    session = LocalSession(
+        config=config,
+        task=task,
+        client=make_client(config, client_half),
+        server=make_server(config, server_half, loaded.initialised),
+        tokenizer_folder=tokenizer_folder,
+    )
+    session.facts = {
+        "model": {"source": loaded.source, "digest": loaded.digest, "family": client_half.family},
+        "task": {"name": task.name, "digest": task_digest(task)},
+        "cut": config.model.cut,
+        "tied_head_trained_apart": task.head == "causal" and bool(loaded.model.config.tie_word_embeddings),
+        "new_weights": list(loaded.initialised),
+        "trained_parameters": {
+            "client": trained_elements(session.client), "server": trained_elements(session.server)
+        },
+    }  # fmt: skip
+    return session
+
+
+def load_run(run: Path) -> LocalSession:
+    """The session of a run's folder at its newest checkpoint, bit for bit as it was.
+
+    Raises:
+        FolderError: if `run` is not a run's folder.
+        CheckpointError: if its checkpoint belongs to other weights or data, or is damaged.
+    """
+    if not (run / "config.yaml").is_file():
+        raise FolderError(
+            f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
+        )
+    session = new_session(load_config(run / "config.yaml"))
+    path = newest_checkpoint(run / "checkpoints")
+    if path is None:
+        return session
+    checkpoint = read_checkpoint(path)
+    check_same_inputs(session, checkpoint, path)
+    restore_server_(session.server, checkpoint)
+    session.snapshot_step = restore_client_(session.client, checkpoint)
+    session.step = checkpoint.step
+    return session
+
+
+def check_same_inputs(session: Session, checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a checkpoint of another model or other data.
+
+    Raises:
+        CheckpointError: naming both digests.
+    """
+    for what, name in (("model", session.config.model.name), ("task", session.task.name)):
+        before, now = checkpoint.state[f"{what}_digest"], session.facts[what]["digest"]
+        if before != now:
+            raise CheckpointError(
+                f"{path} was trained with another {what}: {name} had the digest {before[:12]}, now {now[:12]}; "
+                "put the original files back, or start a new run"
+            )

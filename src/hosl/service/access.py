@@ -1,0 +1,171 @@
+"""Who may speak: one bearer token per client, kept as a hash; and the server's certificate.
+
+    SERVICE/clients.json      name -> SHA-256 of the token, made, revoked
+    SERVICE/certificate.pem   self-signed, made on first start; its fingerprint is in every join line
+    SERVICE/key.pem           mode 600
+
+`clients.json` is read again whenever it changes, so that `hosl clients revoke` takes effect on the next message.
+"""
+
+import datetime
+import hmac
+import json
+import os
+import re
+import secrets
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hosl.errors import AccessError, ConfigError
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+_CERTIFICATE_DAYS = 825
+
+
+class Access:
+    """The enrolled clients of one service folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "clients.json"
+        self._seen: tuple[int, int] = (0, 0)
+        self._clients: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._refresh()
+
+    def names(self) -> list[dict[str, Any]]:
+        """Every client: name, when it was enrolled, whether it is revoked. No tokens, no hashes."""
+        self._refresh()
+        return [
+            {"name": name, "enrolled": facts["enrolled"], "revoked": facts["revoked"]}
+            for name, facts in self._clients.items()
+        ]
+
+    def enrol(self, name: str) -> str:
+        """Make a client; returns its token, which is kept nowhere.
+
+        Raises:
+            ConfigError: if the name is taken, or no name.
+        """
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"client name {name!r}: 1 to 32 of a-z, 0-9, dot, hyphen, underscore, beginning with a letter or digit"
+            )
+        self._refresh()
+        if name in self._clients:
+            raise ConfigError(
+                f"client {name} is enrolled already ({', '.join(self._clients)}); choose another name: a lost token "
+                "cannot be shown again, revoke it and enrol under a new name"
+            )
+        token = secrets.token_urlsafe(32)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._write(self._clients | {name: {"token_sha256": _hash(token), "enrolled": now, "revoked": False}})
+        return token
+
+    def revoke(self, name: str) -> None:
+        """Refuse this client from its next message on.
+
+        Raises:
+            ConfigError: if there is no such client.
+        """
+        self._refresh()
+        if name not in self._clients:
+            raise ConfigError(f"no client is called {name}; there are {', '.join(self._clients) or 'none'}")
+        self._write(self._clients | {name: self._clients[name] | {"revoked": True}})
+
+    def client_of(self, token: str) -> str:
+        """The name that a token stands for; compared in constant time with every client's.
+
+        Raises:
+            AccessError: if the token is unknown or revoked.
+        """
+        self._refresh()
+        given, found = _hash(token), None
+        for (
+            name,
+            facts,
+        ) in self._clients.items():  # all of them: how long it takes must not tell which one matched
+            if hmac.compare_digest(facts["token_sha256"], given):
+                found = name
+        if found is None:
+            raise AccessError(
+                "this token is not known here; use a join line that `hosl clients add` printed on this server"
+            )
+        if self._clients[found]["revoked"]:
+            raise AccessError(f"client {found} has been revoked; ask the server's owner for a new join line")
+        return found
+
+    def _refresh(self) -> None:
+        try:
+            facts = self._file.stat()
+        except FileNotFoundError:
+            return
+        seen = (facts.st_mtime_ns, facts.st_ino)
+        if seen != self._seen:
+            self._clients = json.loads(self._file.read_text(encoding="utf-8"))
+            self._seen = seen
+
+    def _write(self, clients: dict[str, dict[str, Any]]) -> None:
+        partial = self._file.with_suffix(".partial")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(clients, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._file)
+        self._refresh()
+
+
+def bearer(authorization: str) -> str:
+    """The token in an `authorization` value; empty when there is none."""
+    kind, _, token = authorization.partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
+
+
+def certificate(folder: Path) -> tuple[bytes, bytes, bytes]:
+    """The service's own certificate and key in PEM, and the certificate in DER; made on first use.
+
+    Raises:
+        ConfigError: if the package `cryptography` is not installed.
+    """
+    files = folder / "certificate.pem", folder / "key.pem"
+    if not all(file.is_file() for file in files):
+        for file, content, mode in zip(files, _new_certificate(), (0o644, 0o600), strict=True):
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as out:
+                out.write(content)
+    pem, key = (file.read_bytes() for file in files)
+    import ssl
+
+    return pem, key, ssl.PEM_cert_to_DER_cert(pem.decode())
+
+
+def _new_certificate() -> tuple[bytes, bytes]:
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError:
+        raise ConfigError("serving needs the package cryptography; `pip install 'hosl[serve]'`") from None
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hosl")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=_CERTIFICATE_DAYS))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("hosl"), x509.DNSName("localhost")]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(serialization.Encoding.PEM), key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _hash(token: str) -> str:
+    return sha256(token.encode()).hexdigest()

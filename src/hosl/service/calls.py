@@ -1,0 +1,318 @@
+"""The verbs of the service: receive and check a question, compute in turn, answer. Nothing here knows torch.
+
+All of this runs in one event loop; compute runs in the scheduler's one thread. Each verb is an async generator of the
+messages that it answers. Errors become status codes in one place (`_served`).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from hosl.errors import HoslError, LinkError, WireError
+from hosl.service.access import Access, bearer
+from hosl.service.incoming import Incoming
+from hosl.service.limits import Limits, Meterage
+from hosl.service.rounds import Contribution
+from hosl.service.runs import ServedRun
+from hosl.service.scheduler import Scheduler
+from hosl.service.sessions import Session, Sessions
+from hosl.service.status import Status
+from hosl.transport.channel import SERVICE
+from hosl.transport.status import ERROR_KEY, code_of
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.targets import targets_from_message
+from hosl.wire.tensors import CHUNK_BYTES, WireArray, pack
+
+_Verb = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
+
+
+class Calls:
+    """Answers the calls of all clients."""
+
+    def __init__(
+        self,
+        access: Access,
+        sessions: Sessions,
+        scheduler: Scheduler,
+        status: Status,
+        limits: Limits,
+        *,
+        idle_s: float,
+    ) -> None:
+        self._access, self._sessions, self._scheduler = access, sessions, scheduler
+        self._status, self._limits, self._idle_s = status, limits, idle_s
+        self._meterage = Meterage(limits)
+        self._closing: dict[str, asyncio.Task[None]] = {}
+        self.round_closed = asyncio.Condition()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a gRPC server is given: every verb, in raw bytes."""
+        verbs: dict[str, _Verb] = {
+            "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
+            "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
+            "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states,
+        }  # fmt: skip
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                name: grpc.stream_stream_rpc_method_handler(self._served(name, verb))
+                for name, verb in verbs.items()
+            },
+        )
+
+    def _served(self, name: str, verb: _Verb) -> Callable[[Any, Any], AsyncIterator[bytes]]:
+        async def serve(frames: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            client = "?"
+            try:
+                token = bearer(dict(context.invocation_metadata() or ()).get("authorization", ""))
+                client = self._access.client_of(token)
+                with self._meterage.call(client), self._status.call(client, name):
+                    incoming = Incoming(
+                        aiter(frames),
+                        idle_s=self._idle_s,
+                        allowed=lambda: _same(self._access.client_of(token), client),
+                    )
+                    async for answer in verb(self, client, incoming):
+                        data = answer.SerializeToString()
+                        self._status.transferred(client, up=incoming.received_bytes, down=len(data))
+                        incoming.received_bytes = 0
+                        yield data
+            except HoslError as error:
+                self._status.refused(client, name, error)
+                context.set_trailing_metadata(((ERROR_KEY, type(error).__name__),))
+                await context.abort(code_of(error), " ".join(str(error).split()))
+            except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
+                raise
+            except Exception as error:  # a bug of ours: named, logged with its trace, and the others go on
+                self._status.broke(client, name, error)
+                context.set_trailing_metadata(((ERROR_KEY, "FailureError"),))
+                await context.abort(
+                    grpc.StatusCode.INTERNAL, f"the server failed at {name}: {type(error).__name__}"
+                )
+
+        return serve
+
+    async def _hello(self, client: str, incoming: Incoming) -> AsyncIterator[pb.HelloReply]:
+        request = await incoming.message(pb.HelloRequest)
+        (session, start, run), _ = await self._scheduler.run(
+            client, 0, lambda: self._sessions.hello(client, request)
+        )
+        self._status.hello(client, run, request.version, start)
+        yield pb.HelloReply(
+            session=session,
+            start=start,
+            limits=self._limits.message(),
+            journal_updates=run.updates,
+            client=client,
+        )
+
+    # ---- questions that change nothing ----
+
+    async def _losses(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LossesReply]:
+        ask = await incoming.question("losses")
+        session = self._sessions.of(client, ask.where)
+        arrays, targets = await self._activations(incoming, session, ask.activations, ask.targets)
+
+        def work() -> list[float]:
+            session.run.check_now(client, ask.where.step)
+            return session.run.half.losses(arrays, targets)
+
+        losses, seconds = await self._compute(session, arrays, work)
+        yield pb.LossesReply(losses=losses, server_s=seconds)
+
+    async def _probe(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LossesReply]:
+        ask = await incoming.question("probe")
+        session = self._sessions.of(client, ask.where)
+        if not 0 < ask.epsilon < 1:
+            raise WireError(f"epsilon must lie between 0 and 1, got {ask.epsilon}")
+        arrays, targets = await self._activations(incoming, session, ask.activations, ask.targets)
+        if len(arrays) != 2:
+            raise WireError(f"a probe has two activations, got {len(arrays)}")
+
+        def work() -> tuple[float, float]:
+            session.run.check_now(client, ask.where.step)
+            return session.run.half.probe(arrays, targets, ask.seed, ask.epsilon)
+
+        losses, seconds = await self._compute(session, arrays, work)
+        yield pb.LossesReply(losses=losses, server_s=seconds)
+
+    async def _scores(self, client: str, incoming: Incoming) -> AsyncIterator[pb.ScoresReply]:
+        ask = await incoming.question("scores")
+        session = self._sessions.of(client, ask.where)
+        arrays, targets = await self._activations(incoming, session, [ask.activations], ask.targets)
+
+        def work() -> Any:
+            session.run.check_now(client, ask.where.step, evaluation=True)
+            return session.run.half.scores(arrays[0], targets)
+
+        scores, seconds = await self._compute(session, arrays, work)
+        values = scores.astype("<f4").tobytes()
+        yield pb.ScoresReply(rows=scores.shape[0], scores=scores.shape[1], values=values, server_s=seconds)
+
+    async def _gradient(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepReply]:
+        ask = await incoming.question("gradient")
+        session = self._sessions.of(client, ask.where)
+        arrays, targets = await self._activations(incoming, session, [ask.activations], ask.targets)
+
+        def work() -> Any:
+            session.run.check_now(client, ask.where.step)
+            return session.run.half.gradient(arrays[0], targets)
+
+        stepped, seconds = await self._compute(session, arrays, work)
+        for part in _step_replies(stepped, seconds):
+            yield part
+
+    async def _states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StatesReply]:
+        raise WireError(
+            "this server's half ends with the head; labels that stay with the client need the other split"
+        )
+        yield
+
+    # ---- questions that change the server, once per (client, step) ----
+
+    async def _step(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepReply]:
+        ask = await incoming.question("step")
+        session = self._sessions.of(client, ask.where)
+        arrays, targets = await self._activations(incoming, session, [ask.activations], ask.targets)
+        stepped, seconds = await self._compute(
+            session,
+            arrays,
+            lambda: session.run.step(
+                client, ask.where.step, arrays[0], targets, want_gradient=ask.want_gradient
+            ),
+        )
+        self._status.stepped(session.run, client, seconds)
+        for part in _step_replies(stepped, seconds):
+            yield part
+
+    async def _step_states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepStatesReply]:
+        raise WireError(
+            "this server's half ends with the head; labels that stay with the client need the other split"
+        )
+        yield
+
+    async def _descend(self, client: str, incoming: Incoming) -> AsyncIterator[pb.DescendReply]:
+        ask = await incoming.message(pb.DescendRequest)
+        await incoming.end()
+        session = self._sessions.of(client, ask.where)
+        _check_update(ask.seeds, ask.coefficients)
+        _, seconds = await self._compute(
+            session, [], lambda: session.run.descend(client, ask.where.step, ask.seeds, ask.coefficients)
+        )
+        self._status.stepped(session.run, client, seconds)
+        yield pb.DescendReply(server_s=seconds)
+
+    async def _save(self, client: str, incoming: Incoming) -> AsyncIterator[pb.SaveReply]:
+        ask = await incoming.message(pb.SaveRequest)
+        await incoming.end()
+        session = self._sessions.of(client, ask.where)
+
+        def work() -> int:
+            session.run.check_now(client, ask.where.step, evaluation=True)
+            return session.run.save()
+
+        step, _ = await self._compute(session, [], work)
+        yield pb.SaveReply(step=step)
+
+    # ---- shared halves and rounds ----
+
+    async def _journal(self, client: str, incoming: Incoming) -> AsyncIterator[pb.JournalReply]:
+        ask = await incoming.message(pb.JournalRequest)
+        await incoming.end()
+        session = self._sessions.of(client, ask.where)
+        run, late = session.run, False
+        _check_update(ask.seeds, ask.scales)
+        if run.round is not None and ask.examples:
+            late = await self._take_part(run, client, ask)
+        elif ask.seeds:
+            step = ask.where.step
+            await self._compute(session, [], lambda: run.submit(client, step, ask.seeds, ask.scales))
+        updates, _ = await self._compute(session, [], lambda: run.updates_after(ask.have))
+        first = pb.JournalReply(step=run.steps.get(client, 0), late=late)
+        for update in updates:
+            if first.ByteSize() + update.ByteSize() > CHUNK_BYTES:
+                yield first
+                first = pb.JournalReply(step=first.step, late=late)
+            first.updates.append(update)
+        yield first
+
+    async def _take_part(self, run: ServedRun, client: str, ask: pb.JournalRequest) -> bool:
+        part = Contribution(tuple(ask.seeds), tuple(ask.scales), ask.examples)
+        late, _ = await self._scheduler.run(client, 0, lambda: run.contribute(client, ask.where.step, part))
+        gathering = run.round
+        if late or gathering is None or gathering.number != ask.where.step:
+            return True
+        if run.name not in self._closing:
+            self._closing[run.name] = asyncio.create_task(self._close_in_time(run, gathering.number))
+        if gathering.complete:
+            self._closing.pop(run.name).cancel()
+            await self._close(run, gathering.number)
+        async with self.round_closed:
+            await self.round_closed.wait_for(lambda: run.round is not gathering)
+        return False
+
+    async def _close_in_time(self, run: ServedRun, number: int) -> None:
+        await asyncio.sleep(run.training.grace_s)
+        self._closing.pop(run.name, None)
+        await self._close(run, number)
+
+    async def _close(self, run: ServedRun, number: int) -> None:
+        def work() -> list[str] | None:
+            return run.close_round() if run.round is not None and run.round.number == number else None
+
+        dropped, seconds = await self._scheduler.run("round", 0, work)
+        if dropped is not None:
+            self._status.round_closed(run, number, dropped, seconds)
+        async with self.round_closed:
+            self.round_closed.notify_all()
+
+    # ---- shared by the verbs ----
+
+    async def _activations(
+        self, incoming: Incoming, session: Session, headers: Any, targets: pb.Targets
+    ) -> tuple[list[WireArray], Any]:
+        if not 1 <= len(headers) <= 2:
+            raise WireError(f"a question carries one or two activations, got {len(headers)}")
+        shape = tuple(headers[0].shape)
+        if any(tuple(header.shape) != shape for header in headers) or len(shape) != 3:
+            raise WireError(
+                f"the activations of a question have one shape [rows, seq, width], got {list(shape)}"
+            )
+        read = targets_from_message(targets, shape)
+        session.run.half.check(shape, read)
+        arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
+        await incoming.end()
+        return arrays, read
+
+    async def _compute(
+        self, session: Session, arrays: list[WireArray], work: Callable[[], Any]
+    ) -> tuple[Any, float]:
+        tokens = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
+        return await self._scheduler.run(session.client, tokens, work)
+
+
+def _step_replies(stepped: Any, seconds: float) -> list[pb.StepReply]:
+    if stepped.gradient is None:
+        return [pb.StepReply(done=pb.StepDone(loss=stepped.loss, server_s=seconds))]
+    packed = pack(stepped.gradient, "none")
+    done = pb.StepDone(loss=stepped.loss, gradient=packed.header, server_s=seconds)
+    return [pb.StepReply(done=done), *(pb.StepReply(chunk=chunk) for chunk in packed.chunks())]
+
+
+def _check_update(seeds: Any, scales: Any) -> None:
+    if len(seeds) != len(scales):
+        raise WireError(
+            f"an update has one number per seed, got {len(seeds)} seeds and {len(scales)} numbers"
+        )
+    if any(number != number or abs(number) == float("inf") for number in scales):
+        raise WireError(
+            "an update holds NaN or Inf; the sender has diverged: lower its learning rate or epsilon"
+        )
+
+
+def _same(found: str, client: str) -> None:
+    if found != client:  # cannot happen: a token keeps its client
+        raise LinkError(f"the call of {client} goes on as {found}")

@@ -1,0 +1,90 @@
+"""What the service needs of a server half, whatever it runs on: `hosl.run.serve` gives it one on PyTorch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from hosl.core.journal import Journal
+from hosl.core.parties import PositionTargets, Targets
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.tensors import WireArray
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """The answer to a training step."""
+
+    loss: float
+    """Mean loss, nats; 0 where the labels stay with the client."""
+    gradient: WireArray | None = None
+    """dL/dh, shaped like the activations."""
+
+
+@runtime_checkable
+class HostedHalf(Protocol):
+    """A server half in training, in arrays. Not for several threads at once."""
+
+    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> None:
+        """Refuse activations of the wrong width and targets outside the model, as WireError."""
+        ...
+
+    def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
+        """Mean losses in nats; nothing changes."""
+        ...
+
+    def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
+        """[rows, scores], float32; nothing changes."""
+        ...
+
+    def gradient(self, activations: WireArray, targets: Targets) -> Stepped:
+        """Loss and dL/dh; nothing changes."""
+        ...
+
+    def probe(
+        self, pair: Sequence[WireArray], targets: Targets, seed: int, epsilon: float
+    ) -> tuple[float, float]:
+        """Losses at theta_s +- epsilon u(seed); nothing changes."""
+        ...
+
+    def states(self, activations: Sequence[WireArray], positions: PositionTargets) -> list[WireArray]:
+        """The last block's states at the scored positions; nothing changes."""
+        ...
+
+    def step(self, activations: WireArray, targets: Targets, step: int, want_gradient: bool) -> Stepped:
+        """One update."""
+        ...
+
+    def states_for_step(
+        self, activations: WireArray, positions: PositionTargets
+    ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
+        """The states, and what makes the update once their gradient is here: (gradient, step, want_gradient)."""
+        ...
+
+    def contribute(
+        self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
+    ) -> Stepped:
+        """Add this batch's gradient, weighed by `examples`, to the round's; no update yet."""
+        ...
+
+    def apply(self, step: int) -> None:
+        """One update from the mean of what was contributed since the last."""
+        ...
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """One zeroth-order update."""
+        ...
+
+    def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
+        """Write a checkpoint of `step` below `folder`; keeps the one before."""
+        ...
+
+    def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:
+        """Go to the checkpoint of `step` below `folder`, or to the base weights for step 0."""
+        ...
+
+
+OpenHalf = Callable[[pb.Model, pb.Training], HostedHalf]
+"""Makes the half that a Hello asks for, at its base weights; raises AgreementError if this server has another one."""

@@ -1,0 +1,163 @@
+"""Which runs this server holds, and who is speaking in which: Hello, sessions, and the half that each run trains."""
+
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from google.protobuf.json_format import MessageToDict, ParseDict
+
+from hosl.errors import AgreementError, LimitError, SessionError, WireError
+from hosl.service.hosting import OpenHalf
+from hosl.service.runs import ServedRun
+from hosl.wire import hosl_pb2 as pb
+
+PROTOCOL = 1
+_RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One client in one run, until it says hello again."""
+
+    client: str
+    run: ServedRun
+
+
+class Sessions:
+    """The runs in memory and on disk, and the sessions of this life of the process."""
+
+    def __init__(self, folder: Path, open_half: OpenHalf, *, runs_at_once: int = 1) -> None:
+        self._folder = folder / "runs"
+        self._open_half, self._runs_at_once = open_half, runs_at_once
+        self._incarnation = secrets.token_hex(8)
+        self._count = 0
+        self.runs: dict[str, ServedRun] = {}
+        self._sessions: dict[str, Session] = {}
+
+    def of(self, client: str, where: pb.Where) -> Session:
+        """The session that a question names.
+
+        Raises:
+            SessionError: if there is none, or it is another client's: say hello again.
+        """
+        session = self._sessions.get(where.session)
+        if session is None or session.client != client:
+            raise SessionError("this session is not known here (any more); say hello again")
+        return session
+
+    def clients_of(self, run: ServedRun) -> list[str]:
+        """Who has a session in a run."""
+        return sorted({session.client for session in self._sessions.values() if session.run is run})
+
+    def hello(self, client: str, request: pb.HelloRequest) -> tuple[str, int, ServedRun]:
+        """Find or open the run, settle on a state; returns session, step to go on from, and the run.
+
+        Runs in the compute thread: it may load and move weights.
+
+        Raises:
+            WireError: if the request cannot be meant so. AgreementError: if the two sides do not fit.
+            LimitError: if this server is busy with other runs.
+        """
+        if request.protocol != PROTOCOL:
+            raise AgreementError(
+                f"this server speaks protocol {PROTOCOL}, the client {request.protocol}; install the same version of "
+                "hosl on both sides"
+            )
+        if not _RUN_NAME.fullmatch(request.run):
+            raise WireError(
+                f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
+            )
+        if request.current > 2**31 or any(step > 2**31 for step in request.restorable):
+            raise WireError("a step lies beyond 2**31")
+        run = self._run(client, request)
+        run.agree(request.model, request.training)
+        if client not in run.steps and len(run.steps) >= max(run.training.clients, 1):
+            raise AgreementError(
+                f"run {run.name} is for {max(run.training.clients, 1)} clients and has {', '.join(sorted(run.steps))}; "
+                "set clients.count higher for all, or choose another output_dir"
+            )
+        start = run.settle(client, request.restorable, request.current)
+        for name in [n for n, s in self._sessions.items() if s.client == client and s.run is run]:
+            del self._sessions[name]
+        self._count += 1
+        session = f"{self._incarnation}.{self._count}"
+        self._sessions[session] = Session(client, run)
+        return session, start, run
+
+    def _run(self, client: str, request: pb.HelloRequest) -> ServedRun:
+        if request.run in self.runs:
+            return self.runs[request.run]
+        self._make_room()
+        folder = self._folder / request.run
+        agreement = folder / "agreement.json"
+        model, training = request.model, request.training
+        if agreement.is_file():
+            stored = msgspec.json.decode(agreement.read_bytes())
+            model, training = (
+                ParseDict(stored["model"], pb.Model()),
+                ParseDict(stored["training"], pb.Training()),
+            )
+        check_training(training)
+        run = ServedRun(
+            request.run, model, training, self._open_half(model, training), folder / "checkpoints"
+        )
+        if not agreement.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            facts: dict[str, Any] = {
+                "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
+            }  # fmt: skip
+            partial = agreement.with_suffix(".partial")
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
+            partial.replace(agreement)
+        elif saved := run.saved_steps():
+            run.go_back(saved[-1])
+        self.runs[request.run] = run
+        return run
+
+    def _make_room(self) -> None:
+        while len(self.runs) >= self._runs_at_once:
+            done = next((run for run in self.runs.values() if run.finished), None)
+            if done is None:
+                busy = ", ".join(
+                    f"{run.name} ({', '.join(self.clients_of(run))})" for run in self.runs.values()
+                )
+                raise LimitError(
+                    f"this server trains {len(self.runs)} runs at once and is busy with {busy}; wait until one is "
+                    "finished, or ask its owner for `hosl serve --runs-at-once`"
+                )
+            done.save()
+            del self.runs[done.name]
+            for name in [n for n, s in self._sessions.items() if s.run is done]:
+                del self._sessions[name]
+
+
+def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
+    """Do something with every run in memory."""
+    for run in list(sessions.runs.values()):
+        act(run)
+
+
+def check_training(training: pb.Training) -> None:
+    """Refuse settings that contradict each other, whoever sent them.
+
+    Raises:
+        AgreementError: saying which.
+    """
+    if training.max_steps < 1 or not 0 <= training.learning_rate < float("inf"):
+        raise AgreementError(
+            f"max_steps must be >= 1 and the learning rate a number >= 0, got {training.max_steps} and "
+            f"{training.learning_rate}"
+        )
+    zeroth = training.method in (pb.ZO_ZO, pb.FO_ZO)
+    if training.order == pb.SYNCHRONOUS and zeroth:
+        raise AgreementError(
+            "the synchronous schedule needs a first-order server; use sequential with zo-zo and fo-zo"
+        )
+    if training.halves == pb.SHARED and training.method in (pb.FO_FO, pb.FO_ZO):
+        raise AgreementError(
+            "shared client halves need a journal, and a first-order client has none; use personal"
+        )

@@ -1,0 +1,136 @@
+"""What the service counts and tells: Prometheus metrics, structured log lines, the state that the live page shows."""
+
+import json
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from hosl.errors import HoslError
+from hosl.service.runs import ServedRun
+
+_POINTS = 2000
+"""Losses that the live page keeps per run; older ones are thinned out."""
+
+
+class Status:
+    """Counters of one service. Written by the event loop, read by the page's threads."""
+
+    def __init__(self, log: Callable[[str], None] | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self._steps = Counter(
+            "hosl_steps", "Training steps answered", ["run", "client"], registry=self.registry
+        )
+        self._seconds = Counter("hosl_compute_seconds", "Seconds of compute", ["run"], registry=self.registry)
+        self._bytes = Counter("hosl_bytes", "Message bytes", ["client", "direction"], registry=self.registry)
+        self._calls = Counter("hosl_calls", "Calls begun", ["client", "verb"], registry=self.registry)
+        self._refusals = Counter("hosl_refusals", "Calls refused", ["verb", "error"], registry=self.registry)
+        self._loss = Gauge("hosl_loss_nats", "Last training loss", ["run"], registry=self.registry)
+        self._queue = Gauge("hosl_queue", "Pieces of work that wait", registry=self.registry)
+        self._running = Gauge("hosl_calls_running", "Calls under way", registry=self.registry)
+        self._log = log or _to_stderr
+        self._lock = threading.Lock()
+        self._clients: dict[str, dict[str, Any]] = {}
+        self._runs: dict[str, dict[str, Any]] = {}
+        self._losses: dict[str, deque[tuple[int, float]]] = {}
+        self.started = time.time()
+        self.ready = False
+
+    def watch_queue(self, length: Callable[[], int]) -> None:
+        """Where the length of the queue is to be read."""
+        self._queue.set_function(length)
+
+    @contextmanager
+    def call(self, client: str, verb: str) -> Iterator[None]:
+        """One call, from its first message to its end."""
+        self._calls.labels(client, verb).inc()
+        with self._lock:
+            seen = self._clients.setdefault(client, {"bytes_up": 0, "bytes_down": 0, "steps": 0})
+            seen["last_seen"] = time.time()
+        with self._running.track_inprogress():
+            yield
+
+    def transferred(self, client: str, *, up: int, down: int) -> None:
+        """Message bytes of a client's call since the last time."""
+        self._bytes.labels(client, "up").inc(up)
+        self._bytes.labels(client, "down").inc(down)
+        with self._lock:
+            self._clients[client]["bytes_up"] += up
+            self._clients[client]["bytes_down"] += down
+
+    def hello(self, client: str, run: ServedRun, version: str, start: int) -> None:
+        """A client has come."""
+        with self._lock:
+            self._runs.setdefault(run.name, {"step": run.server_step})
+            self._runs[run.name] |= {"max_steps": run.training.max_steps, "step": run.server_step}
+            self._clients[client]["run"] = run.name
+        self.line("hello", client=client, run=run.name, version=version[:40], start=start)
+
+    def stepped(self, run: ServedRun, client: str, seconds: float) -> None:
+        """A training step was answered."""
+        self._steps.labels(run.name, client).inc()
+        self._seconds.labels(run.name).inc(seconds)
+        with self._lock:
+            self._clients[client]["steps"] += 1
+            self._runs[run.name]["step"] = run.server_step
+            if run.last_loss is not None:
+                self._loss.labels(run.name).set(run.last_loss)
+                losses = self._losses.setdefault(run.name, deque())
+                losses.append((run.server_step, run.last_loss))
+                if len(losses) > _POINTS:
+                    self._losses[run.name] = deque(list(losses)[::2])
+
+    def round_closed(self, run: ServedRun, number: int, dropped: list[str], seconds: float) -> None:
+        """A synchronous round was applied; `dropped` did not make it."""
+        self._seconds.labels(run.name).inc(seconds)
+        with self._lock:
+            self._runs[run.name]["step"] = run.server_step
+        if dropped:
+            self.line("dropped", run=run.name, round=number, clients=dropped)
+
+    def refused(self, client: str, verb: str, error: HoslError) -> None:
+        """A call was refused, or failed in a way that has a name."""
+        self._refusals.labels(verb, type(error).__name__).inc()
+        self.line("refused", client=client, verb=verb, error=type(error).__name__, said=str(error)[:300])
+
+    def broke(self, client: str, verb: str, error: Exception) -> None:
+        """A call met a bug of ours."""
+        self._refusals.labels(verb, "FailureError").inc()
+        trace = "".join(traceback.format_exception(error))[-2000:]
+        self.line("failed", client=client, verb=verb, error=type(error).__name__, trace=trace)
+
+    def line(self, event: str, **facts: Any) -> None:
+        """One structured log line."""
+        self._log(json.dumps({"time": round(time.time(), 3), "event": event, **facts}))
+
+    def exposition(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def state(self) -> dict[str, Any]:
+        """What the live page shows: clients, runs with their losses, queue."""
+        with self._lock:
+            runs = {
+                name: facts | {"losses": list(self._losses.get(name, ()))}
+                for name, facts in self._runs.items()
+            }
+            clients = {name: dict(facts) for name, facts in self._clients.items()}
+        waiting = [sample.value for metric in self._queue.collect() for sample in metric.samples]
+        return {
+            "started": self.started,
+            "now": time.time(),
+            "runs": runs,
+            "clients": clients,
+            "queue": waiting[0],
+        }
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""What moves the bytes: connections to a server, and a link emulator for tests and studies. No torch here."""

@@ -1,0 +1,123 @@
+"""hosl://host:port#token.fingerprint: all that a device needs to enrol, and how the fingerprint is checked.
+
+The fingerprint is SHA-256 of the server's certificate. A client fetches the certificate first, over TLS 1.3 and without
+trusting it, compares, and then trusts this one certificate and no other.
+"""
+
+import hmac
+import re
+import ssl
+from base64 import urlsafe_b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from socket import create_connection
+from typing import Any
+
+from hosl.errors import AccessError, LinkError
+
+_LINE = re.compile(
+    r"hosl://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(?P<port>\d{1,5})#(?P<token>[A-Za-z0-9_-]{43})"
+    r"(?:\.(?P<fingerprint>[A-Za-z0-9_-]{43}))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinLine:
+    """Where the server is, who we are to it, and how it proves itself."""
+
+    host: str
+    port: int
+    token: str
+    """A bearer token: whoever has it is this client."""
+    fingerprint: str | None
+    """Of the server's certificate; None: the certificate is checked against authorities."""
+
+    @classmethod
+    def parse(cls, text: str) -> "JoinLine":
+        """Read a join line.
+
+        Raises:
+            AccessError: if it is none. The token is not repeated in the message.
+        """
+        found = _LINE.fullmatch(text.strip())
+        if not found or int(found["port"]) > 65535:
+            shown = text.strip().partition("#")[0]
+            raise AccessError(
+                f"the join line {shown}#... is not of the form hosl://host:port#token.fingerprint; copy the whole line "
+                "that `hosl serve` or `hosl clients add` printed, in quotes"
+            )
+        return cls(found["host"].strip("[]"), int(found["port"]), found["token"], found["fingerprint"])
+
+    @property
+    def address(self) -> str:
+        """host:port, an IPv6 host in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        proof = f".{self.fingerprint}" if self.fingerprint else ""
+        return f"hosl://{self.address}#{self.token}{proof}"
+
+
+def fingerprint_of(certificate_der: bytes) -> str:
+    """SHA-256 of a certificate, base64 for URLs without padding: 43 characters."""
+    return urlsafe_b64encode(sha256(certificate_der).digest()).decode().rstrip("=")
+
+
+def pinned_certificate(line: JoinLine, *, timeout_s: float, identity: tuple[str, str] | None = None) -> bytes:
+    """The server's certificate in PEM, if it has the line's fingerprint.
+
+    Args:
+        line: with a fingerprint.
+        timeout_s: for connecting and the handshake.
+        identity: files of our own certificate and key, for a server that wants one.
+
+    Raises:
+        AccessError: if the certificate has another fingerprint, or has expired.
+        LinkError: if nobody answers, or not with TLS 1.3.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # compared by hand below
+    context.set_alpn_protocols(["h2"])
+    if identity:
+        context.load_cert_chain(*identity)
+    try:
+        with (
+            create_connection((line.host, line.port), timeout=timeout_s) as plain,
+            context.wrap_socket(plain) as secured,
+        ):
+            found: Any = secured.getpeercert(binary_form=True)
+    except OSError as cause:
+        raise LinkError(
+            f"no TLS 1.3 server answers at {line.address}: {cause}; check that `hosl serve` runs there and that the "
+            "port is open"
+        ) from cause
+    assert line.fingerprint is not None, "a certificate that an authority vouches for is not pinned"
+    if not hmac.compare_digest(fingerprint_of(found), line.fingerprint):
+        raise AccessError(
+            f"the server at {line.address} shows a certificate with fingerprint {fingerprint_of(found)}, the join line "
+            f"says {line.fingerprint}: somebody else answers, or the server made a new certificate; ask for a new line"
+        )
+    pem = ssl.DER_cert_to_PEM_cert(found)
+    _check_dates(line, pem, timeout_s)
+    return pem.encode()
+
+
+def _check_dates(line: JoinLine, pem: str, timeout_s: float) -> None:
+    """A second handshake that trusts this certificate alone: what is left to fail are its dates and its form."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version, context.check_hostname = ssl.TLSVersion.TLSv1_3, False
+    context.load_verify_locations(cadata=pem)
+    try:
+        with (
+            create_connection((line.host, line.port), timeout=timeout_s) as plain,
+            context.wrap_socket(plain),
+        ):
+            pass
+    except ssl.SSLCertVerificationError as cause:
+        raise AccessError(
+            f"the certificate of {line.address} has the right fingerprint but is not valid: {cause.verify_message}; "
+            "on the server, delete certificate.pem and key.pem of the service folder, start it again, use a new line"
+        ) from cause
+    except OSError as cause:
+        raise LinkError(f"{line.address} went away during the handshake: {cause}") from cause

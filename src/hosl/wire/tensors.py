@@ -1,0 +1,215 @@
+"""Arrays <-> bytes: dtypes, compression, and the checks that come before any allocation.
+
+`WireArray` is a numpy array that knows its dtype: numpy has no bfloat16, so those travel as uint16.
+Compression: none; bf16, rounded to nearest; int8 per token with stochastic rounding, unbiased (methods.md (g)). The
+noise comes from a key, so that both probes of a direction can be rounded by the same noise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import prod
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from hosl.errors import LimitError, WireError
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.enums import from_enum, to_enum
+
+DTypeName: TypeAlias = Literal["float32", "bfloat16", "float64"]
+Compression: TypeAlias = Literal["none", "bf16", "int8"]
+
+CHUNK_BYTES = 1 << 19
+"""What one message carries of a tensor."""
+
+_STORED: dict[str, Any] = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "float64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WireArray:
+    """An array with the dtype that its numbers have."""
+
+    data: np.ndarray
+    """Of dtype float32 or float64; uint16 holding the bits of bfloat16."""
+    dtype: DTypeName
+
+    def finite(self) -> bool:
+        """Whether no element is NaN or infinite."""
+        if self.dtype == "bfloat16":
+            return bool(((self.data & 0x7F80) != 0x7F80).all())
+        return bool(np.isfinite(self.data).all())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A tensor ready to be sent: what describes it, and its bytes."""
+
+    header: pb.Tensor
+    parts: tuple[memoryview, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensor's own bytes, without framing."""
+        return sum(len(part) for part in self.parts)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes in order, cut into messages."""
+        for part in self.parts:
+            for start in range(0, len(part), CHUNK_BYTES):
+                yield bytes(part[start : start + CHUNK_BYTES])
+
+
+def pack(array: WireArray, compression: Compression, *, noise: str = "") -> Packed:
+    """Make an array ready for the wire.
+
+    Args:
+        array: [rows, seq, width].
+        compression: bf16 and int8 apply to float32 and float64; a bfloat16 array goes as it is under bf16.
+        noise: key of int8's rounding noise; the same key gives the same noise.
+    """
+    if array.dtype == "bfloat16" and compression == "bf16":
+        compression = "none"
+    header = pb.Tensor(
+        shape=array.data.shape,
+        dtype=to_enum(pb.DType, array.dtype),
+        compression=to_enum(pb.Compression, compression),
+    )
+    match compression:
+        case "none":
+            parts = (np.ascontiguousarray(array.data),)
+        case "bf16":
+            parts = (_to_bfloat16(array.data.astype(np.float32, copy=False)),)
+        case "int8":
+            parts = _to_int8(_widened(array), noise)
+    flat: list[Any] = [part.reshape(-1).view(np.uint8) for part in parts]
+    return Packed(header, tuple(memoryview(part).toreadonly() for part in flat))
+
+
+def packed_bytes(shape: tuple[int, ...], dtype: DTypeName, compression: Compression) -> int:
+    """Bytes of an array of `shape` on the wire, without framing."""
+    match compression:
+        case "none":
+            return prod(shape) * _STORED[dtype].itemsize
+        case "bf16":
+            return prod(shape) * 2
+        case "int8":
+            return prod(shape) + prod(shape[:-1]) * 4
+
+
+class Unpacking:
+    """One tensor that is arriving: checked against its header, filled chunk by chunk, never larger than announced."""
+
+    def __init__(self, header: pb.Tensor, *, tensor_bytes: int) -> None:
+        """Check what is announced before its bytes are waited for.
+
+        Raises:
+            WireError: if shape, dtype or compression cannot be.
+            LimitError: if it is larger than `tensor_bytes`, as sent or unpacked.
+        """
+        self.dtype: Any = from_enum(pb.DType, header.dtype)
+        self.compression: Any = from_enum(pb.Compression, header.compression)
+        self.shape = tuple(header.shape)
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise WireError(f"a tensor needs three dimensions of at least 1, got {list(self.shape)}")
+        if self.compression == "bf16" and self.dtype == "bfloat16":
+            raise WireError("a bfloat16 tensor is not compressed to bf16 a second time")
+        self.wanted = packed_bytes(self.shape, self.dtype, self.compression)
+        largest = max(self.wanted, prod(self.shape) * _STORED[self.dtype].itemsize)
+        if largest > tensor_bytes:
+            raise LimitError(
+                f"a tensor {list(self.shape)} of {self.dtype} takes {largest} bytes; the limit is {tensor_bytes}: "
+                "send fewer rows, or raise the server's --tensor-limit"
+            )
+        # pages of an empty array are only taken when bytes are written to them
+        self._bytes = np.empty(self.wanted, dtype=np.uint8)
+        self.filled = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            WireError: if they are more than was announced.
+        """
+        end = self.filled + len(chunk)
+        if end > self.wanted or not chunk:
+            raise WireError(
+                f"a tensor {list(self.shape)} needs {self.wanted} bytes, {end} arrived"
+                if chunk
+                else "an empty chunk; a chunk holds at least one byte"
+            )
+        self._bytes[self.filled : end] = np.frombuffer(chunk, dtype=np.uint8)
+        self.filled = end
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is there."""
+        return self.filled == self.wanted
+
+    def array(self) -> WireArray:
+        """The tensor, [rows, seq, width].
+
+        Raises:
+            WireError: if bytes are missing, or an element is NaN or infinite.
+        """
+        if not self.complete:
+            raise WireError(
+                f"a tensor {list(self.shape)} needs {self.wanted} bytes, only {self.filled} arrived"
+            )
+        array = WireArray(self._unpacked().reshape(self.shape), self.dtype)
+        if not array.finite():
+            raise WireError(
+                "a tensor holds NaN or Inf; the sender has diverged: lower its learning rate or epsilon"
+            )
+        return array
+
+    def _unpacked(self) -> np.ndarray:
+        match self.compression:
+            case "none":
+                return self._bytes.view(_STORED[self.dtype])
+            case "bf16":
+                return _from_bfloat16(self._bytes.view("<u2")).astype(_STORED[self.dtype], copy=False)
+            case _:
+                tokens = prod(self.shape[:-1])
+                scales = self._bytes[: tokens * 4].view("<f4")
+                values = self._bytes[tokens * 4 :].view(np.int8).reshape(tokens, -1)
+                whole = values * scales[:, None]
+                return (
+                    _to_bfloat16(whole)
+                    if self.dtype == "bfloat16"
+                    else whole.astype(_STORED[self.dtype], copy=False)
+                )
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to nearest, ties to even; uint16. NaN stays NaN."""
+    bits = np.ascontiguousarray(values).view("<u4")
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype("<u4") << 16).view("<f4")
+
+
+def _widened(array: WireArray) -> np.ndarray:
+    if array.dtype == "bfloat16":
+        return _from_bfloat16(array.data)
+    return array.data.astype(np.float32, copy=False)
+
+
+def _to_int8(values: np.ndarray, noise: str) -> tuple[np.ndarray, np.ndarray]:
+    tokens = values.reshape(-1, values.shape[-1])
+    scales = (np.abs(tokens).max(axis=1) / np.float32(127)).astype("<f4")
+    divisors = np.where(scales > 0, scales, np.float32(1))
+    key = np.frombuffer(blake2b(f"hosl/noise/{noise}".encode(), digest_size=16).digest(), dtype="<u8")
+    uniform = np.random.Generator(np.random.Philox(key=key))
+    rounded = np.empty(tokens.shape, dtype=np.int8)
+    for place, (row, divisor) in enumerate(zip(tokens, divisors, strict=True)):
+        steps = np.floor(row / divisor + uniform.random(len(row), dtype=np.float32))
+        rounded[place] = np.clip(steps, -127, 127)
+    return scales, rounded
