@@ -30,7 +30,7 @@ GRID = {
     ),  # 3e-5 was the lowest and the best of three: one more below it
     ("lora", "fo-fo"): (1e-3, 3e-3, 1e-2, 3e-2),
     ("full", "zo"): (1e-6, 1e-5, 1e-4),
-    ("lora", "zo"): (1e-4, 1e-3, 1e-2),
+    ("lora", "zo"): (1e-3, 1e-2, 1e-1, 1.0),
     ("full", "zo-zo"): (1e-4, 1e-3, 1e-2),  # 1e-6 and 1e-5 were tried first: still at 10 nats (docs/log.md)
     ("lora", "zo-zo"): (1e-3, 1e-2, 1e-1),
 }

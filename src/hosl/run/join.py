@@ -107,7 +107,9 @@ class JoinedSession(Session):
         """Take the state after `step`, because the server goes on from there."""
         if self.config.clients.halves == "shared":
             return self._catch_up(step)
-        if step > self.step:  # a round was closed without us: our half stays as it is
+        if (
+            self.client is not None and step > self.step
+        ):  # a round was closed without us: our half stays as it is
             self.done(step)
             return None
         self.client = None  # lets go of the old half before it is loaded again

@@ -68,6 +68,8 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
             _one_step(session, record, run, first, shown, stop)
         except StepMoved as moved:
             before = session.step
+            for meter in (session.meters.client, session.meters.server):
+                meter.take()  # what the step that was broken off has cost belongs to no line
             facts = session.go_to(run, moved.step)
             if facts is not None:
                 record.cut_back(facts.get("metrics_bytes", 0), moved.step)
