@@ -7,6 +7,7 @@ to settle at every Hello: alone, the newest checkpoint that both have.
 import json
 import secrets
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -67,7 +68,7 @@ class JoinedSession(Session):
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the client's verbs; the server measures its own."""
-        self.meters.client.memory = self.runtime.memory_meter(self.client) if on else None
+        self.meters.client.memory = self.runtime.memory_meter(self._own_client) if on else None
 
     def costs(self, *, step_s: float, client_s: float, server_s: float) -> dict[str, Any]:
         """Message bytes as the connection counted them, and the time that was neither client's nor server's."""
@@ -89,11 +90,10 @@ class JoinedSession(Session):
         if (run / "checkpoints" / f"step-{self.step:08d}").is_dir():
             return  # written before a kill that the server did not survive with us
         checkpoint = Checkpoint(step=self.step)
+        # shared halves are rebuilt from the server's journal, whose steps are not this client's: no snapshots
+        snapshots = sys.maxsize if isinstance(self.client, SharedClient) else self.config.snapshot_steps
         self.snapshot_step = self.runtime.put_client(
-            checkpoint,
-            self.client,
-            snapshot_step=self.snapshot_step,
-            snapshot_steps=self.config.snapshot_steps,
+            checkpoint, self._own_client, snapshot_step=self.snapshot_step, snapshot_steps=snapshots
         )
         checkpoint.state |= {
             "model_digest": self.facts["model"]["digest"],
@@ -126,9 +126,14 @@ class JoinedSession(Session):
         return facts
 
     def finish(self) -> None:
-        """Shared halves: take what the others did since our last step."""
+        """Shared halves: take what the others did since our last step. The digest is what they can be compared by."""
         if self.config.clients.halves == "shared":
             self.client.catch_up()
+        self.facts["final_client_digest"] = self.runtime.trained_digest(self._own_client)
+
+    @property
+    def _own_client(self) -> Any:
+        return self.client.client if isinstance(self.client, SharedClient) else self.client
 
     def _catch_up(self, step: int) -> None:
         if self._incarnation != self.server.incarnation:

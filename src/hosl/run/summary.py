@@ -15,6 +15,8 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
         "run": str(run), "finished": finished, "method": session.config.method, "steps": session.step,
         "train_loss_nats": steps[-1]["loss_nats"] if steps else None,
     }  # fmt: skip
+    if "final_client_digest" in session.facts:
+        summary["client_digest"] = session.facts["final_client_digest"]
     for line in metrics:
         if "split" in line:
             summary[f"{line['split']}_accuracy"] = line["accuracy"]

@@ -16,9 +16,11 @@ from hosl.run.torch_halves import (
     trained_elements,
 )
 from hosl.split import ClientHalf, load_half
+from hosl.split.streaming import tensors_digest
 
 __all__ = [
-    "from_wire", "memory_meter", "open_client", "put_client", "restore_client_", "to_wire", "trained_elements",
+    "from_wire", "memory_meter", "open_client", "put_client", "restore_client_", "to_wire", "trained_digest",
+    "trained_elements",
 ]  # fmt: skip
 
 
@@ -28,6 +30,11 @@ def open_client(config: Config, folder: Path) -> FrozenClient:
     assert isinstance(half, ClientHalf), "half.json was checked to be a client's"
     half.to(DTYPES[config.model.dtype])
     return make_client(config, half)
+
+
+def trained_digest(client: Any) -> str:
+    """SHA-256 over the trained weights of a client, by name: equal for equal halves."""
+    return tensors_digest({name: p.detach() for name, p in getattr(client, "trained", {}).items()})
 
 
 def memory_meter(client: Any) -> TorchMemory:
