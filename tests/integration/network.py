@@ -91,6 +91,14 @@ class Server:
         self.close()
 
 
+def enrol(service, name, capsys):
+    """`hosl clients add NAME`; the join line."""
+    capsys.readouterr()
+    assert main(["clients", "add", name, "--service", str(service)]) == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "hosl://" in text]
+    return line.partition(": ")[2]
+
+
 def join(half, line, config, *words):
     """`hosl join` in a process of its own."""
     command = [*HOSL, "join", str(half), "--to", line, "--config", str(config), "--json", *map(str, words)]

@@ -6,18 +6,9 @@ import sys
 from contextlib import suppress
 
 import pytest
-from tests.integration.network import ENVIRONMENT, Server, finished, join, newest, split, wait_until
+from tests.integration.network import ENVIRONMENT, Server, enrol, finished, join, newest, split, wait_until
 
-from hosl.cli import main
 from hosl.core.journal import Journal
-
-
-def enrol(service, name, capsys):
-    """`hosl clients add NAME`; the join line."""
-    capsys.readouterr()
-    assert main(["clients", "add", name, "--service", str(service)]) == 0
-    (line,) = [text for text in capsys.readouterr().out.splitlines() if "hosl://" in text]
-    return line.partition(": ")[2]
 
 
 def journal_of(run):

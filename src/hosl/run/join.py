@@ -206,8 +206,10 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             "task": {"name": task.name, "digest": task_digest(task)},
             "cut": facts["cut"],
         }
+        accepted = False
         try:
             known = session.go_to(run, channel.for_ever(server.hello, say)) or {}
+            accepted = True
             session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
             record = {"run_id": identity, "versions": versions(), **session.facts}
             (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
@@ -216,7 +218,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             )
         finally:
             server.close()
-            if not (run / "record.json").is_file():
+            if not accepted and not (run / "metrics.jsonl").is_file():
                 shutil.rmtree(run)  # refused before the first step: nothing half-made stays
 
 
@@ -227,12 +229,14 @@ def _run_folder(config: Config) -> tuple[Path, str]:
         if _unfinished(folder, text):
             return folder, json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"]
     run = new_folder(wanted)
-    (run / "config.yaml").write_text(text, encoding="utf-8")
     name = (
         "".join(c if c.isalnum() or c in "._-" else "-" for c in run.name.lower()).strip("._-")[:40] or "run"
     )
     # alone, a run is its own on the server, whatever it is called; several clients find each other by the name
-    return run, name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
+    identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
+    (run / "record.json").write_text(json.dumps({"run_id": identity}), encoding="utf-8")
+    (run / "config.yaml").write_text(text, encoding="utf-8")
+    return run, identity
 
 
 def _unfinished(folder: Path, config_text: str) -> bool:
