@@ -4,6 +4,7 @@ What a round sees is a server; what it does not see is here: the greeting, the s
 restarted may be at another step (`StepMoved`). No torch: `Arrays` turns the runtime's tensors into the wire's.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
@@ -80,6 +81,8 @@ class RemoteServer:
             say: hears of lost connections.
         """
         self.channel, self.meter = channel, Meter()
+        self.wire_s = 0.0
+        """Seconds that calls took beyond the server's compute: sending, waiting for a turn, receiving."""
         self.current = 0
         """The step whose state the client is in (`at`)."""
         self.client = ""
@@ -261,11 +264,17 @@ class RemoteServer:
         """
         while True:
             try:
-                return self.channel.for_ever(ask, self._say)
+                return self.channel.for_ever(lambda: self._timed(ask), self._say)
             except SessionError as unknown:
                 start = self.channel.for_ever(self.hello, self._say)
                 if start != self.current:
                     raise StepMoved(start) from unknown
+
+    def _timed(self, ask: Callable[[], _Answer]) -> _Answer:
+        begin, computed_s = time.perf_counter(), self.meter.seconds
+        answer = ask()
+        self.wire_s += time.perf_counter() - begin - (self.meter.seconds - computed_s)
+        return answer
 
     def _settle(self) -> None:
         """Wait until no question is on its way; its own reader hears of its errors."""

@@ -122,7 +122,7 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         client_peak_bytes=client.peak_bytes,
         server_peak_bytes=server.peak_bytes,
         process_peak_bytes=process_peak_bytes(),
-        **session.costs(step_s=seconds, client_s=client.seconds, server_s=server.seconds),
+        **session.costs(),
     )
 
 

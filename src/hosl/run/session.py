@@ -75,7 +75,7 @@ class Session:
         """The round of `step` is complete on both sides."""
         self.step = step
 
-    def costs(self, *, step_s: float, client_s: float, server_s: float) -> dict[str, Any]:
+    def costs(self) -> dict[str, Any]:
         """What the last step cost beyond what the parties' meters say; goes to timings.jsonl."""
         return {}
 

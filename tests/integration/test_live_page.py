@@ -1,0 +1,78 @@
+"""The live page in a real browser, without any outside resource; metrics and health beside it."""
+
+import json
+import shutil
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+
+import pytest
+from tests.integration.network import Server, finished, join, split
+
+from hosl.transport.join_line import JoinLine
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def _get(url, token=None):
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    request = urllib.request.Request(url, headers={"authorization": f"Bearer {token}"} if token else {})
+    with urllib.request.urlopen(request, context=context, timeout=10) as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture
+def trained(tiny_run, tmp_path):
+    """A server with a live page that has just trained a run: its url, its client's token, the run's losses."""
+    config = tiny_run(max_steps=10)
+    halves = split(tmp_path / "model-in", tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service", "--page", "127.0.0.1:0") as server:
+        finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "joined"))
+        url = server.said[-1].rpartition(" ")[2]
+        yield url, JoinLine.parse(server.line).token, tmp_path / "joined"
+        assert server.stop() == 0
+
+
+def test_metrics_and_state_are_behind_the_token_and_health_is_not(trained):
+    url, token, run = trained
+    assert _get(url + "health") == "ready\n"
+    for place in ("metrics", "state.json"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            _get(url + place)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        _get(url + "clients.json", token)
+    metrics = _get(url + "metrics", token)
+    assert 'hosl_steps_total{client="first",run="joined-' in metrics
+    state = json.loads(_get(url + "state.json", token))
+    (facts,) = state["runs"].values()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss_nats"] for line in lines if "split" not in line]
+    assert [loss for _, loss in facts["losses"]] == losses
+    assert facts["step"] == 10
+    assert state["clients"]["first"]["bytes_up"] > 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_the_page_shows_the_live_loss_in_a_browser(trained, tmp_path):
+    url, token, run = trained
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line["loss_nats"] for line in lines if "split" not in line][-1]
+    picture = tmp_path / "page.png"
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+        "--ignore-certificate-errors", "--window-size=1000,800", "--virtual-time-budget=4000",
+        f"--screenshot={picture}", "--dump-dom", f"{url}#token={token}",
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-500:]
+    assert (
+        f"step 10 of 10, loss {last:.4f} nats" in ran.stdout
+       
+    )
+    assert "<polyline" in ran.stdout
+    assert "http://" not in ran.stdout.replace("http://www.w3.org", "")
+    assert "https://" not in ran.stdout
+    assert picture.stat().st_size > 5000
