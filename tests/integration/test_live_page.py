@@ -68,10 +68,7 @@ def test_the_page_shows_the_live_loss_in_a_browser(trained, tmp_path):
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr[-500:]
-    assert (
-        f"step 10 of 10, loss {last:.4f} nats" in ran.stdout
-       
-    )
+    assert f"step 10 of 10, loss {last:.4f} nats" in ran.stdout
     assert "<polyline" in ran.stdout
     assert "http://" not in ran.stdout.replace("http://www.w3.org", "")
     assert "https://" not in ran.stdout

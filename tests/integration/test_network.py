@@ -39,3 +39,29 @@ def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, m
     assert all(torch.equal(here[name], there[name]) for name in here)
     lines = read_lines(tmp_path / "joined" / "timings.jsonl")
     assert all(line["wire_bytes_up"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("method", ["hosl", "hosl-gradient"])
+@pytest.mark.parametrize(("compression", "share"), [("bf16", 1 / 2), ("int8", 1 / 4 + 1 / 32)])
+def test_compression_saves_its_share_and_its_error_is_noted(tiny_run, tmp_path, method, compression, share):
+    config = tiny_run(method=method, max_steps=26, wire={"compression": compression}, zo={"epsilon": 1e-2})
+    halves = split(tmp_path / "model-in", tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service") as server:
+        assert finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "joined"))[
+            "finished"
+        ]
+    lines = [line for line in read_lines(tmp_path / "joined" / "metrics.jsonl") if "split" not in line]
+    noted = [line for line in lines if any(name.startswith("compression_error") for name in line)]
+    assert [line["step"] for line in noted] == [1, 26]
+    signal, error = ("gradient_norm", "compression_error_norm") if method == "hosl-gradient" else (
+        "loss_difference_nats", "compression_error_nats"
+    )  # fmt: skip
+    assert all(line[signal] and line[error] for line in noted)
+    if method == "hosl-gradient":
+        assert all(line[error] < 0.05 * line[signal] for line in noted)
+    rows, seq, width = 8, 2, 32  # two words and no special tokens
+    uploads = 1 if method == "hosl-gradient" else 2 * 10 + 1
+    targets_bytes = uploads * (rows * seq + rows * 8)
+    if method == "hosl":
+        targets_bytes -= 10 * (rows * seq + rows * 8)  # both probes of a direction share theirs
+    assert lines[2]["bytes_up"] - targets_bytes == pytest.approx(uploads * rows * seq * width * 4 * share)

@@ -22,6 +22,7 @@ from hosl.errors import AgreementError, CheckpointError, StepMoved
 from hosl.parties.metered import Metered
 from hosl.parties.remote_server import RemoteServer
 from hosl.parties.shared_client import SharedClient
+from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
 from hosl.run.loop import carry_on
 from hosl.run.record import RunLock, new_folder, read_lines, versions
@@ -80,6 +81,10 @@ class JoinedSession(Session):
             "wire_bytes_up": now[0] - before[0],
             "wire_bytes_down": now[1] - before[1],
         }
+
+    def notes(self) -> dict[str, float]:
+        """What compression does to the signal, in the steps in which it is measured."""
+        return self.server.notes() if isinstance(self.server, WatchedServer) else {}
 
     def restorable(self, run: Path) -> list[int]:
         """The steps whose state this client can go to: its base weights and its checkpoints."""
@@ -196,7 +201,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
                 restorable=session.restorable(run), current=current, version=versions()["hosl"],
             )  # fmt: skip
 
-        server = RemoteServer(
+        kind = RemoteServer if config.wire.compression == "none" else WatchedServer
+        server = kind(
             channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say
         )
         session = JoinedSession(

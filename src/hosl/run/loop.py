@@ -113,6 +113,7 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         server_learning_rate=learning_rate(config, config.server.learning_rate)(step),
         bytes_up=server.bytes_in,
         bytes_down=server.bytes_out,
+        **session.notes(),
     )
     record.timings(
         step=step,

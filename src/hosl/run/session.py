@@ -79,6 +79,10 @@ class Session:
         """What the last step cost beyond what the parties' meters say; goes to timings.jsonl."""
         return {}
 
+    def notes(self) -> dict[str, float]:
+        """What the last step measured beside its result, exact; goes to metrics.jsonl."""
+        return {}
+
     def finish(self) -> None:
         """The last step is done; nothing more will be asked."""
 

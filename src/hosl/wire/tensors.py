@@ -38,6 +38,10 @@ class WireArray:
     """Of dtype float32 or float64; uint16 holding the bits of bfloat16."""
     dtype: DTypeName
 
+    def widened(self) -> np.ndarray:
+        """The numbers, bfloat16 as float32."""
+        return _from_bfloat16(self.data) if self.dtype == "bfloat16" else self.data
+
     def finite(self) -> bool:
         """Whether no element is NaN or infinite."""
         if self.dtype == "bfloat16":
@@ -85,7 +89,7 @@ def pack(array: WireArray, compression: Compression, *, noise: str = "") -> Pack
         case "bf16":
             parts = (_to_bfloat16(array.data.astype(np.float32, copy=False)),)
         case "int8":
-            parts = _to_int8(_widened(array), noise)
+            parts = _to_int8(array.widened().astype(np.float32, copy=False), noise)
     flat: list[Any] = [part.reshape(-1).view(np.uint8) for part in parts]
     return Packed(header, tuple(memoryview(part).toreadonly() for part in flat))
 
@@ -194,12 +198,6 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype("<u4") << 16).view("<f4")
-
-
-def _widened(array: WireArray) -> np.ndarray:
-    if array.dtype == "bfloat16":
-        return _from_bfloat16(array.data)
-    return array.data.astype(np.float32, copy=False)
 
 
 def _to_int8(values: np.ndarray, noise: str) -> tuple[np.ndarray, np.ndarray]:
