@@ -135,7 +135,8 @@ def _closure(runs: list[dict], frozen: list[dict], first: list[dict], key: str) 
     gap, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
     if abs(gap) < 2 * error:
         return "n/a (gap not resolved)"
-    return f"{statistics.mean(r[key] - z[key] for r, z in zip(runs, frozen, strict=True)) / gap:.2f}"
+    closure = statistics.mean(r[key] - z[key] for r, z in zip(runs, frozen, strict=True)) / gap
+    return f"{closure + 0.0:.2f}".replace("-0.00", "0.00")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,19 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of a new head; give the seed of the run's config"
     )
+    parser.add_argument(
+        "--labels-at",
+        choices=("server", "client"),
+        default="server",
+        help="client: norm and head go to the device too",
+    )
     known = parser.parse_args(words)
 
     from hosl.split import split_folder
 
     info = split_folder(
-        known.model, known.cut, Path(known.out), head=known.head, num_labels=known.labels, seed=known.seed
-    )
+        known.model, known.cut, Path(known.out), head=known.head, num_labels=known.labels, seed=known.seed,
+        labels=known.labels_at,
+    )  # fmt: skip
     answer({"out": known.out, "cut": known.cut, **info.facts()}, as_json=known.json)
     return 0

@@ -129,10 +129,6 @@ class ServerSide(Protocol):
         """For evaluation: log-probabilities per class [rows, classes], or per option, mean per token [rows, 1]."""
         ...
 
-    def gradient(self, activations: Activations, targets: Targets) -> StepReply:
-        """The loss and dL/dh at theta_s. For a zeroth-order server behind a first-order client."""
-        ...
-
 
 @runtime_checkable
 class FirstOrderServerSide(ServerSide, Protocol):
@@ -148,6 +144,10 @@ class FirstOrderServerSide(ServerSide, Protocol):
 @runtime_checkable
 class ZerothOrderServerSide(ServerSide, Protocol):
     """A server that is trained by probes, as a zeroth-order client is."""
+
+    def gradient(self, activations: Activations, targets: Targets) -> StepReply:
+        """The loss and dL/dh at theta_s; nothing changes. For a zeroth-order server behind a first-order client."""
+        ...
 
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed). theta_s only read."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 
-from hosl.core.parties import Activations, Pair, StepReply, Targets
+from hosl.core.parties import Activations, Pair, PositionTargets, StepReply, Targets
 from hosl.core.shapes import Float
 from hosl.errors import SessionError, StepMoved, WireError
 from hosl.parties.metered import Meter, payload_bytes
@@ -138,7 +138,9 @@ class RemoteServer:
             question = pb.AskLosses(
                 where=self._where(step), activations=headers, targets=targets_to_message(targets)
             )
-            reply = self.channel.upload("Losses", _frames(pb.Upload(losses=question), packed), pb.LossesReply)
+            reply = self.channel.upload(
+                "Losses", upload_frames(pb.Upload(losses=question), packed), pb.LossesReply
+            )
             if len(reply.losses) != len(packed):
                 raise WireError(f"asked for {len(packed)} losses, the server sent {len(reply.losses)}")
             self._count_down(reply.server_s, list(reply.losses))
@@ -157,7 +159,9 @@ class RemoteServer:
                 activations=packed[0].header,
                 targets=targets_to_message(targets),
             )
-            reply = self.channel.upload("Scores", _frames(pb.Upload(scores=question), packed), pb.ScoresReply)
+            reply = self.channel.upload(
+                "Scores", upload_frames(pb.Upload(scores=question), packed), pb.ScoresReply
+            )
             values = np.frombuffer(reply.values, dtype="<f4")
             if values.size != reply.rows * reply.scores or reply.rows != len(targets.mask):
                 raise WireError(
@@ -196,7 +200,9 @@ class RemoteServer:
                 where=self._where(self.current + 1), activations=[p.header for p in packed],
                 targets=targets_to_message(targets), seed=seed, epsilon=epsilon,
             )  # fmt: skip
-            reply = self.channel.upload("Probe", _frames(pb.Upload(probe=question), packed), pb.LossesReply)
+            reply = self.channel.upload(
+                "Probe", upload_frames(pb.Upload(probe=question), packed), pb.LossesReply
+            )
             if len(reply.losses) != 2:
                 raise WireError(f"asked for two losses, the server sent {len(reply.losses)}")
             self._count_down(reply.server_s, list(reply.losses))
@@ -283,22 +289,26 @@ class RemoteServer:
             self._pending = None
 
     def _stepped(self, verb: str, question: pb.Upload, packed: list[Packed]) -> StepReply:
-        parts = self.channel.converse(verb, _frames(question, packed), pb.StepReply)
-        done = next(parts, pb.StepReply()).done
-        gradient = None
+        parts = self.channel.converse(verb, upload_frames(question, packed), pb.StepReply)
+        done, gradient = next(parts, pb.StepReply()).done, None
         if done.HasField("gradient"):
-            if list(done.gradient.shape) != list(packed[0].header.shape):
-                raise WireError(
-                    f"the gradient has shape {list(done.gradient.shape)}, the activations another"
-                )
-            arriving = Unpacking(done.gradient, tensor_bytes=self._limits.tensor_bytes)
-            for part in parts:
-                arriving.add(part.chunk)
-            gradient = self._arrays.from_wire(arriving.array())
+            gradient = self._unpacked(done.gradient, packed[0].header, (part.chunk for part in parts))
         for _ in parts:
             raise WireError(f"{verb} was answered by more than was announced")
         self._count_down(done.server_s, StepReply(done.loss, gradient))
         return StepReply(done.loss, gradient)
+
+    def _unpacked(self, header: pb.Tensor, like: pb.Tensor, chunks: Iterator[bytes]) -> Any:
+        if list(header.shape) != list(like.shape):
+            raise WireError(
+                f"the gradient has shape {list(header.shape)}, the activations {list(like.shape)}"
+            )
+        return self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), chunks)
+
+    def _filled(self, arriving: Unpacking, chunks: Iterator[bytes]) -> Any:
+        while not arriving.complete:
+            arriving.add(next(chunks, b""))
+        return self._arrays.from_wire(arriving.array())
 
     def _packed(self, activations: Activations, targets: Targets) -> Packed:
         packed = pack(self._arrays.to_wire(activations), self._compression, noise=self._noise())
@@ -313,7 +323,7 @@ class RemoteServer:
         self._asked += 1
         return f"{self._seed}/{self.current}/{self._asked}"
 
-    def _count_up(self, packed: list[Packed], targets: Targets) -> None:
+    def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
     def _count_down(self, server_s: float, answer: Any) -> None:
@@ -321,7 +331,8 @@ class RemoteServer:
         self.meter.bytes_out += payload_bytes(answer)
 
 
-def _frames(question: pb.Upload, packed: list[Packed]) -> Iterator[pb.Upload]:
+def upload_frames(question: pb.Upload, packed: list[Packed]) -> Iterator[pb.Upload]:
+    """The messages of an upload: the question, then every tensor's chunks."""
     yield question
     for tensor in packed:
         for chunk in tensor.chunks():

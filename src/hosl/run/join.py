@@ -18,9 +18,10 @@ from hosl.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint,
 from hosl.config import Config, dump_config
 from hosl.core.parties import Batch
 from hosl.core.rounds import RoundResult
-from hosl.errors import AgreementError, CheckpointError, StepMoved
+from hosl.errors import AgreementError, CheckpointError, HoslError, StepMoved
 from hosl.parties.metered import Metered
 from hosl.parties.remote_server import RemoteServer
+from hosl.parties.remote_trunk import RemoteTrunk
 from hosl.parties.shared_client import SharedClient
 from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
@@ -30,7 +31,7 @@ from hosl.run.session import Session, method_round
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split.folder_facts import half_facts
 from hosl.tasks import TextTokenizer, load_task, task_digest
-from hosl.transport.channel import Channel, Patience, Proof
+from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 
@@ -39,7 +40,8 @@ from hosl.wire import hosl_pb2 as pb
 class JoinedSession(Session):
     """A client half here, its server elsewhere."""
 
-    server: RemoteServer
+    remote: RemoteServer = field(kw_only=True)
+    """The connection; `server` is what rounds talk to: this, or the head that we hold over it."""
     folder: Path = Path()
     """The client half's folder."""
     runtime: Any = None
@@ -50,14 +52,14 @@ class JoinedSession(Session):
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method; the server's costs are those that it reports."""
-        self.meters.server = self.server.meter
+        self.meters.server = self.remote.meter
         client = Metered(self.client, self.meters.client)
         clients = self.config.clients
         own = clients.count > 1 and clients.directions == "own"
-        name = f"client/{self.server.client}" if own else "client"
+        name = f"client/{self.remote.client}" if own else "client"
         result = method_round(self.config, client, self.server, batch, step, half=name)
         if clients.schedule == "synchronous" and clients.halves == "personal":
-            for reply in self.server.journal(step, 0, (), (), len(batch.input_ids)):
+            for reply in self.remote.journal(step, 0, (), (), len(batch.input_ids)):
                 if reply.late:
                     raise StepMoved(reply.step)
         return result
@@ -65,7 +67,7 @@ class JoinedSession(Session):
     def done(self, step: int) -> None:
         """The round of `step` is complete on both sides."""
         self.step = step
-        self.server.at(step)
+        self.remote.at(step)
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the client's verbs; the server measures its own."""
@@ -73,9 +75,9 @@ class JoinedSession(Session):
 
     def costs(self) -> dict[str, Any]:
         """Message bytes as the connection counted them, and what calls took beyond the server's compute."""
-        now = self.server.channel.bytes_up, self.server.channel.bytes_down
+        now = self.remote.channel.bytes_up, self.remote.channel.bytes_down
         before, self._wire_bytes = self._wire_bytes, now
-        wire_s, self.server.wire_s = self.server.wire_s, 0.0
+        wire_s, self.remote.wire_s = self.remote.wire_s, 0.0
         return {
             "wire_s": round(wire_s, 6),
             "wire_bytes_up": now[0] - before[0],
@@ -84,7 +86,7 @@ class JoinedSession(Session):
 
     def notes(self) -> dict[str, float]:
         """What compression does to the signal, in the steps in which it is measured."""
-        return self.server.notes() if isinstance(self.server, WatchedServer) else {}
+        return self.remote.notes() if isinstance(self.remote, WatchedServer) else {}
 
     def restorable(self, run: Path) -> list[int]:
         """The steps whose state this client can go to: its base weights and its checkpoints."""
@@ -92,7 +94,7 @@ class JoinedSession(Session):
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:
         """The server writes its half, then this client its own; the checkpoint before stays until the next."""
-        self.server.save(self.step)
+        self.remote.save(self.step)
         if (run / "checkpoints" / f"step-{self.step:08d}").is_dir():
             return  # written before a kill that the server did not survive with us
         checkpoint = Checkpoint(step=self.step)
@@ -101,6 +103,8 @@ class JoinedSession(Session):
         self.snapshot_step = self.runtime.put_client(
             checkpoint, self._own_client, snapshot_step=self.snapshot_step, snapshot_steps=snapshots
         )
+        if self._labels_stay:
+            self.runtime.put_head(checkpoint, self.server)
         checkpoint.state |= {
             "model_digest": self.facts["model"]["digest"],
             "task_digest": self.facts["task"]["digest"],
@@ -120,12 +124,16 @@ class JoinedSession(Session):
             return None
         self.client = None  # lets go of the old half before it is loaded again
         self.client, self.snapshot_step = self.runtime.open_client(self.config, self.folder), 0
+        if self._labels_stay:
+            self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
         facts: dict[str, Any] = {}
         if step:
             path = run / "checkpoints" / f"step-{step:08d}"
             checkpoint = read_checkpoint(path)
             self._check_task(checkpoint, path)
             self.snapshot_step = self.runtime.restore_client_(self.client, checkpoint)
+            if self._labels_stay:
+                self.runtime.restore_head_(self.server, checkpoint)
             facts = checkpoint.state
         drop_checkpoints_after(run / "checkpoints", step)
         self.done(step)
@@ -138,17 +146,21 @@ class JoinedSession(Session):
         self.facts["final_client_digest"] = self.runtime.trained_digest(self._own_client)
 
     @property
+    def _labels_stay(self) -> bool:
+        return self.config.wire.labels == "client"
+
+    @property
     def _own_client(self) -> Any:
         return self.client.client if isinstance(self.client, SharedClient) else self.client
 
     def _catch_up(self, step: int) -> None:
-        if self._incarnation != self.server.incarnation:
+        if self._incarnation != self.remote.incarnation:
             # a server that was restarted may have gone back: its journal is the truth, from the base weights on
             self.client = None
             base = self.runtime.open_client(self.config, self.folder)
             synchronous = self.config.clients.schedule == "synchronous"
-            self.client = SharedClient(base, self.server, synchronous=synchronous)
-            self._incarnation = self.server.incarnation
+            self.client = SharedClient(base, self.remote, synchronous=synchronous)
+            self._incarnation = self.remote.incarnation
         self.done(step)
         self.client.catch_up()
 
@@ -189,10 +201,20 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             f"task {task.name} needs a {task.head} head, the half in {options.half} was split with a {facts['head']} "
             f"one; split again with --head {task.head}"
         )
+    if facts.get("labels", "server") != config.wire.labels:
+        raise AgreementError(
+            f"wire.labels is {config.wire.labels}, but {options.half} was split for labels at the "
+            f"{facts.get('labels', 'server')}; split again with --labels-at {config.wire.labels}, or change the config"
+        )
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
-    channel = Channel(options.line, patience=patience, proof=options.proof)
-    run, identity = _run_folder(config)
+    run, identity, known = _run_folder(config)
     with RunLock(run):
+        try:
+            channel = connect(options.line, patience=patience, proof=options.proof, known=known, say=say)
+        except HoslError:
+            if not known:
+                shutil.rmtree(run)
+            raise
         session: JoinedSession
 
         def greeting(current: int) -> pb.HelloRequest:
@@ -201,12 +223,21 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
                 restorable=session.restorable(run), current=current, version=versions()["hosl"],
             )  # fmt: skip
 
-        kind = RemoteServer if config.wire.compression == "none" else WatchedServer
-        server = kind(
+        if config.wire.labels == "client":
+            kind = RemoteTrunk
+        else:
+            kind = RemoteServer if config.wire.compression == "none" else WatchedServer
+        remote = kind(
             channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say
         )
         session = JoinedSession(
-            config=config, task=task, client=None, server=server, folder=options.half, runtime=runtime
+            config=config,
+            task=task,
+            client=None,
+            server=remote,
+            remote=remote,
+            folder=options.half,
+            runtime=runtime,
         )
         session.facts = {
             "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
@@ -215,7 +246,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         }
         accepted = False
         try:
-            known = session.go_to(run, channel.for_ever(server.hello, say)) or {}
+            known = session.go_to(run, channel.for_ever(remote.hello, say)) or {}
             accepted = True
             session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
             record = {"run_id": identity, "versions": versions(), **session.facts}
@@ -224,17 +255,17 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
                 session, run, "the same command", _finish, metrics_bytes=known.get("metrics_bytes", 0)
             )
         finally:
-            server.close()
+            remote.close()
             if not accepted and not (run / "metrics.jsonl").is_file():
                 shutil.rmtree(run)  # refused before the first step: nothing half-made stays
 
 
-def _run_folder(config: Config) -> tuple[Path, str]:
-    """The folder of this config's unfinished run, or a new one; and the run's name on the server."""
+def _run_folder(config: Config) -> tuple[Path, str, bool]:
+    """The folder of this config's unfinished run, or a new one; the run's name on the server; whether under way."""
     wanted, text = Path(config.output_dir), dump_config(config)
     for folder in sorted(wanted.parent.glob(f"{wanted.name}*")):
         if _unfinished(folder, text):
-            return folder, json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"]
+            return folder, json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"], True
     run = new_folder(wanted)
     name = (
         "".join(c if c.isalnum() or c in "._-" else "-" for c in run.name.lower()).strip("._-")[:40] or "run"
@@ -243,7 +274,7 @@ def _run_folder(config: Config) -> tuple[Path, str]:
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
     (run / "record.json").write_text(json.dumps({"run_id": identity}), encoding="utf-8")
     (run / "config.yaml").write_text(text, encoding="utf-8")
-    return run, identity
+    return run, identity, False
 
 
 def _unfinished(folder: Path, config_text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hosl.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from hosl.config import Config, load_config
@@ -91,7 +91,7 @@ def new_session(config: Config) -> LocalSession:
         config=config,
         task=task,
         client=make_client(config, client_half),
-        server=make_server(config, server_half, loaded.initialised),
+        server=cast(TorchServer, make_server(config, server_half, loaded.initialised)),
         tokenizer_folder=tokenizer_folder,
     )
     session.facts = {

@@ -4,23 +4,28 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config
+from hosl.parties.headed_server import HeadedServer
+from hosl.parties.remote_trunk import RemoteTrunk
 from hosl.parties.torch_client import FrozenClient
 from hosl.parties.torch_memory import TorchMemory
 from hosl.parties.torch_wire import from_wire, to_wire
 from hosl.run.torch_halves import (
     DTYPES,
     make_client,
+    make_head,
     party_bytes,
     put_client,
+    put_head,
     restore_client_,
+    restore_head_,
     trained_elements,
 )
-from hosl.split import ClientHalf, load_half
+from hosl.split import ClientHalf, load_half, load_head
 from hosl.split.streaming import tensors_digest
 
 __all__ = [
-    "from_wire", "memory_meter", "open_client", "put_client", "restore_client_", "to_wire", "trained_digest",
-    "trained_elements",
+    "from_wire", "memory_meter", "open_client", "open_head", "put_client", "put_head", "restore_client_",
+    "restore_head_", "to_wire", "trained_digest", "trained_elements",
 ]  # fmt: skip
 
 
@@ -30,6 +35,13 @@ def open_client(config: Config, folder: Path) -> FrozenClient:
     assert isinstance(half, ClientHalf), "half.json was checked to be a client's"
     half.to(DTYPES[config.model.dtype])
     return make_client(config, half)
+
+
+def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
+    """The head at its base weights, for a client whose labels stay: what rounds talk to in place of a server."""
+    half = load_head(folder, client.half)
+    half.to(DTYPES[config.model.dtype])  # a tied weight has that dtype already, and stays the same tensor
+    return make_head(config, half, client.half, trunk)
 
 
 def trained_digest(client: Any) -> str:

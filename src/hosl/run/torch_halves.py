@@ -14,11 +14,13 @@ from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
+from hosl.parties.headed_server import HeadedServer, Trunk
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
 from hosl.parties.torch_memory import resident_bytes
 from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, TorchServer, ZerothOrderServer
+from hosl.parties.torch_trunk import TrunkServer
 from hosl.run.schedule import learning_rate
-from hosl.split import ClientHalf, ServerHalf, add_lora, set_trainable
+from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,13 +44,13 @@ def make_client(config: Config, half: ClientHalf) -> FrozenClient:
 
 
 def make_server(
-    config: Config, half: ServerHalf, new_weights: Sequence[str], *, synchronous: bool = False
-) -> TorchServer:
+    config: Config, half: Any, new_weights: Sequence[str], *, synchronous: bool = False
+) -> TorchServer | TrunkServer:
     """The server party of a method, its trained weights chosen.
 
     Args:
         config: the run's.
-        half: is given to the party.
+        half: a `ServerHalf`, or a `TrunkHalf` where the labels stay with the client; is given to the party.
         new_weights: names that the checkpoint did not hold: a new head has nothing to adapt, LoRA trains it itself.
         synchronous: whether several clients' gradients make one update.
     """
@@ -61,6 +63,8 @@ def make_server(
         set_trainable(half, "all")
     eta = learning_rate(config, config.server.learning_rate)
     device = config.server.device
+    if isinstance(half, TrunkHalf):
+        return TrunkServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
     if config.method in ("zo-zo", "fo-zo"):
         return ZerothOrderServer(half, learning_rate=eta, law=config.zo.law, device=device)
     kind = SynchronousServer if synchronous else FirstOrderServer
@@ -103,17 +107,43 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     return snapshot_step
 
 
-def put_server(checkpoint: Checkpoint, server: TorchServer) -> None:
+def make_head(config: Config, half: HeadHalf, client_half: ClientHalf, trunk: Trunk) -> HeadedServer:
+    """The head that a client holds beside its half, over the trunk; a tied weight stays the client's to train."""
+    tied = {id(p) for p in client_half.parameters()}
+    for p in half.parameters():
+        if id(p) not in tied:
+            p.requires_grad_(True)
+    return HeadedServer(
+        trunk, half, learning_rate=learning_rate(config, config.server.learning_rate),
+        optimiser=config.server.optimiser, device=config.client.device, without=tied,
+    )  # fmt: skip
+
+
+def put_head(checkpoint: Checkpoint, server: HeadedServer) -> None:
+    """Add the head's part to a client's checkpoint."""
+    checkpoint.tensors["client/head"] = dict(server.trained)
+    if server.optimiser is not None:
+        checkpoint.tensors["client/head-optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
+
+
+def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
+    """Bring a head at its base weights to a checkpoint."""
+    _restore_weights_(server.trained, checkpoint.tensors["client/head"])
+    if server.optimiser is not None:
+        _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["client/head-optimiser"])
+
+
+def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer) -> None:
     """Add the server's part to a checkpoint."""
     checkpoint.tensors["server/trained"] = dict(server.trained)
-    if isinstance(server, FirstOrderServer):
+    if isinstance(server, FirstOrderServer | TrunkServer):
         checkpoint.tensors["server/optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
 
 
-def restore_server_(server: TorchServer, checkpoint: Checkpoint) -> None:
+def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -> None:
     """Bring a server to a checkpoint."""
     _restore_weights_(server.trained, checkpoint.tensors["server/trained"])
-    if isinstance(server, FirstOrderServer):
+    if isinstance(server, FirstOrderServer | TrunkServer):
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["server/optimiser"])
 
 

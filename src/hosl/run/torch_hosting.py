@@ -12,7 +12,8 @@ from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.core.parties import ClassTargets, OptionTargets, PositionTargets, StepReply, Targets
 from hosl.errors import CheckpointError, WireError
-from hosl.parties.torch_server import SynchronousServer, TorchServer
+from hosl.parties.torch_server import TorchServer
+from hosl.parties.torch_trunk import TrunkServer
 from hosl.parties.torch_wire import from_wire, to_wire
 from hosl.run.torch_halves import make_server, put_server, restore_server_
 from hosl.service.hosting import Stepped
@@ -66,15 +67,15 @@ class TorchHosted:
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
         """See `HostedHalf`."""
-        return list(self.party.losses([from_wire(h) for h in activations], targets))
+        return list(self._able("losses")([from_wire(h) for h in activations], targets))
 
     def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
         """See `HostedHalf`."""
-        return self.party.scores(from_wire(activations), targets)
+        return self._able("scores")(from_wire(activations), targets)
 
     def gradient(self, activations: WireArray, targets: Targets) -> Stepped:
         """See `HostedHalf`."""
-        return _stepped(self.party.gradient(from_wire(activations), targets))
+        return _stepped(self._able("gradient")(from_wire(activations), targets))
 
     def probe(
         self, pair: Sequence[WireArray], targets: Targets, seed: int, epsilon: float
@@ -87,6 +88,21 @@ class TorchHosted:
         """See `HostedHalf`."""
         reply = self._able("step")(from_wire(activations), targets, step=step, want_gradient=want_gradient)
         return _stepped(reply)
+
+    def states(self, activations: Sequence[WireArray], positions: PositionTargets) -> list[WireArray]:
+        """See `HostedHalf`."""
+        return [to_wire(s) for s in self._able("states")([from_wire(h) for h in activations], positions)]
+
+    def states_for_step(
+        self, activations: WireArray, positions: PositionTargets
+    ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
+        """See `HostedHalf`."""
+        states, finish = self._able("states_for_step")(from_wire(activations), positions)
+
+        def update(gradient: WireArray, step: int, want_gradient: bool) -> Stepped:
+            return _stepped(finish(from_wire(gradient), step, want_gradient))
+
+        return to_wire(states), update
 
     def contribute(
         self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
@@ -125,13 +141,10 @@ class TorchHosted:
         restore_server_(self.party, checkpoint)
         return checkpoint.state, Journal.from_bytes(checkpoint.journal or b"")
 
-    def _fresh(self) -> TorchServer:
+    def _fresh(self) -> TorchServer | TrunkServer:
         self.party: Any = None  # lets go of the old half before the new one is loaded
         server = make_server(
             self._config, self._open_half(), self._new_weights, synchronous=self._synchronous
-        )
-        assert isinstance(server, SynchronousServer) == self._synchronous, (
-            "the method and the schedule were checked"
         )
         return server
 

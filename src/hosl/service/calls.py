@@ -23,7 +23,7 @@ from hosl.service.status import Status
 from hosl.transport.channel import SERVICE
 from hosl.transport.status import ERROR_KEY, code_of
 from hosl.wire import hosl_pb2 as pb
-from hosl.wire.targets import targets_from_message
+from hosl.wire.targets import positions_from_message, targets_from_message
 from hosl.wire.tensors import CHUNK_BYTES, WireArray, pack
 
 _Verb = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
@@ -166,10 +166,23 @@ class Calls:
             yield part
 
     async def _states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StatesReply]:
-        raise WireError(
-            "this server's half ends with the head; labels that stay with the client need the other split"
-        )
-        yield
+        ask = await incoming.question("states")
+        session = self._sessions.of(client, ask.where)
+        arrays, positions = await self._activations(incoming, session, ask.activations, ask.positions)
+        await incoming.end()
+
+        def work() -> list[WireArray]:
+            session.run.check_now(
+                client, ask.where.step, evaluation=ask.where.step == session.run.steps.get(client)
+            )
+            return session.run.half.states(arrays, positions)
+
+        states, seconds = await self._compute(session, arrays, work)
+        packed = [pack(array, "none") for array in states]
+        yield pb.StatesReply(done=pb.StatesDone(states=[p.header for p in packed], server_s=seconds))
+        for tensor in packed:
+            for chunk in tensor.chunks():
+                yield pb.StatesReply(chunk=chunk)
 
     # ---- questions that change the server, once per (client, step) ----
 
@@ -189,10 +202,28 @@ class Calls:
             yield part
 
     async def _step_states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepStatesReply]:
-        raise WireError(
-            "this server's half ends with the head; labels that stay with the client need the other split"
+        ask = await incoming.question("step_states")
+        session, step = self._sessions.of(client, ask.where), ask.where.step
+        arrays, positions = await self._activations(incoming, session, [ask.activations], ask.positions)
+        (states, update), forward_s = await self._compute(
+            session, arrays, lambda: session.run.states_for_step(client, step, arrays[0], positions)
         )
-        yield
+        packed = pack(states, "none")
+        yield pb.StepStatesReply(states=packed.header)
+        for chunk in packed.chunks():
+            yield pb.StepStatesReply(chunk=chunk)
+        gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
+        await incoming.end()
+        stepped, backward_s = await self._compute(
+            session, arrays, lambda: update(gradient, ask.want_gradient)
+        )
+        self._status.stepped(session.run, client, forward_s + backward_s)
+        for part in _step_replies(stepped, forward_s + backward_s):
+            yield (
+                pb.StepStatesReply(done=part.done)
+                if part.WhichOneof("part") == "done"
+                else pb.StepStatesReply(chunk=part.chunk)
+            )
 
     async def _descend(self, client: str, incoming: Incoming) -> AsyncIterator[pb.DescendReply]:
         ask = await incoming.message(pb.DescendRequest)
@@ -272,7 +303,7 @@ class Calls:
     # ---- shared by the verbs ----
 
     async def _activations(
-        self, incoming: Incoming, session: Session, headers: Any, targets: pb.Targets
+        self, incoming: Incoming, session: Session, headers: Any, targets: pb.Targets | pb.Positions
     ) -> tuple[list[WireArray], Any]:
         if not 1 <= len(headers) <= 2:
             raise WireError(f"a question carries one or two activations, got {len(headers)}")
@@ -281,10 +312,12 @@ class Calls:
             raise WireError(
                 f"the activations of a question have one shape [rows, seq, width], got {list(shape)}"
             )
-        read = targets_from_message(targets, shape)
+        known = isinstance(targets, pb.Targets)
+        read: Any = targets_from_message(targets, shape) if known else positions_from_message(targets, shape)
         session.run.half.check(shape, read)
         arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
-        await incoming.end()
+        if known:  # after positions a gradient may follow
+            await incoming.end()
         return arrays, read
 
     async def _compute(

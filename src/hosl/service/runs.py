@@ -42,6 +42,7 @@ class ServedRun:
     round: Round | None = None
     """The round that is gathering, under the synchronous schedule."""
     _answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    _states: dict[str, WireArray] = field(default_factory=dict)
     _journaled: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -178,7 +179,12 @@ class ServedRun:
         self, client: str, step: int, activations: WireArray, positions: PositionTargets
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
         """The states of a step whose labels stay with the client, and what makes the update from their gradient."""
+        answered = self._answers.get(client)
+        if answered is not None and answered[0] == step:  # the first answer's states belong to its gradient
+            return self._states[client], lambda gradient, want_gradient: answered[1]
+        self.check_now(client, step)
         states, finish = self.half.states_for_step(activations, positions)
+        self._states[client] = states
 
         def update(gradient: WireArray, want_gradient: bool) -> Stepped:
             return self._once(client, step, lambda: finish(gradient, self.server_step + 1, want_gradient))

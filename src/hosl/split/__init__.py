@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hosl.split.adapters import add_lora, set_trainable
-    from hosl.split.artifact import SplitInfo, load_half, split_folder
+    from hosl.split.artifact import SplitInfo, load_half, load_head, split_folder
     from hosl.split.export import export_adapter, export_checkpoint
     from hosl.split.halves import ClientHalf, ServerHalf, split_model
     from hosl.split.loading import LoadedModel, load_model, resolve_model_folder
     from hosl.split.specs import LoraSpec
+    from hosl.split.u_shape import HeadHalf, TrunkHalf, split_u_shape
 
 _HOMES = {
     "LoraSpec": "specs",
@@ -23,15 +24,19 @@ _HOMES = {
     "ClientHalf": "halves",
     "ServerHalf": "halves",
     "split_model": "halves",
+    "HeadHalf": "u_shape",
+    "TrunkHalf": "u_shape",
+    "split_u_shape": "u_shape",
+    "load_head": "artifact",
     "LoadedModel": "loading",
     "load_model": "loading",
     "resolve_model_folder": "loading",
 }
 
 __all__ = [
-    "ClientHalf", "LoadedModel", "LoraSpec", "ServerHalf", "SplitInfo", "add_lora", "export_adapter",
-    "export_checkpoint", "load_half", "load_model", "resolve_model_folder", "set_trainable", "split_folder",
-    "split_model",
+    "ClientHalf", "HeadHalf", "LoadedModel", "LoraSpec", "ServerHalf", "SplitInfo", "TrunkHalf", "add_lora",
+    "export_adapter", "export_checkpoint", "load_half", "load_head", "load_model", "resolve_model_folder",
+    "set_trainable", "split_folder", "split_model", "split_u_shape",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A split folder: client/ and server/, each with only its own tensors, read and written one tensor at a time.
 
-    OUT/client/   config.json  half.json  model.safetensors  tokenizer files
+    OUT/client/   config.json  half.json  model.safetensors  tokenizer files  (head.safetensors: labels at the client)
     OUT/server/   config.json  half.json  model.safetensors
 
 half.json names the side, family, cut and head, the digests of the whole checkpoint and of both sides' tensors, and the
@@ -8,6 +8,7 @@ weights that the checkpoint did not hold.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,14 @@ from hosl.split.families import Family, Head, family_of
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
 from hosl.split.streaming import Source, tensors_digest, write_tensors
+from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_, tied_names
 
 _FORMAT = 1
-Side = Literal["client", "server"]
+Piece = Literal["client", "server", "head"]
+LabelsAt = Literal["server", "client"]
+_FILES: dict[Piece, str] = {
+    "client": "client/model.safetensors", "server": "server/model.safetensors", "head": "client/head.safetensors",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ def split_folder(
     head: Head = "causal",
     num_labels: int | None = None,
     seed: int = 0,
+    labels: LabelsAt = "server",
 ) -> SplitInfo:
     """Cut a checkpoint on disk into `out`/client and `out`/server, never holding more than one half.
 
@@ -67,6 +74,7 @@ def split_folder(
         head: which top-level class the checkpoint is read as.
         num_labels: of a classification head.
         seed: of weights that the checkpoint does not hold, such as a new head.
+        labels: where they stay; client: norm and head go there too, as OUT/client/head.safetensors.
 
     Raises:
         SplitError: if family or cut cannot serve. FolderError: if `out` is taken.
@@ -78,36 +86,62 @@ def split_folder(
     config = transformers.AutoConfig.from_pretrained(folder)
     if num_labels is not None:
         config.num_labels = num_labels
+    files = checkpoint_files(folder, name)
     sizes, digests, new_weights = {}, {}, []
     with whole_folder(out) as partial:
         for side in ("client", "server"):
-            skeleton, family = _skeleton(config, head)
-            check_cut(family, skeleton, cut)
-            (cut_to_client_ if side == "client" else cut_to_server_)(skeleton, family, cut)
             (partial / side).mkdir()
-            digests[side], sizes[side], drawn = _write_side(
-                skeleton, checkpoint_files(folder, name), partial / side, name, seed
+            config.save_pretrained(partial / side)
+        for piece in ("client", "server") if labels == "server" else ("client", "server", "head"):
+            skeleton, _ = _piece(config, head, piece, cut, labels)
+            tied = tied_names(skeleton, config) if piece == "head" else ()
+            digests[piece], sizes[piece], drawn = _write_piece(
+                skeleton, files, partial / _FILES[piece], name, seed, without=tied
             )
             new_weights += drawn
-            config.save_pretrained(partial / side)
         for side in ("client", "server"):
             facts = {
-                "format": _FORMAT, "side": side, "family": family.model_type, "head": head, "cut": cut,
-                "base_digest": base_digest, "digest": digests[side], "client_digest": digests["client"],
-                "server_digest": digests["server"], "new_weights": new_weights,
+                "format": _FORMAT, "side": side, "family": config.model_type, "head": head, "cut": cut,
+                "labels": labels, "base_digest": base_digest, "digest": digests[side],
+                **{f"{piece}_digest": digest for piece, digest in digests.items()}, "new_weights": new_weights,
             }  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         copy_tokenizer(folder, partial / "client")
-    return SplitInfo(family.model_type, cut, base_digest, sizes["client"], sizes["server"])
+    client_bytes = sizes["client"] + sizes.get("head", 0)
+    return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"])
 
 
-def load_half(folder: str | Path) -> ClientHalf | ServerHalf:
+def load_half(folder: str | Path) -> ClientHalf | ServerHalf | TrunkHalf:
     """One side of a split folder, without ever allocating the other: bit for bit `split_model`'s.
+
+    Where the labels stay with the client, the server's is a `TrunkHalf`; `load_head` reads the client's other piece.
 
     Raises:
         ModelError: if it is no half, or its tensors are not those that were written.
     """
-    folder = Path(folder)
+    facts = _facts(Path(folder))
+    kind = (
+        ClientHalf if facts["side"] == "client" else TrunkHalf if facts["labels"] == "client" else ServerHalf
+    )
+    return kind(*_load_piece(Path(folder), facts, facts["side"]), facts["cut"])
+
+
+def load_head(folder: str | Path, client_half: ClientHalf) -> HeadHalf:
+    """The head of a client's folder whose labels stay at home; a tied one shares `client_half`'s embedding.
+
+    Raises:
+        ModelError: if the folder has no head, or its tensors are not those that were written.
+    """
+    facts = _facts(Path(folder))
+    if facts["labels"] != "client" or facts["side"] != "client":
+        raise ModelError(
+            f"{folder} holds no head: the model was split for labels at the server; `hosl split --labels-at client`"
+        )
+    model, family = _load_piece(Path(folder), facts, "head", tied_to=client_half)
+    return HeadHalf(model, family, facts["cut"])
+
+
+def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / "half.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
@@ -118,18 +152,43 @@ def load_half(folder: str | Path) -> ClientHalf | ServerHalf:
         raise ModelError(
             f"{folder}: half.json has format {facts.get('format')}, this version reads {_FORMAT}"
         )
-    skeleton, family = _skeleton(transformers.AutoConfig.from_pretrained(folder), facts["head"])
-    client = facts["side"] == "client"
-    (cut_to_client_ if client else cut_to_server_)(skeleton, family, facts["cut"])
-    (file,) = checkpoint_files(folder, str(folder))
-    tensors = safetensors.torch.load_file(file)
-    if tensors_digest(tensors) != facts["digest"]:
+    return {"labels": "server"} | facts
+
+
+def _load_piece(
+    folder: Path, facts: dict[str, Any], piece: Piece, *, tied_to: ClientHalf | None = None
+) -> tuple[Any, Family]:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model, family = _piece(config, facts["head"], piece, facts["cut"], facts["labels"])
+    file = folder / Path(_FILES[piece]).name
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError) as cause:
+        raise ModelError(f"{file} cannot be read: {cause}; split the model again") from cause
+    if tensors_digest(tensors) != facts[f"{piece}_digest" if piece == "head" else "digest"]:
         raise ModelError(f"{folder}: the tensors do not have the digest of half.json; split the model again")
-    _restore_buffers_(skeleton)
-    skeleton.load_state_dict(tensors, assign=True)
-    for p in skeleton.parameters():
+    _restore_buffers_(model)
+    if tied_to is not None:
+        embeddings = dict(tied_to.model.named_parameters())
+        tensors |= {name: embeddings[source] for name, source in tied_names(model, config).items()}
+    model.load_state_dict(tensors, assign=True)
+    for p in model.parameters():
         p.requires_grad_(True)
-    return (ClientHalf if client else ServerHalf)(skeleton, family, facts["cut"])
+    return model, family
+
+
+def _piece(config: Any, head: Head, piece: Piece, cut: int, labels: LabelsAt) -> tuple[Any, Family]:
+    """One piece of the model on the meta device: shapes and names, no memory."""
+    model, family = _skeleton(config, head)
+    check_cut(family, model, cut)
+    match piece:
+        case "client":
+            cut_to_client_(model, family, cut)
+        case "head":
+            cut_to_head_(model, family)
+        case "server":
+            (cut_to_server_ if labels == "server" else cut_to_trunk_)(model, family, cut)
+    return model, family
 
 
 def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
@@ -144,12 +203,14 @@ def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
     return model, family_of(config, type(model).__name__)
 
 
-def _write_side(
-    skeleton: Any, files: list[Path], out: Path, name: str, seed: int
+def _write_piece(
+    skeleton: Any, files: list[Path], out: Path, name: str, seed: int, *, without: Collection[str]
 ) -> tuple[str, int, list[str]]:
     homes = _homes(skeleton, files)
     sources, absent = [], []
     for wanted, tensor in skeleton.state_dict().items():
+        if wanted in without:
+            continue
         key = _key_in_checkpoint(skeleton, wanted, homes)
         source = None if key is None else _stored(wanted, *homes[key])
         if source is None or source.shape != tuple(tensor.shape):  # a head for other labels is drawn anew
@@ -158,7 +219,7 @@ def _write_side(
             sources.append(source)
     for wanted, tensor in _new_weights(skeleton, absent, name, seed).items():
         sources.append(Source(wanted, "F32", tuple(tensor.shape), lambda tensor=tensor: tensor))
-    digest = write_tensors(out / "model.safetensors", sources)
+    digest = write_tensors(out, sources)
     return digest, sum(source.size_bytes for source in sources), absent
 
 

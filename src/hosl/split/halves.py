@@ -16,8 +16,8 @@ from hosl.split.families import Family, family_of
 from hosl.split.stand_ins import PassThrough, stand_in
 
 
-class _Half:
-    """What both halves share: an HF module tree of which only one side is left."""
+class Half:
+    """What all pieces share: an HF module tree of which only one side is left."""
 
     def __init__(self, model: Any, family: Family, cut: int) -> None:
         self.model = model
@@ -57,23 +57,23 @@ class _Half:
         """Take over tensors under the names of the whole; every one of this side must be there, and no other."""
         self.model.load_state_dict(tensors, assign=assign)
 
-    def to(self, *args: Any, **kwargs: Any) -> "_Half":
+    def to(self, *args: Any, **kwargs: Any) -> "Half":
         """Move or convert, as torch.nn.Module.to."""
         self.model.to(*args, **kwargs)
         return self
 
-    def eval(self) -> "_Half":
+    def eval(self) -> "Half":
         """Dropout off; how halves are made and how probes need them."""
         self.model.eval()
         return self
 
-    def train(self) -> "_Half":
+    def train(self) -> "Half":
         """Dropout on, where the config has any."""
         self.model.train()
         return self
 
 
-class ClientHalf(_Half):
+class ClientHalf(Half):
     """Embeddings and blocks 0..cut-1. `client_half(input_ids, attention_mask)` is the hidden state at the cut."""
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class ClientHalf(_Half):
         return base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
 
 
-class ServerHalf(_Half):
+class ServerHalf(Half):
     """Blocks cut..n-1 and the head. `server_half(hidden, attention_mask)` is the logits."""
 
     def __call__(

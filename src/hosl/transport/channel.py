@@ -171,6 +171,34 @@ class Channel:
         return read
 
 
+def connect(
+    line: JoinLine, *, patience: Patience, proof: Proof, known: bool, say: Callable[[str], None]
+) -> Channel:
+    """A channel to a server that may not be up yet.
+
+    Args:
+        line: where to.
+        patience: `connect_s` is how long a server that we never spoke to is tried.
+        proof: see `Proof`.
+        known: whether a run with this server is under way: then it is tried for ever.
+        say: hears of failures.
+
+    Raises:
+        LinkError: if a server that is not known does not answer in time. AccessError: if it is not the line's.
+    """
+    end, pause_s = time.monotonic() + patience.connect_s, 0.2
+    while True:
+        try:
+            return Channel(line, patience=patience, proof=proof)
+        except LinkError as failed:
+            if not known and time.monotonic() + pause_s > end:
+                raise
+            if pause_s > 1:
+                say(f"{failed}; trying again in {pause_s:.1f} s")
+            time.sleep(pause_s * (1 - secrets.SystemRandom().random() / 2))
+            pause_s = min(pause_s * 2, patience.longest_pause_s)
+
+
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -5,17 +5,28 @@ all connections. Nothing is reordered; TCP above it sees what it would see behin
 """
 
 import asyncio
+import math
 import re
+import socket
+import struct
 import threading
-from collections import deque
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from hosl.errors import ConfigError
 
-_CHUNK_BYTES = 1 << 14
+_CHUNK_BYTES = 1 << 16
+_CHUNK_S = 0.01
+"""A chunk takes the link for no longer than this, so that connections take turns."""
+_PACKET_BYTES = 1460
+_CATCH_UP_S = 0.05
+"""A loop that wakes late may make up for so much; more would let the backlog of a stall through at once."""
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER on, for 0 s: closing sends RST. Without it abort() sends FIN, which the peer reads as a proper end."""
 _DURATIONS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
@@ -29,43 +40,132 @@ class LinkSpec:
     up_bits_per_s: float | None = None
     """From client to server; None: no limit."""
     down_bits_per_s: float | None = None
+    """From server to client; None: no limit."""
     drop_every_bytes: int | None = None
-    """Every connection is cut after so many bytes either way."""
+    """Every connection is reset after exactly so many bytes, both ways together; None: never."""
 
     def __post_init__(self) -> None:
-        if not self.rtt_s >= 0:
-            raise ConfigError(f"link rtt must be >= 0 seconds, got {self.rtt_s}")
+        if not (self.rtt_s >= 0 and math.isfinite(self.rtt_s)):
+            raise ConfigError(
+                f"link rtt_s must be >= 0 seconds and finite, got {self.rtt_s}; 0.0 adds no delay"
+            )
         for name in ("up_bits_per_s", "down_bits_per_s", "drop_every_bytes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"link {name} must be > 0, got {value}; leave it out for no limit")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(
+                    f"link {name} must be > 0 and finite, got {value}; leave it out for no limit"
+                )
 
 
 class _Direction:
-    """One direction of all connections: its pacer and its counter."""
+    """One direction of the whole link: its delay, the pacer that all connections share, and its counter."""
 
-    def __init__(self, delay_s: float, bits_per_s: float | None) -> None:
-        self.delay_s, self.bits_per_s = delay_s, bits_per_s
+    def __init__(self, rtt_s: float, bits_per_s: float | None) -> None:
+        self.delay_s, self.bits_per_s = rtt_s / 2, bits_per_s
         self.passed_bytes = 0
         self._free_at = 0.0
-        # what may be under way at once: the link's own content, and some
-        self.window_bytes = max(1 << 20, int(2 * (bits_per_s or 0.0) / 8 * 2 * delay_s))
+        # twice what the link itself holds; without a rate, what it would hold at 1 Gbit/s
+        self.window_bytes = max(1 << 20, int(2 * (bits_per_s or 1e9) / 8 * rtt_s))
+        self.chunk_bytes = _CHUNK_BYTES
+        if bits_per_s is not None:
+            self.chunk_bytes = min(_CHUNK_BYTES, max(_PACKET_BYTES, int(bits_per_s / 8 * _CHUNK_S)))
 
-    def due(self, now: float, size_bytes: int) -> float:
-        """When a chunk that arrives `now` has come out at the other end."""
-        begin = max(now, self._free_at)
-        self._free_at = begin + (size_bytes * 8 / self.bits_per_s if self.bits_per_s else 0.0)
-        return self._free_at + self.delay_s
+    def take_turn(self, due: float, now: float, size_bytes: int) -> float:
+        """When a chunk that has been delayed until `due` has passed; the next one passes after it.
+
+        Counted from `due` and not from `now`, so that late timers do not lower the rate.
+        """
+        if self.bits_per_s is None:
+            return due
+        begin = max(due, self._free_at, now - _CATCH_UP_S)
+        self._free_at = begin + size_bytes * 8 / self.bits_per_s
+        return self._free_at
+
+
+class _Pipe:
+    """One direction of one connection: read, hold back until due, write.
+
+    Reading goes on meanwhile, so that delay costs no throughput, until `window_bytes` are held.
+    """
+
+    def __init__(
+        self, link: "Link", way: _Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._link, self._way, self._reader, self._writer = link, way, reader, writer
+        self._under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        self._held_bytes, self._room = 0, asyncio.Event()
+        writer.transport.set_write_buffer_limits(high=0)  # drain: all is with the kernel
+
+    async def read(self) -> None:
+        """Take in all that comes, to its end."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            data = await self._reader.read(self._way.chunk_bytes)
+            self._under_way.put_nowait((clock() + self._way.delay_s, data))
+            if not data:
+                return
+            self._held_bytes += len(data)
+            while self._held_bytes > self._way.window_bytes:
+                self._room.clear()
+                await self._room.wait()
+
+    async def write(self, allowance: "_Allowance") -> None:
+        """Give out all that is due, to the end that was read.
+
+        Raises:
+            ConnectionAbortedError: when the allowance is used up.
+        """
+        clock = asyncio.get_running_loop().time
+        while True:
+            due, data = await self._under_way.get()
+            await _sleep_until(due)
+            if data:
+                await _sleep_until(self._way.take_turn(due, clock(), len(data)))
+            await self._link.flowing()
+            if not data:
+                self._writer.write_eof()
+                return
+            passing = data[: allowance.take(len(data))]
+            self._way.passed_bytes += len(passing)  # before the write: who has the bytes finds them counted
+            self._writer.write(passing)
+            await self._writer.drain()
+            self._held_bytes -= len(data)
+            self._room.set()
+            if allowance.is_used_up:
+                raise ConnectionAbortedError(f"cut after its {allowance.limit_bytes} bytes")
+
+
+class _Allowance:
+    """How much may pass through one connection, both ways together."""
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self.limit_bytes, self._left_bytes = limit_bytes, limit_bytes
+
+    def take(self, size_bytes: int) -> int:
+        """How many of `size_bytes` may pass."""
+        if self._left_bytes is None:
+            return size_bytes
+        size_bytes = min(size_bytes, self._left_bytes)
+        self._left_bytes -= size_bytes
+        return size_bytes
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether nothing more may pass."""
+        return self._left_bytes == 0
 
 
 class Link:
-    """The proxy, in a thread of its own while the fence is open."""
+    """The proxy, in a thread of its own while the fence is open; what it does, it has done when a method returns."""
+
+    address: tuple[str, int]
+    """Where clients connect to; known inside the fence."""
 
     def __init__(self, target: tuple[str, int], spec: LinkSpec, *, host: str = "127.0.0.1") -> None:
         self._target, self._spec, self._host = target, spec, host
-        self._up = _Direction(spec.rtt_s / 2, spec.up_bits_per_s)
-        self._down = _Direction(spec.rtt_s / 2, spec.down_bits_per_s)
-        self._open: dict[Any, int] = {}
+        self._up = _Direction(spec.rtt_s, spec.up_bits_per_s)
+        self._down = _Direction(spec.rtt_s, spec.down_bits_per_s)
+        self._near_sides: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.connections = 0
         """Accepted so far."""
 
@@ -80,124 +180,121 @@ class Link:
         return self._down.passed_bytes
 
     def __enter__(self) -> "Link":
-        self._loop = asyncio.new_event_loop()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="hosl-link", daemon=True)
+        ready: Future[tuple[str, int]] = Future()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._main(ready)), name="hosl-link", daemon=True
+        )
         self._thread.start()
-        self._server = self._in_loop(asyncio.start_server(self._serve, self._host, 0))
-        self.address: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
+        try:
+            self.address = ready.result()
+        except (OSError, UnicodeError) as cause:
+            self._thread.join()
+            raise ConfigError(
+                f"link host {self._host}: cannot listen there: {cause}; "
+                "use an address of this machine such as 127.0.0.1"
+            ) from cause
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._in_loop(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
-        self._loop.close()
 
     def cut(self) -> None:
-        """Break every connection, as a router that is switched off; new ones may be made at once."""
-        self._loop.call_soon_threadsafe(self._abort_all)
+        """Reset every connection on both sides; new ones may be made at once. What was under way is lost."""
+        self._in_loop(self._reset_all)
 
     def pause(self) -> None:
-        """Let nothing through until `resume`; connections stay."""
-        self._loop.call_soon_threadsafe(self._flowing.clear)
+        """Let nothing through until `resume`, nor the end of a stream; connections stay, and new ones are accepted."""
+        self._in_loop(self._stall)
 
     def resume(self) -> None:
-        """Let everything through that has waited."""
-        self._loop.call_soon_threadsafe(self._flowing.set)
+        """Let everything through that has waited, no faster than the rate."""
+        self._in_loop(self._flow)
 
-    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+    def _in_loop(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        assert self._thread.is_alive(), "the link's fence is closed"
+        asyncio.run_coroutine_threadsafe(work(), self._loop).result()
 
-    def _abort_all(self) -> None:
-        for writer in list(self._open):
-            writer.transport.abort()
-
-    async def _end(self) -> None:
-        self._server.close()
-        self._flowing.set()
-        self._abort_all()  # every task ends by itself when its connection is gone
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        if others:
-            await asyncio.wait(others, timeout=5)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
+    async def _main(self, ready: "Future[tuple[str, int]]") -> None:
+        self._loop, self._ended, self._flows = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self._flows.set()
         try:
-            far_reader, far_writer = await asyncio.open_connection(*self._target)
-        except OSError:
+            server = await asyncio.start_server(self._accept, self._host, 0)
+        except (OSError, UnicodeError) as cause:
+            ready.set_exception(cause)
+            return
+        ready.set_result(server.sockets[0].getsockname()[:2])
+        await self._ended.wait()
+        server.close()
+        await self._reset_all()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._ended.is_set():
             writer.transport.abort()
             return
-        pair = (writer, far_writer)
-        self._open |= dict.fromkeys(pair, 0)
+        self.connections += 1
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._near_sides[task] = writer
+        task.add_done_callback(self._near_sides.pop)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sides = [writer]
         try:
-            await asyncio.gather(
-                self._carry(reader, far_writer, self._up, pair),
-                self._carry(far_reader, writer, self._down, pair),
-            )
-        except OSError:
+            far_reader, far_writer = await asyncio.open_connection(*self._target)
+            sides.append(far_writer)
+            allowance = _Allowance(self._spec.drop_every_bytes)
+            async with asyncio.TaskGroup() as group:
+                for way, source, sink in (
+                    (self._up, reader, far_writer),
+                    (self._down, far_reader, writer),
+                ):
+                    pipe = _Pipe(self, way, source, sink)
+                    group.create_task(pipe.read())
+                    group.create_task(pipe.write(allowance))
+            for side in sides:
+                side.close()  # flushes: both streams came to their ends
+                await side.wait_closed()
+        except* OSError:
             pass  # a side that is gone takes the other with it, below
         finally:
-            for side in pair:
-                self._open.pop(side, None)
-                side.transport.abort()
+            for side in sides:
+                _reset(side)
+            for side in sides:
+                with suppress(OSError):
+                    await side.wait_closed()
 
-    async def _carry(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        way: _Direction,
-        pair: tuple[Any, Any],
-    ) -> None:
-        """Read, hold back until due, write; reading goes on meanwhile, so that delay costs no throughput."""
-        under_way: deque[tuple[float, bytes]] = deque()
-        changed, held_bytes = asyncio.Event(), 0
+    async def flowing(self) -> None:
+        """Waits while the link is stalled."""
+        while not self._flows.is_set():  # again: it may be stalled anew before this task wakes
+            await self._flows.wait()
 
-        async def deliver() -> None:
-            nonlocal held_bytes
-            while True:
-                while not under_way:
-                    changed.clear()
-                    await changed.wait()
-                due, data = under_way[0]
-                await asyncio.sleep(max(0.0, due - self._loop.time()))
-                await self._flowing.wait()
-                if not data:
-                    writer.write_eof()
-                    return
-                writer.write(data)
-                await writer.drain()
-                under_way.popleft()
-                held_bytes -= len(data)
-                changed.set()
-                way.passed_bytes += len(data)
-                self._count(pair, len(data))
+    async def _stall(self) -> None:
+        self._flows.clear()
 
-        delivery = asyncio.create_task(deliver())
-        try:
-            while True:
-                data = await reader.read(_CHUNK_BYTES)
-                under_way.append((way.due(self._loop.time(), len(data)), data))
-                held_bytes += len(data)
-                changed.set()
-                if not data:
-                    break
-                while held_bytes > way.window_bytes and not delivery.done():
-                    changed.clear()
-                    await changed.wait()
-            await delivery
-        finally:
-            delivery.cancel()
+    async def _flow(self) -> None:
+        self._flows.set()
 
-    def _count(self, pair: tuple[Any, Any], size_bytes: int) -> None:
-        limit, near = self._spec.drop_every_bytes, pair[0]
-        self._open[near] = self._open.get(near, 0) + size_bytes
-        if limit is not None and self._open[near] >= limit:
-            for side in pair:
-                side.transport.abort()
+    async def _reset_all(self) -> None:
+        near_sides = dict(self._near_sides)
+        for task, writer in near_sides.items():
+            _reset(writer)  # the task would not if it is cancelled before it begins
+            task.cancel()
+        await asyncio.gather(*near_sides, return_exceptions=True)
+
+
+async def _sleep_until(due: float) -> None:
+    wait_s = due - asyncio.get_running_loop().time()
+    if wait_s > 0:
+        await asyncio.sleep(wait_s)
+
+
+def _reset(side: asyncio.StreamWriter) -> None:
+    """End a connection by RST; of no effect on one that has ended."""
+    with suppress(OSError):  # its socket is closed, or its peer was first
+        side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    side.transport.abort()
 
 
 def parse_duration(text: str) -> float:

@@ -1,0 +1,85 @@
+"""The U-shaped split: norm and head go to the client too, so that labels never leave it.
+
+    client: embeddings, blocks 0..cut-1 --h--> server: blocks cut..n-1 --states--> client: final norm, head, loss
+
+The head half is the server half at cut = n; the trunk is a server half without what follows the blocks. A tied head
+shares the embedding that the client holds already: the same parameter, not a copy.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from hosl.split.families import Family, family_of
+from hosl.split.halves import ClientHalf, Half, ServerHalf, check_cut, cut_to_client_, cut_to_server_
+
+
+class TrunkHalf(Half):
+    """Blocks cut..n-1 and nothing after them. `trunk(hidden, attention_mask, positions)`: the last block's states."""
+
+    def __call__(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The states at the scored positions.
+
+        Args:
+            hidden: [rows, seq, width], what the client half returned.
+            attention_mask: [rows, seq], int64.
+            positions: [positions], int64; 0 for a classification head.
+
+        Returns:
+            [rows, positions, width].
+        """
+        base = getattr(self.model, self.model.base_model_prefix)
+        options = {} if self._family.head == "classification" else {"use_cache": False}
+        states = base(inputs_embeds=hidden, attention_mask=attention_mask, **options).last_hidden_state
+        return states[:, positions]
+
+
+class HeadHalf(ServerHalf):
+    """Final norm and head, or pooler and classifier. `head.logits(states)`; held by the client."""
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, classes] or [rows, positions, vocabulary] of the states [rows, positions, width]."""
+        return self(states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device))
+
+
+def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf]:
+    """Cut a Hugging Face model in three, for a client that keeps the labels. No weight is copied.
+
+    Args:
+        model: as for `split_model`.
+        cut: 0..n.
+
+    Raises:
+        SplitError: if the family is unknown, or the cut is outside 0..n.
+    """
+    family = family_of(model.config, type(model).__name__)
+    check_cut(family, model, cut)
+    pieces = [deepcopy(model, {id(p): p for p in model.parameters()}) for _ in range(3)]
+    cut_to_client_(pieces[0], family, cut)
+    cut_to_trunk_(pieces[1], family, cut)
+    cut_to_head_(pieces[2], family)
+    return (
+        ClientHalf(pieces[0], family, cut),
+        TrunkHalf(pieces[1], family, cut),
+        HeadHalf(pieces[2], family, cut),
+    )
+
+
+def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:
+    """Take away, in place, what the client owns on either side."""
+    blocks = model.get_submodule(family.blocks)
+    cut_to_client_(model, family, len(blocks))
+    cut_to_server_(model, family, cut)
+
+
+def cut_to_head_(model: Any, family: Family) -> None:
+    """Take away, in place, everything before the final norm."""
+    cut_to_server_(model, family, len(model.get_submodule(family.blocks)))
+
+
+def tied_names(model: Any, config: Any) -> dict[str, str]:
+    """Names of the head's tensors that are the embedding's: head's name -> embedding's name; empty when untied."""
+    return dict(type(model)._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
