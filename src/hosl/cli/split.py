@@ -14,7 +14,9 @@ def run(words: list[str]) -> int:
         "--cut", type=int, required=True, help="the client keeps the embeddings and blocks 0..K-1"
     )
     parser.add_argument("--head", choices=("causal", "classification"), default="causal")
-    parser.add_argument("--labels", type=int, help="number of labels of a classification head")
+    parser.add_argument(
+        "--num-labels", "--labels", type=int, help="number of labels of a classification head"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of a new head; give the seed of the run's config"
     )
@@ -29,7 +31,7 @@ def run(words: list[str]) -> int:
     from hosl.split import split_folder
 
     info = split_folder(
-        known.model, known.cut, Path(known.out), head=known.head, num_labels=known.labels, seed=known.seed,
+        known.model, known.cut, Path(known.out), head=known.head, num_labels=known.num_labels, seed=known.seed,
         labels=known.labels_at,
     )  # fmt: skip
     answer({"out": known.out, "cut": known.cut, **info.facts()}, as_json=known.json)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 
 from hosl.config import Config
-from hosl.core.parties import Batch, OptionTargets
+from hosl.core.parties import Batch, OptionTargets, StepReply, Targets
 from hosl.errors import FailureError
 from hosl.parties.metered import Meter, Metered
 from hosl.parties.remote_server import RemoteServer
@@ -22,9 +23,7 @@ from hosl.run import torch_device
 from hosl.run.agreement import model_message, training_message
 from hosl.run.record import process_peak_bytes
 from hosl.run.session import method_round
-from hosl.split import split_folder
 from hosl.split.folder_facts import half_facts
-from hosl.split.shapes import save_random_model
 from hosl.transport.channel import Channel
 from hosl.transport.join_line import JoinLine
 from hosl.transport.link import Link, LinkSpec
@@ -54,16 +53,31 @@ def bench_link(config: Config, bench: LinkBench) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="hosl-bench-") as name:
         folder = Path(name)
-        save_random_model(bench.shape, folder / "model")
-        split_folder(folder / "model", bench.cut, folder / "halves")
+        _prepare(bench, folder)
         server, line = _start_server(folder)
         try:
             with Link(("127.0.0.1", line.port), bench.link) as link:
                 through = JoinLine("127.0.0.1", link.address[1], line.token, line.fingerprint)
-                return _measure(config, bench, folder, Channel(through))
+                return _measure(config, bench, folder, through)
         finally:
             server.terminate()
             server.wait()
+
+
+def _prepare(bench: LinkBench, folder: Path) -> None:
+    """Make and split the model in a process of its own, so that this one's memory is a client's only."""
+    program = (
+        "import sys; from pathlib import Path; from hosl.split import split_folder; "
+        "from hosl.split.shapes import save_random_model; folder = Path(sys.argv[1]); "
+        "save_random_model(sys.argv[2], folder / 'model'); "
+        "split_folder(folder / 'model', int(sys.argv[3]), folder / 'halves')"
+    )
+    command = [sys.executable, "-c", program, str(folder), bench.shape, str(bench.cut)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        raise FailureError(
+            f"the benchmark's model could not be made: {made.stderr.strip().splitlines()[-1:]}"
+        )
 
 
 def _start_server(folder: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
@@ -84,7 +98,7 @@ def _start_server(folder: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
     raise FailureError(f"the server of the benchmark did not start: {log}")
 
 
-def _measure(config: Config, bench: LinkBench, folder: Path, channel: Channel) -> dict[str, Any]:
+def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) -> dict[str, Any]:
     half = folder / "halves" / "client"
     facts = half_facts(half, "client")
     config = msgspec.structs.replace(config, max_steps=bench.steps + 1)
@@ -96,10 +110,13 @@ def _measure(config: Config, bench: LinkBench, folder: Path, channel: Channel) -
             restorable=[0], current=current,
         )  # fmt: skip
 
-    before_mib = process_peak_bytes() / 2**20
+    batch, meter, lines = _batch(bench, client), Meter(), []
+    for _ in range(2):
+        method_round(config, client, _NoServer(), batch, 1)
+    alone_mib = process_peak_bytes() / 2**20
+    channel = Channel(through)
     remote = RemoteServer(channel, greeting, _Arrays(), compression=config.wire.compression, seed=config.seed)
     remote.hello()
-    batch, meter, lines = _batch(bench, client), Meter(), []
     for step in range(1, bench.steps + 2):
         bytes_before, begin = (channel.bytes_up, channel.bytes_down), time.perf_counter()
         method_round(config, Metered(client, meter), remote, batch, step)
@@ -123,8 +140,27 @@ def _measure(config: Config, bench: LinkBench, folder: Path, channel: Channel) -
         "wire_s": round(middle[3], 4), "wire_share": round(middle[3] / middle[0], 4),
         "bytes_up": int(middle[4]), "bytes_down": int(middle[5]), "activation_bytes": ideal,
         "bytes_up_over_activations": round(middle[4] / ideal, 5),
-        "process_peak_mib": round(process_peak_bytes() / 2**20, 1), "before_joining_mib": round(before_mib, 1),
+        "process_peak_mib": round(process_peak_bytes() / 2**20, 1), "alone_peak_mib": round(alone_mib, 1),
+        "network_mib": round(process_peak_bytes() / 2**20 - alone_mib, 1),
     }  # fmt: skip
+
+
+class _NoServer:
+    """Answers at once with made-up numbers: what a client takes by itself, to subtract."""
+
+    def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
+        return [0.7 for _ in activations]
+
+    def step(
+        self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
+    ) -> StepReply:
+        return StepReply(0.7, activations * 0 if want_gradient else None)
+
+    def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
+        return 0.7, 0.7
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """Nothing to do."""
 
 
 def _batch(bench: LinkBench, client: Any) -> Batch:

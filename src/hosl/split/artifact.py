@@ -3,8 +3,9 @@
     OUT/client/   config.json  half.json  model.safetensors  tokenizer files  (head.safetensors: labels at the client)
     OUT/server/   config.json  half.json  model.safetensors
 
-half.json names the side, family, cut and head, the digests of the whole checkpoint and of both sides' tensors, and the
-weights that the checkpoint did not hold.
+half.json names the side, family, cut and head, where the labels stay, the digests of the whole checkpoint and of both
+sides' tensors, and the weights that the checkpoint did not hold. A head of the client that is tied is not written: its
+weight is the embedding of model.safetensors, and half.json says `tied_head`.
 """
 
 import json
@@ -87,7 +88,7 @@ def split_folder(
     if num_labels is not None:
         config.num_labels = num_labels
     files = checkpoint_files(folder, name)
-    sizes, digests, new_weights = {}, {}, []
+    sizes, digests, new_weights, tied_head = {}, {}, [], False
     with whole_folder(out) as partial:
         for side in ("client", "server"):
             (partial / side).mkdir()
@@ -95,6 +96,7 @@ def split_folder(
         for piece in ("client", "server") if labels == "server" else ("client", "server", "head"):
             skeleton, _ = _piece(config, head, piece, cut, labels)
             tied = tied_names(skeleton, config) if piece == "head" else ()
+            tied_head |= bool(tied)
             digests[piece], sizes[piece], drawn = _write_piece(
                 skeleton, files, partial / _FILES[piece], name, seed, without=tied
             )
@@ -102,7 +104,7 @@ def split_folder(
         for side in ("client", "server"):
             facts = {
                 "format": _FORMAT, "side": side, "family": config.model_type, "head": head, "cut": cut,
-                "labels": labels, "base_digest": base_digest, "digest": digests[side],
+                "labels": labels, "tied_head": tied_head, "base_digest": base_digest, "digest": digests[side],
                 **{f"{piece}_digest": digest for piece, digest in digests.items()}, "new_weights": new_weights,
             }  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
@@ -128,6 +130,8 @@ def load_half(folder: str | Path) -> ClientHalf | ServerHalf | TrunkHalf:
 
 def load_head(folder: str | Path, client_half: ClientHalf) -> HeadHalf:
     """The head of a client's folder whose labels stay at home; a tied one shares `client_half`'s embedding.
+
+    `client_half` is left as it was: an embedding that is not trained stays so.
 
     Raises:
         ModelError: if the folder has no head, or its tensors are not those that were written.
@@ -168,12 +172,16 @@ def _load_piece(
     if tensors_digest(tensors) != facts[f"{piece}_digest" if piece == "head" else "digest"]:
         raise ModelError(f"{folder}: the tensors do not have the digest of half.json; split the model again")
     _restore_buffers_(model)
-    if tied_to is not None:
-        embeddings = dict(tied_to.model.named_parameters())
-        tensors |= {name: embeddings[source] for name, source in tied_names(model, config).items()}
-    model.load_state_dict(tensors, assign=True)
+    shared: dict[str, torch.nn.Parameter] = {}
+    if tied_to is not None and facts["tied_head"]:
+        embeddings = dict(tied_to.named_parameters())
+        shared = {name: embeddings[source] for name, source in tied_names(model, config).items()}
+    frozen = [p for p in shared.values() if not p.requires_grad]
+    model.load_state_dict(tensors | shared, assign=True)
     for p in model.parameters():
         p.requires_grad_(True)
+    for p in frozen:  # theirs to train or not, and torch's assignment sets it too
+        p.requires_grad_(False)
     return model, family
 
 

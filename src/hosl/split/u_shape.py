@@ -38,15 +38,39 @@ class TrunkHalf(Half):
 
 
 class HeadHalf(ServerHalf):
-    """Final norm and head, or pooler and classifier. `head.logits(states)`; held by the client."""
+    """Final norm and head, or pooler and classifier; held by the client. `head(states)` is the logits."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The logits of a trunk's states.
+
+        Args:
+            hidden: the states [rows, positions, width].
+            attention_mask: [rows, positions], int64. No block is left to read it, so None does as well.
+            positions: [positions], int64; some of the states' positions, for a causal model. None: all.
+
+        Returns:
+            Logits: [rows, classes], or [rows, positions, vocabulary].
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return super().__call__(hidden, attention_mask, positions)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [rows, classes] or [rows, positions, vocabulary] of the states [rows, positions, width]."""
-        return self(states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device))
+        return self(states)
 
 
 def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf]:
     """Cut a Hugging Face model in three, for a client that keeps the labels. No weight is copied.
+
+    Bit for bit the whole model asked for these positions, but for OPT's `project_out`: the whole multiplies every
+    position by it, the head the scored ones alone, and a matrix product of fewer rows may round otherwise. Dropout is
+    off in all three (`eval`).
 
     Args:
         model: as for `split_model`.
