@@ -7,6 +7,7 @@ from tests.integration.network import Server, finished, join, newest, server_sta
 
 from hosl.cli import main
 from hosl.run.record import read_lines
+from hosl.split import load_half, load_model, split_folder
 
 METHODS = ["hosl", "hosl-gradient", "fo-fo", "zo-zo", "fo-zo", "frozen"]
 
@@ -65,3 +66,20 @@ def test_compression_saves_its_share_and_its_error_is_noted(tiny_run, tmp_path, 
     if method == "hosl":
         targets_bytes -= 10 * (rows * seq + rows * 8)  # both probes of a direction share theirs
     assert lines[2]["bytes_up"] - targets_bytes == pytest.approx(uploads * rows * seq * width * 4 * share)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_halves_from_a_split_folder_compute_as_the_model_in_one_process(
+    tiny, tmp_path, padded, family, dtype
+):
+    """Converted halves keep float32 buffers, as a model loaded in that dtype does; else rotary families drift apart."""
+    tiny(family).save_pretrained(tmp_path / "model")
+    split_folder(tmp_path / "model", 1, tmp_path / "halves")
+    kind = getattr(torch, dtype)
+    whole = load_model(str(tmp_path / "model"), head="causal", num_labels=None, seed=0, dtype=kind).model
+    client, server = (load_half(tmp_path / "halves" / side).convert(kind) for side in ("client", "server"))
+    ids, mask = padded("left")
+    with torch.no_grad():
+        expected = whole(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(server(client(ids, mask), mask), expected)

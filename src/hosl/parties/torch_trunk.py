@@ -26,7 +26,9 @@ class TrunkServer:
         half.to(self.device)
         half.eval()
         self.trained = trained_parameters(half.model)
-        self.optimiser = make_optimiser(optimiser or OptimiserSpec(), self.trained.values())
+        self.optimiser = (
+            make_optimiser(optimiser or OptimiserSpec(), self.trained.values()) if self.trained else None
+        )
 
     def states(self, activations: Sequence[torch.Tensor], targets: PositionTargets) -> list[torch.Tensor]:
         """The last block's states at the scored positions [rows, positions, width]. Inference."""
@@ -46,7 +48,8 @@ class TrunkServer:
         def update(gradient: torch.Tensor, step: int, want_gradient: bool) -> StepReply:
             states.backward(gradient.to(states))
             reply = StepReply(loss=0.0, gradient=h.grad if want_gradient else None)
-            optimiser_step(self.optimiser, self.learning_rate(step))
+            if self.optimiser is not None:  # at cut = n the trunk has nothing to train
+                optimiser_step(self.optimiser, self.learning_rate(step))
             return reply
 
         return states.detach(), update

@@ -5,22 +5,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from hosl.config import Config
-from hosl.core.parties import Batch, OptionTargets, StepReply, Targets
 from hosl.errors import FailureError
 from hosl.parties.metered import Meter, Metered
 from hosl.parties.remote_server import RemoteServer
 from hosl.run import torch_device
 from hosl.run.agreement import model_message, training_message
+from hosl.run.allocator import return_freed_memory
+from hosl.run.bench_alone import fixed_batch
 from hosl.run.record import process_peak_bytes
 from hosl.run.session import method_round
 from hosl.split.folder_facts import half_facts
@@ -99,6 +98,7 @@ def _start_server(folder: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
 
 
 def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) -> dict[str, Any]:
+    return_freed_memory()  # as `hosl join` does
     half = folder / "halves" / "client"
     facts = half_facts(half, "client")
     config = msgspec.structs.replace(config, max_steps=bench.steps + 1)
@@ -110,10 +110,8 @@ def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) 
             restorable=[0], current=current,
         )  # fmt: skip
 
-    batch, meter, lines = _batch(bench, client), Meter(), []
-    for _ in range(2):
-        method_round(config, client, _NoServer(), batch, 1)
-    alone_mib = process_peak_bytes() / 2**20
+    batch, meter, lines = fixed_batch(client, bench.rows, bench.tokens), Meter(), []
+    alone_mib = _alone_peak_bytes(config, bench, half) / 2**20
     channel = Channel(through)
     remote = RemoteServer(channel, greeting, _Arrays(), compression=config.wire.compression, seed=config.seed)
     remote.hello()
@@ -145,31 +143,14 @@ def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) 
     }  # fmt: skip
 
 
-class _NoServer:
-    """Answers at once with made-up numbers: what a client takes by itself, to subtract."""
-
-    def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
-        return [0.7 for _ in activations]
-
-    def step(
-        self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
-    ) -> StepReply:
-        return StepReply(0.7, activations * 0 if want_gradient else None)
-
-    def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
-        return 0.7, 0.7
-
-    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """Nothing to do."""
-
-
-def _batch(bench: LinkBench, client: Any) -> Batch:
-    generator = np.random.Generator(np.random.Philox(key=0))
-    vocabulary = client.half.config.get_text_config().vocab_size
-    ids = generator.integers(3, vocabulary, (bench.rows, bench.tokens))
-    last = np.full((bench.rows, 1), bench.tokens - 2, np.int32)
-    mask = np.ones(ids.shape, np.int8)
-    return Batch(ids, OptionTargets(mask, last, ids[:, -1:].astype(np.int32)))
+def _alone_peak_bytes(config: Config, bench: LinkBench, half: Path) -> int:
+    settings = msgspec.json.encode(config).decode()
+    numbers = [str(number) for number in (bench.rows, bench.tokens, bench.steps + 1)]
+    command = [sys.executable, "-m", "hosl.run.bench_alone", settings, str(half), *numbers]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise FailureError(f"the client alone could not be measured: {ran.stderr.strip().splitlines()[-1:]}")
+    return int(ran.stdout)
 
 
 class _Arrays:

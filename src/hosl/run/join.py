@@ -12,25 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hosl.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
 from hosl.config import Config, dump_config
 from hosl.core.parties import Batch
 from hosl.core.rounds import RoundResult
-from hosl.errors import AgreementError, CheckpointError, HoslError, StepMoved
+from hosl.errors import AgreementError, CheckpointError, StepMoved
 from hosl.parties.metered import Metered
 from hosl.parties.remote_server import RemoteServer
 from hosl.parties.remote_trunk import RemoteTrunk
 from hosl.parties.shared_client import SharedClient
 from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
+from hosl.run.allocator import return_freed_memory
 from hosl.run.loop import carry_on
 from hosl.run.record import RunLock, new_folder, read_lines, versions
 from hosl.run.session import Session, method_round
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split.folder_facts import half_facts
-from hosl.tasks import TextTokenizer, load_task, task_digest
+from hosl.tasks import Task, TextTokenizer, load_task, task_digest
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
@@ -193,9 +194,25 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         AccessError, AgreementError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
     """
     check_trackers(config)
+    return_freed_memory()
     facts = half_facts(options.half, "client")
-    runtime: Any = import_module("hosl.run.torch_device")
     task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed)
+    _check_fit(config, options, facts, task)
+    place = _run_folder(config)
+    with RunLock(place.run):
+        try:
+            session, metrics_bytes = _joined(config, options, facts, task, place, say)
+        except BaseException:
+            if not (place.run / "metrics.jsonl").is_file():
+                shutil.rmtree(place.run)  # refused before the first step: nothing half-made stays
+            raise
+        try:
+            return carry_on(session, place.run, "the same command", _finish, metrics_bytes=metrics_bytes)
+        finally:
+            session.remote.close()
+
+
+def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> None:
     if task.head != facts["head"]:
         raise AgreementError(
             f"task {task.name} needs a {task.head} head, the half in {options.half} was split with a {facts['head']} "
@@ -206,66 +223,71 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             f"wire.labels is {config.wire.labels}, but {options.half} was split for labels at the "
             f"{facts.get('labels', 'server')}; split again with --labels-at {config.wire.labels}, or change the config"
         )
+
+
+def _joined(
+    config: Config,
+    options: JoinOptions,
+    facts: dict[str, Any],
+    task: Task,
+    place: "_Place",
+    say: Callable[[str], None],
+) -> tuple[JoinedSession, int]:
+    """Connect, greet, and bring the client to the state from which both go on; and where its metrics end then."""
+    runtime: Any = import_module("hosl.run.torch_device")
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
-    run, identity, known = _run_folder(config)
-    with RunLock(run):
-        try:
-            channel = connect(options.line, patience=patience, proof=options.proof, known=known, say=say)
-        except HoslError:
-            if not known:
-                shutil.rmtree(run)
-            raise
-        session: JoinedSession
+    channel = connect(options.line, patience=patience, proof=options.proof, known=place.known, say=say)
 
-        def greeting(current: int) -> pb.HelloRequest:
-            return pb.HelloRequest(
-                protocol=1, run=identity, model=model_message(facts, config), training=training_message(config),
-                restorable=session.restorable(run), current=current, version=versions()["hosl"],
-            )  # fmt: skip
+    def greeting(current: int) -> pb.HelloRequest:
+        return pb.HelloRequest(
+            protocol=1, run=place.identity, model=model_message(facts, config), training=training_message(config),
+            restorable=session.restorable(place.run), current=current, version=versions()["hosl"],
+        )  # fmt: skip
 
-        if config.wire.labels == "client":
-            kind = RemoteTrunk
-        else:
-            kind = RemoteServer if config.wire.compression == "none" else WatchedServer
-        remote = kind(
-            channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say
-        )
-        session = JoinedSession(
-            config=config,
-            task=task,
-            client=None,
-            server=remote,
-            remote=remote,
-            folder=options.half,
-            runtime=runtime,
-        )
-        session.facts = {
-            "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
-            "task": {"name": task.name, "digest": task_digest(task)},
-            "cut": facts["cut"],
-        }
-        accepted = False
-        try:
-            known = session.go_to(run, channel.for_ever(remote.hello, say)) or {}
-            accepted = True
-            session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-            record = {"run_id": identity, "versions": versions(), **session.facts}
-            (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-            return carry_on(
-                session, run, "the same command", _finish, metrics_bytes=known.get("metrics_bytes", 0)
-            )
-        finally:
-            remote.close()
-            if not accepted and not (run / "metrics.jsonl").is_file():
-                shutil.rmtree(run)  # refused before the first step: nothing half-made stays
+    kind = RemoteServer if config.wire.compression == "none" else WatchedServer
+    if config.wire.labels == "client":
+        kind = RemoteTrunk
+    remote = kind(channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say)
+    session = JoinedSession(
+        config=config,
+        task=task,
+        client=None,
+        server=remote,
+        remote=remote,
+        folder=options.half,
+        runtime=runtime,
+    )
+    session.facts = {
+        "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
+        "task": {"name": task.name, "digest": task_digest(task)},
+        "cut": facts["cut"],
+    }
+    try:
+        known = session.go_to(place.run, channel.for_ever(remote.hello, say)) or {}
+    except BaseException:
+        remote.close()
+        raise
+    session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
+    record = {"run_id": place.identity, "versions": versions(), **session.facts}
+    (place.run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return session, known.get("metrics_bytes", 0)
 
 
-def _run_folder(config: Config) -> tuple[Path, str, bool]:
-    """The folder of this config's unfinished run, or a new one; the run's name on the server; whether under way."""
+class _Place(NamedTuple):
+    run: Path
+    identity: str
+    """The run's name on the server."""
+    known: bool
+    """Whether the run is under way."""
+
+
+def _run_folder(config: Config) -> _Place:
+    """This config's unfinished run, or a new one."""
     wanted, text = Path(config.output_dir), dump_config(config)
     for folder in sorted(wanted.parent.glob(f"{wanted.name}*")):
         if _unfinished(folder, text):
-            return folder, json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"], True
+            identity = json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"]
+            return _Place(folder, identity, known=True)
     run = new_folder(wanted)
     name = (
         "".join(c if c.isalnum() or c in "._-" else "-" for c in run.name.lower()).strip("._-")[:40] or "run"
@@ -274,7 +296,7 @@ def _run_folder(config: Config) -> tuple[Path, str, bool]:
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
     (run / "record.json").write_text(json.dumps({"run_id": identity}), encoding="utf-8")
     (run / "config.yaml").write_text(text, encoding="utf-8")
-    return run, identity, False
+    return _Place(run, identity, known=False)
 
 
 def _unfinished(folder: Path, config_text: str) -> bool:

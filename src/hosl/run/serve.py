@@ -226,7 +226,7 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
         dtype = DTYPES[from_enum(pb.DType, model.dtype)]
 
         def fresh() -> Any:
-            return load_half(options.half).to(dtype)
+            return load_half(options.half).convert(dtype)
 
         synchronous = training.order == pb.SYNCHRONOUS
         return TorchHosted(config, fresh, facts.get("new_weights", ()), synchronous=synchronous)

@@ -33,14 +33,16 @@ def open_client(config: Config, folder: Path) -> FrozenClient:
     """The client party of a run at its base weights, from the half's folder."""
     half = load_half(folder)
     assert isinstance(half, ClientHalf), "half.json was checked to be a client's"
-    half.to(DTYPES[config.model.dtype])
+    half.convert(DTYPES[config.model.dtype])
     return make_client(config, half)
 
 
 def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
     """The head at its base weights, for a client whose labels stay: what rounds talk to in place of a server."""
     half = load_head(folder, client.half)
-    half.to(DTYPES[config.model.dtype])  # a tied weight has that dtype already, and stays the same tensor
+    half.convert(
+        DTYPES[config.model.dtype]
+    )  # a tied weight has that dtype already, and stays the same tensor
     return make_head(config, half, client.half, trunk)
 
 

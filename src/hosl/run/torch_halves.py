@@ -136,14 +136,14 @@ def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
 def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer) -> None:
     """Add the server's part to a checkpoint."""
     checkpoint.tensors["server/trained"] = dict(server.trained)
-    if isinstance(server, FirstOrderServer | TrunkServer):
+    if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
         checkpoint.tensors["server/optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
 
 
 def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -> None:
     """Bring a server to a checkpoint."""
     _restore_weights_(server.trained, checkpoint.tensors["server/trained"])
-    if isinstance(server, FirstOrderServer | TrunkServer):
+    if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["server/optimiser"])
 
 

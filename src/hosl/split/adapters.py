@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from hosl.errors import ConfigError
-from hosl.split.halves import ClientHalf, ServerHalf
+from hosl.split.halves import Half
 from hosl.split.loading import seeded_generator
 from hosl.split.specs import LoraSpec
 
@@ -15,14 +15,14 @@ ADAPTER = "default"
 """The adapter's name inside peft's modules; peft's own default."""
 
 
-def set_trainable(half: ClientHalf | ServerHalf, which: Literal["all", "blocks", "none"]) -> None:
+def set_trainable(half: Half, which: Literal["all", "blocks", "none"]) -> None:
     """Choose a half's trained weights; blocks leaves embeddings (and their norms) and the head as they are."""
     prefix = f"{half.blocks_name}."
     for name, p in half.named_parameters():
         p.requires_grad_(which == "all" or (which == "blocks" and name.startswith(prefix)))
 
 
-def add_lora(half: ClientHalf | ServerHalf, spec: LoraSpec, *, seed: int) -> None:
+def add_lora(half: Half, spec: LoraSpec, *, seed: int) -> None:
     """Put adapters into a half's blocks, in place, and train only them. They start as peft's do, from the seed.
 
     A half without blocks (cut 0 or n) gets none.
@@ -52,14 +52,14 @@ def add_lora(half: ClientHalf | ServerHalf, spec: LoraSpec, *, seed: int) -> Non
     half.eval()
 
 
-def lora_layers(half: ClientHalf | ServerHalf) -> dict[str, Any]:
+def lora_layers(half: Half) -> dict[str, Any]:
     """peft's layers of a half by the name of the module that they wrap; empty without adapters."""
     return {
         name: m for name, m in half.model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")
     }
 
 
-def _target_modules(half: ClientHalf | ServerHalf, spec: LoraSpec) -> set[str]:
+def _target_modules(half: Half, spec: LoraSpec) -> set[str]:
     """Full names of the modules to adapt: inside the blocks, last part of the name as asked."""
     asked = set(spec.target_modules or _default_targets(half.family))
     inside = re.compile(re.escape(half.blocks_name) + r"\.\d+\.")

@@ -57,6 +57,12 @@ class Half:
         """Take over tensors under the names of the whole; every one of this side must be there, and no other."""
         self.model.load_state_dict(tensors, assign=assign)
 
+    def convert(self, dtype: torch.dtype) -> "Half":
+        """Change the parameters' dtype, in place; buffers keep theirs, as when HF loads a model in a dtype."""
+        for p in self.model.parameters():
+            p.data = p.data.to(dtype)
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> "Half":
         """Move or convert, as torch.nn.Module.to."""
         self.model.to(*args, **kwargs)
