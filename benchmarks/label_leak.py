@@ -2,8 +2,8 @@
 
     python benchmarks/label_leak.py
 
-The server clusters the gradients of each batch by the sign of their inner product with the first one (two classes) and asks
-how often that agrees with the labels, up to naming. 0.5 is chance, 1.0 tells everything.
+The server clusters the gradients of each batch by the sign of their inner product with the first one (two classes);
+how often that agrees with the labels, up to naming: 0.5 is chance, 1.0 tells everything.
 """
 
 import numpy as np
