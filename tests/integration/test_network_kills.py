@@ -15,6 +15,7 @@ VERBS = {
     "hosl": ("Hello", "Losses", "Step", "Scores", "Save"),
     "fo-fo": ("Step", "Save"),
     "zo-zo": ("Probe", "Descend"),
+    "labels": ("States", "StepStates", "Save"),  # hosl with the labels at the client
 }
 POINTS = [
     (method, side, verb, when)
@@ -32,11 +33,13 @@ def whole(tiny_run, tmp_path):
     """`whole(method)`: config, halves, and what an uninterrupted network run leaves."""
 
     def make(method, **settings):
+        labels = "client" if method == "labels" else "server"
         config = tiny_run(
-            method=method, client={"learning_rate": 1e-3}, max_steps=8, save_steps=3, snapshot_steps=3, eval_steps=4,
-            wire={"idle_s": 5.0}, **settings,
+            method="hosl" if method == "labels" else method, client={"learning_rate": 1e-3},
+            max_steps=8, save_steps=3, snapshot_steps=3, eval_steps=4,
+            wire={"idle_s": 5.0, "labels": labels}, **settings,
         )  # fmt: skip
-        halves = split(tmp_path / "model-in", tmp_path / "halves")
+        halves = split(tmp_path / "model-in", tmp_path / "halves", **{"labels-at": labels})
         with Server(halves / "server", tmp_path / "whole-service") as server:
             finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "whole"))
         return config, halves, left(tmp_path / "whole", tmp_path / "whole-service")
@@ -111,6 +114,23 @@ def test_a_killed_server_and_a_killed_client_change_nothing(whole, tmp_path):
     assert left(run, service) == expected
 
 
+def test_a_full_disk_on_the_server_loses_nothing(whole, tmp_path):
+    """The client hears of it and stops; with space again, the same command goes on to the same end."""
+    config, halves, expected = whole("hosl")
+    run, service = tmp_path / "killed", tmp_path / "service"
+    with Server(halves / "server", service, program=[sys.executable, str(HERE / "full_server.py")]) as server:
+        line, address = server.line, server.address
+        client = joining(halves, line, config, run)
+        _, err = client.communicate(timeout=120)
+        assert client.returncode == 1
+        assert "No space left on device" in err
+        assert "the one before it is intact" in err
+        assert server.process.poll() is None
+    with Server(halves / "server", service, listen=address):
+        finished(joining(halves, line, config, run))
+    assert left(run, service) == expected
+
+
 @pytest.mark.slow
 def test_fifty_random_kills_change_nothing(whole, tmp_path):
     """Fifty kills at random moments of either side, over as many runs as it takes."""
@@ -130,13 +150,16 @@ def test_fifty_random_kills_change_nothing(whole, tmp_path):
             if chance.random() < 0.5:
                 client.kill()
                 client.communicate()
+                if (run / "report.html").is_file():  # it was done; the same command would begin another run
+                    break
                 client = joining(halves, line, config, run)
             else:
                 server.process.kill()
                 server.process.wait()
                 server.close()
                 server = Server(halves / "server", service, listen=address)
-        finished(client)
+        if not (run / "report.html").is_file():
+            finished(client)
         server.close()
         assert left(run, service) == expected
     print(f"{kills} kills over {count} runs")

@@ -36,6 +36,8 @@ class RemoteTrunk(RemoteServer):
             states = [
                 self._received(header, (part.chunk for part in parts), targets) for header in done.states
             ]
+            for _ in parts:
+                raise WireError("States was answered by more than was announced")
             self._count_down(done.server_s, states)
             return states
 
@@ -83,6 +85,8 @@ class RemoteTrunk(RemoteServer):
                 back = None
                 if done.HasField("gradient"):
                     back = self._unpacked(done.gradient, packed.header, (part.chunk for part in parts))
+                for _ in parts:
+                    raise WireError("StepStates was answered by more than was announced")
                 self._count_down(done.server_s, [states, back])
                 self.meter.bytes_in += gradient.size_bytes
                 return StepReply(0.0, back)

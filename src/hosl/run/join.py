@@ -27,7 +27,7 @@ from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
 from hosl.run.loop import carry_on
-from hosl.run.record import RunLock, new_folder, read_lines, versions
+from hosl.run.record import RunLock, new_folder, versions
 from hosl.run.session import Session, method_round
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split.folder_facts import half_facts
@@ -303,8 +303,7 @@ def _unfinished(folder: Path, config_text: str) -> bool:
     files = folder / "config.yaml", folder / "record.json"
     if not all(file.is_file() for file in files) or files[0].read_text(encoding="utf-8") != config_text:
         return False
-    lines = read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-    return not any(line.get("split") == "test" for line in lines)
+    return not (folder / "report.html").is_file()  # the last thing that a finished run writes
 
 
 def _finish(session: JoinedSession, run: Path) -> None:
