@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 
 REQUESTS = (pb.Upload, pb.HelloRequest, pb.SaveRequest, pb.JournalRequest, pb.DescendRequest)
+_SESSION = re.compile(r"[0-9a-f]{16}\.\d+")
 
 
 @pytest.fixture
@@ -63,13 +65,23 @@ def _encodings(ids):
 
 
 def _decoded(message):
-    """The one request that these bytes are, or None for what is no request."""
+    """The one request that these bytes are, or None for what is no request.
+
+    Short messages parse as more than one kind: the right one is a chunk, a Hello of this run, or names a session.
+    """
     for kind in REQUESTS:
         try:
             parsed = kind.FromString(message)
         except Exception:
             continue
-        if parsed.SerializeToString() == message and (kind is not pb.Upload or parsed.WhichOneof("part")):
+        if parsed.SerializeToString() != message:
+            continue
+        asked = parsed
+        if kind is pb.Upload and parsed.WhichOneof("part"):
+            asked = getattr(parsed, parsed.WhichOneof("part"))
+        if isinstance(asked, bytes) or (kind is pb.HelloRequest and parsed.run.startswith("joined")):
+            return parsed
+        if hasattr(asked, "where") and _SESSION.fullmatch(asked.where.session):
             return parsed
     return None
 
