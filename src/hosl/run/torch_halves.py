@@ -15,6 +15,7 @@ from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.headed_server import HeadedServer, Trunk
+from hosl.parties.recomputing_client import RecomputingClient
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
 from hosl.parties.torch_memory import resident_bytes
 from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, TorchServer, ZerothOrderServer
@@ -38,6 +39,8 @@ def make_client(config: Config, half: ClientHalf) -> FrozenClient:
             return FrozenClient(half, device=device)
         case "fo-fo" | "fo-zo":
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
+        case "fo-recompute":
+            return RecomputingClient(half, micro_batch_rows=config.client.micro_batch_rows, device=device)
         case "hosl" | "hosl-gradient" | "zo-zo":
             kind = NoisyZerothOrderClient if config.profile == "authors-head" else ZerothOrderClient
             return kind(half, law=config.zo.law, device=device)
@@ -78,7 +81,8 @@ def put_client(
 ) -> int:
     """Add the client's part to a checkpoint; returns the step of the snapshot that it rests on.
 
-    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last.
+    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; a
+    first-order one's is its weights, and the state of its optimiser where it has one.
     """
     if isinstance(client, ZerothOrderClient):
         checkpoint.journal = client.journal.to_bytes()
@@ -87,8 +91,9 @@ def put_client(
             snapshot_step = checkpoint.step
         elif snapshot_step:
             checkpoint.linked = ("client/trained.safetensors",)
-    if isinstance(client, FirstOrderClient):
+    if isinstance(client, FirstOrderClient | RecomputingClient):
         checkpoint.tensors["client/trained"] = dict(client.trained)
+    if isinstance(client, FirstOrderClient):
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
@@ -97,8 +102,9 @@ def put_client(
 def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    if isinstance(client, FirstOrderClient):
+    if isinstance(client, FirstOrderClient | RecomputingClient):
         _restore_weights_(client.trained, tensors["client/trained"])
+    if isinstance(client, FirstOrderClient):
         _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])
     if isinstance(client, ZerothOrderClient):
         if snapshot_step:
