@@ -101,6 +101,18 @@ def test_a_client_of_few_blocks_takes_the_same_steps(tiny, padded, family, cut, 
     _assert_same(found, expected, torch.float64)
 
 
+@pytest.mark.parametrize("trainable", ["blocks", "all"])
+@pytest.mark.parametrize("family", ["opt", "gemma3", "bert"])
+def test_in_bfloat16_a_step_differs_by_one_spacing_of_the_weights_at_most(tiny, padded, family, trainable):
+    """2^-7 between 1 and 2: gradients that are summed in another order round to a neighbour. Whole batches: none."""
+    model, batch = tiny(family, torch.bfloat16), _batch(padded)
+    _, expected = _updates(FirstOrderClient, model, 3, trainable, batch)
+    for micro_batch_rows, allowed in ((None, 0.0 if trainable == "blocks" else 2**-7), (3, 2**-7)):
+        _, found = _updates(RecomputingClient, model, 3, trainable, batch, micro_batch_rows=micro_batch_rows)
+        assert max(float((found[name] - update).abs().max()) for name, update in expected.items()) <= allowed
+    assert max(float(update.abs().max()) for update in expected.values()) > 4 * 2**-7
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt_neox", "gemma3", "distilbert"])
 def test_as_many_rows_as_positions_are_not_mistaken_for_each_other(tiny, padded, family):
     """A batch of 5 rows by 5: nothing but rows may be cut into micro-batches."""
