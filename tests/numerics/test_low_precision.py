@@ -1,5 +1,7 @@
 """A low-precision base under float32 adapters, against the same half with its weights written out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -12,7 +14,16 @@ from hosl.parties.probing import trained_parameters
 from hosl.parties.torch_client import FirstOrderClient, ZerothOrderClient
 from hosl.parties.torch_memory import TorchMemory, resident_bytes
 from hosl.parties.torch_server import FirstOrderServer
-from hosl.split import ClientHalf, LoraSpec, add_lora, export_checkpoint, quantise_, split_model
+from hosl.split import (
+    ClientHalf,
+    LoraSpec,
+    add_lora,
+    export_checkpoint,
+    load_half,
+    quantise_,
+    split_folder,
+    split_model,
+)  # fmt: skip
 from hosl.split.quantised import Int8Linear, quantise_rows
 
 DTYPES = ["bfloat16", "int8"]
@@ -290,6 +301,18 @@ def test_backprop_through_int8_keeps_no_dequantised_weights(option_batch):
         wide.peak_bytes(FirstOrderClient, "forward_for_backward", option_batch) for wide in (float32, int8)
     ]
     assert peaks[1] < peaks[0] - saved + 2 * (1 << 20)
+
+
+@pytest.mark.parametrize("base", DTYPES)
+def test_the_file_of_the_original_weights_is_let_go(tiny, tmp_path, base):
+    """One embedding that still points into the mapped file would keep all of its float32 weights resident."""
+    tiny("opt").save_pretrained(tmp_path / "model")
+    split_folder(tmp_path / "model", 2, tmp_path / "halves")
+    half = load_half(tmp_path / "halves" / "client")
+    file, maps = str(tmp_path / "halves/client/model.safetensors"), Path("/proc/self/maps")
+    assert file in maps.read_text()
+    quantise_(half, base)
+    assert file not in maps.read_text()
 
 
 def test_a_half_with_adapters_is_not_quantised_and_a_quantised_one_is_not_exported(tiny, tmp_path):

@@ -44,6 +44,10 @@ def quantise_(half: ClientHalf, dtype: BaseDtype) -> None:
         if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, Int8Linear):
             rows = module.weight if isinstance(module, nn.Linear) else module.weight.T
             blocks.set_submodule(name, Int8Linear(rows, module.bias, f"{half.blocks_name}.{name}"))
+    for tensor in (*half.parameters(), *half.model.buffers()):
+        # what is read from a file is mapped, all of it for as long as one tensor is: in float32, pages and all
+        if tensor.dtype != torch.int8:
+            tensor.data = tensor.data.clone()
 
 
 def quantise_rows(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
