@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as hf
-from tests.integration.network import ENVIRONMENT, HOSL, Server, finished, join, newest, split
+from tests.integration.network import ENVIRONMENT, HOSL, Server, enrol, finished, join, newest, split
 
 import hosl
 from hosl.cli import main
@@ -109,6 +109,60 @@ def test_a_low_precision_device_agrees_with_an_ordinary_server(tiny_run, tmp_pat
     )
     assert low != full
     assert low == pytest.approx(full, rel=0.05)
+
+
+def test_devices_of_different_bases_share_their_adapters(tiny_run, tmp_path, capsys):
+    """client.dtype is each device's own: one journal moves the adapters of all of them by the same bits."""
+    clients = {"count": 2, "halves": "shared", "schedule": "synchronous", "grace_s": 60.0}
+    config = tiny_run(max_steps=4, clients=clients, client=_client("model"))
+    halves = split(tmp_path / "model-in", tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service") as server:
+        joined = [
+            join(
+                halves / "client",
+                line,
+                config,
+                "--client.dtype",
+                dtype,
+                "--output-dir",
+                tmp_path / dtype / "run",
+            )
+            for line, dtype in (
+                (server.line, "int8"),
+                (enrol(tmp_path / "service", "second", capsys), "model"),
+            )
+        ]
+        summaries = [finished(process) for process in joined]
+    assert len({summary["client_digest"] for summary in summaries}) == 1
+    assert (
+        len({(tmp_path / dtype / "run" / "metrics.jsonl").read_bytes() for dtype in ("int8", "model")}) == 2
+    )
+
+
+def test_an_int8_device_keeps_its_labels_as_an_ordinary_one_does(tiny_run, tmp_path):
+    config = tiny_run(wire={"labels": "client"}, client=_client("int8"))
+    words = [
+        "split",
+        str(tmp_path / "model-in"),
+        str(tmp_path / "halves"),
+        "--cut",
+        "2",
+        "--head",
+        "classification",
+    ]
+    assert main([*words, "--labels", "2", "--labels-at", "client"]) == 0
+    losses = {}
+    with Server(tmp_path / "halves" / "server", tmp_path / "service") as server:
+        for dtype in ("int8", "model"):
+            run = tmp_path / dtype / "run"
+            process = join(
+                tmp_path / "halves/client", server.line, config, "--client.dtype", dtype, "--output-dir", run
+            )
+            assert finished(process)["finished"]
+            lines = read_lines(run / "metrics.jsonl")
+            losses[dtype] = [line["loss_nats"] for line in lines if "split" not in line]
+    assert losses["int8"] != losses["model"]
+    assert losses["int8"] == pytest.approx(losses["model"], rel=0.05)
 
 
 @pytest.mark.parametrize(
