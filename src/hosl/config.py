@@ -69,6 +69,8 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Of fo-recompute: rows for which a block is computed again at once; null: all of a batch."""
     lora: LoraSpec = LoraSpec()
     """Used when trainable is lora."""
+    dtype: Literal["model", "bfloat16", "int8"] = "model"
+    """Of the client's frozen weights; adapters stay float32. model: as model.dtype."""
     device: str = "cpu"
     """A torch device."""
 
@@ -189,6 +191,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.profile == "authors-head":
             self._check_authors_head()
         self._check_recomputing()
+        self._check_client_dtype()
         self._check_clients()
 
     def _check_recomputing(self) -> None:
@@ -201,6 +204,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "method fo-recompute updates each block inside backward by plain SGD and keeps no state, got "
                 f"client.optimiser {_told(client.optimiser)}; leave client.optimiser out, or use fo-fo"
+            )
+
+    def _check_client_dtype(self) -> None:
+        dtype, trainable = self.client.dtype, self.client.trainable
+        if dtype == "model":
+            return
+        if self.method != "frozen" and trainable != "lora":
+            raise ConfigError(
+                f"client.dtype: {dtype} is for weights that stay as they are, but method {self.method} trains them "
+                f"(client.trainable: {trainable}); set client.trainable: lora, or train in model.dtype: bfloat16"
+            )
+        if dtype == "bfloat16" and self.wire.labels == "client":
+            raise ConfigError(
+                "client.dtype: bfloat16 does not go with wire.labels: client, whose head may share the embeddings; "
+                "use int8, which leaves embeddings as they are"
             )
 
     def _check_clients(self) -> None:

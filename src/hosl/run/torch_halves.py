@@ -21,16 +21,26 @@ from hosl.parties.torch_memory import resident_bytes
 from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, TorchServer, ZerothOrderServer
 from hosl.parties.torch_trunk import TrunkServer
 from hosl.run.schedule import learning_rate
-from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, set_trainable
+from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make_client(config: Config, half: ClientHalf) -> FrozenClient:
-    """The client party of a method, its trained weights chosen."""
+def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True) -> FrozenClient:
+    """The client party of a method, its trained weights chosen.
+
+    Args:
+        config: the run's.
+        half: is given to the party.
+        low_precision: whether client.dtype is applied; False leaves the base weights as they are, for export.
+    """
     of_client = "none" if config.method == "frozen" else config.client.trainable
+    dtype = config.client.dtype
+    if dtype != "model" and low_precision:
+        quantise_(half, dtype)
     if of_client == "lora":
-        add_lora(half, config.client.lora, seed=config.seed)
+        adapters = None if dtype == "model" else torch.float32
+        add_lora(half, config.client.lora, seed=config.seed, dtype=adapters)
     else:
         set_trainable(half, of_client)
     device = config.client.device
