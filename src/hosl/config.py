@@ -47,7 +47,7 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     epsilon: float = 1e-3
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
     law: Law = "gaussian"
-    """gaussian (the paper), rademacher (cheaper), sphere (the authors' code)."""
+    """gaussian (the paper), rademacher (cheaper), sphere (the authors' code), low-rank (rank one, of signs)."""
 
     def __post_init__(self) -> None:
         if self.directions < 1:
