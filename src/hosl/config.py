@@ -19,7 +19,7 @@ from hosl.parties.optimisers import OptimiserSpec
 from hosl.split.specs import LoraSpec
 from hosl.tasks import DocstringsConfig, TaskConfig
 
-Method = Literal["hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
+Method = Literal["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,8 +48,12 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
     law: Law = "gaussian"
     """gaussian (the paper), rademacher (cheaper), sphere (the authors' code), low-rank (rank one, of signs)."""
+    guided_blocks: int = 1
+    """Of hosl-guided: how many of the client's last blocks it trains. The guess gets worse with every block below."""
 
     def __post_init__(self) -> None:
+        if self.guided_blocks < 1:
+            raise ConfigError(f"zo.guided_blocks must be >= 1, got {self.guided_blocks}")
         if self.directions < 1:
             raise ConfigError(f"zo.directions must be >= 1, got {self.directions}")
         if not 0 < self.epsilon < 1:
@@ -145,7 +149,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     output_dir: str = "runs/hosl"
     """The run's folder; made by the run, never overwritten."""
     method: Method = "hosl"
-    """hosl: the paper. hosl-gradient: the server returns dL/dh once. Baselines: fo-fo, fo-recompute (fo-fo in little
+    """hosl: the paper. hosl-gradient: the server returns dL/dh once. hosl-guided: and the client's last blocks move
+    along directions formed from it. Baselines: fo-fo, fo-recompute (fo-fo in little
     memory), zo-zo, fo-zo, frozen."""
     profile: Literal["paper", "authors-head"] = "paper"
     """paper: as written. authors-head: as the authors' published code runs (docs/algorithm.md)."""
@@ -191,19 +196,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.profile == "authors-head":
             self._check_authors_head()
         self._check_recomputing()
+        self._check_guided()
         self._check_client_dtype()
         self._check_clients()
 
     def _check_recomputing(self) -> None:
         client = self.client
-        if self.method != "fo-recompute" and client.micro_batch_rows is not None:
+        if self.method not in ("fo-recompute", "hosl-guided") and client.micro_batch_rows is not None:
             raise ConfigError(
-                f"client.micro_batch_rows is for method fo-recompute, method is {self.method}; leave it out"
+                f"client.micro_batch_rows is for fo-recompute and hosl-guided, method is {self.method}; leave it out"
             )
         if self.method == "fo-recompute" and client.optimiser != OptimiserSpec():
             raise ConfigError(
                 "method fo-recompute updates each block inside backward by plain SGD and keeps no state, got "
                 f"client.optimiser {_told(client.optimiser)}; leave client.optimiser out, or use fo-fo"
+            )
+
+    def _check_guided(self) -> None:
+        if self.method != "hosl-guided":
+            return
+        if self.zo.guided_blocks > self.model.cut:
+            raise ConfigError(
+                f"zo.guided_blocks: {self.zo.guided_blocks} wants as many blocks on the client, model.cut is "
+                f"{self.model.cut}"
+            )
+        if self.client.trainable != "blocks" or self.client.dtype != "model":
+            raise ConfigError(
+                "method hosl-guided trains two weight matrices of each guided block and nothing else, got "
+                f"client.trainable: {self.client.trainable}, client.dtype: {self.client.dtype}; leave both out"
             )
 
     def _check_client_dtype(self) -> None:
@@ -223,9 +243,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _check_clients(self) -> None:
         clients = self.clients
-        if clients.halves == "shared" and self.method in ("fo-fo", "fo-recompute", "fo-zo", "frozen"):
+        if clients.halves == "shared" and self.method not in ("hosl", "hosl-gradient", "zo-zo"):
             raise ConfigError(
-                f"clients.halves: shared needs a client that is trained by probes, method is {self.method}; use "
+                f"clients.halves: shared needs a client that is trained by random probes, method is {self.method}; use "
                 "hosl, hosl-gradient or zo-zo, or halves: personal"
             )
         if clients.schedule == "synchronous" and self.method in ("zo-zo", "fo-zo"):
@@ -240,7 +260,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.wire.labels == "client" and (clients.count > 1 or self.method in ("zo-zo", "fo-zo")):
             raise ConfigError(
                 "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
-                "method to hosl, hosl-gradient, fo-fo, fo-recompute or frozen"
+                "method to hosl, hosl-gradient, hosl-guided, fo-fo, fo-recompute or frozen"
             )
 
     def _check_authors_head(self) -> None:

@@ -9,7 +9,7 @@ from hosl.cli import main
 from hosl.run.record import read_lines
 from hosl.split import load_half, load_model, split_folder
 
-METHODS = ["hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
+METHODS = ["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
 
 
 def client_files(run):
@@ -20,7 +20,8 @@ def client_files(run):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method):
-    config = tiny_run(method=method, client={"learning_rate": 1e-3, "trainable": "all"})
+    trainable = "blocks" if method == "hosl-guided" else "all"
+    config = tiny_run(method=method, client={"learning_rate": 1e-3, "trainable": trainable})
     assert main(["train", str(config), "--json"]) == 0
     halves = split(tmp_path / "model-in", tmp_path / "halves")
     with Server(halves / "server", tmp_path / "service") as server:

@@ -12,7 +12,7 @@ import hosl
 from hosl.cli import main
 from hosl.run.record import read_lines
 
-METHODS = ["hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
+METHODS = ["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +110,7 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         ),
         (
             {"method": "fo-fo", "client": {"micro_batch_rows": 2}},
-            "client.micro_batch_rows is for method fo-recompute, method is fo-fo; leave it out",
+            "client.micro_batch_rows is for fo-recompute and hosl-guided, method is fo-fo; leave it out",
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},
@@ -121,8 +121,16 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
             "got client.optimiser momentum: 0.9",
         ),
         (
+            {"method": "hosl-guided", "client": {"trainable": "lora"}},
+            "trains two weight matrices of each guided block and nothing else, got client.trainable: lora",
+        ),
+        (
+            {"method": "hosl-guided", "zo": {"guided_blocks": 4}},
+            "zo.guided_blocks: 4 wants as many blocks on the client, model.cut is",
+        ),
+        (
             {"method": "fo-recompute", "clients": {"count": 2, "halves": "shared"}},
-            "needs a client that is trained by probes, method is fo-recompute",
+            "needs a client that is trained by random probes, method is fo-recompute",
         ),
         ({"report_to": ["tensorbored"]}, "Invalid enum value 'tensorbored'"),
     ],

@@ -105,6 +105,27 @@ class ZerothOrderClientSide(ClientSide, Protocol):
 
 
 @runtime_checkable
+class GuidedClientSide(ClientSide, Protocol):
+    """A client that is trained by forward passes, along directions that it forms from dL/dh and its own activations."""
+
+    def forward_for_guides(self, batch: Batch) -> Activations:
+        """h = f_c(x; theta_c), keeping what `guide` and `slope` evaluate again."""
+        ...
+
+    def guide(self, gradient: Activations) -> Sequence[str]:
+        """Form the directions u from dL/dh of the last `forward_for_guides`; returns the names of their tensors."""
+        ...
+
+    def slope(self, name: str, gradient: Activations, epsilon: float) -> float:
+        """<gradient, h+ - h-> / (2 scale): dL/du of one tensor's direction, u of unit length. theta_c is only read."""
+        ...
+
+    def descend_along(self, names: Sequence[str], slopes: Sequence[float], learning_rate: float) -> None:
+        """W <- W - learning_rate * slope * u for each of these tensors."""
+        ...
+
+
+@runtime_checkable
 class FirstOrderClientSide(ClientSide, Protocol):
     """A client that is trained by backprop."""
 

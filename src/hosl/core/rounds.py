@@ -14,6 +14,7 @@ from hosl.core.parties import (
     ClientSide,
     FirstOrderClientSide,
     FirstOrderServerSide,
+    GuidedClientSide,
     NoisyClientSide,
     NoisyServerSide,
     ZerothOrderClientSide,
@@ -75,6 +76,27 @@ def hosl_gradient_round(
         coefficients.append(client.project(pair, reply.gradient, epsilon))  # in place of l.4 l.5
     client.descend(step, seeds, coefficients, learning_rate)  # l.8
     return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+
+
+def hosl_guided_round(
+    client: GuidedClientSide,
+    server: FirstOrderServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """HOSL along directions formed from the returned gradient; one per tensor, no seeds. methods.md (i).
+
+    Biased: a tensor moves by its gradient's projection on one direction. One upload, one download.
+    """
+    h = client.forward_for_guides(batch)
+    reply = server.step(h, batch.targets, step=step, want_gradient=True)  # l.6 l.7
+    names = client.guide(reply.gradient)  # in place of l.2: u from the data, not from a seed
+    slopes = [client.slope(name, reply.gradient, epsilon) for name in names]  # l.3, in place of l.4 l.5
+    client.descend_along(names, slopes, learning_rate)  # l.8
+    return RoundResult(loss=reply.loss, coefficients=tuple(slopes))
 
 
 def fo_round(

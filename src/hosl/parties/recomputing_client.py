@@ -14,17 +14,10 @@ import torch
 from torch import nn
 
 from hosl.core.parties import Batch
+from hosl.parties.block_calls import BlockCall, recorded
 from hosl.parties.probing import trained_parameters
 from hosl.parties.torch_client import FrozenClient
 from hosl.split import ClientHalf
-
-
-@dataclass(slots=True)
-class _Call:
-    """What a block was called with; the first argument is the hidden state [rows, seq, width]."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -35,7 +28,7 @@ class _Kept:
     mask: torch.Tensor
     dtype: torch.dtype
     """Of h, and so of its gradient."""
-    calls: list[_Call]
+    calls: list[BlockCall]
     """Of the blocks that have something to train at or below them, first to last."""
 
 
@@ -80,19 +73,9 @@ class RecomputingClient(FrozenClient):
     def forward_for_backward(self, batch: Batch) -> torch.Tensor:
         """h [rows, seq, width]; the inputs of the blocks stay here until `backward`, no graph."""
         ids, mask = self._inputs(batch)
-        calls: list[_Call] = []
-
-        def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(_Call(args, kwargs))
-
         self._kept = None  # of a forward that was never answered
-        hooks = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in self._blocks[self._lowest :]]
-        try:
-            with torch.no_grad():
-                h = self.half(ids, mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), recorded(self._blocks[self._lowest :]) as calls:
+            h = self.half(ids, mask)
         self._kept = _Kept(ids, mask, h.dtype, calls)
         return h
 
@@ -138,29 +121,18 @@ class RecomputingClient(FrozenClient):
 
 
 def _backward_block_(
-    block: nn.Module, call: _Call, gradient: torch.Tensor, rows: slice, *, handed_on: bool
+    block: nn.Module, call: BlockCall, gradient: torch.Tensor, rows: slice, *, handed_on: bool
 ) -> None:
     """Add the block's gradients over these rows; its input's takes the input's own place where it is handed on.
 
     Source of the in-place exchange: a row's input is not needed again once its gradient is there.
     """
-    hidden, *others = call.args
+    hidden = call.args[0]
     at = hidden[rows].detach().requires_grad_(handed_on)
-    args, kwargs = _of_rows((others, call.kwargs), rows, len(hidden))
+    args, kwargs = call.of_rows(rows, len(hidden))
     block(at, *args, **kwargs).backward(gradient[rows])
     if handed_on:
         hidden[rows] = at.grad
-
-
-def _of_rows(content: Any, rows: slice, total: int) -> Any:
-    """The same, with every tensor of `total` rows cut to these; masks have a row each, rotary angles often one."""
-    if isinstance(content, torch.Tensor):
-        return content[rows] if content.dim() and len(content) == total else content
-    if isinstance(content, dict):
-        return {key: _of_rows(value, rows, total) for key, value in content.items()}
-    if isinstance(content, tuple | list):
-        return tuple(_of_rows(part, rows, total) for part in content)
-    return content
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

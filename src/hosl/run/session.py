@@ -19,6 +19,7 @@ from hosl.core.rounds import (
     fo_zo_round,
     frozen_round,
     hosl_gradient_round,
+    hosl_guided_round,
     hosl_round,
     zo_round,
 )
@@ -110,6 +111,7 @@ def method_round(
     rounds: dict[str, Callable[..., RoundResult]] = {
         "hosl": partial(hosl_round, **probes),
         "hosl-gradient": partial(hosl_gradient_round, **probes),
+        "hosl-guided": partial(hosl_guided_round, epsilon=config.zo.epsilon, learning_rate=eta),
         "fo-fo": partial(fo_round, learning_rate=eta),
         "fo-recompute": partial(fo_round, learning_rate=eta),
         "zo-zo": partial(zo_round, server_seeds=server_seeds, **probes),

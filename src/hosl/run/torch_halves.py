@@ -14,6 +14,7 @@ from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
+from hosl.parties.guided_client import GuidedClient
 from hosl.parties.headed_server import HeadedServer, Trunk
 from hosl.parties.recomputing_client import RecomputingClient
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
@@ -34,7 +35,7 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
         half: is given to the party.
         low_precision: whether client.dtype is applied; False leaves the base weights as they are, for export.
     """
-    of_client = "none" if config.method == "frozen" else config.client.trainable
+    of_client = "none" if config.method in ("frozen", "hosl-guided") else config.client.trainable
     dtype = config.client.dtype
     if dtype != "model" and low_precision:
         quantise_(half, dtype)
@@ -51,6 +52,13 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
         case "fo-recompute":
             return RecomputingClient(half, micro_batch_rows=config.client.micro_batch_rows, device=device)
+        case "hosl-guided":
+            return GuidedClient(
+                half,
+                blocks=config.zo.guided_blocks,
+                micro_batch_rows=config.client.micro_batch_rows,
+                device=device,
+            )
         case "hosl" | "hosl-gradient" | "zo-zo":
             kind = NoisyZerothOrderClient if config.profile == "authors-head" else ZerothOrderClient
             return kind(half, law=config.zo.law, device=device)
@@ -101,7 +109,7 @@ def put_client(
             snapshot_step = checkpoint.step
         elif snapshot_step:
             checkpoint.linked = ("client/trained.safetensors",)
-    if isinstance(client, FirstOrderClient | RecomputingClient):
+    if isinstance(client, FirstOrderClient | RecomputingClient | GuidedClient):
         checkpoint.tensors["client/trained"] = dict(client.trained)
     if isinstance(client, FirstOrderClient):
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
@@ -112,7 +120,7 @@ def put_client(
 def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    if isinstance(client, FirstOrderClient | RecomputingClient):
+    if isinstance(client, FirstOrderClient | RecomputingClient | GuidedClient):
         _restore_weights_(client.trained, tensors["client/trained"])
     if isinstance(client, FirstOrderClient):
         _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])

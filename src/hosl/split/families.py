@@ -26,6 +26,8 @@ class Family:
     """Modules before the blocks; what the server half has instead."""
     server_only: dict[str, StandIn]
     """Modules after the blocks; what the client half has instead."""
+    writers: tuple[str, str]
+    """The layers of a block whose outputs are added to the residual stream: attention's and the feed-forward's last."""
 
 
 def _llama_like(model_type: str) -> Family:
@@ -35,6 +37,7 @@ def _llama_like(model_type: str) -> Family:
         blocks="model.layers",
         client_only={"model.embed_tokens": "none"},
         server_only={"model.norm": "identity", "lm_head": "identity"},
+        writers=("self_attn.o_proj", "mlp.down_proj"),
     )
 
 
@@ -53,6 +56,7 @@ _ROWS = (
             "model.decoder.project_out": "none",
             "lm_head": "identity",
         },
+        writers=("self_attn.out_proj", "fc2"),
     ),
     Family(
         "gpt2",
@@ -60,6 +64,7 @@ _ROWS = (
         blocks="transformer.h",
         client_only={"transformer.wte": "none", "transformer.wpe": "zeros", "transformer.drop": "identity"},
         server_only={"transformer.ln_f": "identity", "lm_head": "identity"},
+        writers=("attn.c_proj", "mlp.c_proj"),
     ),
     Family(
         "gpt_neox",
@@ -67,6 +72,7 @@ _ROWS = (
         blocks="gpt_neox.layers",
         client_only={"gpt_neox.embed_in": "none", "gpt_neox.emb_dropout": "identity"},
         server_only={"gpt_neox.final_layer_norm": "identity", "lm_head": "identity"},
+        writers=("attention.dense", "mlp.dense_4h_to_h"),
     ),
     *(_llama_like(m) for m in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")),
     Family(
@@ -75,6 +81,7 @@ _ROWS = (
         blocks="bert.encoder.layer",
         client_only={"bert.embeddings": "inputs_embeds"},
         server_only={"bert.pooler": "none", "classifier": "identity"},
+        writers=("attention.output.dense", "output.dense"),
     ),
     Family(
         "roberta",
@@ -82,6 +89,7 @@ _ROWS = (
         blocks="roberta.encoder.layer",
         client_only={"roberta.embeddings": "inputs_embeds"},
         server_only={"classifier": "identity"},
+        writers=("attention.output.dense", "output.dense"),
     ),
     Family(
         "distilbert",
@@ -89,6 +97,7 @@ _ROWS = (
         blocks="distilbert.transformer.layer",
         client_only={"distilbert.embeddings": "inputs_embeds"},
         server_only={"pre_classifier": "identity", "classifier": "identity"},
+        writers=("attention.out_lin", "ffn.lin2"),
     ),
 )
 

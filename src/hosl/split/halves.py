@@ -41,6 +41,11 @@ class Half:
         """The dotted name of the block list; parameters of blocks start with it."""
         return self._family.blocks
 
+    @property
+    def writers(self) -> tuple[str, str]:
+        """The layers of a block whose outputs are added to the residual stream, by their names within the block."""
+        return self._family.writers
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This side's parameters under their names in the whole."""
         return self.model.named_parameters()
