@@ -1,0 +1,76 @@
+"""Does the client learn? Every method at equal steps on BANKING77 with the whole encoder on the device; five seeds.
+
+    HOSL_DATA=... python benchmarks/banking77.py [--table]     # resumes; --table makes no run
+
+Four tries per method on seed 0, the lowest dev loss chosen. The server's rate is tuned on the frozen client and kept.
+No forward-only row has more than 2Q + 1 = 5 forward passes a step. Summaries: benchmarks/results/banking77.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from tuned import Row, Study, gap_closure, spread
+
+ZO = (1e-7, 1e-6, 1e-5, 1e-4)
+SGD = (3e-3, 1e-2, 3e-2, 1e-1)
+ADAPTERS = ("--client.trainable", "lora")
+
+
+def _method(name: str, *words: str) -> tuple[str, ...]:
+    return ("--method", name, *words)
+
+
+ROWS = (
+    Row("frozen", _method("frozen"), server_rates=(3e-4, 1e-3, 3e-3, 1e-2)),
+    Row("fo-fo-sgd", _method("fo-fo"), SGD),
+    Row("hosl-guided", _method("hosl-guided"), SGD),
+    Row("hosl-gradient", _method("hosl-gradient"), ZO),
+    Row("hosl", _method("hosl"), ZO),
+    Row("fo-fo-adamw", _method("fo-fo", "--client.optimiser.name", "adamw"), (3e-5, 1e-4, 3e-4, 1e-3)),
+    Row("hosl-gradient-low-rank", _method("hosl-gradient", "--zo.law", "low-rank"), ZO),
+    Row("zo-zo", _method("zo-zo"), (1e-6, 1e-5, 1e-4, 1e-3), one_rate=True),
+    Row("hosl-gradient-lora", _method("hosl-gradient", *ADAPTERS), (1e-4, 1e-3, 1e-2, 1e-1)),
+    Row(
+        "fo-fo-lora",
+        _method("fo-fo", "--client.optimiser.name", "adamw", *ADAPTERS),
+        (3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    Row("hosl-gradient-gaussian", _method("hosl-gradient", "--zo.law", "gaussian"), ZO),
+)
+FIRST_ORDER = "fo-fo-sgd"
+"""The row that gap closure takes for 1: the same update rule as the forward-only rows, plain SGD on the client."""
+
+STUDY = Study(
+    config=Path("examples/banking77.yaml"),
+    summaries=Path(__file__).parent / "results" / "banking77",
+    runs=Path("runs/banking77-study"),
+    seeds=(0, 1, 2, 3, 4),
+    rows=ROWS,
+)
+
+
+def table(chosen: dict[str, list[dict]]) -> str:
+    """Markdown: mean and sd over seeds, gap closure with its interval, memory and time."""
+    frozen, first = chosen["frozen"], chosen[FIRST_ORDER]
+    lines = [
+        "| method | client rate | test accuracy | G (accuracy) | test loss, nats | G (loss) | client peak MiB "
+        "| s/step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in chosen.items():
+        lines.append(
+            f"| {name} | {runs[0]['rate']:g} | {spread([100 * r['test_accuracy'] for r in runs], 2)} | "
+            f"{gap_closure(runs, frozen, first, 'test_accuracy')} | "
+            f"{spread([r['test_loss_nats'] for r in runs], 4)} | "
+            f"{gap_closure(runs, frozen, first, 'test_loss_nats')} | "
+            f"{max(r['client_peak_bytes'] for r in runs) / 2**20:.0f} | "
+            f"{statistics.median(r['median_step_s'] for r in runs):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--table", action="store_true", help="of what is there; make no run")
+    print(table(STUDY.finished() if words.parse_args().table else STUDY.run()))
