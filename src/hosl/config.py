@@ -48,6 +48,8 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
     law: Law = "gaussian"
     """gaussian (the paper), rademacher (cheaper), sphere (the authors' code), low-rank (rank one, of signs)."""
+    guidance: Literal["none", "activation", "mixed"] = "none"
+    """activation: directions lie along each linear layer's own inputs (AGZO); biased. mixed: every other one does."""
     guided_blocks: int = 1
     """Of hosl-guided: how many of the client's last blocks it trains. The guess gets worse with every block below."""
 
@@ -213,6 +215,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
     def _check_guided(self) -> None:
+        if self.zo.guidance != "none" and (
+            self.method not in ("hosl", "hosl-gradient", "zo-zo")
+            or self.clients.halves == "shared"
+            or self.profile != "paper"
+        ):
+            raise ConfigError(
+                f"zo.guidance: {self.zo.guidance} is for a client with random probes of its own (method hosl, "
+                f"hosl-gradient or zo-zo, clients.halves: personal, profile: paper), method is {self.method}, "
+                f"clients.halves {self.clients.halves}, profile {self.profile}; leave zo.guidance out"
+            )
         if self.method != "hosl-guided":
             return
         if self.zo.guided_blocks > self.model.cut:

@@ -18,10 +18,14 @@ def client_files(run):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "guidance"), [*((m, "none") for m in METHODS), ("hosl-gradient", "mixed")]
+)
+def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, guidance):
     trainable = "blocks" if method == "hosl-guided" else "all"
-    config = tiny_run(method=method, client={"learning_rate": 1e-3, "trainable": trainable})
+    config = tiny_run(
+        method=method, zo={"guidance": guidance}, client={"learning_rate": 1e-3, "trainable": trainable}
+    )
     assert main(["train", str(config), "--json"]) == 0
     halves = split(tmp_path / "model-in", tmp_path / "halves")
     with Server(halves / "server", tmp_path / "service") as server:

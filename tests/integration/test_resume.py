@@ -54,11 +54,19 @@ def _kill_and_resume(config, folder, delays):
 
 
 @pytest.mark.parametrize(
-    ("method", "delay"), [("hosl", 0.6), ("hosl-guided", 0.8), ("fo-fo", 1.0), ("fo-recompute", 1.0)]
+    ("method", "guidance", "delay"),
+    [
+        ("hosl", "none", 0.6),
+        ("hosl-gradient", "activation", 0.8),
+        ("hosl-guided", "none", 0.8),
+        ("fo-fo", "none", 1.0),
+        ("fo-recompute", "none", 1.0),
+    ],
 )
-def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, delay):
+def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, guidance, delay):
     trainable = "blocks" if method == "hosl-guided" else "all"
-    config = tiny_run(method=method, max_steps=60, client={"learning_rate": 1e-3, "trainable": trainable})
+    client = {"learning_rate": 1e-3, "trainable": trainable}
+    config = tiny_run(method=method, max_steps=60, client=client, zo={"guidance": guidance})
     _finished(_train(config, "--output-dir", tmp_path / "whole"))
     _kill_and_resume(config, tmp_path / "killed", [delay])
     assert _exact_bytes(tmp_path / "killed") == _exact_bytes(tmp_path / "whole")

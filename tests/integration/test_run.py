@@ -121,6 +121,10 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
             "got client.optimiser momentum: 0.9",
         ),
         (
+            {"method": "fo-fo", "zo": {"guidance": "mixed"}},
+            "zo.guidance: mixed is for a client with random probes of its own",
+        ),
+        (
             {"method": "hosl-guided", "client": {"trainable": "lora"}},
             "trains two weight matrices of each guided block and nothing else, got client.trainable: lora",
         ),

@@ -9,7 +9,7 @@ one product with W. Updates: `descend_`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +33,8 @@ class Probe:
     seed: int
     epsilon: float
     law: Law
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By name of a linear layer's weight: b of u = a b^T [in], in place of the low-rank law's own."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -182,8 +184,14 @@ def _low_rank_linear(
     Source: methods.md (f).
     """
     own_forward, weight = module.forward, module.weight
-    factors = [low_rank_factors(probe.seed, names["weight"], tuple(weight.shape)) for probe in probes]
-    columns = torch.from_numpy(np.stack([b for _, b in factors])).to(weight.device, weight.dtype)
+    name = names["weight"]
+    factors = [low_rank_factors(probe.seed, name, tuple(weight.shape)) for probe in probes]
+    columns = torch.stack(
+        [
+            probe.columns.get(name, torch.from_numpy(b)).to(weight.device, weight.dtype)
+            for (_, b), probe in zip(factors, probes, strict=True)
+        ]
+    )
     scaled = [
         a * _numpy_compute(weight)(probe.epsilon) for (a, _), probe in zip(factors, probes, strict=True)
     ]

@@ -13,6 +13,7 @@ from hosl.checkpoint import Checkpoint
 from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
+from hosl.parties.activation_guided_client import ActivationGuidedClient, MixedClient
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.guided_client import GuidedClient
 from hosl.parties.headed_server import HeadedServer, Trunk
@@ -23,6 +24,9 @@ from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, Torch
 from hosl.parties.torch_trunk import TrunkServer
 from hosl.run.schedule import learning_rate
 from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
+
+_SAVED_WHOLE = (FirstOrderClient, RecomputingClient, GuidedClient, ActivationGuidedClient)
+"""Clients whose updates no journal gives again: their checkpoints hold the trained weights."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,7 +64,10 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
                 device=device,
             )
         case "hosl" | "hosl-gradient" | "zo-zo":
-            kind = NoisyZerothOrderClient if config.profile == "authors-head" else ZerothOrderClient
+            guided = {"activation": ActivationGuidedClient, "mixed": MixedClient}
+            kind = guided.get(config.zo.guidance, ZerothOrderClient)
+            if config.profile == "authors-head":
+                kind = NoisyZerothOrderClient
             return kind(half, law=config.zo.law, device=device)
 
 
@@ -102,15 +109,15 @@ def put_client(
     A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; a
     first-order one's is its weights, and the state of its optimiser where it has one.
     """
-    if isinstance(client, ZerothOrderClient):
+    if isinstance(client, _SAVED_WHOLE):
+        checkpoint.tensors["client/trained"] = dict(client.trained)
+    elif isinstance(client, ZerothOrderClient):
         checkpoint.journal = client.journal.to_bytes()
         if checkpoint.step - snapshot_step >= snapshot_steps:
             checkpoint.tensors["client/trained"] = dict(client.trained)
             snapshot_step = checkpoint.step
         elif snapshot_step:
             checkpoint.linked = ("client/trained.safetensors",)
-    if isinstance(client, FirstOrderClient | RecomputingClient | GuidedClient):
-        checkpoint.tensors["client/trained"] = dict(client.trained)
     if isinstance(client, FirstOrderClient):
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
@@ -120,11 +127,11 @@ def put_client(
 def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    if isinstance(client, FirstOrderClient | RecomputingClient | GuidedClient):
+    if isinstance(client, _SAVED_WHOLE):
         _restore_weights_(client.trained, tensors["client/trained"])
     if isinstance(client, FirstOrderClient):
         _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])
-    if isinstance(client, ZerothOrderClient):
+    elif isinstance(client, ZerothOrderClient):
         if snapshot_step:
             _restore_weights_(client.trained, tensors["client/trained"])
         client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
