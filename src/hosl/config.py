@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from hosl.core.directions import Law
+from hosl.core.step_control import Normalise
 from hosl.errors import ConfigError
 from hosl.parties.optimisers import OptimiserSpec
 from hosl.split.specs import LoraSpec
@@ -48,8 +49,19 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
     law: Law = "gaussian"
     """gaussian (the paper), rademacher (cheaper), sphere (the authors' code)."""
+    clip: float | None = None
+    """Limit of a coefficient: this multiple of the running median of |c|, such as 5.0; none by default."""
+    normalise: Normalise = "none"
+    """spread: a step's coefficients are divided by their standard deviation (FZOO); wants another learning rate."""
 
     def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(f"zo.clip must be > 0, got {self.clip}; 5.0 is mild, null turns it off")
+        if self.normalise == "spread" and self.directions < 2:
+            raise ConfigError(
+                f"zo.normalise: spread needs zo.directions of 2 or more, got {self.directions}: one coefficient has no "
+                "spread"
+            )
         if self.directions < 1:
             raise ConfigError(f"zo.directions must be >= 1, got {self.directions}")
         if not 0 < self.epsilon < 1:
@@ -222,6 +234,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ConfigError(
                     f"profile authors-head wants {path}: {value}, got {found}; examples/authors-head.yaml has all of it"
                 )
+        if self.zo.clip is not None or self.zo.normalise != "none":
+            raise ConfigError("profile authors-head has no step control; leave out zo.clip and zo.normalise")
 
 
 def load_config(path: str | Path) -> Config:

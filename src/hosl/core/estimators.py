@@ -22,7 +22,22 @@ def central_difference(loss_plus: float, loss_minus: float, epsilon: float) -> f
             f"a probe's losses must be finite, got L+ = {loss_plus}, L- = {loss_minus}; lower the learning rates "
             "or epsilon, and look for extreme values in the data"
         )
+    return difference_quotient(loss_plus, loss_minus, epsilon)
+
+
+def difference_quotient(loss_plus: float, loss_minus: float, epsilon: float) -> float:
+    """(L+ - L-) / (2 epsilon), whatever the losses: NaN or infinite where one of them is (`step_control` rejects it)."""
     return (loss_plus - loss_minus) / (2 * epsilon)
+
+
+def loss_noise(losses: Sequence[float], epsilon: float) -> float:
+    """Rounding floor of (L+ - L-) / (2 epsilon): 2^-24 |L| / epsilon, for losses in float32.
+
+    Two losses, each off by up to half a unit in its last place, 2^-24 |L|. What a half rounds before the loss comes
+    on top. |L| is the mean over the losses that are finite; 0 where none is.
+    """
+    finite = [abs(loss) for loss in losses if math.isfinite(loss)]
+    return 2.0**-24 * sum(finite) / max(len(finite), 1) / epsilon
 
 
 def mean_scales(coefficients: Sequence[float], learning_rate: float) -> tuple[float, ...]:

@@ -94,7 +94,14 @@ class ZerothOrderClientSide(ClientSide, Protocol):
         ...
 
     def project(self, pair: Pair, gradient: Activations, epsilon: float) -> float:
-        """<gradient, h+ - h-> / (2 epsilon): the directional derivative along u, computed on the client."""
+        """<gradient, h+ - h-> / (2 epsilon): the directional derivative along u, computed on the client.
+
+        NaN or infinite where an activation is; the round then rejects the probe.
+        """
+        ...
+
+    def projection_noise(self, pair: Pair, gradient: Activations, epsilon: float) -> float:
+        """Rounding floor of `project`: what rounding each activation once does to it."""
         ...
 
     def descend(

@@ -126,6 +126,7 @@ def load_run(run: Path) -> LocalSession:
     check_same_inputs(session, checkpoint, path)
     restore_server_(session.server, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
+    session.control = session.control.restored(checkpoint.state)
     session.step = checkpoint.step
     return session
 
