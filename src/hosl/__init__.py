@@ -22,6 +22,7 @@ _HOMES = {
     "FrozenClient": "hosl.parties.torch_client",
     "ZerothOrderClient": "hosl.parties.torch_client",
     "FirstOrderClient": "hosl.parties.torch_client",
+    "RecomputingClient": "hosl.parties.recomputing_client",
     "FirstOrderServer": "hosl.parties.torch_server",
     "ZerothOrderServer": "hosl.parties.torch_server",
     "load_run": "hosl.run.local",

@@ -20,7 +20,7 @@ from hosl.parties.optimisers import OptimiserSpec
 from hosl.split.specs import LoraSpec
 from hosl.tasks import DocstringsConfig, TaskConfig
 
-Method = Literal["hosl", "hosl-gradient", "fo-fo", "zo-zo", "fo-zo", "frozen"]
+Method = Literal["hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,15 +76,21 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     learning_rate: float = 1e-6
     """eta_c of the client's update; a first-order client wants about a thousand times more."""
     optimiser: OptimiserSpec = OptimiserSpec()
-    """Of a first-order client; a zeroth-order one is plain SGD."""
+    """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
+    micro_batch_rows: int | None = None
+    """Of fo-recompute: rows for which a block is computed again at once; null: all of a batch."""
     lora: LoraSpec = LoraSpec()
     """Used when trainable is lora."""
+    dtype: Literal["model", "bfloat16", "int8"] = "model"
+    """Of the client's frozen weights; adapters stay float32. model: as model.dtype."""
     device: str = "cpu"
     """A torch device."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate >= 0:
             raise ConfigError(f"client.learning_rate must be >= 0, got {self.learning_rate}")
+        if self.micro_batch_rows is not None and self.micro_batch_rows < 1:
+            raise ConfigError(f"client.micro_batch_rows must be >= 1 or null, got {self.micro_batch_rows}")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,7 +157,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     output_dir: str = "runs/hosl"
     """The run's folder; made by the run, never overwritten."""
     method: Method = "hosl"
-    """hosl: the paper. hosl-gradient: the server returns dL/dh once. fo-fo, zo-zo, fo-zo, frozen: the baselines."""
+    """hosl: the paper. hosl-gradient: the server returns dL/dh once. Baselines: fo-fo, fo-recompute (fo-fo in little
+    memory), zo-zo, fo-zo, frozen."""
     profile: Literal["paper", "authors-head"] = "paper"
     """paper: as written. authors-head: as the authors' published code runs (docs/algorithm.md)."""
     seed: int = 0
@@ -195,11 +202,40 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if self.profile == "authors-head":
             self._check_authors_head()
+        self._check_recomputing()
+        self._check_client_dtype()
         self._check_clients()
+
+    def _check_recomputing(self) -> None:
+        client = self.client
+        if self.method != "fo-recompute" and client.micro_batch_rows is not None:
+            raise ConfigError(
+                f"client.micro_batch_rows is for method fo-recompute, method is {self.method}; leave it out"
+            )
+        if self.method == "fo-recompute" and client.optimiser != OptimiserSpec():
+            raise ConfigError(
+                "method fo-recompute updates each block inside backward by plain SGD and keeps no state, got "
+                f"client.optimiser {_told(client.optimiser)}; leave client.optimiser out, or use fo-fo"
+            )
+
+    def _check_client_dtype(self) -> None:
+        dtype, trainable = self.client.dtype, self.client.trainable
+        if dtype == "model":
+            return
+        if self.method != "frozen" and trainable != "lora":
+            raise ConfigError(
+                f"client.dtype: {dtype} is for weights that stay as they are, but method {self.method} trains them "
+                f"(client.trainable: {trainable}); set client.trainable: lora, or train in model.dtype: bfloat16"
+            )
+        if dtype == "bfloat16" and self.wire.labels == "client":
+            raise ConfigError(
+                "client.dtype: bfloat16 does not go with wire.labels: client, whose head may share the embeddings; "
+                "use int8, which leaves embeddings as they are"
+            )
 
     def _check_clients(self) -> None:
         clients = self.clients
-        if clients.halves == "shared" and self.method in ("fo-fo", "fo-zo", "frozen"):
+        if clients.halves == "shared" and self.method in ("fo-fo", "fo-recompute", "fo-zo", "frozen"):
             raise ConfigError(
                 f"clients.halves: shared needs a client that is trained by probes, method is {self.method}; use "
                 "hosl, hosl-gradient or zo-zo, or halves: personal"
@@ -216,7 +252,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.wire.labels == "client" and (clients.count > 1 or self.method in ("zo-zo", "fo-zo")):
             raise ConfigError(
                 "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
-                "method to hosl, hosl-gradient, fo-fo or frozen"
+                "method to hosl, hosl-gradient, fo-fo, fo-recompute or frozen"
             )
 
     def _check_authors_head(self) -> None:
@@ -273,6 +309,17 @@ def parse_config(content: object, *, where: str) -> Config:
 def dump_config(config: Config) -> str:
     """Complete YAML, every default spelled out; `load_config` reads it back to an equal Config."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+
+
+def _told(settings: msgspec.Struct) -> str:
+    """The settings that are not at their defaults, as a person would write them."""
+    plain = type(settings)()
+    changed = {
+        name: value
+        for name, value in msgspec.structs.asdict(settings).items()
+        if value != getattr(plain, name)
+    }
+    return ", ".join(f"{name}: {value}" for name, value in changed.items())
 
 
 def _hint(message: str, content: object) -> str:

@@ -86,7 +86,7 @@ def _decoded(message):
     return None
 
 
-@pytest.mark.parametrize("method", ["hosl", "fo-fo"])
+@pytest.mark.parametrize("method", ["hosl", "fo-fo", "fo-recompute"])
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_no_token_ids_leave_the_device_and_labels_only_when_asked(captured, labels, method):
     sent, task, raw = captured(labels, method)
@@ -113,7 +113,7 @@ def test_no_token_ids_leave_the_device_and_labels_only_when_asked(captured, labe
             "states",
             "step_states",
             "chunk",
-        } or method == "fo-fo"
+        } or method != "hosl"
         assert all(list(question.positions.positions) == [0] for question in asked)
 
 

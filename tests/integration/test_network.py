@@ -9,7 +9,7 @@ from hosl.cli import main
 from hosl.run.record import read_lines
 from hosl.split import load_half, load_model, split_folder
 
-METHODS = ["hosl", "hosl-gradient", "fo-fo", "zo-zo", "fo-zo", "frozen"]
+METHODS = ["hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
 
 
 def client_files(run):

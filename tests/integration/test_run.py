@@ -12,7 +12,7 @@ import hosl
 from hosl.cli import main
 from hosl.run.record import read_lines
 
-METHODS = ["hosl", "hosl-gradient", "fo-fo", "zo-zo", "fo-zo", "frozen"]
+METHODS = ["hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,6 +32,20 @@ def test_every_method_runs_from_config_to_report(tiny_run, tmp_path, capsys, met
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")
+
+
+def test_micro_batches_cost_less_memory_and_give_the_same_losses(tiny_run, tmp_path):
+    config = str(tiny_run(method="fo-fo", client={"learning_rate": 1e-2, "trainable": "all"}))
+    small = ["--method", "fo-recompute", "--client.micro-batch-rows", "3"]
+    assert main(["train", config]) == 0
+    assert main(["train", config, *small, "--output-dir", str(tmp_path / "small")]) == 0
+    losses, peaks = [], []
+    for run in (tmp_path / "run", tmp_path / "small"):
+        lines = read_lines(run / "metrics.jsonl")
+        losses.append([line["loss_nats"] for line in lines if "split" not in line])
+        peaks.append(max(line["client_peak_bytes"] for line in read_lines(run / "timings.jsonl")))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # rounding of float32 over twelve steps
+    assert peaks[1] < peaks[0]
 
 
 def test_the_exported_model_gives_the_runs_own_accuracy(tiny_run, tmp_path, capsys):
@@ -90,6 +104,26 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         ({"model": {"name": "all-MiniLM-L6-v2", "cut": -1}}, "model.cut must be >= 0, got -1"),
         ({"method": "sgd"}, "Invalid enum value 'sgd' - at `$.method`"),
         ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
+        (
+            {"method": "fo-recompute", "client": {"micro_batch_rows": 0}},
+            "client.micro_batch_rows must be >= 1 or null, got 0",
+        ),
+        (
+            {"method": "fo-fo", "client": {"micro_batch_rows": 2}},
+            "client.micro_batch_rows is for method fo-recompute, method is fo-fo; leave it out",
+        ),
+        (
+            {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},
+            "keeps no state, got client.optimiser name: adamw; leave client.optimiser out, or use fo-fo",
+        ),
+        (
+            {"method": "fo-recompute", "client": {"optimiser": {"momentum": 0.9}}},
+            "got client.optimiser momentum: 0.9",
+        ),
+        (
+            {"method": "fo-recompute", "clients": {"count": 2, "halves": "shared"}},
+            "needs a client that is trained by probes, method is fo-recompute",
+        ),
         ({"report_to": ["tensorbored"]}, "Invalid enum value 'tensorbored'"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from hosl.core.rounds import fo_round, hosl_gradient_round, hosl_round
 from hosl.parties.headed_server import HeadedServer, LocalTrunk
 from hosl.parties.optimisers import OptimiserSpec
+from hosl.parties.recomputing_client import RecomputingClient
 from hosl.parties.torch_client import FirstOrderClient, ZerothOrderClient
 from hosl.parties.torch_server import FirstOrderServer
 from hosl.parties.torch_trunk import TrunkServer
@@ -49,7 +50,8 @@ def test_training_is_that_of_the_ordinary_split(tiny, class_batch, option_batch,
         torch.testing.assert_close(trained[name], p, rtol=1e-8, atol=1e-10)
 
 
-def test_a_tied_head_follows_the_embedding_and_is_not_trained(tiny, option_batch):
+@pytest.mark.parametrize("kind", [FirstOrderClient, RecomputingClient])
+def test_a_tied_head_follows_the_embedding_and_is_not_trained(tiny, option_batch, kind):
     client_half, trunk, head = split_u_shape(tiny("opt"), 1)
     tied = {id(p) for p in client_half.parameters()}
     eta = lambda step: 0.1  # noqa: E731
@@ -57,7 +59,7 @@ def test_a_tied_head_follows_the_embedding_and_is_not_trained(tiny, option_batch
         LocalTrunk(TrunkServer(trunk, learning_rate=eta)), head, learning_rate=eta, without=tied
     )
     before = head.model.lm_head.weight.detach().clone()
-    _rounds(fo_round, FirstOrderClient(client_half), server, option_batch, 1)
+    _rounds(fo_round, kind(client_half), server, option_batch, 1)
     assert head.model.lm_head.weight is client_half.model.model.decoder.embed_tokens.weight
     assert not torch.equal(head.model.lm_head.weight, before)  # by the client's own training
     assert all(id(p) not in tied for p in server.trained.values())

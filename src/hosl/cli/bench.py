@@ -16,7 +16,9 @@ def run(words: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="per row")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
     parser.add_argument(
-        "--method", default="hosl", choices=("hosl", "hosl-gradient", "fo-fo", "zo-zo", "frozen")
+        "--method",
+        default="hosl",
+        choices=("hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "frozen"),
     )
     parser.add_argument("--directions", type=int, default=2)
     parser.add_argument("--law", default="rademacher", choices=("gaussian", "rademacher"))

@@ -10,6 +10,9 @@ from hosl.split.specs import LoraSpec
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 
+_SERVED_AS = {"fo-recompute": "fo-fo"}
+"""Methods that differ in the client alone, and what a server knows them as."""
+
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -30,8 +33,9 @@ def training_message(config: Config) -> pb.Training:
         weight_decay=server.optimiser.weight_decay,
     )  # fmt: skip
     lora = pb.Lora(r=server.lora.r, alpha=server.lora.alpha, target_modules=server.lora.target_modules or ())
+    method = _SERVED_AS.get(config.method, config.method)
     return pb.Training(
-        method=to_enum(pb.Method, config.method), seed=config.seed, law=to_enum(pb.Law, config.zo.law),
+        method=to_enum(pb.Method, method), seed=config.seed, law=to_enum(pb.Law, config.zo.law),
         trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate, optimiser=optimiser,
         lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type), warmup_steps=config.warmup_steps,
         max_steps=config.max_steps, compression=to_enum(pb.Compression, config.wire.compression),

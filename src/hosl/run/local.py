@@ -70,8 +70,10 @@ class LocalSession(Session):
         write_checkpoint(run / "checkpoints", checkpoint)
 
 
-def new_session(config: Config) -> LocalSession:
+def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     """Load the task and the model, cut it, and give each half to its party. Deterministic in the config.
+
+    `low_precision` False leaves the client's base weights as the model has them, whatever client.dtype says.
 
     Raises:
         RequestError, ModelError: see `load_task`, `load_model`, `split_model`.
@@ -90,7 +92,7 @@ def new_session(config: Config) -> LocalSession:
     session = LocalSession(
         config=config,
         task=task,
-        client=make_client(config, client_half),
+        client=make_client(config, client_half, low_precision=low_precision),
         server=cast(TorchServer, make_server(config, server_half, loaded.initialised)),
         tokenizer_folder=tokenizer_folder,
     )
@@ -107,8 +109,10 @@ def new_session(config: Config) -> LocalSession:
     return session
 
 
-def load_run(run: Path) -> LocalSession:
+def load_run(run: Path, *, low_precision: bool = True) -> LocalSession:
     """The session of a run's folder at its newest checkpoint, bit for bit as it was.
+
+    `low_precision` False puts the adapters on the client's original base weights instead of those of client.dtype.
 
     Raises:
         FolderError: if `run` is not a run's folder.
@@ -118,7 +122,7 @@ def load_run(run: Path) -> LocalSession:
         raise FolderError(
             f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
         )
-    session = new_session(load_config(run / "config.yaml"))
+    session = new_session(load_config(run / "config.yaml"), low_precision=low_precision)
     path = newest_checkpoint(run / "checkpoints")
     if path is None:
         return session

@@ -133,6 +133,7 @@ def method_round(
         "hosl": partial(hosl_round, **probes),
         "hosl-gradient": partial(hosl_gradient_round, **probes),
         "fo-fo": partial(fo_round, learning_rate=eta),
+        "fo-recompute": partial(fo_round, learning_rate=eta),
         "zo-zo": partial(zo_round, server_seeds=server_seeds, **probes),
         "fo-zo": partial(
             fo_zo_round,

@@ -15,21 +15,32 @@ from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.headed_server import HeadedServer, Trunk
+from hosl.parties.recomputing_client import RecomputingClient
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
 from hosl.parties.torch_memory import resident_bytes
 from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, TorchServer, ZerothOrderServer
 from hosl.parties.torch_trunk import TrunkServer
 from hosl.run.schedule import learning_rate
-from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, set_trainable
+from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make_client(config: Config, half: ClientHalf) -> FrozenClient:
-    """The client party of a method, its trained weights chosen."""
+def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True) -> FrozenClient:
+    """The client party of a method, its trained weights chosen.
+
+    Args:
+        config: the run's.
+        half: is given to the party.
+        low_precision: whether client.dtype is applied; False leaves the base weights as they are, for export.
+    """
     of_client = "none" if config.method == "frozen" else config.client.trainable
+    dtype = config.client.dtype
+    if dtype != "model" and low_precision:
+        quantise_(half, dtype)
     if of_client == "lora":
-        add_lora(half, config.client.lora, seed=config.seed)
+        adapters = None if dtype == "model" else torch.float32
+        add_lora(half, config.client.lora, seed=config.seed, dtype=adapters)
     else:
         set_trainable(half, of_client)
     device = config.client.device
@@ -38,6 +49,8 @@ def make_client(config: Config, half: ClientHalf) -> FrozenClient:
             return FrozenClient(half, device=device)
         case "fo-fo" | "fo-zo":
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
+        case "fo-recompute":
+            return RecomputingClient(half, micro_batch_rows=config.client.micro_batch_rows, device=device)
         case "hosl" | "hosl-gradient" | "zo-zo":
             kind = NoisyZerothOrderClient if config.profile == "authors-head" else ZerothOrderClient
             return kind(half, law=config.zo.law, device=device)
@@ -78,7 +91,8 @@ def put_client(
 ) -> int:
     """Add the client's part to a checkpoint; returns the step of the snapshot that it rests on.
 
-    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last.
+    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; a
+    first-order one's is its weights, and the state of its optimiser where it has one.
     """
     if isinstance(client, ZerothOrderClient):
         checkpoint.journal = client.journal.to_bytes()
@@ -87,8 +101,9 @@ def put_client(
             snapshot_step = checkpoint.step
         elif snapshot_step:
             checkpoint.linked = ("client/trained.safetensors",)
-    if isinstance(client, FirstOrderClient):
+    if isinstance(client, FirstOrderClient | RecomputingClient):
         checkpoint.tensors["client/trained"] = dict(client.trained)
+    if isinstance(client, FirstOrderClient):
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
@@ -97,8 +112,9 @@ def put_client(
 def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    if isinstance(client, FirstOrderClient):
+    if isinstance(client, FirstOrderClient | RecomputingClient):
         _restore_weights_(client.trained, tensors["client/trained"])
+    if isinstance(client, FirstOrderClient):
         _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])
     if isinstance(client, ZerothOrderClient):
         if snapshot_step:

@@ -52,10 +52,12 @@ def resume(run: Path) -> dict[str, Any]:
 def export(run: Path, out: Path) -> None:
     """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
 
+    Where client.dtype made the base low-precision, adapters are merged into the original weights, as peft's users do.
+
     Raises:
         FolderError: if `run` is not a run's folder, or `out` is taken.
     """
-    export_session(load_run(run), out)
+    export_session(load_run(run, low_precision=False), out)
 
 
 def export_session(session: LocalSession, out: Path) -> None:
@@ -75,6 +77,9 @@ def export_session(session: LocalSession, out: Path) -> None:
 
 def _finish(session: LocalSession, run: Path) -> None:
     if not (run / "model").exists():
-        export_session(session, run / "model")
+        if session.config.client.dtype == "model":
+            export_session(session, run / "model")
+        else:
+            export(run, run / "model")  # the session no longer has the original weights
     write_report(run)
     feed_trackers(session.config, run)

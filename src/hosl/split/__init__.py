@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hosl.split.export import export_adapter, export_checkpoint
     from hosl.split.halves import ClientHalf, ServerHalf, split_model
     from hosl.split.loading import LoadedModel, load_model, resolve_model_folder
+    from hosl.split.quantised import quantise_
     from hosl.split.specs import LoraSpec
     from hosl.split.u_shape import HeadHalf, TrunkHalf, split_u_shape
 
@@ -24,6 +25,7 @@ _HOMES = {
     "ClientHalf": "halves",
     "ServerHalf": "halves",
     "split_model": "halves",
+    "quantise_": "quantised",
     "HeadHalf": "u_shape",
     "TrunkHalf": "u_shape",
     "split_u_shape": "u_shape",
@@ -35,8 +37,8 @@ _HOMES = {
 
 __all__ = [
     "ClientHalf", "HeadHalf", "LoadedModel", "LoraSpec", "ServerHalf", "SplitInfo", "TrunkHalf", "add_lora",
-    "export_adapter", "export_checkpoint", "load_half", "load_head", "load_model", "resolve_model_folder",
-    "set_trainable", "split_folder", "split_model", "split_u_shape",
+    "export_adapter", "export_checkpoint", "load_half", "load_head", "load_model", "quantise_",
+    "resolve_model_folder", "set_trainable", "split_folder", "split_model", "split_u_shape",
 ]  # fmt: skip
 
 

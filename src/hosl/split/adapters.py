@@ -22,10 +22,10 @@ def set_trainable(half: Half, which: Literal["all", "blocks", "none"]) -> None:
         p.requires_grad_(which == "all" or (which == "blocks" and name.startswith(prefix)))
 
 
-def add_lora(half: Half, spec: LoraSpec, *, seed: int) -> None:
+def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None = None) -> None:
     """Put adapters into a half's blocks, in place, and train only them. They start as peft's do, from the seed.
 
-    A half without blocks (cut 0 or n) gets none.
+    A half without blocks (cut 0 or n) gets none. `dtype` is the adapters'; None: as peft does, that of the weights.
 
     Raises:
         ConfigError: if peft is not installed, or no module has one of the targets' names.
@@ -43,6 +43,8 @@ def add_lora(half: Half, spec: LoraSpec, *, seed: int) -> None:
         peft.inject_adapter_in_model(config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER)
     with torch.no_grad():
         for name, p in half.named_parameters():
+            if ".lora_" in name and dtype is not None:
+                p.data = p.data.to(dtype)
             if ".lora_A." in name:
                 bound = 1 / math.sqrt(p.shape[1])  # kaiming uniform with a = sqrt(5), as peft's
                 p.copy_(torch.from_numpy(seeded_generator(seed, name).uniform(-bound, bound, p.shape)))

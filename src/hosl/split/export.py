@@ -8,6 +8,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from hosl.errors import ConfigError
 from hosl.folders import whole_folder
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
@@ -30,9 +31,15 @@ def export_checkpoint(
     Halves whose tie a cut has separated and training has parted are written untied (`tie_word_embeddings: false`).
 
     Raises:
+        ConfigError: if the client half is low-precision: its original weights are gone.
         FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
+    if client_half.hidden_dtype is not None:
+        raise ConfigError(
+            "a low-precision client half no longer has the weights of the model; `hosl export` puts its adapters on "
+            "the original ones, export_adapter writes them alone"
+        )
     tensors = merged_tensors(client_half) | merged_tensors(server_half)
     config = deepcopy(server_half.config)
     config.architectures = [type(server_half.model).__name__]

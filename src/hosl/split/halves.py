@@ -60,7 +60,8 @@ class Half:
     def convert(self, dtype: torch.dtype) -> "Half":
         """Change the parameters' dtype, in place; buffers keep theirs, as when HF loads a model in a dtype."""
         for p in self.model.parameters():
-            p.data = p.data.to(dtype)
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "Half":
@@ -82,6 +83,9 @@ class Half:
 class ClientHalf(Half):
     """Embeddings and blocks 0..cut-1. `client_half(input_ids, attention_mask)` is the hidden state at the cut."""
 
+    hidden_dtype: torch.dtype | None = None
+    """What the hidden state leaves in; None: as it was computed. A low-precision base keeps the server's dtype."""
+
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """H = f_c(x).
 
@@ -90,11 +94,12 @@ class ClientHalf(Half):
             attention_mask: [rows, seq], int64; 0 is padding, on either side.
 
         Returns:
-            The hidden state [rows, seq, width] in the weights' dtype.
+            The hidden state [rows, seq, width] in the weights' dtype, or in `hidden_dtype`.
         """
         base = getattr(self.model, self.model.base_model_prefix)
         options = {} if self._family.head == "classification" else {"use_cache": False}
-        return base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        h = base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        return h if self.hidden_dtype is None else h.to(self.hidden_dtype)
 
 
 class ServerHalf(Half):
