@@ -48,7 +48,7 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     epsilon: float = 1e-3
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
     law: Law = "gaussian"
-    """gaussian (the paper), rademacher (cheaper), sphere (the authors' code)."""
+    """gaussian (the paper), rademacher (cheaper), sphere (the authors' code), low-rank (rank one, of signs)."""
     clip: float | None = None
     """Limit of a coefficient: this multiple of the running median of |c|, such as 5.0; none by default."""
     normalise: Normalise = "none"

@@ -74,7 +74,7 @@ def joining(halves, line, config, run, program=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "side", "verb", "when"), POINTS, ids="-".join)
+@pytest.mark.parametrize(("method", "side", "verb", "when"), POINTS, ids=["-".join(p) for p in POINTS])
 def test_a_side_killed_at_a_message_changes_nothing(whole, tmp_path, method, side, verb, when):
     config, halves, expected = whole(method)
     run, service = tmp_path / "killed", tmp_path / "service"

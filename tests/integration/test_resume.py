@@ -10,6 +10,8 @@ import time
 import pytest
 
 from hosl.cli import main
+from hosl.run.local import load_run
+from hosl.run.loop import carry_on
 
 _HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
 _EXACT = ("metrics.jsonl", "model/model.safetensors")
@@ -110,3 +112,15 @@ def test_a_resume_with_other_inputs_is_refused(tiny_run, tmp_path, capsys, chang
     file.write_bytes(bytes(data))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 1
     assert f"was trained with another {what}" in capsys.readouterr().err
+
+
+def test_a_finished_session_without_a_dev_line_at_its_last_step_gets_one(tiny_run, tmp_path):
+    """So it is with a client of several whom the others carry over the last steps."""
+    config, run = tiny_run(max_steps=6, eval_steps=6), tmp_path / "run"
+    _finished(_train(config, "--output-dir", run))
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    before_dev = sum(len(line) for line in lines if b'"split"' not in line)
+    assert b"".join(lines)[:before_dev].count(b'"split"') == 0  # the one dev line is the last step's
+    again = carry_on(load_run(run), run, "", lambda session, folder: None, metrics_bytes=before_dev)
+    assert (run / "metrics.jsonl").read_bytes() == b"".join(lines)
+    assert again["dev_accuracy"] >= 0

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
-from hosl.core.directions import direction
-from hosl.parties.probing import Probe, paired, trained_parameters
+from hosl.core.directions import LAWS, direction
+from hosl.parties.probing import SCRATCH_ELEMENTS, Probe, paired, stacked, trained_parameters
 from hosl.parties.torch_client import ZerothOrderClient
 from hosl.parties.torch_server import FirstOrderServer
 from hosl.split import split_model
@@ -25,20 +25,62 @@ def _written(half, seed, scale, law):
             p.add_(torch.from_numpy(direction(seed, name, tuple(p.shape), law)), alpha=scale)
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "sphere"])
-def test_a_probe_equals_two_forwards_with_the_weights_written(model_name, tiny, padded, law):
-    """Every family, every weight trained, embeddings too. float64: only the order of sums may differ."""
-    ids, mask = padded("right")
-    epsilon = 1e-2
-    model = tiny(model_name, torch.float64)
-    client, _ = split_model(model, 2)
-    with torch.no_grad(), paired(client.model, Probe(7, epsilon, law), rows=6):
-        h_plus, h_minus = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
-    for h, scale in ((h_plus, epsilon), (h_minus, -epsilon)):
-        other, _ = split_model(tiny(model_name, torch.float64), 2)
-        _written(other, 7, scale, law)
+def _two_forwards(tiny, model_name, probe, padded_batch, dtype=torch.float64):
+    """h at theta + epsilon u and at theta - epsilon u, each from a model of its own with its weights written."""
+    outputs = []
+    for scale in (probe.epsilon, -probe.epsilon):
+        half, _ = split_model(tiny(model_name, dtype), 2)
+        _written(half, probe.seed, scale, probe.law)
         with torch.no_grad():
-            torch.testing.assert_close(h, other(ids, mask), rtol=1e-10, atol=1e-12)
+            outputs.append(half(*padded_batch))
+    return outputs
+
+
+@pytest.mark.parametrize("scratch", [SCRATCH_ELEMENTS, 100])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_probe_equals_two_forwards_with_the_weights_written(
+    model_name, tiny, padded, law, scratch, monkeypatch
+):
+    """Every family, every weight trained, embeddings too. float64: only the order of sums may differ."""
+    monkeypatch.setattr("hosl.parties.probing.SCRATCH_ELEMENTS", scratch)  # 100: three rows at a time
+    ids, mask = padded("right")
+    probe = Probe(7, 1e-2, law)
+    client, _ = split_model(tiny(model_name, torch.float64), 2)
+    with torch.no_grad(), paired(client.model, probe, rows=6):
+        pair = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
+    for h, expected in zip(pair, _two_forwards(tiny, model_name, probe, (ids, mask)), strict=True):
+        torch.testing.assert_close(h, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("law", ["rademacher", "low-rank"])
+def test_stacked_probes_equal_those_that_go_one_by_one(model_name, tiny, padded, law):
+    ids, mask = padded("right")
+    probes = [Probe(seed, epsilon, law) for seed, epsilon in ((1, 1e-2), (2, 1e-2), (3, 1e-3))]
+    client, _ = split_model(tiny(model_name, torch.float64), 2)
+    with torch.no_grad(), stacked(client.model, probes, rows=18):
+        together = client(ids.repeat(6, 1), mask.repeat(6, 1)).chunk(3)
+    for probe, pair in zip(probes, together, strict=True):
+        with torch.no_grad(), paired(client.model, probe, rows=6):
+            alone = client(ids.repeat(2, 1), mask.repeat(2, 1))
+        torch.testing.assert_close(pair, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "rademacher", "low-rank"])
+def test_in_bfloat16_a_probe_is_as_near_to_the_exact_one_as_two_forwards_are(model_name, tiny, padded, law):
+    """Exact: the same bfloat16 weights, shifted and multiplied in float64."""
+    ids, mask = padded("none")
+    probe = Probe(7, 2e-2, law)
+    client, _ = split_model(tiny(model_name, torch.bfloat16), 2)
+    with torch.no_grad(), paired(client.model, probe, rows=6):
+        pair = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
+    written = _two_forwards(tiny, model_name, probe, (ids, mask), torch.bfloat16)
+    for h, other, sign in zip(pair, written, (1, -1), strict=True):
+        half, _ = split_model(tiny(model_name, torch.bfloat16), 2)
+        half.convert(torch.float64)
+        _written(half, probe.seed, sign * probe.epsilon, law)
+        with torch.no_grad():
+            exact = half(ids, mask)
+        assert torch.linalg.norm(h - exact) <= 1.5 * torch.linalg.norm(other - exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,9 +12,10 @@ from hosl.core.directions import (
     direction_rows,
     direction_seed,
     direction_sum,
+    drawn,
     gaussian_table,
+    low_rank_factors,
     tile,
-    tiles,
 )
 
 DRAWN_LAWS = ["gaussian", "rademacher"]
@@ -34,12 +35,37 @@ def test_any_tile_on_its_own_has_the_bits_it_has_in_the_whole(law, start, length
         ("gaussian", "1a79ead7154188f7"),
         ("rademacher", "67c39f913f199585"),
         ("sphere", "eea8f95a464c9208"),
+        ("low-rank", "c0f43d0f9a14ed6b"),
     ],
 )
 def test_the_bits_of_a_direction_never_change(law, digest):
     """A journal written by one version must replay in every later one. A change needs a new law and an ADR."""
     u = direction(2**62 + 1, "model.layers.0.weight", (33, 17), law)
     assert hashlib.sha256(u.astype("<f4").tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@settings(max_examples=40, deadline=None)
+@given(span=st.tuples(st.integers(0, 900), st.integers(0, 900)).map(sorted), data=st.data())
+def test_any_part_of_a_drawn_span_is_the_scaled_direction(law, dtype, span, data):
+    """Once rounded: element by element, u in float32 times the scale."""
+    low, high = span
+    start = data.draw(st.integers(low, high))
+    stop = data.draw(st.integers(start, high))
+    out = np.empty(stop - start, dtype)
+    drawn(11, "w", (30, 30), law, -0.3, dtype, span=(low, high)).fill(start, stop, out)
+    assert np.array_equal(
+        out, direction(11, "w", (30, 30), law).ravel()[start:stop].astype(dtype) * dtype(-0.3)
+    )
+
+
+def test_low_rank_is_an_outer_product_of_signs():
+    u = direction(5, "w", (40, 70), "low-rank")
+    assert np.linalg.matrix_rank(u) == 1
+    assert set(np.unique(u)) == {-1.0, 1.0}
+    a, b = low_rank_factors(5, "w", (40, 70))
+    assert np.array_equal(u, np.outer(a, b))
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -86,7 +112,7 @@ def test_the_estimate_is_unbiased(law):
     """E[(g.u) u] = g, to three standard errors of its own mean."""
     gradient = np.random.Generator(np.random.Philox(1)).standard_normal(12)
     n, d = 4000, gradient.size
-    directions = np.stack([direction(seed, "w", (d,), law).astype(np.float64) for seed in range(n)])
+    directions = np.stack([direction(seed, "w", (3, 4), law).astype(np.float64).ravel() for seed in range(n)])
     mean = (directions * (directions @ gradient)[:, None]).mean(axis=0)
     standard_error = np.linalg.norm(gradient) * np.sqrt((d + 1) / n)
     assert np.linalg.norm(mean - gradient) < 3 * standard_error
@@ -100,10 +126,9 @@ def test_the_sum_over_tiles_equals_the_sum_of_whole_directions(law):
         s * direction(seed, "w", (elements,), law).astype(np.float64)
         for seed, s in zip(seeds, scales, strict=True)
     )
-    parts = [direction_sum("w", a, b, elements, seeds, scales, law, np.float64) for a, b in tiles(elements)]
+    parts = [part.copy() for _, _, part in direction_sum("w", (elements,), seeds, scales, law, np.float64)]
     assert len(parts) == 2
-    # sphere: here the scale meets u in float64, in `whole` in float32
-    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=4 * np.finfo(np.float32).eps * 8)
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=4 * np.finfo(np.float64).eps * 8)
 
 
 def test_halves_steps_and_directions_have_seeds_of_their_own():

@@ -7,19 +7,20 @@ Which seeds a run uses: `direction_seed`. What is done with u: `hosl.parties` (p
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b, sha256
 from statistics import NormalDist
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 
 from hosl.core.shapes import Float
 
-Law: TypeAlias = Literal["gaussian", "rademacher", "sphere"]
-"""gaussian: N(0, 1) (the paper). rademacher: +-1, ten times cheaper. sphere: gaussian rescaled per tensor to
-norm sqrt(numel) (the authors' code, paper.md section 11). All have E[u u^T] = I."""
+Law: TypeAlias = Literal["gaussian", "rademacher", "sphere", "low-rank"]
+"""gaussian: N(0, 1) (the paper). rademacher: +-1, cheaper. sphere: gaussian rescaled per tensor to norm sqrt(numel)
+(the authors' code, paper.md section 11). low-rank: a b^T with a and b +-1 for a matrix, +-1 for a vector; all probes
+of a step can share one pass over the weights. All have E[u u^T] = I."""
 
 LAWS: tuple[Law, ...] = get_args(Law)
 
@@ -27,7 +28,7 @@ TILE_ELEMENTS = 1 << 18
 """How much of a tensor is drawn at a time: 1 MiB of float32, and a multiple of every law's block."""
 
 _WORDS_PER_BLOCK = 4  # one Philox counter value gives four 64-bit words
-_BITS_PER_ELEMENT: dict[Law, int] = {"gaussian": 16, "sphere": 16, "rademacher": 1}
+_BITS_PER_ELEMENT: dict[Law, int] = {"gaussian": 16, "sphere": 16, "rademacher": 1, "low-rank": 1}
 _TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
 
 
@@ -64,21 +65,112 @@ def gaussian_table() -> Float[np.ndarray, "65536"]:
 def tile(seed: int, name: str, start: int, stop: int, law: Law) -> Float[np.ndarray, " elements"]:
     """Elements start..stop-1 of u(seed) for the tensor called `name`, flattened row by row; float32.
 
-    Requires: law is gaussian or rademacher; `sphere` needs the whole tensor's norm (`sphere_scale`).
+    Requires: law is gaussian or rademacher; `sphere` needs the whole tensor's norm (`sphere_scale`), and low-rank
+    its shape (`drawn`).
     """
-    per_word = 64 // _BITS_PER_ELEMENT[law]
-    per_block = per_word * _WORDS_PER_BLOCK
-    first_block, skip = divmod(start, per_block)
-    words = -(-(skip + stop - start) // per_word)
-    bits = (
-        np.random.Philox(key=_key(seed, name), counter=first_block)
-        .random_raw(words)
-        .astype("<u8", copy=False)
+    u = np.empty(stop - start, dtype=np.float32)
+    _Entries(seed, name, start, stop, law, scale_table(law, 1.0, 1.0, np.float32)).fill(start, stop, u)
+    return u
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """scale x u(seed) of one tensor, or of one range of it: its random bits, drawn once and read as often as wanted."""
+
+    def fill(self, start: int, stop: int, out: Float[np.ndarray, " elements"]) -> None:
+        """Write elements start..stop-1 of the flattened tensor into `out`."""
+        ...
+
+
+def drawn(
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    law: Law,
+    scale: float = 1.0,
+    dtype: type = np.float32,
+    span: tuple[int, int] | None = None,
+) -> Drawn:
+    """scale x u(seed) for the tensor called `name`, `span` being the range of elements that will be read (None: all).
+
+    Each element is u's float32 value times `scale`, rounded once to `dtype`. Holds 2 bytes an element for gaussian and
+    sphere, 1 bit for rademacher, one row and one column for low-rank.
+    """
+    if law == "low-rank" and len(shape) > 1:
+        return _Outer(*low_rank_factors(seed, name, shape), scale, dtype)
+    elements = math.prod(shape)
+    table = scale_table(law, sphere_scale(seed, name, elements, law), scale, dtype)
+    return _Entries(seed, name, *(span or (0, elements)), law, table)
+
+
+@lru_cache(maxsize=32)  # a step's directions, for all tensors and tiles; 256 KiB each
+def scale_table(law: Law, norm: float, scale: float, dtype: type) -> np.ndarray:
+    """What a law's random bits stand for, times `scale`: [65536] by 16 bits, or for signs [256, 8] by a byte.
+
+    `norm` is sphere's, 1 for the other laws: u is rounded to float32 before it meets `scale`.
+    """
+    if law in ("gaussian", "sphere"):
+        table = (gaussian_table() * np.float32(norm)).astype(dtype) * dtype(scale)
+    else:
+        signs = (np.arange(256)[:, None] >> np.arange(8)) & 1
+        table = (signs * 2 - 1).astype(dtype) * dtype(scale)
+    table.flags.writeable = False
+    return table
+
+
+class _Entries:
+    """Laws with a number per element, read out of a table by its bits."""
+
+    def __init__(self, seed: int, name: str, start: int, stop: int, law: Law, table: np.ndarray) -> None:
+        self._table = table
+        per_word = 64 // _BITS_PER_ELEMENT[law]
+        first_block = start // (per_word * _WORDS_PER_BLOCK)
+        self._first = first_block * per_word * _WORDS_PER_BLOCK
+        words = -(-(stop - self._first) // per_word)
+        bits = np.random.Philox(key=_key(seed, name), counter=first_block).random_raw(words)
+        self._codes = bits.astype("<u8", copy=False).view("<u2" if table.ndim == 1 else np.uint8)
+
+    def fill(self, start: int, stop: int, out: np.ndarray) -> None:
+        # mode="clip": no code is out of range, and take then writes into `out` without a buffer of its own
+        first, last = start - self._first, stop - self._first
+        if self._table.ndim == 1:
+            self._table.take(self._codes[first:last], out=out, mode="clip")
+        elif first % 8 == 0 and len(out) % 8 == 0:
+            self._table.take(self._codes[first // 8 : last // 8], axis=0, out=out.reshape(-1, 8), mode="clip")
+        else:
+            signs = self._table.take(self._codes[first // 8 : -(-last // 8)], axis=0, mode="clip")
+            out[:] = signs.reshape(-1)[first % 8 :][: len(out)]
+
+
+class _Outer:
+    """u = a b^T. Its products are exact: no rounding but that of the scale."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, scale: float, dtype: type) -> None:
+        self._a = a.astype(dtype) * dtype(scale)
+        self._b = b.astype(dtype)
+
+    def fill(self, start: int, stop: int, out: np.ndarray) -> None:
+        width = len(self._b)
+        first, last = start // width, -(-stop // width)
+        if len(out) == (last - first) * width:
+            np.multiply.outer(self._a[first:last], self._b, out=out.reshape(-1, width))
+        else:
+            rows = np.multiply.outer(self._a[first:last], self._b).reshape(-1)
+            out[:] = rows[start - first * width :][: len(out)]
+
+
+def low_rank_factors(
+    seed: int, name: str, shape: Sequence[int]
+) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " columns"]]:
+    """a and b of u(seed) = a b^T for a tensor of two or more dimensions, the later ones taken together; +-1, float32.
+
+    Source: methods.md (f). Rank one, so that E[u u^T] = I needs no factor; more rank aligns no better (4.1).
+    """
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (
+        tile(seed, f"{name}/rows", 0, rows, "rademacher"),
+        tile(seed, f"{name}/columns", 0, columns, "rademacher"),
     )
-    if law == "rademacher":
-        signs = np.unpackbits(bits.view(np.uint8), bitorder="little")[skip : skip + stop - start]
-        return (signs.astype(np.float32) * np.float32(2)) - np.float32(1)
-    return gaussian_table().take(bits.view("<u2")[skip : skip + stop - start], mode="clip")
 
 
 def sphere_scale(seed: int, name: str, elements: int, law: Law) -> float:
@@ -88,10 +180,8 @@ def sphere_scale(seed: int, name: str, elements: int, law: Law) -> float:
 
 def direction(seed: int, name: str, shape: Sequence[int], law: Law) -> Float[np.ndarray, "..."]:
     """u(seed) for one whole tensor; float32. Allocates the tensor's size."""
-    elements = math.prod(shape)
-    u = tile(seed, name, 0, elements, law)
-    if law == "sphere":
-        u *= np.float32(sphere_scale(seed, name, elements, law))
+    u = np.empty(math.prod(shape), dtype=np.float32)
+    drawn(seed, name, shape, law).fill(0, len(u), u)
     return u.reshape(shape)
 
 
@@ -99,36 +189,36 @@ def direction_rows(
     seed: int, name: str, shape: Sequence[int], rows: Sequence[int], law: Law
 ) -> Float[np.ndarray, "rows width"]:
     """The given rows of u(seed) for a matrix of `shape`, without drawing the others; float32."""
-    height, width = shape
+    _, width = shape
     u = np.empty((len(rows), width), dtype=np.float32)
     for place, row in enumerate(rows):
-        u[place] = tile(seed, name, row * width, (row + 1) * width, law)
-    if law == "sphere":
-        u *= np.float32(sphere_scale(seed, name, height * width, law))
+        span = (row * width, (row + 1) * width)
+        drawn(seed, name, shape, law, span=span).fill(*span, u[place])
     return u
 
 
 def direction_sum(
     name: str,
-    start: int,
-    stop: int,
-    elements: int,
+    shape: Sequence[int],
     seeds: Sequence[int],
     scales: Sequence[float],
     law: Law,
     dtype: type,
-) -> Float[np.ndarray, " elements"]:
-    """sum_q scale_q u(seed_q) over one tile of a tensor of `elements`; the subtrahend of l.8.
+) -> Iterator[tuple[int, int, Float[np.ndarray, " elements"]]]:
+    """(start, stop, sum_q scale_q u(seed_q)) for each tile of a tensor; the subtrahend of l.8.
 
     Summed in the order of `seeds`, in `dtype` (float32, or float64 for float64 weights), by separate multiplications
-    and additions, so that every machine rounds alike.
+    and additions, so that every machine rounds alike. The sum is valid until the next tile is asked for.
     """
-    total = np.zeros(stop - start, dtype=dtype)
-    for seed, scale in zip(seeds, scales, strict=True):
-        u = tile(seed, name, start, stop, law).astype(dtype, copy=False)
-        u *= dtype(scale * sphere_scale(seed, name, elements, law))
-        total += u
-    return total
+    elements = math.prod(shape)
+    total, term = np.empty((2, min(elements, TILE_ELEMENTS)), dtype=dtype)
+    for start, stop in tiles(elements):
+        part, summand = total[: stop - start], term[: stop - start]
+        part.fill(0)
+        for seed, scale in zip(seeds, scales, strict=True):
+            drawn(seed, name, shape, law, scale, dtype, (start, stop)).fill(start, stop, summand)
+            part += summand
+        yield start, stop, part
 
 
 def tiles(elements: int) -> list[tuple[int, int]]:

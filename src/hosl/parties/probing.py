@@ -1,21 +1,29 @@
 """Probes over torch modules: f at theta + epsilon u and theta - epsilon u in one walk, the weights read-only.
 
-The two evaluations travel as one batch of twice the rows: first half plus, second half minus. Wherever a module owns a
-trained tensor, its forward runs once per sign on that sign's rows, with W + epsilon u, then W - epsilon u, formed in
-scratch memory; everything else (attention, activations) sees one ordinary batch. No weight is written, so nothing
-drifts and a killed process leaves nothing perturbed (paper.md D14, methods.md (c)). Updates: `descend_`.
+All evaluations travel as one batch: for each probe its plus rows, then its minus rows. Wherever a module owns a
+trained tensor, each sign's rows meet W + epsilon u or W - epsilon u, formed in scratch memory; everything else
+(attention, activations) sees one ordinary batch. No weight is written, so nothing drifts and a killed process leaves
+nothing perturbed (paper.md D14, methods.md (c)). Low-rank directions need no scratch, and any number of probes share
+one product with W. Updates: `descend_`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from hosl.core.directions import Law, direction, direction_rows, direction_sum, tiles
+from hosl.core.directions import Drawn, Law, direction_rows, direction_sum, drawn, low_rank_factors
+
+SCRATCH_ELEMENTS = 1 << 22
+"""Largest part of a linear layer that is perturbed at once: 16 MiB in float32. Products with less are slower."""
+
+_PIECE_ELEMENTS = 1 << 16
+"""How much of u is in memory at once, in scratch that stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +40,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@contextmanager
-def paired(model: nn.Module, probe: Probe, rows: int) -> Iterator[None]:
+def paired(model: nn.Module, probe: Probe, rows: int) -> AbstractContextManager[None]:
     """Within this fence, `model` maps rows 0..rows/2-1 at theta + epsilon u and the others at theta - epsilon u.
+
+    Requires: as `stacked`.
+    """
+    return stacked(model, [probe], rows)
+
+
+@contextmanager
+def stacked(model: nn.Module, probes: Sequence[Probe], rows: int) -> Iterator[None]:
+    """Within this fence, `model` maps batches of `rows` rows: for each probe its plus rows, then as many minus rows.
 
     Requires: batches of exactly `rows` rows, no autograd. The fence must not span a call to the other party.
     """
+    scratch = _Scratch()
     covered: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
         for module_name, module in model.named_modules():
@@ -48,10 +65,7 @@ def paired(model: nn.Module, probe: Probe, rows: int) -> Iterator[None]:
             }
             if names:
                 covered.append((module, module.__dict__.get("forward")))
-                if isinstance(module, nn.Embedding):
-                    module.forward = _signed_lookup(module, names, probe, rows)
-                else:
-                    module.forward = _signed_rows(module, names, probe, rows)
+                module.forward = _perturbed_forward(module, names, probes, rows, scratch)
         yield
     finally:
         for module, previous in covered:
@@ -70,36 +84,52 @@ def descend_(
     with torch.no_grad():
         for name, p in trained.items():
             flat = p.view(-1)
-            dtype = np.float64 if p.dtype == torch.float64 else np.float32
-            for start, stop in tiles(flat.numel()):
-                total = torch.from_numpy(
-                    direction_sum(name, start, stop, flat.numel(), seeds, scales, law, dtype)
-                )
+            for start, stop, total in direction_sum(
+                name, tuple(p.shape), seeds, scales, law, _numpy_compute(p)
+            ):
+                shift = torch.from_numpy(total).to(p.device)
                 tile = flat[start:stop]
-                tile.copy_(tile.to(total.dtype) - total.to(tile.device))
+                if tile.dtype == shift.dtype:
+                    tile.sub_(shift)
+                else:
+                    tile.copy_(tile.to(shift.dtype) - shift)
+
+
+def _perturbed_forward(
+    module: nn.Module, names: Mapping[str, str], probes: Sequence[Probe], rows: int, scratch: "_Scratch"
+) -> Callable[..., torch.Tensor]:
+    if isinstance(module, nn.Embedding):
+        return _signed_lookup(module, names, probes, rows)
+    if type(module) is nn.Linear and "weight" in names:
+        if all(probe.law == "low-rank" for probe in probes):
+            return _low_rank_linear(module, names, probes)
+        return _signed_linear(module, names, probes, scratch)
+    return _signed_rows(module, names, probes, rows, scratch)
 
 
 def _signed_rows(
-    module: nn.Module, names: Mapping[str, str], probe: Probe, rows: int
+    module: nn.Module, names: Mapping[str, str], probes: Sequence[Probe], rows: int, scratch: "_Scratch"
 ) -> Callable[..., torch.Tensor]:
-    """A forward for any module that owns trained tensors: one call per sign, on that sign's rows."""
+    """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows."""
     own_forward = module.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # some families flatten [rows, seq] before a layer; plus rows still come first
+        # some families flatten [rows, seq] before a layer; a probe's plus rows still come first
         assert x.shape[0] % rows == 0, (
             f"{module} got {tuple(x.shape)}; a probe of {rows} rows needs rows first"
         )
-        weights = {key: module._parameters[key] for key in names}
-        u = {key: _drawn(p, names[key], probe) for key, p in weights.items() if p is not None}
-        scratch = {key: torch.empty_like(p) for key, p in weights.items() if p is not None}
+        weights = {key: p for key in names if (p := module._parameters[key]) is not None}
+        parts = iter(x.chunk(2 * len(probes)))
         outputs = []
         try:
-            for sign, x_sign in zip((+1, -1), x.chunk(2), strict=True):
-                for key, p in weights.items():
-                    torch.add(p, u[key], alpha=sign * probe.epsilon, out=scratch[key])  # pyright: ignore
-                    module._parameters[key] = scratch[key]  # pyright: ignore[reportArgumentType]
-                outputs.append(own_forward(x_sign, *args, **kwargs))
+            for probe in probes:
+                directions = [_drawn(p, names[key], probe) for key, p in weights.items()]
+                for sign in (+1, -1):
+                    tiles = scratch.tiles(list(weights.values()))
+                    for (key, p), tile, u in zip(weights.items(), tiles, directions, strict=True):
+                        scratch.form_(tile, p.detach(), u, sign)
+                        module._parameters[key] = tile  # pyright: ignore[reportArgumentType]
+                    outputs.append(own_forward(next(parts), *args, **kwargs))
         finally:
             module._parameters.update(weights)
         return torch.cat(outputs)
@@ -107,8 +137,74 @@ def _signed_rows(
     return forward
 
 
+def _signed_linear(
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], scratch: "_Scratch"
+) -> Callable[..., torch.Tensor]:
+    """A linear layer's forward by tiles of output features: bits drawn once, W +- epsilon u formed in scratch."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight, width, features = module.weight.detach(), module.in_features, module.out_features
+        parts = x.reshape(len(probes), 2, -1, width)
+        out = x.new_empty(len(probes), 2, parts.shape[2], features)
+        step = max(SCRATCH_ELEMENTS // width, 1)
+        for probe, x_pair, y_pair in zip(probes, parts, out, strict=True):
+            biases = _shifted_biases(module, names, probe)
+            for first, last in pairwise([*range(0, features, step), features]):
+                u = _drawn(weight, names["weight"], probe, (first * width, last * width))
+                (tile,) = scratch.tiles([weight[first:last]])
+                for sign, x_sign, y, bias in zip((+1, -1), x_pair, y_pair, biases, strict=True):
+                    scratch.form_(tile, weight[first:last], u, sign, start=first * width)
+                    if bias is None:
+                        torch.mm(x_sign, tile.T, out=y[:, first:last])
+                    else:
+                        torch.addmm(bias[first:last], x_sign, tile.T, out=y[:, first:last])
+        return out.view(*x.shape[:-1], features)
+
+    return forward
+
+
+def _shifted_biases(
+    module: nn.Linear, names: Mapping[str, str], probe: Probe
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """bias + epsilon u and bias - epsilon u; the bias itself, twice, where it is not trained."""
+    bias = None if module.bias is None else module.bias.detach()
+    if bias is None or "bias" not in names:
+        return bias, bias
+    shift = _whole(bias, names["bias"], probe)
+    return (bias + shift).to(bias.dtype), (bias - shift).to(bias.dtype)
+
+
+def _low_rank_linear(
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe]
+) -> Callable[..., torch.Tensor]:
+    """y = W x + bias +- epsilon (a (b^T x) + u_bias): one product with W for all probes, no scratch.
+
+    Source: methods.md (f).
+    """
+    own_forward, weight = module.forward, module.weight
+    factors = [low_rank_factors(probe.seed, names["weight"], tuple(weight.shape)) for probe in probes]
+    columns = torch.from_numpy(np.stack([b for _, b in factors])).to(weight.device, weight.dtype)
+    scaled = [
+        a * _numpy_compute(weight)(probe.epsilon) for (a, _), probe in zip(factors, probes, strict=True)
+    ]
+    rows = _plus_minus([torch.from_numpy(a) for a in scaled], weight)
+    shifts = [] if "bias" not in names else [_whole(module.bias, names["bias"], probe) for probe in probes]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = own_forward(x)
+        parts = x.reshape(2 * len(probes), -1, module.in_features)
+        along = torch.bmm(parts, columns.repeat_interleave(2, dim=0)[:, :, None])
+        by_sign = y.view(2 * len(probes), -1, module.out_features)
+        by_sign.baddbmm_(along, rows)
+        if shifts:
+            by_sign.add_(_plus_minus(shifts, weight))
+        return y
+
+    return forward
+
+
 def _signed_lookup(
-    module: nn.Embedding, names: Mapping[str, str], probe: Probe, rows: int
+    module: nn.Embedding, names: Mapping[str, str], probes: Sequence[Probe], rows: int
 ) -> Callable[..., torch.Tensor]:
     """A forward for an embedding table: only the rows that the batch touches are drawn and perturbed.
 
@@ -119,7 +215,7 @@ def _signed_lookup(
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         weight = module.weight
         table = weight.detach().as_subclass(_SignedTable)
-        table.answer = lambda ids: _looked_up(weight, names["weight"], ids, probe, rows)
+        table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, probes, rows)
         module._parameters["weight"] = table  # pyright: ignore[reportArgumentType]
         try:
             return own_forward(*args, **kwargs)
@@ -130,7 +226,7 @@ def _signed_lookup(
 
 
 class _SignedTable(torch.Tensor):
-    """An embedding table whose lookups are answered at +epsilon u for the first half of the rows, -epsilon u below."""
+    """An embedding table whose lookups are answered at +epsilon u or -epsilon u, by the row of the batch."""
 
     answer: Callable[[torch.Tensor], torch.Tensor]
 
@@ -142,16 +238,75 @@ class _SignedTable(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def _looked_up(weight: torch.Tensor, name: str, ids: torch.Tensor, probe: Probe, rows: int) -> torch.Tensor:
-    # position ids come as one row for the whole batch; the two signs need rows of their own
+def _looked_up(
+    weight: torch.Tensor, name: str, ids: torch.Tensor, probes: Sequence[Probe], rows: int
+) -> torch.Tensor:
+    # position ids come as one row for the whole batch; the signs need rows of their own
     ids = ids.expand(rows, *ids.shape[1:])
     touched, place = torch.unique(ids, return_inverse=True)
-    u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.law)
-    compute = torch.promote_types(weight.dtype, torch.float32)
-    shift = torch.from_numpy(u).to(weight.device, compute)[place] * probe.epsilon
-    shift[rows // 2 :].neg_()
-    return (nn.functional.embedding(ids, weight) + shift).to(weight.dtype)
+    found = nn.functional.embedding(ids, weight)
+    found = found.to(torch.promote_types(weight.dtype, torch.float32))
+    pairs = zip(found.chunk(len(probes)), place.chunk(len(probes)), strict=True)
+    for probe, (found_pair, place_pair) in zip(probes, pairs, strict=True):
+        u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.law)
+        shift = torch.from_numpy(u).to(found)[place_pair] * probe.epsilon
+        shift.chunk(2)[1].neg_()
+        found_pair += shift
+    return found.to(weight.dtype)
 
 
-def _drawn(weight: torch.Tensor, name: str, probe: Probe) -> torch.Tensor:
-    return torch.from_numpy(direction(probe.seed, name, tuple(weight.shape), probe.law)).to(weight.device)
+class _Scratch:
+    """Memory in which shifted weights are formed: one module's at a time, kept until the fence ends."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._piece = np.empty(0, dtype=np.float32)
+
+    def tiles(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A tile for each of these tensors, of its shape; earlier ones are given up."""
+        like = weights[0]
+        sizes = [w.numel() for w in weights]
+        if self._memory.numel() < sum(sizes) or self._memory.dtype != like.dtype:
+            self._memory = torch.empty(0)  # freed before the larger one is asked for
+            self._memory = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+        parts = self._memory[: sum(sizes)].split(sizes)
+        return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+    def form_(self, tile: torch.Tensor, weight: torch.Tensor, u: Drawn, sign: int, start: int = 0) -> None:
+        """tile = weight + sign u, piece by piece; `start`: where the weight begins in its tensor."""
+        flat, shifted = weight.reshape(-1), tile.view(-1)
+        combine = torch.add if sign > 0 else torch.sub
+        # another device is sent few large pieces, this one is given what its cache holds
+        size = min(_PIECE_ELEMENTS if weight.device.type == "cpu" else SCRATCH_ELEMENTS, len(flat))
+        if len(self._piece) < size or self._piece.dtype != _numpy_compute(weight):
+            self._piece = np.empty(size, dtype=_numpy_compute(weight))
+        for first, last in pairwise([*range(0, len(flat), size), len(flat)]):
+            piece = self._piece[: last - first]
+            u.fill(start + first, start + last, piece)
+            combine(flat[first:last], torch.from_numpy(piece).to(weight.device), out=shifted[first:last])
+
+
+def _drawn(weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int] | None = None) -> Drawn:
+    """epsilon u of one tensor, or of a span of its elements."""
+    return drawn(
+        probe.seed, name, tuple(weight.shape), probe.law, probe.epsilon, _numpy_compute(weight), span
+    )
+
+
+def _whole(weight: torch.Tensor, name: str, probe: Probe) -> torch.Tensor:
+    """epsilon u of a small tensor."""
+    u = np.empty(weight.numel(), dtype=_numpy_compute(weight))
+    _drawn(weight, name, probe).fill(0, len(u), u)
+    return torch.from_numpy(u).view(weight.shape).to(weight.device)
+
+
+def _plus_minus(shifts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """[2 len(shifts), 1, features]: each shift, then its negative, in the dtype of `like`."""
+    return torch.stack([s for shift in shifts for s in (shift, -shift)])[:, None, :].to(
+        like.device, like.dtype
+    )
+
+
+def _numpy_compute(weight: torch.Tensor) -> type:
+    """In which dtype shifts are computed: float64 for float64 weights, float32 for all others."""
+    return np.float64 if weight.dtype == torch.float64 else np.float32

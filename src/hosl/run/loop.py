@@ -10,7 +10,7 @@ from hosl.core.rounds import RoundResult
 from hosl.errors import StepMoved
 from hosl.evaluation import Evaluation, evaluate
 from hosl.run.progress import View, open_view
-from hosl.run.record import Record, process_peak_bytes
+from hosl.run.record import Record, process_peak_bytes, read_lines
 from hosl.run.schedule import batch_indices, learning_rate
 from hosl.run.session import Session
 from hosl.run.stopping import Stop
@@ -45,6 +45,8 @@ def carry_on(
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
                 return run_summary(session, run, finished=False)
+            if not _has_dev_line(record, run, session.step):  # carried over the last steps by other clients
+                _evaluate_dev(session, record, session.step)
             test = _evaluated(session, session.task.test)
             record.metrics(step=session.step, split="test", **asdict(test))
             record.flush()
@@ -133,6 +135,12 @@ def _probes(result: RoundResult) -> dict[str, float]:
         return {}
     known = {} if result.noise is None else {"probe_noise": result.noise}
     return {"rejected_probes": result.rejected, "probe_signal": result.signal} | known
+
+
+def _has_dev_line(record: Record, run: Path, step: int) -> bool:
+    record.flush()
+    lines = read_lines(run / "metrics.jsonl")
+    return any(line.get("split") == "dev" and line["step"] == step for line in lines)
 
 
 def _evaluate_dev(session: Session, record: Record, step: int) -> float:
