@@ -72,9 +72,7 @@ def slope_errors(base: str, *, batch: int, tokens: int, directions: int = 6) -> 
     def slopes(base, epsilon, dtype):
         model = load_model("all-MiniLM-L6-v2", head="classification", num_labels=2, seed=0, dtype=dtype).model
         client = hosl.ZerothOrderClient(_adapted(model, 3, base, ("query", "value"), dtype))
-        return np.array(
-            [client.project(client.probe(rows, seed, epsilon), g, epsilon) for seed in range(directions)]
-        )
+        return np.array([p.rows.sum() for p in client.projections(rows, range(directions), epsilon, g)])
 
     exact = slopes("float32" if base == "bfloat16" else base, 1e-4, torch.float64)
     errors = {e: slopes(base, e, torch.float32) - exact for e in (1e-3, 3e-3, 1e-2)}

@@ -13,136 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
-from hosl.core.directions import Law
+from hosl.config_sections import ClientConfig, ClientsConfig, ModelConfig, ServerConfig, WireConfig, ZOConfig
 from hosl.errors import ConfigError
 from hosl.parties.optimisers import OptimiserSpec
-from hosl.split.specs import LoraSpec
 from hosl.tasks import DocstringsConfig, TaskConfig
 
 Method = Literal["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
-
-
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model, and where it is cut."""
-
-    name: str = "all-MiniLM-L6-v2"
-    """The embedded all-MiniLM-L6-v2, a local folder (environment variables allowed), or a hub name."""
-    cut: int = 3
-    """The client keeps the embeddings and blocks 0..cut-1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights of both halves."""
-
-    def __post_init__(self) -> None:
-        if self.cut < 0:
-            raise ConfigError(
-                f"model.cut must be >= 0, got {self.cut}; 0 keeps only the embeddings on the client"
-            )
-
-
-class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Zeroth-order estimation, on whichever half is trained by probes."""
-
-    directions: int = 10
-    """Q, the directions (pairs of forward passes) per step."""
-    epsilon: float = 1e-3
-    """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
-    law: Law = "gaussian"
-    """gaussian (the paper), rademacher (cheaper), sphere (the authors' code), low-rank (rank one, of signs)."""
-    guidance: Literal["none", "activation", "mixed"] = "none"
-    """activation: directions lie along each linear layer's own inputs (AGZO); biased. mixed: every other one does."""
-    guided_blocks: int = 1
-    """Of hosl-guided: how many of the client's last blocks it trains. The guess gets worse with every block below."""
-
-    def __post_init__(self) -> None:
-        if self.guided_blocks < 1:
-            raise ConfigError(f"zo.guided_blocks must be >= 1, got {self.guided_blocks}")
-        if self.directions < 1:
-            raise ConfigError(f"zo.directions must be >= 1, got {self.directions}")
-        if not 0 < self.epsilon < 1:
-            raise ConfigError(f"zo.epsilon must lie between 0 and 1, got {self.epsilon}; 1.0e-3 is usual")
-
-
-class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The half on the device."""
-
-    trainable: Literal["all", "blocks", "lora"] = "blocks"
-    """all: every weight. blocks: the embeddings stay as they are. lora: adapters only."""
-    learning_rate: float = 1e-6
-    """eta_c of the client's update; a first-order client wants about a thousand times more."""
-    optimiser: OptimiserSpec = OptimiserSpec()
-    """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
-    micro_batch_rows: int | None = None
-    """Of fo-recompute: rows for which a block is computed again at once; null: all of a batch."""
-    lora: LoraSpec = LoraSpec()
-    """Used when trainable is lora."""
-    dtype: Literal["model", "bfloat16", "int8"] = "model"
-    """Of the client's frozen weights; adapters stay float32. model: as model.dtype."""
-    device: str = "cpu"
-    """A torch device."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"client.learning_rate must be >= 0, got {self.learning_rate}")
-        if self.micro_batch_rows is not None and self.micro_batch_rows < 1:
-            raise ConfigError(f"client.micro_batch_rows must be >= 1 or null, got {self.micro_batch_rows}")
-
-
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The half on the machine with compute."""
-
-    trainable: Literal["all", "lora"] = "all"
-    """all: every weight, the head included. lora: adapters, and the head of a classifier."""
-    learning_rate: float = 1e-3
-    """eta_s."""
-    optimiser: OptimiserSpec = OptimiserSpec()
-    """Of a first-order server; a zeroth-order one is plain SGD."""
-    lora: LoraSpec = LoraSpec()
-    """Used when trainable is lora."""
-    device: str = "cpu"
-    """A torch device."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"server.learning_rate must be >= 0, got {self.learning_rate}")
-
-
-class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes over the network of `hosl join`, and how long it may take."""
-
-    compression: Literal["none", "bf16", "int8"] = "none"
-    """Of the activations on their way up."""
-    labels: Literal["server", "client"] = "server"
-    """server: the scored targets travel. client: norm and head live on the device, label values never cross."""
-    connect_s: float = 10.0
-    """For the first connection; later ones are tried for ever."""
-    idle_s: float = 60.0
-    """Without any sign of life from the server before the connection is given up and made again."""
-
-    def __post_init__(self) -> None:
-        for name in ("connect_s", "idle_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"wire.{name} must be > 0 seconds, got {getattr(self, name)}")
-
-
-class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Several devices that train one server half (`hosl join` on each)."""
-
-    count: int = 1
-    """How many devices take part."""
-    halves: Literal["personal", "shared"] = "personal"
-    """personal: each keeps its own client half. shared: all stay equal, by one journal that the server relays."""
-    schedule: Literal["sequential", "synchronous"] = "sequential"
-    """sequential: each step is applied as it comes. synchronous: one server update per round over all."""
-    grace_s: float = 30.0
-    """How long a synchronous round waits for the others after its first contribution."""
-    directions: Literal["own", "common"] = "own"
-    """Shared halves: whether every device draws its own directions, or all the same."""
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError(f"clients.count must be >= 1, got {self.count}")
-        if not self.grace_s > 0:
-            raise ConfigError(f"clients.grace_s must be > 0 seconds, got {self.grace_s}")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,20 +74,44 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.profile == "authors-head":
             self._check_authors_head()
         self._check_recomputing()
+        self._check_projection()
         self._check_guided()
         self._check_client_dtype()
         self._check_clients()
 
     def _check_recomputing(self) -> None:
         client = self.client
-        if self.method not in ("fo-recompute", "hosl-guided") and client.micro_batch_rows is not None:
+        if self.method in ("fo-fo", "fo-zo") and client.micro_batch_rows is not None:
             raise ConfigError(
-                f"client.micro_batch_rows is for fo-recompute and hosl-guided, method is {self.method}; leave it out"
+                f"client.micro_batch_rows: method {self.method} keeps the graph of the whole batch; leave it out, or "
+                "use fo-recompute"
             )
         if self.method == "fo-recompute" and client.optimiser != OptimiserSpec():
             raise ConfigError(
                 "method fo-recompute updates each block inside backward by plain SGD and keeps no state, got "
                 f"client.optimiser {_told(client.optimiser)}; leave client.optimiser out, or use fo-fo"
+            )
+
+    def _check_projection(self) -> None:
+        zo = self.zo
+        asked = [
+            n
+            for n, plain in (("sides", "two"), ("derivative", "difference"), ("row_clip", None))
+            if getattr(zo, n) != plain
+        ]
+        if asked and self.method != "hosl-gradient":
+            raise ConfigError(
+                f"zo.{asked[0]}: {getattr(zo, asked[0])} is for method hosl-gradient, which projects on a returned "
+                f"gradient, method is {self.method}; leave zo.{asked[0]} out"
+            )
+        if zo.derivative == "forward-mode" and (zo.sides, zo.guidance, self.client.dtype) != (
+            "two",
+            "none",
+            "model",
+        ):
+            raise ConfigError(
+                "zo.derivative: forward-mode has no sides, no guidance and no low-precision base, got zo.sides: "
+                f"{zo.sides}, zo.guidance: {zo.guidance}, client.dtype: {self.client.dtype}; leave these out"
             )
 
     def _check_guided(self) -> None:
@@ -290,6 +190,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ConfigError(
                     f"profile authors-head wants {path}: {value}, got {found}; examples/authors-head.yaml has all of it"
                 )
+        if self.zo.clip is not None or self.zo.normalise != "none":
+            raise ConfigError("profile authors-head has no step control; leave out zo.clip and zo.normalise")
 
 
 def load_config(path: str | Path) -> Config:

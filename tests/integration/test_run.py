@@ -110,7 +110,7 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         ),
         (
             {"method": "fo-fo", "client": {"micro_batch_rows": 2}},
-            "client.micro_batch_rows is for fo-recompute and hosl-guided, method is fo-fo; leave it out",
+            "client.micro_batch_rows: method fo-fo keeps the graph of the whole batch; leave it out",
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},

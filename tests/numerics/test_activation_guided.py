@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import BLOCKS
+from tests.numerics.slopes import slope
 from tests.numerics.test_guided import _batch, _gradient, _weights
 
 from hosl.core.directions import direction, low_rank_factors
@@ -71,7 +72,7 @@ def test_projections_are_the_exact_derivatives_and_the_update_follows_them(tiny,
     for p in client.trained.values():
         p.grad = None
 
-    slopes = [client.project(client.probe(batch, seed, EPSILON), g, EPSILON) for seed in seeds]
+    slopes = [slope(client, batch, seed, EPSILON, g) for seed in seeds]
     assert slopes == pytest.approx(exact, rel=1e-5, abs=1e-6)
     client.descend(1, seeds, slopes, 0.1)
     for name, p in client.half.named_parameters():
@@ -99,7 +100,7 @@ def test_directions_follow_the_weights_and_the_batch(tiny, padded):
                 for n, u in expected.items():
                     client.trained[n].sub_(u, alpha=EPSILON)
             torch.testing.assert_close(pair[0], h_plus, rtol=1e-10, atol=1e-12)
-            client.descend(step, [5], [client.project(pair, g, EPSILON)], 1.0)
+            client.descend(step, [5], [slope(client, batch, 5, EPSILON, g)], 1.0)
 
 
 def test_mixed_directions_are_guided_by_the_seeds_coin(tiny, padded):
@@ -109,7 +110,7 @@ def test_mixed_directions_are_guided_by_the_seeds_coin(tiny, padded):
     for seed, like in ((4, guided), (7, plain)):
         found, expected = (client.probe(batch, seed, EPSILON) for client in (mixed, like))
         assert torch.equal(found[0], expected[0])
-    slopes = [mixed.project(mixed.probe(batch, seed, EPSILON), g, EPSILON) for seed in (4, 7)]
+    slopes = [slope(mixed, batch, seed, EPSILON, g) for seed in (4, 7)]
     mixed.descend(1, [4, 7], slopes, 0.1)
     guided.probe(batch, 4, EPSILON)
     guided.descend(1, [4], slopes[:1], 0.05)

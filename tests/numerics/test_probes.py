@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tests.numerics.slopes import slope
 from torch.func import functional_call, jvp
 
 from hosl.core.directions import LAWS, direction
-from hosl.parties.probing import SCRATCH_ELEMENTS, Probe, paired, stacked, trained_parameters
+from hosl.parties.probing import SCRATCH_ELEMENTS, Probe, stacked, trained_parameters
 from hosl.parties.torch_client import ZerothOrderClient
 from hosl.parties.torch_server import FirstOrderServer
 from hosl.split import split_model
@@ -46,7 +47,7 @@ def test_a_probe_equals_two_forwards_with_the_weights_written(
     ids, mask = padded("right")
     probe = Probe(7, 1e-2, law)
     client, _ = split_model(tiny(model_name, torch.float64), 2)
-    with torch.no_grad(), paired(client.model, probe, rows=6):
+    with torch.no_grad(), stacked(client.model, [probe], 6):
         pair = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
     for h, expected in zip(pair, _two_forwards(tiny, model_name, probe, (ids, mask)), strict=True):
         torch.testing.assert_close(h, expected, rtol=1e-10, atol=1e-12)
@@ -60,7 +61,7 @@ def test_stacked_probes_equal_those_that_go_one_by_one(model_name, tiny, padded,
     with torch.no_grad(), stacked(client.model, probes, rows=18):
         together = client(ids.repeat(6, 1), mask.repeat(6, 1)).chunk(3)
     for probe, pair in zip(probes, together, strict=True):
-        with torch.no_grad(), paired(client.model, probe, rows=6):
+        with torch.no_grad(), stacked(client.model, [probe], 6):
             alone = client(ids.repeat(2, 1), mask.repeat(2, 1))
         torch.testing.assert_close(pair, alone, rtol=1e-10, atol=1e-12)
 
@@ -71,7 +72,7 @@ def test_in_bfloat16_a_probe_is_as_near_to_the_exact_one_as_two_forwards_are(mod
     ids, mask = padded("none")
     probe = Probe(7, 2e-2, law)
     client, _ = split_model(tiny(model_name, torch.bfloat16), 2)
-    with torch.no_grad(), paired(client.model, probe, rows=6):
+    with torch.no_grad(), stacked(client.model, [probe], 6):
         pair = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
     written = _two_forwards(tiny, model_name, probe, (ids, mask), torch.bfloat16)
     for h, other, sign in zip(pair, written, (1, -1), strict=True):
@@ -96,7 +97,7 @@ def test_a_probe_that_fails_half_way_leaves_weights_and_forwards_as_they_were(ti
     client_half, _ = split_model(tiny("opt"), 2)
     before, (ids, mask) = _bits(client_half.model), padded("none")
     expected = client_half(ids, mask)
-    with pytest.raises(RuntimeError, match="expanded size"), paired(client_half.model, _PROBE, rows=4):
+    with pytest.raises(RuntimeError, match="expanded size"), stacked(client_half.model, [_PROBE], 4):
         client_half(ids, mask)
     assert all(torch.equal(before[name], p) for name, p in client_half.named_parameters())
     assert torch.equal(client_half(ids, mask), expected)
@@ -129,13 +130,12 @@ def test_projected_and_loss_differences_approach_the_exact_derivative_with_slope
     exact = float((g * j_u).sum())
 
     epsilons = np.array([1e-2, 5e-3, 2.5e-3, 1.25e-3])
-    pairs = [client.probe(class_batch, 5, e) for e in epsilons]
-    projected = [client.project(pair, g, e) for pair, e in zip(pairs, epsilons, strict=True)]
+    projected = [slope(client, class_batch, 5, float(e), g) for e in epsilons]
     assert 1.9 < _slope(epsilons, np.abs(np.array(projected) - exact)) < 2.1
 
     errors = []
     for e in epsilons:
-        plus, minus = server.losses(list(client.probe(class_batch, 5, e)), class_batch.targets)
+        plus, minus = server.losses(list(client.probe(class_batch, 5, float(e))), class_batch.targets)
         errors.append(abs((plus - minus) / (2 * e) - exact))
     assert 1.9 < _slope(epsilons, np.array(errors)) < 2.1
 
@@ -154,7 +154,7 @@ def test_the_round_estimate_is_unbiased_within_its_standard_error(tiny, class_ba
 
     n, mean = 1500, np.zeros_like(exact)
     for seed in range(n):
-        c = client.project(client.probe(class_batch, seed, 1e-4), g, 1e-4)
+        c = slope(client, class_batch, seed, 1e-4, g)
         u = np.concatenate(
             [direction(seed, k, tuple(p.shape), "gaussian").ravel() for k, p in client.trained.items()]
         )

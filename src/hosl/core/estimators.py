@@ -2,10 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from hosl.core.shapes import Float
 from hosl.errors import NonFiniteError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """A directional derivative as a client computes it from dL/dh."""
+
+    rows: Float[np.ndarray, " rows"]
+    """What each row of the batch contributes, in nats; dL/dh is of the mean loss, so c is their sum. float64."""
+    noise: float
+    """Rounding floor of the sum: what rounding each activation once does to it."""
 
 
 def central_difference(loss_plus: float, loss_minus: float, epsilon: float) -> float:
@@ -22,7 +34,22 @@ def central_difference(loss_plus: float, loss_minus: float, epsilon: float) -> f
             f"a probe's losses must be finite, got L+ = {loss_plus}, L- = {loss_minus}; lower the learning rates "
             "or epsilon, and look for extreme values in the data"
         )
+    return difference_quotient(loss_plus, loss_minus, epsilon)
+
+
+def difference_quotient(loss_plus: float, loss_minus: float, epsilon: float) -> float:
+    """(L+ - L-) / (2 epsilon), whatever the losses; where one is NaN or infinite, `step_control` rejects the result."""
     return (loss_plus - loss_minus) / (2 * epsilon)
+
+
+def loss_noise(losses: Sequence[float], epsilon: float) -> float:
+    """Rounding floor of (L+ - L-) / (2 epsilon): 2^-24 |L| / epsilon, for losses in float32.
+
+    Two losses, each off by up to half a unit in its last place, 2^-24 |L|. What a half rounds before the loss comes
+    on top. |L| is the mean over the losses that are finite; 0 where none is.
+    """
+    finite = [abs(loss) for loss in losses if math.isfinite(loss)]
+    return 2.0**-24 * sum(finite) / max(len(finite), 1) / epsilon
 
 
 def mean_scales(coefficients: Sequence[float], learning_rate: float) -> tuple[float, ...]:

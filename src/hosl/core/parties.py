@@ -4,12 +4,13 @@ The data boundary is these types. A `Batch` stays with the client; of it, only `
 server. No field of `Targets` can carry the input's token ids or text. Who implements the protocols: `hosl.parties`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from hosl.core.estimators import Projection
 from hosl.core.shapes import Float, Int
 
 Activations: TypeAlias = Any
@@ -89,18 +90,46 @@ class ClientSide(Protocol):
 class ZerothOrderClientSide(ClientSide, Protocol):
     """A client that is trained by forward passes."""
 
-    def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
-        """f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed). theta_c is only read."""
+    def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
+        """For each seed f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed). theta_c is only read.
+
+        The next pair may be computed when it is asked for, or several at once.
+        """
         ...
 
-    def project(self, pair: Pair, gradient: Activations, epsilon: float) -> float:
-        """<gradient, h+ - h-> / (2 epsilon): the directional derivative along u, computed on the client."""
+    def projections(
+        self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: Activations
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - h-> / (2 epsilon): the directional derivative along u, row by row.
+
+        NaN or infinite where an activation is; the round then rejects the direction.
+        """
         ...
 
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:
         """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
+        ...
+
+
+@runtime_checkable
+class OneSidedClientSide(ZerothOrderClientSide, Protocol):
+    """A client that can also do with one evaluation per direction."""
+
+    def one_sided_projections(
+        self, batch: Batch, clean: Activations, seeds: Sequence[int], epsilon: float, gradient: Activations
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - clean> / epsilon, `clean` being f_c at theta_c."""
+        ...
+
+
+@runtime_checkable
+class ForwardModeClientSide(ZerothOrderClientSide, Protocol):
+    """A client whose runtime has forward-mode differentiation."""
+
+    def tangents(self, batch: Batch, seeds: Sequence[int], gradient: Activations) -> Iterator[Projection]:
+        """For each seed <gradient, J u>, exactly: no epsilon."""
         ...
 
 

@@ -5,21 +5,25 @@ an activation and never asks where the server is: in this process or across a ne
 A new method is a new function here, never a flag on an old one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hosl.core.estimators import central_difference
+from hosl.core.estimators import central_difference, difference_quotient, loss_noise
 from hosl.core.parties import (
     Batch,
     ClientSide,
     FirstOrderClientSide,
     FirstOrderServerSide,
+    ForwardModeClientSide,
     GuidedClientSide,
     NoisyClientSide,
     NoisyServerSide,
+    OneSidedClientSide,
     ZerothOrderClientSide,
     ZerothOrderServerSide,
 )
+from hosl.core.step_control import PLAIN, StepControl
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,15 @@ class RoundResult:
     """Mean training loss at the weights that entered the step, in nats."""
     coefficients: tuple[float, ...] = ()
     """c_q, the directional derivatives that the client measured; empty for methods without probes."""
+    rejected: int = 0
+    """Directions that contributed nothing, because their losses or projection were NaN or infinite."""
+    noise: float | None = None
+    """Rounding floor of c_q (`estimators.loss_noise`); None where c_q is no difference quotient."""
+
+    @property
+    def signal(self) -> float:
+        """Root mean square of c_q: near `noise`, epsilon is too small."""
+        return math.sqrt(math.fsum(c_q * c_q for c_q in self.coefficients) / max(len(self.coefficients), 1))
 
 
 def hosl_round(
@@ -41,18 +54,19 @@ def hosl_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
+    control: StepControl = PLAIN,
 ) -> RoundResult:
     """One step of HOSL (arXiv 2601.10940, Alg. 1): zeroth-order client, first-order server."""
     answers = []
-    for seed in seeds:  # l.1
-        h_plus, h_minus = client.probe(batch, seed, epsilon)  # l.2 l.3
+    for h_plus, h_minus in client.probes(batch, seeds, epsilon):  # l.1 l.2 l.3
         answers.append(
             server.losses([h_plus, h_minus], batch.targets)
         )  # l.4  may arrive during the next probe
-    coefficients = [central_difference(plus, minus, epsilon) for plus, minus in answers]  # l.5
+    probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in answers])  # l.5
     reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7  the UNPERTURBED client
-    client.descend(step, seeds, coefficients, learning_rate)  # l.8  deferred, mean over Q
-    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8  deferred, mean over Q
+    noise = loss_noise([loss for pair in answers for loss in pair], epsilon)
+    return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
 
 
 def hosl_gradient_round(
@@ -64,18 +78,57 @@ def hosl_gradient_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
+    control: StepControl = PLAIN,
 ) -> RoundResult:
     """HOSL with a returned gradient: the server sends dL/dh once, the client projects its probes on it.
 
     One upload, one download, one round trip, any Q. Source: methods.md (a), two-sided.
     """
     reply = server.step(client.forward(batch), batch.targets, step=step, want_gradient=True)  # l.6 l.7
-    coefficients = []
-    for seed in seeds:  # l.1
-        pair = client.probe(batch, seed, epsilon)  # l.2 l.3
-        coefficients.append(client.project(pair, reply.gradient, epsilon))  # in place of l.4 l.5
-    client.descend(step, seeds, coefficients, learning_rate)  # l.8
-    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+    found = list(client.projections(batch, seeds, epsilon, reply.gradient))  # l.1 to l.5, at the client
+    probes = control.judge([control.total(p.rows) for p in found])
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8
+    return RoundResult(reply.loss, probes.measured, probes.rejected, probes.of(found)[0].noise)
+
+
+def hosl_gradient_one_sided_round(
+    client: OneSidedClientSide,
+    server: FirstOrderServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+    control: StepControl = PLAIN,
+) -> RoundResult:
+    """As `hosl_gradient_round`, with Q + 1 forward passes: the clean one stands in for h-.
+
+    The error is first order in epsilon. Source: methods.md (a), one-sided.
+    """
+    h = client.forward(batch)
+    reply = server.step(h, batch.targets, step=step, want_gradient=True)  # l.6 l.7
+    found = list(client.one_sided_projections(batch, h, seeds, epsilon, reply.gradient))
+    probes = control.judge([control.total(p.rows) for p in found])
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8
+    return RoundResult(reply.loss, probes.measured, probes.rejected, probes.of(found)[0].noise)
+
+
+def hosl_gradient_forward_mode_round(
+    client: ForwardModeClientSide,
+    server: FirstOrderServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    learning_rate: float,
+    control: StepControl = PLAIN,
+) -> RoundResult:
+    """As `hosl_gradient_round`, with exact directional derivatives <g, J u>. Source: methods.md (e)."""
+    reply = server.step(client.forward(batch), batch.targets, step=step, want_gradient=True)  # l.6 l.7
+    probes = control.judge([control.total(p.rows) for p in client.tangents(batch, seeds, reply.gradient)])
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8
+    return RoundResult(reply.loss, probes.measured, probes.rejected)
 
 
 def hosl_guided_round(
@@ -86,6 +139,7 @@ def hosl_guided_round(
     step: int,
     epsilon: float,
     learning_rate: float,
+    control: StepControl = PLAIN,
 ) -> RoundResult:
     """HOSL along directions formed from the returned gradient; one per tensor, no seeds. methods.md (i).
 
@@ -94,9 +148,9 @@ def hosl_guided_round(
     h = client.forward_for_guides(batch)
     reply = server.step(h, batch.targets, step=step, want_gradient=True)  # l.6 l.7
     names = client.guide(reply.gradient)  # in place of l.2: u from the data, not from a seed
-    slopes = [client.slope(name, reply.gradient, epsilon) for name in names]  # l.3, in place of l.4 l.5
-    client.descend_along(names, slopes, learning_rate)  # l.8
-    return RoundResult(loss=reply.loss, coefficients=tuple(slopes))
+    probes = control.judge([client.slope(name, reply.gradient, epsilon) for name in names])  # l.3 to l.5
+    client.descend_along(probes.of(names), probes.coefficients, learning_rate)  # l.8
+    return RoundResult(reply.loss, probes.measured, probes.rejected)
 
 
 def fo_round(
@@ -124,20 +178,21 @@ def zo_round(
     server_seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
+    control: StepControl = PLAIN,
 ) -> RoundResult:
     """ZO-ZO: both halves perturbed together, independent directions (I7), both updated after the probes.
 
-    Source: paper.md section 4. The loss is the mean of the probes' losses: no clean forward is made.
+    Source: paper.md section 4. The loss is the mean of the accepted probes' losses: no clean forward is made.
     """
-    coefficients, losses = [], []
-    for seed, server_seed in zip(seeds, server_seeds, strict=True):
-        pair = client.probe(batch, seed, epsilon)
-        loss_plus, loss_minus = server.probe(pair, batch.targets, server_seed, epsilon)
-        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))
-        losses += [loss_plus, loss_minus]
-    server.descend(step, server_seeds, coefficients)
-    client.descend(step, seeds, coefficients, learning_rate)
-    return RoundResult(loss=sum(losses) / len(losses), coefficients=tuple(coefficients))
+    answers = []
+    for pair, server_seed in zip(client.probes(batch, seeds, epsilon), server_seeds, strict=True):
+        answers.append(server.probe(pair, batch.targets, server_seed, epsilon))
+    probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in answers])
+    server.descend(step, probes.of(server_seeds), probes.coefficients)
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)
+    losses = [loss for pair in probes.of(answers) for loss in pair]
+    noise = loss_noise(losses, epsilon)
+    return RoundResult(sum(losses) / len(losses), probes.measured, probes.rejected, noise)
 
 
 def fo_zo_round(
@@ -149,6 +204,7 @@ def fo_zo_round(
     server_seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
+    control: StepControl = PLAIN,
 ) -> RoundResult:
     """FO-ZO: first-order client, zeroth-order server. Exists in the authors' code; kept for completeness.
 
@@ -157,13 +213,12 @@ def fo_zo_round(
     """
     h = client.forward_for_backward(batch)
     reply = server.gradient(h, batch.targets)
-    coefficients = []
-    for server_seed in server_seeds:
-        loss_plus, loss_minus = server.probe((h, h), batch.targets, server_seed, epsilon)
-        coefficients.append(central_difference(loss_plus, loss_minus, epsilon))
-    server.descend(step, server_seeds, coefficients)
+    answers = [server.probe((h, h), batch.targets, seed, epsilon) for seed in server_seeds]
+    probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in answers])
+    server.descend(step, probes.of(server_seeds), probes.coefficients)
     client.backward(reply.gradient, learning_rate)
-    return RoundResult(loss=reply.loss, coefficients=tuple(coefficients))
+    noise = loss_noise([loss for pair in answers for loss in pair], epsilon)
+    return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
 
 
 def frozen_round(client: ClientSide, server: FirstOrderServerSide, batch: Batch, *, step: int) -> RoundResult:
@@ -194,7 +249,7 @@ def authors_head_round(
     coefficients = [central_difference(loss_plus, loss_minus, epsilon)]
     client.descend(step, seeds[:1], [coefficients[0] / len(seeds)], learning_rate)  # D6
     for seed in seeds[1:]:
-        h_plus, h_minus = client.probe(batch, seed, epsilon)
+        ((h_plus, h_minus),) = client.probes(batch, [seed], epsilon)
         loss_plus, loss_minus = server.losses([h_plus, h_minus], batch.targets)
         coefficients.append(central_difference(loss_plus, loss_minus, epsilon))
         client.descend(step, [seed], [coefficients[-1] / len(seeds)], learning_rate)  # D6

@@ -16,8 +16,8 @@ from torch import nn
 
 from hosl.core.directions import low_rank_factors
 from hosl.core.estimators import mean_scales
-from hosl.core.parties import Batch, Pair
-from hosl.parties.probing import Probe, descend_, paired
+from hosl.core.parties import Batch
+from hosl.parties.probing import Probe, descend_
 from hosl.parties.torch_client import ZerothOrderClient
 
 POWER_ITERATIONS = 3
@@ -37,17 +37,12 @@ class ActivationGuidedClient(ZerothOrderClient):
         """Whether the direction of this seed lies along the activations."""
         return True
 
-    def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
-        """f_c at theta_c +- epsilon u, [rows, seq, width] each."""
+    def _probe_along(self, batch: Batch, seed: int, epsilon: float) -> Probe:
         if not self.guided(seed):
-            return super().probe(batch, seed, epsilon)
+            return super()._probe_along(batch, seed, epsilon)
         if self._batch is not batch:
             self._batch, self._columns = batch, self._leading_inputs(batch)
-        ids, mask = self._inputs(batch)
-        probe = Probe(seed, epsilon, "low-rank", self._columns)
-        with torch.no_grad(), paired(self.half.model, probe, rows=2 * len(ids)):
-            h_plus, h_minus = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
-        return h_plus, h_minus
+        return Probe(seed, epsilon, "low-rank", self._columns)
 
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float

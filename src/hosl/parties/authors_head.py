@@ -15,7 +15,7 @@ import torch
 from hosl.core.journal import Journal
 from hosl.core.parties import Batch, Pair, StepReply, Targets
 from hosl.core.shapes import Float
-from hosl.parties.probing import Probe, descend_, paired
+from hosl.parties.probing import Probe, descend_, stacked
 from hosl.parties.torch_client import ZerothOrderClient
 from hosl.parties.torch_server import FirstOrderServer
 
@@ -39,7 +39,7 @@ class NoisyZerothOrderClient(ZerothOrderClient):
         """h+ with dropout, h- without, [rows, seq, width] each."""
         ids, mask = self._inputs(batch)
         probe = Probe(seed, epsilon, self.law)
-        with torch.no_grad(), paired(self.half.model, probe, rows=2 * len(ids)):
+        with torch.no_grad(), stacked(self.half.model, [probe], 2 * len(ids)):
             with dropout(self.half, dropout_seed):
                 h_plus, _ = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
             _, h_minus = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)

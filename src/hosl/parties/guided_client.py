@@ -43,8 +43,7 @@ class GuidedClient(FrozenClient):
                 evaluations take no more memory than the forward pass did.
             device: a torch device.
         """
-        super().__init__(half, device=device)
-        self.micro_batch_rows = micro_batch_rows
+        super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
         every: Any = half.model.get_submodule(half.blocks_name)
         assert 1 <= blocks <= len(every), f"{blocks} guided blocks of {len(every)}"
         first = len(every) - blocks

@@ -5,6 +5,7 @@ label values stay. What that gradient still tells a curious server: SECURITY.md.
 backprop here (it is one norm and one layer); a tied head is the client's embedding.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,7 +68,9 @@ class HeadedServer:
         )
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> list[float]:
-        """The mean loss of each activation, in nats."""
+        """The mean loss of each activation, in nats; NaN, and the trunk is not asked, where one is no number."""
+        if not all(bool(torch.isfinite(h).all()) for h in activations):
+            return [math.nan for _ in activations]
         with torch.no_grad():
             return [
                 float(self._loss(s, targets)) for s in self.trunk.states(activations, positions_of(targets))

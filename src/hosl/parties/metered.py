@@ -5,7 +5,7 @@ transport counts its own framing.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,8 +43,17 @@ class Meter:
         return taken
 
     def call(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one verb of the party under the meter."""
+        """Run one verb of the party under the meter; of a verb that answers one by one, each answer's making."""
         self.bytes_in += payload_bytes(args)
+        answer = self._measured(verb, *args, **kwargs)
+        return self._one_by_one(answer) if isinstance(answer, Iterator) else answer
+
+    def _one_by_one(self, answers: Iterator[Any]) -> Iterator[Any]:
+        end = object()
+        while (answer := self._measured(next, answers, end)) is not end:
+            yield answer
+
+    def _measured(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         if self.memory is not None:
             answer = self.memory.watch(verb, *args, **kwargs)

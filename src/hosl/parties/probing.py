@@ -8,10 +8,10 @@ one product with W. Updates: `descend_`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,22 +37,23 @@ class Probe:
     """By name of a linear layer's weight: b of u = a b^T [in], in place of the low-rank law's own."""
 
 
+Signs: TypeAlias = tuple[int, ...]
+"""On which sides of theta a probe is evaluated: +1 for theta + epsilon u, -1 for theta - epsilon u."""
+
+BOTH_SIDES: Signs = (+1, -1)
+PLUS_SIDE: Signs = (+1,)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of `model` that require a gradient, by Hugging Face's own names, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def paired(model: nn.Module, probe: Probe, rows: int) -> AbstractContextManager[None]:
-    """Within this fence, `model` maps rows 0..rows/2-1 at theta + epsilon u and the others at theta - epsilon u.
-
-    Requires: as `stacked`.
-    """
-    return stacked(model, [probe], rows)
-
-
 @contextmanager
-def stacked(model: nn.Module, probes: Sequence[Probe], rows: int) -> Iterator[None]:
-    """Within this fence, `model` maps batches of `rows` rows: for each probe its plus rows, then as many minus rows.
+def stacked(
+    model: nn.Module, probes: Sequence[Probe], rows: int, signs: Signs = BOTH_SIDES
+) -> Iterator[None]:
+    """Within this fence, `model` maps batches of `rows` rows: for each probe, for each sign, as many rows.
 
     Requires: batches of exactly `rows` rows, no autograd. The fence must not span a call to the other party.
     """
@@ -67,7 +68,7 @@ def stacked(model: nn.Module, probes: Sequence[Probe], rows: int) -> Iterator[No
             }
             if names:
                 covered.append((module, module.__dict__.get("forward")))
-                module.forward = _perturbed_forward(module, names, probes, rows, scratch)
+                module.forward = _perturbed_forward(module, names, probes, signs, rows, scratch)
         yield
     finally:
         for module, previous in covered:
@@ -98,19 +99,29 @@ def descend_(
 
 
 def _perturbed_forward(
-    module: nn.Module, names: Mapping[str, str], probes: Sequence[Probe], rows: int, scratch: "_Scratch"
+    module: nn.Module,
+    names: Mapping[str, str],
+    probes: Sequence[Probe],
+    signs: Signs,
+    rows: int,
+    scratch: "_Scratch",
 ) -> Callable[..., torch.Tensor]:
     if isinstance(module, nn.Embedding):
-        return _signed_lookup(module, names, probes, rows)
+        return _signed_lookup(module, names, probes, signs, rows)
     if type(module) is nn.Linear and "weight" in names:
         if all(probe.law == "low-rank" for probe in probes):
-            return _low_rank_linear(module, names, probes)
-        return _signed_linear(module, names, probes, scratch)
-    return _signed_rows(module, names, probes, rows, scratch)
+            return _low_rank_linear(module, names, probes, signs)
+        return _signed_linear(module, names, probes, signs, scratch)
+    return _signed_rows(module, names, probes, signs, rows, scratch)
 
 
 def _signed_rows(
-    module: nn.Module, names: Mapping[str, str], probes: Sequence[Probe], rows: int, scratch: "_Scratch"
+    module: nn.Module,
+    names: Mapping[str, str],
+    probes: Sequence[Probe],
+    signs: Signs,
+    rows: int,
+    scratch: "_Scratch",
 ) -> Callable[..., torch.Tensor]:
     """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows."""
     own_forward = module.forward
@@ -121,12 +132,12 @@ def _signed_rows(
             f"{module} got {tuple(x.shape)}; a probe of {rows} rows needs rows first"
         )
         weights = {key: p for key in names if (p := module._parameters[key]) is not None}
-        parts = iter(x.chunk(2 * len(probes)))
+        parts = iter(x.chunk(len(signs) * len(probes)))
         outputs = []
         try:
             for probe in probes:
                 directions = [_drawn(p, names[key], probe) for key, p in weights.items()]
-                for sign in (+1, -1):
+                for sign in signs:
                     tiles = scratch.tiles(list(weights.values()))
                     for (key, p), tile, u in zip(weights.items(), tiles, directions, strict=True):
                         scratch.form_(tile, p.detach(), u, sign)
@@ -140,21 +151,21 @@ def _signed_rows(
 
 
 def _signed_linear(
-    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], scratch: "_Scratch"
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, scratch: "_Scratch"
 ) -> Callable[..., torch.Tensor]:
     """A linear layer's forward by tiles of output features: bits drawn once, W +- epsilon u formed in scratch."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, width, features = module.weight.detach(), module.in_features, module.out_features
-        parts = x.reshape(len(probes), 2, -1, width)
-        out = x.new_empty(len(probes), 2, parts.shape[2], features)
+        parts = x.reshape(len(probes), len(signs), -1, width)
+        out = x.new_empty(len(probes), len(signs), parts.shape[2], features)
         step = max(SCRATCH_ELEMENTS // width, 1)
-        for probe, x_pair, y_pair in zip(probes, parts, out, strict=True):
-            biases = _shifted_biases(module, names, probe)
+        for probe, x_sides, y_sides in zip(probes, parts, out, strict=True):
+            biases = _shifted_biases(module, names, probe, signs)
             for first, last in pairwise([*range(0, features, step), features]):
                 u = _drawn(weight, names["weight"], probe, (first * width, last * width))
                 (tile,) = scratch.tiles([weight[first:last]])
-                for sign, x_sign, y, bias in zip((+1, -1), x_pair, y_pair, biases, strict=True):
+                for sign, x_sign, y, bias in zip(signs, x_sides, y_sides, biases, strict=True):
                     scratch.form_(tile, weight[first:last], u, sign, start=first * width)
                     if bias is None:
                         torch.mm(x_sign, tile.T, out=y[:, first:last])
@@ -166,18 +177,18 @@ def _signed_linear(
 
 
 def _shifted_biases(
-    module: nn.Linear, names: Mapping[str, str], probe: Probe
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """bias + epsilon u and bias - epsilon u; the bias itself, twice, where it is not trained."""
+    module: nn.Linear, names: Mapping[str, str], probe: Probe, signs: Signs
+) -> list[torch.Tensor | None]:
+    """bias + epsilon u, bias - epsilon u, by sign; the bias itself for each where it is not trained."""
     bias = None if module.bias is None else module.bias.detach()
     if bias is None or "bias" not in names:
-        return bias, bias
+        return [bias for _ in signs]
     shift = _whole(bias, names["bias"], probe)
-    return (bias + shift).to(bias.dtype), (bias - shift).to(bias.dtype)
+    return [(bias + shift if sign > 0 else bias - shift).to(bias.dtype) for sign in signs]
 
 
 def _low_rank_linear(
-    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe]
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs
 ) -> Callable[..., torch.Tensor]:
     """y = W x + bias +- epsilon (a (b^T x) + u_bias): one product with W for all probes, no scratch.
 
@@ -195,24 +206,25 @@ def _low_rank_linear(
     scaled = [
         a * _numpy_compute(weight)(probe.epsilon) for (a, _), probe in zip(factors, probes, strict=True)
     ]
-    rows = _plus_minus([torch.from_numpy(a) for a in scaled], weight)
+    rows = _by_sign([torch.from_numpy(a) for a in scaled], signs, weight)
+    evaluations = len(signs) * len(probes)
     shifts = [] if "bias" not in names else [_whole(module.bias, names["bias"], probe) for probe in probes]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y = own_forward(x)
-        parts = x.reshape(2 * len(probes), -1, module.in_features)
-        along = torch.bmm(parts, columns.repeat_interleave(2, dim=0)[:, :, None])
-        by_sign = y.view(2 * len(probes), -1, module.out_features)
+        parts = x.reshape(evaluations, -1, module.in_features)
+        along = torch.bmm(parts, columns.repeat_interleave(len(signs), dim=0)[:, :, None])
+        by_sign = y.view(evaluations, -1, module.out_features)
         by_sign.baddbmm_(along, rows)
         if shifts:
-            by_sign.add_(_plus_minus(shifts, weight))
+            by_sign.add_(_by_sign(shifts, signs, weight))
         return y
 
     return forward
 
 
 def _signed_lookup(
-    module: nn.Embedding, names: Mapping[str, str], probes: Sequence[Probe], rows: int
+    module: nn.Embedding, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, rows: int
 ) -> Callable[..., torch.Tensor]:
     """A forward for an embedding table: only the rows that the batch touches are drawn and perturbed.
 
@@ -223,7 +235,7 @@ def _signed_lookup(
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         weight = module.weight
         table = weight.detach().as_subclass(_SignedTable)
-        table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, probes, rows)
+        table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, probes, signs, rows)
         module._parameters["weight"] = table  # pyright: ignore[reportArgumentType]
         try:
             return own_forward(*args, **kwargs)
@@ -247,19 +259,20 @@ class _SignedTable(torch.Tensor):
 
 
 def _looked_up(
-    weight: torch.Tensor, name: str, ids: torch.Tensor, probes: Sequence[Probe], rows: int
+    weight: torch.Tensor, name: str, ids: torch.Tensor, probes: Sequence[Probe], signs: Signs, rows: int
 ) -> torch.Tensor:
     # position ids come as one row for the whole batch; the signs need rows of their own
     ids = ids.expand(rows, *ids.shape[1:])
     touched, place = torch.unique(ids, return_inverse=True)
     found = nn.functional.embedding(ids, weight)
     found = found.to(torch.promote_types(weight.dtype, torch.float32))
-    pairs = zip(found.chunk(len(probes)), place.chunk(len(probes)), strict=True)
-    for probe, (found_pair, place_pair) in zip(probes, pairs, strict=True):
+    sides = zip(found.chunk(len(probes)), place.chunk(len(probes)), strict=True)
+    for probe, (found_sides, place_sides) in zip(probes, sides, strict=True):
         u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.law)
-        shift = torch.from_numpy(u).to(found)[place_pair] * probe.epsilon
-        shift.chunk(2)[1].neg_()
-        found_pair += shift
+        shift = torch.from_numpy(u).to(found)[place_sides] * probe.epsilon
+        for sign, part in zip(signs, shift.chunk(len(signs)), strict=True):
+            part.mul_(sign)
+        found_sides += shift
     return found.to(weight.dtype)
 
 
@@ -308,11 +321,10 @@ def _whole(weight: torch.Tensor, name: str, probe: Probe) -> torch.Tensor:
     return torch.from_numpy(u).view(weight.shape).to(weight.device)
 
 
-def _plus_minus(shifts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """[2 len(shifts), 1, features]: each shift, then its negative, in the dtype of `like`."""
-    return torch.stack([s for shift in shifts for s in (shift, -shift)])[:, None, :].to(
-        like.device, like.dtype
-    )
+def _by_sign(shifts: Sequence[torch.Tensor], signs: Signs, like: torch.Tensor) -> torch.Tensor:
+    """[len(shifts) len(signs), 1, features]: each shift times each sign, in the dtype of `like`."""
+    each = [shift if sign > 0 else -shift for shift in shifts for sign in signs]
+    return torch.stack(each)[:, None, :].to(like.device, like.dtype)
 
 
 def _numpy_compute(weight: torch.Tensor) -> type:

@@ -55,8 +55,7 @@ class RecomputingClient(FrozenClient):
             micro_batch_rows: how many rows of a batch a block is recomputed for at once; None: all of them.
             device: a torch device.
         """
-        super().__init__(half, device=device)
-        self.micro_batch_rows = micro_batch_rows
+        super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
         self.trained = trained_parameters(half.model)
         blocks: Any = half.model.get_submodule(half.blocks_name)
         self._blocks: list[nn.Module] = list(blocks)

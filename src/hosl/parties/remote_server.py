@@ -4,6 +4,7 @@ What a round sees is a server; what it does not see is here: the greeting, the s
 restarted may be at another step (`StepMoved`). No torch: `Arrays` turns the runtime's tensors into the wire's.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,10 +127,15 @@ class RemoteServer:
     # ---- questions that change nothing ----
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> PendingLosses:
-        """The mean loss of each activation, in nats; reading them waits."""
+        """The mean loss of each activation, in nats; reading them waits.
+
+        NaN, and nothing is sent, where an activation is no number: a server refuses such bytes.
+        """
         self._settle()
-        step, noise = self.current + 1, self._noise()
         arrays = [self._arrays.to_wire(h) for h in activations]
+        if not all(array.finite() for array in arrays):
+            return PendingLosses(_answered([math.nan for _ in arrays]))
+        step, noise = self.current + 1, self._noise()
         packed = [pack(array, self._compression, noise=noise) for array in arrays]
         self._count_up(packed, targets)
 
@@ -188,10 +194,13 @@ class RemoteServer:
         return self._repeated(ask)
 
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
-        """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed)."""
+        """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed); NaN as in `losses`."""
         self._settle()
+        arrays = [self._arrays.to_wire(h) for h in pair]
+        if not all(array.finite() for array in arrays):
+            return math.nan, math.nan
         noise = self._noise()
-        packed = [pack(self._arrays.to_wire(h), self._compression, noise=noise) for h in pair]
+        packed = [pack(array, self._compression, noise=noise) for array in arrays]
         self._count_up(packed, targets)
         self.meter.bytes_in += payload_bytes([seed, epsilon])
 
@@ -329,6 +338,12 @@ class RemoteServer:
     def _count_down(self, server_s: float, answer: Any) -> None:
         self.meter.seconds += server_s
         self.meter.bytes_out += payload_bytes(answer)
+
+
+def _answered(losses: list[float]) -> "Future[list[float]]":
+    answer: Future[list[float]] = Future()
+    answer.set_result(losses)
+    return answer
 
 
 def upload_frames(question: pb.Upload, packed: list[Packed]) -> Iterator[pb.Upload]:

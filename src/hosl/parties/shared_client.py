@@ -4,10 +4,10 @@ The server keeps the journal and its order. A client hands its update in and app
 others', in that order, so all halves are equal bit for bit at equal length. A late client catches up the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from hosl.core.estimators import mean_scales
+from hosl.core.estimators import Projection, mean_scales
 from hosl.core.journal import Journal
 from hosl.core.parties import Activations, Batch, Pair, ZerothOrderClientSide
 from hosl.errors import StepMoved
@@ -41,14 +41,16 @@ class SharedClient:
         self._examples = len(batch.input_ids)
         return self.client.forward(batch)
 
-    def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
-        """f_c at theta_c +- epsilon u(seed)."""
+    def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
+        """For each seed f_c at theta_c +- epsilon u(seed)."""
         self._examples = len(batch.input_ids)
-        return self.client.probe(batch, seed, epsilon)
+        return self.client.probes(batch, seeds, epsilon)
 
-    def project(self, pair: Pair, gradient: Activations, epsilon: float) -> float:
-        """<gradient, h+ - h-> / (2 epsilon)."""
-        return self.client.project(pair, gradient, epsilon)
+    def projections(
+        self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: Activations
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - h-> / (2 epsilon)."""
+        return self.client.projections(batch, seeds, epsilon, gradient)
 
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float

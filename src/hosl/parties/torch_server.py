@@ -11,7 +11,7 @@ from hosl.core.parties import Pair, StepReply, Targets
 from hosl.core.shapes import Float
 from hosl.errors import NonFiniteError
 from hosl.parties.optimisers import OptimiserSpec, make_optimiser, optimiser_step
-from hosl.parties.probing import Probe, descend_, paired, trained_parameters
+from hosl.parties.probing import Probe, descend_, stacked, trained_parameters
 from hosl.parties.torch_loss import row_losses, row_scores, wanted_positions
 from hosl.split import ServerHalf
 
@@ -146,7 +146,7 @@ class ZerothOrderServer(TorchServer):
         h = torch.cat([side.to(self.device) for side in pair])
         mask = torch.from_numpy(targets.mask).to(self.device, torch.int64).repeat(2, 1)
         positions = wanted_positions(targets)
-        with torch.no_grad(), paired(self.half.model, Probe(seed, epsilon, self.law), rows=len(h)):
+        with torch.no_grad(), stacked(self.half.model, [Probe(seed, epsilon, self.law)], len(h)):
             logits = self.half(h, mask, None if positions is None else positions.to(self.device))
         logits_plus, logits_minus = logits.chunk(2)
         return (

@@ -58,7 +58,8 @@ class JoinedSession(Session):
         clients = self.config.clients
         own = clients.count > 1 and clients.directions == "own"
         name = f"client/{self.remote.client}" if own else "client"
-        result = method_round(self.config, client, self.server, batch, step, half=name)
+        result = method_round(self.config, client, self.server, batch, step, half=name, control=self.control)
+        self.control = self.control.after(result.coefficients)
         if clients.schedule == "synchronous" and clients.halves == "personal":
             for reply in self.remote.journal(step, 0, (), (), len(batch.input_ids)):
                 if reply.late:
@@ -136,6 +137,7 @@ class JoinedSession(Session):
             if self._labels_stay:
                 self.runtime.restore_head_(self.server, checkpoint)
             facts = checkpoint.state
+        self.control = self.control.restored(facts)
         drop_checkpoints_after(run / "checkpoints", step)
         self.done(step)
         return facts

@@ -130,6 +130,7 @@ def load_run(run: Path, *, low_precision: bool = True) -> LocalSession:
     check_same_inputs(session, checkpoint, path)
     restore_server_(session.server, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
+    session.control = session.control.restored(checkpoint.state)
     session.step = checkpoint.step
     return session
 

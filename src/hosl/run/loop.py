@@ -81,7 +81,7 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
 
 def save(session: Session, record: Record, run: Path) -> None:
     """A checkpoint at the session's step."""
-    session.save(run, {"metrics_bytes": record.flush()})
+    session.save(run, {"metrics_bytes": record.flush(), **session.control.state()})
 
 
 def _one_step(
@@ -115,6 +115,7 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         server_learning_rate=learning_rate(config, config.server.learning_rate)(step),
         bytes_up=server.bytes_in,
         bytes_down=server.bytes_out,
+        **_probes(result),
         **session.notes(),
     )
     record.timings(
@@ -127,6 +128,13 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         process_peak_bytes=process_peak_bytes(),
         **session.costs(),
     )
+
+
+def _probes(result: RoundResult) -> dict[str, float | int]:
+    if not result.coefficients:
+        return {}
+    known = {} if result.noise is None else {"probe_noise": result.noise}
+    return {"rejected_probes": result.rejected, "probe_signal": result.signal} | known
 
 
 def _has_dev_line(record: Record, run: Path, step: int) -> bool:

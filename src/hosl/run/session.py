@@ -18,11 +18,14 @@ from hosl.core.rounds import (
     fo_round,
     fo_zo_round,
     frozen_round,
+    hosl_gradient_forward_mode_round,
+    hosl_gradient_one_sided_round,
     hosl_gradient_round,
     hosl_guided_round,
     hosl_round,
     zo_round,
 )
+from hosl.core.step_control import StepControl
 from hosl.parties.metered import Meter, Metered
 from hosl.run.schedule import learning_rate
 from hosl.tasks import Task
@@ -51,11 +54,18 @@ class Session:
     step: int = 0
     """Steps done."""
     meters: Meters = field(default_factory=Meters)
+    control: StepControl = field(init=False)
+    """Of the steps after `step`; its memory goes into checkpoints."""
+
+    def __post_init__(self) -> None:
+        self.control = step_control(self.config)
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method between the two parties, under their meters."""
         client, server = Metered(self.client, self.meters.client), Metered(self.server, self.meters.server)
-        return method_round(self.config, client, server, batch, step)
+        result = method_round(self.config, client, server, batch, step, control=self.control)
+        self.control = self.control.after(result.coefficients)
+        return result
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' verbs."""
@@ -88,8 +98,20 @@ class Session:
         """The last step is done; nothing more will be asked."""
 
 
+def step_control(config: Config) -> StepControl:
+    """What the config says of a step's coefficients, with nothing to look back on."""
+    return StepControl(clip=config.zo.clip, row_clip=config.zo.row_clip, normalise=config.zo.normalise)
+
+
 def method_round(
-    config: Config, client: Any, server: Any, batch: Batch, step: int, *, half: str = "client"
+    config: Config,
+    client: Any,
+    server: Any,
+    batch: Batch,
+    step: int,
+    *,
+    half: str = "client",
+    control: StepControl | None = None,
 ) -> RoundResult:
     """One step of the config's method between two parties.
 
@@ -100,6 +122,7 @@ def method_round(
         batch: of this step.
         step: from 1.
         half: the name under which the client draws its directions.
+        control: of the step's coefficients; None: the config's, with nothing to look back on.
     """
     seeds = [direction_seed(config.seed, step, q, half) for q in range(config.zo.directions)]
     server_seeds = [direction_seed(config.seed, step, q, "server") for q in range(config.zo.directions)]
@@ -108,16 +131,25 @@ def method_round(
     if config.profile == "authors-head":
         dropout_seed = direction_seed(config.seed, step, 0, "server")
         return authors_head_round(client, server, batch, step=step, dropout_seed=dropout_seed, **probes)
+    control = control or step_control(config)
+    probes["control"] = control
+    forward_mode = {name: value for name, value in probes.items() if name != "epsilon"}
+    guided = {name: value for name, value in probes.items() if name != "seeds"}
     rounds: dict[str, Callable[..., RoundResult]] = {
         "hosl": partial(hosl_round, **probes),
         "hosl-gradient": partial(hosl_gradient_round, **probes),
-        "hosl-guided": partial(hosl_guided_round, epsilon=config.zo.epsilon, learning_rate=eta),
+        "hosl-gradient, one-sided": partial(hosl_gradient_one_sided_round, **probes),
+        "hosl-gradient, forward-mode": partial(hosl_gradient_forward_mode_round, **forward_mode),
+        "hosl-guided": partial(hosl_guided_round, **guided),
         "fo-fo": partial(fo_round, learning_rate=eta),
         "fo-recompute": partial(fo_round, learning_rate=eta),
         "zo-zo": partial(zo_round, server_seeds=server_seeds, **probes),
-        "fo-zo": partial(
-            fo_zo_round, server_seeds=server_seeds, epsilon=config.zo.epsilon, learning_rate=eta
-        ),
+        "fo-zo": partial(fo_zo_round, server_seeds=server_seeds, **guided),
         "frozen": frozen_round,
     }
-    return rounds[config.method](client, server, batch, step=step)
+    variant = config.method
+    if config.zo.sides == "one":
+        variant += ", one-sided"
+    if config.zo.derivative == "forward-mode":
+        variant += ", forward-mode"
+    return rounds[variant](client, server, batch, step=step)

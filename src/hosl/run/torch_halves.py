@@ -48,19 +48,19 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
         add_lora(half, config.client.lora, seed=config.seed, dtype=adapters)
     else:
         set_trainable(half, of_client)
-    device = config.client.device
+    device, rows = config.client.device, config.client.micro_batch_rows
     match config.method:
         case "frozen":
-            return FrozenClient(half, device=device)
+            return FrozenClient(half, micro_batch_rows=rows, device=device)
         case "fo-fo" | "fo-zo":
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
         case "fo-recompute":
-            return RecomputingClient(half, micro_batch_rows=config.client.micro_batch_rows, device=device)
+            return RecomputingClient(half, micro_batch_rows=rows, device=device)
         case "hosl-guided":
             return GuidedClient(
                 half,
                 blocks=config.zo.guided_blocks,
-                micro_batch_rows=config.client.micro_batch_rows,
+                micro_batch_rows=rows,
                 device=device,
             )
         case "hosl" | "hosl-gradient" | "zo-zo":
@@ -68,7 +68,7 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
             kind = guided.get(config.zo.guidance, ZerothOrderClient)
             if config.profile == "authors-head":
                 kind = NoisyZerothOrderClient
-            return kind(half, law=config.zo.law, device=device)
+            return kind(half, law=config.zo.law, micro_batch_rows=rows, device=device)
 
 
 def make_server(
