@@ -3,7 +3,7 @@
     HOSL_DATA=... python benchmarks/banking77.py [--table]     # resumes; --table makes no run
 
 Four tries per method on seed 0, the lowest dev loss chosen. The server's rate is tuned on the frozen client and kept.
-No forward-only row has more than 2Q + 1 = 5 forward passes a step. Summaries: benchmarks/results/banking77.
+No forward-only row has more than 2Q + 1 = 5 forward passes a step: hosl-node evaluates the last of six blocks, 16 times. Summaries: benchmarks/results/banking77.
 """
 
 import argparse
@@ -25,6 +25,7 @@ ROWS = (
     Row("frozen", _method("frozen"), server_rates=(3e-4, 1e-3, 3e-3, 1e-2)),
     Row("fo-fo-sgd", _method("fo-fo"), SGD),
     Row("hosl-guided", _method("hosl-guided"), SGD),
+    Row("hosl-node", _method("hosl-node", "--zo.directions", "16"), SGD),
     Row("hosl-gradient", _method("hosl-gradient"), ZO),
     Row("hosl", _method("hosl"), ZO),
     Row("fo-fo-adamw", _method("fo-fo", "--client.optimiser.name", "adamw"), (3e-5, 1e-4, 3e-4, 1e-3)),
@@ -36,6 +37,8 @@ ROWS = (
         _method("fo-fo", "--client.optimiser.name", "adamw", *ADAPTERS),
         (3e-4, 1e-3, 3e-3, 1e-2),
     ),
+    Row("hosl-gradient-activation", _method("hosl-gradient", "--zo.guidance", "activation"), ZO),
+    Row("hosl-gradient-mixed", _method("hosl-gradient", "--zo.guidance", "mixed"), ZO),
     Row("hosl-gradient-gaussian", _method("hosl-gradient", "--zo.law", "gaussian"), ZO),
 )
 FIRST_ORDER = "fo-fo-sgd"

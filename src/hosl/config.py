@@ -18,7 +18,9 @@ from hosl.errors import ConfigError
 from hosl.parties.optimisers import OptimiserSpec
 from hosl.tasks import DocstringsConfig, TaskConfig
 
-Method = Literal["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
+Method = Literal[
+    "hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"
+]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,8 +30,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The run's folder; made by the run, never overwritten."""
     method: Method = "hosl"
     """hosl: the paper. hosl-gradient: the server returns dL/dh once. hosl-guided: and the client's last blocks move
-    along directions formed from it. Baselines: fo-fo, fo-recompute (fo-fo in little
-    memory), zo-zo, fo-zo, frozen."""
+    along directions formed from it. hosl-node: as hosl-guided, and the last block's queries by node perturbation.
+    Baselines: fo-fo, fo-recompute (fo-fo in little memory), zo-zo, fo-zo, frozen."""
     profile: Literal["paper", "authors-head"] = "paper"
     """paper: as written. authors-head: as the authors' published code runs (docs/algorithm.md)."""
     seed: int = 0
@@ -76,6 +78,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         self._check_recomputing()
         self._check_projection()
         self._check_guided()
+        self._check_nodes()
         self._check_client_dtype()
         self._check_clients()
 
@@ -125,7 +128,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"hosl-gradient or zo-zo, clients.halves: personal, profile: paper), method is {self.method}, "
                 f"clients.halves {self.clients.halves}, profile {self.profile}; leave zo.guidance out"
             )
-        if self.method != "hosl-guided":
+        if self.method not in ("hosl-guided", "hosl-node"):
             return
         if self.zo.guided_blocks > self.model.cut:
             raise ConfigError(
@@ -134,8 +137,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if self.client.trainable != "blocks" or self.client.dtype != "model":
             raise ConfigError(
-                "method hosl-guided trains two weight matrices of each guided block and nothing else, got "
+                f"method {self.method} chooses what it trains by itself, in the model's own dtype, got "
                 f"client.trainable: {self.client.trainable}, client.dtype: {self.client.dtype}; leave both out"
+            )
+
+    def _check_nodes(self) -> None:
+        asked = {"clip": self.zo.clip, "row_clip": self.zo.row_clip, "normalise": self.zo.normalise}
+        changed = [name for name, value in asked.items() if value not in (None, "none")]
+        if changed and self.method == "hosl-node":
+            raise ConfigError(
+                f"zo.{changed[0]}: {asked[changed[0]]} is for methods that measure one coefficient per direction; "
+                f"hosl-node measures one per token: leave zo.{changed[0]} out"
             )
 
     def _check_client_dtype(self) -> None:
@@ -172,7 +184,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.wire.labels == "client" and (clients.count > 1 or self.method in ("zo-zo", "fo-zo")):
             raise ConfigError(
                 "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
-                "method to hosl, hosl-gradient, hosl-guided, fo-fo, fo-recompute or frozen"
+                "method to hosl, hosl-gradient, hosl-guided, hosl-node, fo-fo, fo-recompute or frozen"
             )
 
     def _check_authors_head(self) -> None:

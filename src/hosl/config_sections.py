@@ -47,7 +47,8 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     guidance: Literal["none", "activation", "mixed"] = "none"
     """activation: directions lie along each linear layer's own inputs (AGZO); biased. mixed: every other one does."""
     guided_blocks: int = 1
-    """Of hosl-guided: how many of the client's last blocks it trains. The guess gets worse with every block below."""
+    """Of hosl-guided and hosl-node: in how many of the client's last blocks writers are trained. The guess gets worse
+    with every block below."""
     clip: float | None = None
     """Limit of a coefficient: this multiple of the running median of |c|, such as 5.0; none by default."""
     row_clip: float | None = None

@@ -9,7 +9,17 @@ from hosl.cli import main
 from hosl.run.record import read_lines
 from hosl.split import load_half, load_model, split_folder
 
-METHODS = ["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
+METHODS = [
+    "hosl",
+    "hosl-gradient",
+    "hosl-guided",
+    "hosl-node",
+    "fo-fo",
+    "fo-recompute",
+    "zo-zo",
+    "fo-zo",
+    "frozen",
+]
 
 
 def client_files(run):
@@ -22,7 +32,7 @@ def client_files(run):
     ("method", "guidance"), [*((m, "none") for m in METHODS), ("hosl-gradient", "mixed")]
 )
 def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, guidance):
-    trainable = "blocks" if method == "hosl-guided" else "all"
+    trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
     config = tiny_run(
         method=method, zo={"guidance": guidance}, client={"learning_rate": 1e-3, "trainable": trainable}
     )

@@ -59,12 +59,13 @@ def _kill_and_resume(config, folder, delays):
         ("hosl", "none", 0.6),
         ("hosl-gradient", "activation", 0.8),
         ("hosl-guided", "none", 0.8),
+        ("hosl-node", "none", 0.8),
         ("fo-fo", "none", 1.0),
         ("fo-recompute", "none", 1.0),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, guidance, delay):
-    trainable = "blocks" if method == "hosl-guided" else "all"
+    trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
     client = {"learning_rate": 1e-3, "trainable": trainable}
     config = tiny_run(method=method, max_steps=60, client=client, zo={"guidance": guidance})
     _finished(_train(config, "--output-dir", tmp_path / "whole"))
@@ -74,10 +75,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, guida
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "frozen"]
+    "method",
+    ["hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-fo", "fo-recompute", "zo-zo", "frozen"],
 )
 def test_a_run_killed_four_times_resumes_to_the_same_bits(tiny_run, tmp_path, method):
-    """Four kills for each of seven methods, at moments drawn over the whole life of the process."""
+    """Four kills for each of eight methods, at moments drawn over the whole life of the process."""
     config = tiny_run(method=method, max_steps=80, server={"learning_rate": 1e-2, "optimiser": {"name": "adamw"}}
                       if method not in ("zo-zo",) else {"learning_rate": 1e-3})  # fmt: skip
     _finished(_train(config, "--output-dir", tmp_path / "whole"))

@@ -12,7 +12,17 @@ import hosl
 from hosl.cli import main
 from hosl.run.record import read_lines
 
-METHODS = ["hosl", "hosl-gradient", "hosl-guided", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"]
+METHODS = [
+    "hosl",
+    "hosl-gradient",
+    "hosl-guided",
+    "hosl-node",
+    "fo-fo",
+    "fo-recompute",
+    "zo-zo",
+    "fo-zo",
+    "frozen",
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,7 +136,11 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         ),
         (
             {"method": "hosl-guided", "client": {"trainable": "lora"}},
-            "trains two weight matrices of each guided block and nothing else, got client.trainable: lora",
+            "chooses what it trains by itself, in the model's own dtype, got client.trainable: lora",
+        ),
+        (
+            {"method": "hosl-node", "zo": {"clip": 5.0}},
+            "zo.clip: 5.0 is for methods that measure one coefficient per direction",
         ),
         (
             {"method": "hosl-guided", "zo": {"guided_blocks": 4}},

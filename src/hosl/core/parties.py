@@ -155,6 +155,23 @@ class GuidedClientSide(ClientSide, Protocol):
 
 
 @runtime_checkable
+class NodeClientSide(GuidedClientSide, Protocol):
+    """A guided client that can also shift what a layer puts out, each token by a random direction of its own."""
+
+    def node_slopes(
+        self, clean: Activations, seeds: Sequence[int], epsilon: float, gradient: Activations
+    ) -> Iterator[Float[np.ndarray, "rows seq"]]:
+        """For each seed and token <gradient, h+ - clean> / scale, `clean` being the last `forward_for_guides`."""
+        ...
+
+    def descend_nodes(
+        self, seeds: Sequence[int], slopes: Sequence[Float[np.ndarray, "rows seq"]], learning_rate: float
+    ) -> None:
+        """W <- W - learning_rate * mean_q sum over tokens of slope * u(seed_q) x^T; before `descend_along`."""
+        ...
+
+
+@runtime_checkable
 class FirstOrderClientSide(ClientSide, Protocol):
     """A client that is trained by backprop."""
 

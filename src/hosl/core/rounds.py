@@ -17,6 +17,7 @@ from hosl.core.parties import (
     FirstOrderServerSide,
     ForwardModeClientSide,
     GuidedClientSide,
+    NodeClientSide,
     NoisyClientSide,
     NoisyServerSide,
     OneSidedClientSide,
@@ -151,6 +152,35 @@ def hosl_guided_round(
     probes = control.judge([client.slope(name, reply.gradient, epsilon) for name in names])  # l.3 to l.5
     client.descend_along(probes.of(names), probes.coefficients, learning_rate)  # l.8
     return RoundResult(reply.loss, probes.measured, probes.rejected)
+
+
+def hosl_node_round(
+    client: NodeClientSide,
+    server: FirstOrderServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+) -> RoundResult:
+    """As `hosl_guided_round`, and the last block's queries by node perturbation. Source: methods.md (i).
+
+    Its coefficients: the writers' slopes, then for each seed the sum of its tokens' slopes.
+    """
+    h = client.forward_for_guides(batch)
+    reply = server.step(h, batch.targets, step=step, want_gradient=True)  # l.6 l.7
+    names = client.guide(reply.gradient)
+    writers = PLAIN.judge([client.slope(name, reply.gradient, epsilon) for name in names])
+    slopes = list(
+        client.node_slopes(h, seeds, epsilon, reply.gradient)
+    )  # l.1 to l.5, a scalar for each token
+    nodes = PLAIN.judge([float(of_tokens.sum()) for of_tokens in slopes])
+    client.descend_nodes(nodes.of(seeds), nodes.of(slopes), learning_rate)  # l.8
+    client.descend_along(writers.of(names), writers.coefficients, learning_rate)
+    return RoundResult(
+        reply.loss, (*writers.measured, *nodes.measured), rejected=writers.rejected + nodes.rejected
+    )
 
 
 def fo_round(

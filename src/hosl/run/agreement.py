@@ -10,7 +10,7 @@ from hosl.split.specs import LoraSpec
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 
-_SERVED_AS = {"fo-recompute": "fo-fo", "hosl-guided": "hosl-gradient"}
+_SERVED_AS = {"fo-recompute": "fo-fo", "hosl-guided": "hosl-gradient", "hosl-node": "hosl-gradient"}
 """Methods that differ in the client alone, and what a server knows them as."""
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F64": "float64"}

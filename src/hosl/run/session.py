@@ -22,6 +22,7 @@ from hosl.core.rounds import (
     hosl_gradient_one_sided_round,
     hosl_gradient_round,
     hosl_guided_round,
+    hosl_node_round,
     hosl_round,
     zo_round,
 )
@@ -132,6 +133,7 @@ def method_round(
         dropout_seed = direction_seed(config.seed, step, 0, "server")
         return authors_head_round(client, server, batch, step=step, dropout_seed=dropout_seed, **probes)
     control = control or step_control(config)
+    uncontrolled = dict(probes)  # hosl-node judges slopes of tokens, not one coefficient per direction
     probes["control"] = control
     forward_mode = {name: value for name, value in probes.items() if name != "epsilon"}
     guided = {name: value for name, value in probes.items() if name != "seeds"}
@@ -141,6 +143,7 @@ def method_round(
         "hosl-gradient, one-sided": partial(hosl_gradient_one_sided_round, **probes),
         "hosl-gradient, forward-mode": partial(hosl_gradient_forward_mode_round, **forward_mode),
         "hosl-guided": partial(hosl_guided_round, **guided),
+        "hosl-node": partial(hosl_node_round, **uncontrolled),
         "fo-fo": partial(fo_round, learning_rate=eta),
         "fo-recompute": partial(fo_round, learning_rate=eta),
         "zo-zo": partial(zo_round, server_seeds=server_seeds, **probes),

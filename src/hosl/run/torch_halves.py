@@ -17,6 +17,7 @@ from hosl.parties.activation_guided_client import ActivationGuidedClient, MixedC
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.guided_client import GuidedClient
 from hosl.parties.headed_server import HeadedServer, Trunk
+from hosl.parties.node_client import NodeClient
 from hosl.parties.recomputing_client import RecomputingClient
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
 from hosl.parties.torch_memory import resident_bytes
@@ -39,7 +40,7 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
         half: is given to the party.
         low_precision: whether client.dtype is applied; False leaves the base weights as they are, for export.
     """
-    of_client = "none" if config.method in ("frozen", "hosl-guided") else config.client.trainable
+    of_client = "none" if config.method in ("frozen", "hosl-guided", "hosl-node") else config.client.trainable
     dtype = config.client.dtype
     if dtype != "model" and low_precision:
         quantise_(half, dtype)
@@ -56,13 +57,9 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
         case "fo-recompute":
             return RecomputingClient(half, micro_batch_rows=rows, device=device)
-        case "hosl-guided":
-            return GuidedClient(
-                half,
-                blocks=config.zo.guided_blocks,
-                micro_batch_rows=rows,
-                device=device,
-            )
+        case "hosl-guided" | "hosl-node":
+            kind = GuidedClient if config.method == "hosl-guided" else NodeClient
+            return kind(half, blocks=config.zo.guided_blocks, micro_batch_rows=rows, device=device)
         case "hosl" | "hosl-gradient" | "zo-zo":
             guided = {"activation": ActivationGuidedClient, "mixed": MixedClient}
             kind = guided.get(config.zo.guidance, ZerothOrderClient)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from hosl.errors import SplitError
 
 Head = Literal["causal", "classification"]
+QueryPlace = Literal["all", "first", "by head"]
+"""Which outputs of a layer are queries. first: before keys and values. by head: as first, within each head."""
 StandIn = Literal["none", "identity", "zeros", "inputs_embeds"]
 """What takes the place of a module that the other side owns (`hosl.split.stand_ins`)."""
 
@@ -28,9 +30,12 @@ class Family:
     """Modules after the blocks; what the client half has instead."""
     writers: tuple[str, str]
     """The layers of a block whose outputs are added to the residual stream: attention's and the feed-forward's last."""
+    query: str
+    """The layer of a block that computes the queries."""
+    query_place: QueryPlace = "all"
 
 
-def _llama_like(model_type: str) -> Family:
+def _llama_like(model_type: str, query: str = "self_attn.q_proj", place: QueryPlace = "all") -> Family:
     return Family(
         model_type,
         "causal",
@@ -38,6 +43,8 @@ def _llama_like(model_type: str) -> Family:
         client_only={"model.embed_tokens": "none"},
         server_only={"model.norm": "identity", "lm_head": "identity"},
         writers=("self_attn.o_proj", "mlp.down_proj"),
+        query=query,
+        query_place=place,
     )
 
 
@@ -57,6 +64,7 @@ _ROWS = (
             "lm_head": "identity",
         },
         writers=("self_attn.out_proj", "fc2"),
+        query="self_attn.q_proj",
     ),
     Family(
         "gpt2",
@@ -65,6 +73,8 @@ _ROWS = (
         client_only={"transformer.wte": "none", "transformer.wpe": "zeros", "transformer.drop": "identity"},
         server_only={"transformer.ln_f": "identity", "lm_head": "identity"},
         writers=("attn.c_proj", "mlp.c_proj"),
+        query="attn.c_attn",
+        query_place="first",
     ),
     Family(
         "gpt_neox",
@@ -73,8 +83,11 @@ _ROWS = (
         client_only={"gpt_neox.embed_in": "none", "gpt_neox.emb_dropout": "identity"},
         server_only={"gpt_neox.final_layer_norm": "identity", "lm_head": "identity"},
         writers=("attention.dense", "mlp.dense_4h_to_h"),
+        query="attention.query_key_value",
+        query_place="by head",
     ),
-    *(_llama_like(m) for m in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")),
+    *(_llama_like(m) for m in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")),
+    _llama_like("phi3", "self_attn.qkv_proj", "first"),
     Family(
         "bert",
         "classification",
@@ -82,6 +95,7 @@ _ROWS = (
         client_only={"bert.embeddings": "inputs_embeds"},
         server_only={"bert.pooler": "none", "classifier": "identity"},
         writers=("attention.output.dense", "output.dense"),
+        query="attention.self.query",
     ),
     Family(
         "roberta",
@@ -90,6 +104,7 @@ _ROWS = (
         client_only={"roberta.embeddings": "inputs_embeds"},
         server_only={"classifier": "identity"},
         writers=("attention.output.dense", "output.dense"),
+        query="attention.self.query",
     ),
     Family(
         "distilbert",
@@ -98,6 +113,7 @@ _ROWS = (
         client_only={"distilbert.embeddings": "inputs_embeds"},
         server_only={"pre_classifier": "identity", "classifier": "identity"},
         writers=("attention.out_lin", "ffn.lin2"),
+        query="attention.q_lin",
     ),
 )
 

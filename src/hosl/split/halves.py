@@ -46,6 +46,21 @@ class Half:
         """The layers of a block whose outputs are added to the residual stream, by their names within the block."""
         return self._family.writers
 
+    @property
+    def query(self) -> str:
+        """The layer of a block that computes the queries, by its name within the block."""
+        return self._family.query
+
+    @property
+    def query_features(self) -> torch.Tensor:
+        """Which outputs of the query's layer are queries, int64: all of them, unless keys and values are fused in."""
+        config = self.config.get_text_config()
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if self._family.query_place == "by head":
+            return torch.arange(heads * 3 * size).view(heads, 3, size)[:, 0].flatten()
+        return torch.arange(heads * size)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This side's parameters under their names in the whole."""
         return self.model.named_parameters()

@@ -1,0 +1,90 @@
+"""The rows of `hosl bench step` and `hosl bench memory`: every way to train a client, as settings of one config.
+
+A row is data. To measure another method, add a line.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hosl.config import Config, parse_config
+
+SGD = {"name": "sgd"}
+ADAMW = {"name": "adamw"}
+LORA = {"trainable": "lora"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train a client."""
+
+    name: str
+    method: str
+    zo: Mapping[str, Any] = field(default_factory=dict)
+    client: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, *, cut: int, directions: int, micro_batch_rows: int | None = None) -> Config:
+        """This row's run at a cut, with Q directions where the method has any.
+
+        Raises:
+            ConfigError: if the method does not allow what was asked.
+        """
+        client = dict(self.client)
+        if micro_batch_rows is not None and self.method not in ("fo-fo", "fo-zo"):
+            client["micro_batch_rows"] = micro_batch_rows
+        settings = {
+            "method": self.method,
+            "model": {"cut": cut, **self.model},
+            "zo": {"directions": directions, "law": "rademacher", **self.zo},
+            "client": {"learning_rate": 1e-9, **client},
+        }
+        return parse_config(settings, where=f"of the benchmark's row {self.name}")
+
+
+FORWARD = Row("frozen", "frozen")
+"""What every row is compared with: one forward pass of the same half."""
+
+FIRST_ORDER = Row("fo-fo", "fo-fo", client={"optimiser": SGD})
+"""Plain backprop through the whole batch, with the optimiser that needs no state."""
+
+ROWS = (
+    FORWARD,
+    Row("hosl", "hosl"),
+    Row("hosl, gaussian", "hosl", {"law": "gaussian"}),
+    Row("hosl, low-rank", "hosl", {"law": "low-rank"}),
+    Row("hosl-gradient", "hosl-gradient"),
+    Row("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
+    Row("hosl-gradient, forward-mode", "hosl-gradient", {"derivative": "forward-mode"}),
+    Row("hosl-gradient, low-rank", "hosl-gradient", {"law": "low-rank"}),
+    Row("hosl-gradient, activation-guided", "hosl-gradient", {"guidance": "activation"}),
+    Row("hosl-gradient, mixed", "hosl-gradient", {"guidance": "mixed"}),
+    Row("hosl-guided", "hosl-guided"),
+    Row("zo-zo", "zo-zo"),
+    Row("hosl-gradient, LoRA", "hosl-gradient", client=LORA),
+    Row("hosl-gradient, bfloat16", "hosl-gradient", model={"dtype": "bfloat16"}),
+    Row("hosl-gradient, bfloat16 + LoRA", "hosl-gradient", client={**LORA, "dtype": "bfloat16"}),
+    Row("hosl-gradient, int8 + LoRA", "hosl-gradient", client={**LORA, "dtype": "int8"}),
+    FIRST_ORDER,
+    Row("fo-fo, AdamW", "fo-fo", client={"optimiser": ADAMW}),
+    Row("fo-fo, LoRA", "fo-fo", client={"optimiser": SGD, **LORA}),
+    Row("fo-recompute", "fo-recompute"),
+)
+
+
+def rows_called(names: str | None) -> tuple[Row, ...]:
+    """Those of `ROWS` whose names are given, separated by semicolons; None: all.
+
+    Raises:
+        ConfigError: if there is no such row.
+    """
+    from hosl.errors import ConfigError
+
+    if names is None:
+        return ROWS
+    by_name = {row.name: row for row in ROWS}
+    wanted = [name.strip() for name in names.split(";")]
+    for name in wanted:
+        if name not in by_name:
+            raise ConfigError(f"no row is called {name!r}; there are: {'; '.join(by_name)}")
+    return tuple(by_name[name] for name in wanted)
