@@ -3,7 +3,7 @@
     HOSL_DATA=... python benchmarks/banking77.py [--table]     # resumes; --table makes no run
 
 Four tries per method on seed 0, the lowest dev loss chosen. The server's rate is tuned on the frozen client and kept.
-No forward-only row has more than 2Q + 1 = 5 forward passes a step: hosl-node evaluates the last of six blocks, 16 times. Summaries: benchmarks/results/banking77.
+No forward-only row has more than 2Q + 1 = 5 forward passes a step: hosl-node evaluates 1 block of 6, 16 times.
 """
 
 import argparse
