@@ -190,7 +190,7 @@ def test_a_gradient_of_zeros_moves_nothing_and_one_of_nan_is_refused(tiny, padde
         if g.isnan().any():
             with pytest.raises(NonFiniteError, match="were rejected"):
                 hosl_node_round(
-                    client, _Linear(g), batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=1
+                    client, _Linear(g), batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA
                 )
         else:
             hosl_node_round(
