@@ -37,8 +37,8 @@ check: .venv/dev-installed    ## format, lint, types, layers, links
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_links.py
 
-bench: .venv/dev-installed    ## a step's cost against plain forwards, measured in one run
-	$(BIN)/python benchmarks/step.py
+bench: .venv/dev-installed    ## what a step of every method costs, against plain forwards
+	$(BIN)/hosl bench step
 
 proto: .venv/dev-installed    ## the wire's messages from proto/hosl/v1/hosl.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto/hosl/v1 --python_out=src/hosl/wire --pyi_out=src/hosl/wire proto/hosl/v1/hosl.proto

@@ -1,24 +1,111 @@
-"""`hosl bench link ...`: costs measured, as ratios within one run."""
+"""`hosl bench step|memory|link ...`: costs measured, as ratios within one run."""
 
-from hosl.cli.answers import answer, verb_parser
+import sys
+from typing import Any
+
+from hosl.cli.answers import Parser, answer, verb_parser
 from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
 
 
 def run(words: list[str]) -> int:
     """Measure and print; nothing is kept."""
-    parser = verb_parser("bench", "Measure. link: steps across an emulated link, by client, wire and server.")
-    parser.add_argument("what", choices=("link",))
+    parser = verb_parser(
+        "bench", "Measure what a client costs, or steps across an emulated link.", as_json=False
+    )
+    measured = {"step": _step, "memory": _memory, "link": _link}
+    parser.add_argument("what", choices=measured, help="each has settings of its own: hosl bench step --help")
+    known, rest = (parser.parse_args(words[:1]), words[1:]) if words else (parser.parse_args(words), [])
+    return measured[known.what](rest)
+
+
+def _sizes(what: str, description: str) -> Parser:
+    parser = verb_parser(f"bench {what}", description)
     parser.add_argument(
         "--shape", default="opt-125m", help="random weights in this shape: tiny, opt-125m, opt-1.3b"
     )
     parser.add_argument("--cut", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16, help="rows")
     parser.add_argument("--tokens", type=int, default=64, help="per row")
+    return parser
+
+
+def _step(words: list[str]) -> int:
+    parser = _sizes(
+        "step", "A client's step, for every method, against plain forward passes of the same half."
+    )
+    _rows(parser)
+    parser.add_argument("--repeats", type=int, default=5, help="of every step, after one that warms up")
+    parser.add_argument("--memory-repeats", type=int, default=1, help="each in a process of its own; 0: none")
+    known = parser.parse_args(words)
+
+    from hosl.run.bench_rows import rows_called
+    from hosl.run.bench_step import StepBench, bench_step
+
+    bench = StepBench(
+        shape=known.shape, cut=known.cut, rows=known.batch, tokens=known.tokens, directions=known.directions,
+        repeats=known.repeats, memory_repeats=known.memory_repeats,
+    )  # fmt: skip
+    return _show(bench_step(bench, rows_called(known.methods), _say), known.json)
+
+
+def _memory(words: list[str]) -> int:
+    parser = _sizes("memory", "Peak memory of a client's step, for every method, against plain first-order.")
+    _rows(parser)
+    known = parser.parse_args(words)
+
+    from hosl.run.bench_memory import bench_memory
+    from hosl.run.bench_rows import rows_called
+
+    rows = rows_called(known.methods)
+    found = bench_memory(known.shape, known.cut, known.batch, known.tokens, known.directions, rows, _say)
+    return _show(found, known.json)
+
+
+def _rows(parser: Parser) -> None:
+    parser.add_argument("--directions", type=int, default=10, help="Q")
+    parser.add_argument("--methods", help="rows of the table, separated by semicolons; default: all")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"bench: {text}\n")
+
+
+def _show(found: dict[str, Any], as_json: bool) -> int:
+    """One JSON object, or the settings in a line and a table below."""
+    if as_json:
+        answer(found, as_json=True)
+        return 0
+    lines: list[dict[str, Any]] = found.pop("methods")
+    sys.stdout.write(", ".join(f"{key} {value}" for key, value in found.items()) + "\n")
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    table = [columns, *([_cell(line.get(key, "")) for key in columns] for line in lines)]
+    widths = [max(len(line[place]) for line in table) for place in range(len(columns))]
+    for line in table:
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        sys.stdout.write("  ".join([line[0].ljust(widths[0]), *cells]) + "\n")
+    return 0
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _link(words: list[str]) -> int:
+    parser = _sizes("link", "Steps across an emulated link, by client, wire and server.")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
     parser.add_argument(
         "--method",
         default="hosl",
-        choices=("hosl", "hosl-gradient", "fo-fo", "fo-recompute", "zo-zo", "frozen"),
+        choices=(
+            "hosl",
+            "hosl-gradient",
+            "hosl-guided",
+            "hosl-node",
+            "fo-fo",
+            "fo-recompute",
+            "zo-zo",
+            "frozen",
+        ),
     )
     parser.add_argument("--directions", type=int, default=2)
     parser.add_argument("--law", default="rademacher", choices=("gaussian", "rademacher"))

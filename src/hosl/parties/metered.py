@@ -6,7 +6,7 @@ transport counts its own framing.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -27,6 +27,8 @@ class Meter:
 
     seconds: float = 0.0
     """Inside the party's own verbs."""
+    by_verb: dict[str, float] = field(default_factory=dict)
+    """Seconds of each verb."""
     bytes_in: int = 0
     """Of the arrays and numbers handed to it."""
     bytes_out: int = 0
@@ -38,29 +40,31 @@ class Meter:
 
     def take(self) -> "Meter":
         """The costs so far, and start again from zero; the peak stays."""
-        taken = Meter(self.seconds, self.bytes_in, self.bytes_out, self.peak_bytes)
-        self.seconds, self.bytes_in, self.bytes_out = 0.0, 0, 0
+        taken = Meter(self.seconds, self.by_verb, self.bytes_in, self.bytes_out, self.peak_bytes)
+        self.seconds, self.by_verb, self.bytes_in, self.bytes_out = 0.0, {}, 0, 0
         return taken
 
     def call(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one verb of the party under the meter; of a verb that answers one by one, each answer's making."""
         self.bytes_in += payload_bytes(args)
-        answer = self._measured(verb, *args, **kwargs)
-        return self._one_by_one(answer) if isinstance(answer, Iterator) else answer
+        answer = self._measured(verb.__name__, verb, *args, **kwargs)
+        return self._one_by_one(verb.__name__, answer) if isinstance(answer, Iterator) else answer
 
-    def _one_by_one(self, answers: Iterator[Any]) -> Iterator[Any]:
+    def _one_by_one(self, name: str, answers: Iterator[Any]) -> Iterator[Any]:
         end = object()
-        while (answer := self._measured(next, answers, end)) is not end:
+        while (answer := self._measured(name, next, answers, end)) is not end:
             yield answer
 
-    def _measured(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _measured(self, name: str, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         if self.memory is not None:
             answer = self.memory.watch(verb, *args, **kwargs)
             self.peak_bytes = max(self.peak_bytes, self.memory.peak_bytes)
         else:
             answer = verb(*args, **kwargs)
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.by_verb[name] = self.by_verb.get(name, 0.0) + seconds
         self.bytes_out += payload_bytes(answer)
         return answer
 
@@ -90,5 +94,5 @@ def payload_bytes(content: Any) -> int:
     if isinstance(content, Sequence) and not isinstance(content, str):
         return sum(payload_bytes(part) for part in content)
     if is_dataclass(content):
-        return sum(payload_bytes(getattr(content, field.name)) for field in fields(content))
+        return sum(payload_bytes(getattr(content, part.name)) for part in fields(content))
     return 0

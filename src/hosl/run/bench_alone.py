@@ -1,32 +1,42 @@
-"""A client's steps without any server, in a process that loads no network code: its own peak memory, to subtract."""
+"""A client's steps without any server or network: what it costs by itself. In a process of its own: `client_alone`."""
 
+import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hosl.config import Config, parse_config
 from hosl.core.parties import Batch, OptionTargets, StepReply, Targets
-from hosl.run.allocator import return_freed_memory
-from hosl.run.record import process_peak_bytes
-from hosl.run.session import method_round
-from hosl.run.torch_halves import DTYPES, make_client
-from hosl.split import load_half
+from hosl.core.shapes import Float
+from hosl.errors import FailureError
 
 
-def alone_peak_bytes(config: Config, half: Path, rows: int, tokens: int, steps: int) -> int:
-    """The most this process has had resident after `steps` steps of the config's method."""
-    return_freed_memory()
-    loaded: Any = load_half(half)
-    loaded.convert(DTYPES[config.model.dtype])
-    client = make_client(config, loaded)
-    batch = fixed_batch(client, rows, tokens)
-    for step in range(1, steps + 1):
-        method_round(config, client, _NoServer(), batch, step)
-    assert "grpc" not in sys.modules, "what is measured is a client without a network"
-    return process_peak_bytes()
+def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int = 1) -> dict[str, int]:
+    """Memory of so many of the client's steps, in bytes, measured in a fresh process that loads no network code.
+
+    Returns:
+        process_peak_bytes: the most the process has had resident, loading included. tensor_peak_bytes: of tensors
+        during a step, weights and optimiser state included; forward_peak_bytes: during a plain forward pass;
+        held_bytes: between steps.
+
+    Raises:
+        FailureError: if the process fails, which is also what too little memory looks like.
+    """
+    settings = msgspec.json.encode(config).decode()
+    numbers = [str(number) for number in (rows, tokens, steps)]
+    command = [sys.executable, "-m", "hosl.run.bench_alone", settings, str(half), *numbers]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        said = " ".join(ran.stderr.strip().splitlines()[-1:]) or f"it ended with status {ran.returncode}"
+        raise FailureError(
+            f"the client alone ({config.method}, {rows} x {tokens} tokens) could not be measured: {said}"
+        )
+    return json.loads(ran.stdout)
 
 
 def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
@@ -39,27 +49,62 @@ def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
     return Batch(ids, OptionTargets(mask, last, ids[:, -1:].astype(np.int32)))
 
 
-class _NoServer:
+class NoServer:
     """Answers at once with made-up numbers: what a client takes by itself, to subtract."""
 
     def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
-        return [0.7 for _ in activations]
+        """Different from each other, so that a client has something to descend."""
+        return [0.7 + 0.1 * place for place, _ in enumerate(activations)]
+
+    def scores(self, activations: Any, targets: Targets) -> Float[np.ndarray, "rows 1"]:
+        """Every answer is as likely."""
+        return np.zeros((len(activations), 1))
 
     def step(
         self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
-        return StepReply(0.7, activations * 0 if want_gradient else None)
+        """A gradient as large as the activations, where one is wanted."""
+        return StepReply(0.7, activations * 1e-3 if want_gradient else None)
+
+    def gradient(self, activations: Any, targets: Targets) -> StepReply:
+        """As `step`."""
+        return self.step(activations, targets, step=0, want_gradient=True)
 
     def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
-        return 0.7, 0.7
+        """As `losses`."""
+        return 0.7, 0.8
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """Nothing to do."""
 
 
-if __name__ == "__main__":
-    import msgspec
+def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> dict[str, int]:
+    from hosl.parties.torch_memory import TorchMemory
+    from hosl.run.allocator import return_freed_memory
+    from hosl.run.record import process_peak_bytes
+    from hosl.run.session import method_round
+    from hosl.run.torch_halves import DTYPES, make_client, party_bytes
+    from hosl.split import load_half
 
-    settings, folder, *numbers = sys.argv[1:]
-    known = parse_config(msgspec.json.decode(settings), where="the benchmark's")
-    sys.stdout.write(f"{alone_peak_bytes(known, Path(folder), *map(int, numbers))}\n")
+    return_freed_memory()  # as `hosl join` does
+    loaded: Any = load_half(half)
+    loaded.convert(DTYPES[config.model.dtype])
+    client = make_client(config, loaded)
+    batch, server = fixed_batch(client, rows, tokens), NoServer()
+    for step in range(1, steps + 1):
+        method_round(config, client, server, batch, step)
+    found = {"process_peak_bytes": process_peak_bytes(), "held_bytes": party_bytes(client)}
+    assert "grpc" not in sys.modules, "what is measured is a client without a network"
+    forward, step_memory = TorchMemory(found["held_bytes"]), TorchMemory(found["held_bytes"])
+    forward.watch(client.forward, batch)
+    step_memory.watch(method_round, config, client, server, batch, steps + 1)
+    return found | {
+        "forward_peak_bytes": forward.peak_bytes,
+        "tensor_peak_bytes": step_memory.peak_bytes,
+    }
+
+
+if __name__ == "__main__":
+    asked, folder, *numbers = sys.argv[1:]
+    known = parse_config(msgspec.json.decode(asked), where="of the benchmark")
+    sys.stdout.write(json.dumps(_measure(known, Path(folder), *map(int, numbers))) + "\n")

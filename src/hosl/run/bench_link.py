@@ -19,7 +19,8 @@ from hosl.parties.remote_server import RemoteServer
 from hosl.run import torch_device
 from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
-from hosl.run.bench_alone import fixed_batch
+from hosl.run.bench_alone import client_alone, fixed_batch
+from hosl.run.bench_halves import random_halves
 from hosl.run.record import process_peak_bytes
 from hosl.run.session import method_round
 from hosl.split.folder_facts import half_facts
@@ -52,40 +53,24 @@ def bench_link(config: Config, bench: LinkBench) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="hosl-bench-") as name:
         folder = Path(name)
-        _prepare(bench, folder)
-        server, line = _start_server(folder)
+        halves = random_halves(bench.shape, bench.cut, folder)
+        server, line = _start_server(halves)
         try:
             with Link(("127.0.0.1", line.port), bench.link) as link:
                 through = JoinLine("127.0.0.1", link.address[1], line.token, line.fingerprint)
-                return _measure(config, bench, folder, through)
+                return _measure(config, bench, halves, through)
         finally:
             server.terminate()
             server.wait()
 
 
-def _prepare(bench: LinkBench, folder: Path) -> None:
-    """Make and split the model in a process of its own, so that this one's memory is a client's only."""
-    program = (
-        "import sys; from pathlib import Path; from hosl.split import split_folder; "
-        "from hosl.split.shapes import save_random_model; folder = Path(sys.argv[1]); "
-        "save_random_model(sys.argv[2], folder / 'model'); "
-        "split_folder(folder / 'model', int(sys.argv[3]), folder / 'halves')"
-    )
-    command = [sys.executable, "-c", program, str(folder), bench.shape, str(bench.cut)]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode:
-        raise FailureError(
-            f"the benchmark's model could not be made: {made.stderr.strip().splitlines()[-1:]}"
-        )
-
-
-def _start_server(folder: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
+def _start_server(halves: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
     program = "import sys; from hosl.cli import main; sys.exit(main())"
-    words = ["serve", str(folder / "halves" / "server"), "--listen", "127.0.0.1:0"]
+    words = ["serve", str(halves / "server"), "--listen", "127.0.0.1:0"]
     server = subprocess.Popen(
-        [sys.executable, "-c", program, *words, "--service", str(folder / "service")],
+        [sys.executable, "-c", program, *words, "--service", str(halves / "service")],
         stdout=subprocess.PIPE,
-        stderr=(folder / "server.log").open("wb"),
+        stderr=(halves / "server.log").open("wb"),
         text=True,
         env=os.environ.copy(),
     )
@@ -93,13 +78,13 @@ def _start_server(folder: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
     for text in server.stdout:
         if text.startswith("hosl://"):
             return server, JoinLine.parse(text)
-    log = (folder / "server.log").read_text(errors="replace")[-500:]
+    log = (halves / "server.log").read_text(errors="replace")[-500:]
     raise FailureError(f"the server of the benchmark did not start: {log}")
 
 
-def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) -> dict[str, Any]:
+def _measure(config: Config, bench: LinkBench, halves: Path, through: JoinLine) -> dict[str, Any]:
     return_freed_memory()  # as `hosl join` does
-    half = folder / "halves" / "client"
+    half = halves / "client"
     facts = half_facts(half, "client")
     config = msgspec.structs.replace(config, max_steps=bench.steps + 1)
     client = torch_device.open_client(config, half)
@@ -111,7 +96,8 @@ def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) 
         )  # fmt: skip
 
     batch, meter, lines = fixed_batch(client, bench.rows, bench.tokens), Meter(), []
-    alone_mib = _alone_peak_bytes(config, bench, half) / 2**20
+    alone = client_alone(config, half, bench.rows, bench.tokens, bench.steps + 1)
+    alone_mib = alone["process_peak_bytes"] / 2**20
     channel = Channel(through)
     remote = RemoteServer(channel, greeting, _Arrays(), compression=config.wire.compression, seed=config.seed)
     remote.hello()
@@ -141,16 +127,6 @@ def _measure(config: Config, bench: LinkBench, folder: Path, through: JoinLine) 
         "process_peak_mib": round(process_peak_bytes() / 2**20, 1), "alone_peak_mib": round(alone_mib, 1),
         "network_mib": round(process_peak_bytes() / 2**20 - alone_mib, 1),
     }  # fmt: skip
-
-
-def _alone_peak_bytes(config: Config, bench: LinkBench, half: Path) -> int:
-    settings = msgspec.json.encode(config).decode()
-    numbers = [str(number) for number in (bench.rows, bench.tokens, bench.steps + 1)]
-    command = [sys.executable, "-m", "hosl.run.bench_alone", settings, str(half), *numbers]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        raise FailureError(f"the client alone could not be measured: {ran.stderr.strip().splitlines()[-1:]}")
-    return int(ran.stdout)
 
 
 class _Arrays:

@@ -60,6 +60,7 @@ ROWS = (
     Row("hosl-gradient, activation-guided", "hosl-gradient", {"guidance": "activation"}),
     Row("hosl-gradient, mixed", "hosl-gradient", {"guidance": "mixed"}),
     Row("hosl-guided", "hosl-guided"),
+    Row("hosl-node", "hosl-node"),
     Row("zo-zo", "zo-zo"),
     Row("hosl-gradient, LoRA", "hosl-gradient", client=LORA),
     Row("hosl-gradient, bfloat16", "hosl-gradient", model={"dtype": "bfloat16"}),

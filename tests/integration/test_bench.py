@@ -1,0 +1,90 @@
+"""`hosl bench step` and `hosl bench memory`: every method is in the table, and its figures mean what they say."""
+
+import json
+
+import pytest
+
+from hosl.cli import main
+from hosl.run.bench_rows import ROWS, rows_called
+
+SIZES = ["--shape", "tiny", "--cut", "3", "--batch", "4", "--tokens", "16", "--directions", "2"]
+FLOAT32 = 4
+WIDTH = 64
+
+
+def _measured(capsys, *words):
+    assert main(["bench", *words, *SIZES, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    return found, {line["name"]: line for line in found["methods"]}
+
+
+def test_a_step_of_every_method_is_measured(capsys):
+    found, lines = _measured(capsys, "step", "--repeats", "2", "--memory-repeats", "0")
+    assert list(lines) == [row.name for row in ROWS]
+    assert (found["shape"], found["cut"], found["rows"], found["tokens"]) == ("tiny", 3, 4, 16)
+    activation = 4 * 16 * WIDTH * FLOAT32
+    for name, line in lines.items():
+        phases = sum(line[f"{phase}_s"] for phase in ("forward", "probing", "backward", "update"))
+        assert line["client_s"] == pytest.approx(phases, rel=0.5)  # medians of each do not quite add up
+        assert line["hours_1500_steps"] == pytest.approx(line["client_s"] * 1500 / 3600)
+        uploads = {"hosl": 5, "zo-zo": 4}.get(name.split(",")[0], 1)
+        in_bytes = activation // 2 if name == "hosl-gradient, bfloat16" else activation
+        assert uploads * in_bytes < line["bytes_up"] < uploads * (in_bytes + 200)
+    assert lines["frozen"]["probing_s"] == lines["frozen"]["update_s"] == lines["frozen"]["directions_s"] == 0
+    assert lines["hosl"]["directions_s"] > 0
+    assert lines["fo-fo"]["backward_s"] > 0
+    assert lines["hosl"]["bytes_down"] < lines["hosl-gradient"]["bytes_down"]
+
+
+def test_memory_is_of_the_client_alone_and_beside_first_order(capsys):
+    rows = "frozen;hosl;fo-fo;fo-fo, AdamW;hosl-gradient, bfloat16"
+    _, lines = _measured(capsys, "memory", "--methods", rows)
+    assert lines["frozen"]["tensors_over_forward"] == 1.0
+    assert lines["frozen"]["held_mib"] == lines["hosl"]["held_mib"] == lines["fo-fo"]["held_mib"]
+    assert lines["fo-fo"]["tensors_less_than_first_order"] == 1.0
+    # AdamW holds two numbers for each trained one, bfloat16 half the bytes of every weight
+    assert lines["fo-fo, AdamW"]["held_mib"] > 1.5 * lines["fo-fo"]["held_mib"]
+    assert lines["hosl-gradient, bfloat16"]["held_mib"] < 0.7 * lines["frozen"]["held_mib"]
+    assert all(line["process_peak_mib"] > line["tensor_peak_mib"] > 0 for line in lines.values())
+
+
+def test_a_table_is_printed_for_people(capsys):
+    words = [
+        "bench",
+        "step",
+        *SIZES,
+        "--repeats",
+        "1",
+        "--memory-repeats",
+        "1",
+        "--methods",
+        "frozen;hosl-node",
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    head, columns, *lines = said.out.splitlines()
+    assert head.startswith("shape tiny, cut 3")
+    assert columns.split()[:2] == ["name", "client_s"]
+    assert [line.split()[0] for line in lines] == ["frozen", "hosl-node"]
+    assert "left" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["step", "--methods", "hosl;hosll"], "no row is called 'hosll'; there are: frozen; hosl;"),
+        (["step", "--shape", "opt-9b", "--repeats", "1"], "no shape is called 'opt-9b'"),
+        (["steps"], "invalid choice: 'steps'"),
+        ([], "the following arguments are required: what"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(capsys, words, said):
+    assert main(["bench", *words]) in (1, 2)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hosl:")]
+    assert len(err) == 1
+    assert said in err[0]
+
+
+def test_rows_are_chosen_by_name():
+    assert [row.name for row in rows_called("frozen; fo-fo")] == ["frozen", "fo-fo"]
+    assert rows_called(None) == ROWS
