@@ -75,12 +75,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if self.profile == "authors-head":
             self._check_authors_head()
+        self._check_rate()
         self._check_recomputing()
         self._check_projection()
         self._check_guided()
         self._check_nodes()
         self._check_client_dtype()
         self._check_clients()
+
+    def _check_rate(self) -> None:
+        if self.client.learning_rate == "auto" and (self.method == "frozen" or self.profile != "paper"):
+            raise ConfigError(
+                f"client.learning_rate: auto has nothing to try for method {self.method}, profile {self.profile}; "
+                "leave it out"
+            )
 
     def _check_recomputing(self) -> None:
         client = self.client
@@ -261,7 +269,7 @@ def _hint(message: str, content: object) -> str:
         nearest = difflib.get_close_matches(unknown[1], allowed, n=1)
         best = f"; did you mean `{nearest[0]}`?" if nearest else ""
         return f"{best} Allowed here: {', '.join(allowed)}."
-    if re.search(r"Expected `float.*got `str`", message):
+    if re.search(r"Expected `float.*got `str`|Invalid enum value '[\d.]+e", message):
         return ". YAML reads 1e-3 as text: write 1.0e-3"
     return ""
 

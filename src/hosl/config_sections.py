@@ -77,10 +77,12 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The half on the device."""
 
-    trainable: Literal["all", "blocks", "lora"] = "blocks"
-    """all: every weight. blocks: the embeddings stay as they are. lora: adapters only."""
-    learning_rate: float = 1e-6
-    """eta_c of the client's update; a first-order client wants about a thousand times more."""
+    trainable: Literal["all", "blocks", "last-block", "lora"] = "blocks"
+    """all: every weight. blocks: the embeddings stay as they are. last-block: the one before the cut, all of it.
+    lora: adapters only."""
+    learning_rate: float | Literal["auto"] = 1e-6
+    """eta_c of the client's update; gradients and their estimates want about a thousand times more than random
+    directions do. auto: found by a short sweep before the run, `hosl train` only."""
     optimiser: OptimiserSpec = OptimiserSpec()
     """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
     micro_batch_rows: int | None = None
@@ -94,10 +96,24 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A torch device."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"client.learning_rate must be >= 0, got {self.learning_rate}")
+        if self.learning_rate != "auto" and not self.learning_rate >= 0:
+            raise ConfigError(f"client.learning_rate must be >= 0 or auto, got {self.learning_rate}")
         if self.micro_batch_rows is not None and self.micro_batch_rows < 1:
             raise ConfigError(f"client.micro_batch_rows must be >= 1 or null, got {self.micro_batch_rows}")
+
+    @property
+    def rate(self) -> float:
+        """eta_c, a number.
+
+        Raises:
+            ConfigError: while it is auto.
+        """
+        if self.learning_rate == "auto":
+            raise ConfigError(
+                "client.learning_rate: auto tries rates on both halves, which only `hosl train` has; run it once on "
+                "data of the same kind and write the number that it says into the config"
+            )
+        return self.learning_rate
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -69,7 +69,7 @@ def _assert_same(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", RTOL, ids=["fp64", "fp32"])
-@pytest.mark.parametrize("trainable", ["blocks", "all", "lora"])
+@pytest.mark.parametrize("trainable", ["blocks", "all", "last-block", "lora"])
 def test_a_recomputed_step_is_that_of_ordinary_backprop(tiny, model_name, padded, trainable, dtype):
     """Every family; 5 rows, so that micro-batches of 3 leave a rest."""
     model, batch = tiny(model_name, dtype), _batch(padded)

@@ -54,20 +54,22 @@ def _kill_and_resume(config, folder, delays):
 
 
 @pytest.mark.parametrize(
-    ("method", "guidance", "delay"),
+    ("method", "zo", "delay"),
     [
-        ("hosl", "none", 0.6),
-        ("hosl-gradient", "activation", 0.8),
-        ("hosl-guided", "none", 0.8),
-        ("hosl-node", "none", 0.8),
-        ("fo-fo", "none", 1.0),
-        ("fo-recompute", "none", 1.0),
+        ("hosl", {}, 0.6),
+        ("hosl-gradient", {"guidance": "activation"}, 0.8),
+        ("hosl-gradient", {"clip": 1.0, "row_clip": 2.0}, 0.8),
+        ("hosl-guided", {}, 0.8),
+        ("hosl-node", {}, 0.8),
+        ("fo-fo", {}, 1.0),
+        ("fo-recompute", {}, 1.0),
     ],
+    ids=str,
 )
-def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, guidance, delay):
+def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, zo, delay):
     trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
     client = {"learning_rate": 1e-3, "trainable": trainable}
-    config = tiny_run(method=method, max_steps=60, client=client, zo={"guidance": guidance})
+    config = tiny_run(method=method, max_steps=60, client=client, zo=zo)
     _finished(_train(config, "--output-dir", tmp_path / "whole"))
     _kill_and_resume(config, tmp_path / "killed", [delay])
     assert _exact_bytes(tmp_path / "killed") == _exact_bytes(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """One run from start to end: setup -> train -> test once -> export and report. `hosl train` calls them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hosl.config import Config, dump_config
 from hosl.errors import FolderError
 from hosl.run.local import LocalSession, load_run, new_session
 from hosl.run.loop import carry_on
+from hosl.run.rate_sweep import with_rate
 from hosl.run.record import RunLock, new_folder, versions
 from hosl.run.report import write_report
 from hosl.run.trackers import check_trackers, feed_trackers
@@ -23,10 +25,13 @@ def start(config: Config) -> dict[str, Any]:
     The folder is `config.output_dir`, or, where that is taken, the same name with -2, -3, ...
     """
     check_trackers(config)
+    config, swept = with_rate(config, _say)
     session = new_session(config)  # what can be refused is refused before a folder is made
     run = new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     record = {"versions": versions(), **session.facts}
+    if swept is not None:
+        record["sweep"] = swept.facts()
     (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     with RunLock(run):
         return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=0)
@@ -73,6 +78,10 @@ def export_session(session: LocalSession, out: Path) -> None:
     )
     if "lora" in (config.client.trainable, config.server.trainable) and config.method != "frozen":
         export_adapter(session.client_half, session.server_half, out / "adapter")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"hosl: {text}\n")
 
 
 def _finish(session: LocalSession, run: Path) -> None:

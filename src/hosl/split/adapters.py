@@ -15,11 +15,14 @@ ADAPTER = "default"
 """The adapter's name inside peft's modules; peft's own default."""
 
 
-def set_trainable(half: Half, which: Literal["all", "blocks", "none"]) -> None:
-    """Choose a half's trained weights; blocks leaves embeddings (and their norms) and the head as they are."""
-    prefix = f"{half.blocks_name}."
+def set_trainable(half: Half, which: Literal["all", "blocks", "last-block", "none"]) -> None:
+    """Choose a half's trained weights; blocks leaves embeddings (and their norms) and the head as they are.
+
+    last-block: of a client half only, block cut - 1; nothing where it has no block.
+    """
+    prefix = f"{half.blocks_name}." + (f"{half.cut - 1}." if which == "last-block" else "")
     for name, p in half.named_parameters():
-        p.requires_grad_(which == "all" or (which == "blocks" and name.startswith(prefix)))
+        p.requires_grad_(which == "all" or (which != "none" and name.startswith(prefix)))
 
 
 def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,87 @@
+"""`client.learning_rate: auto`: what it chooses, what it says, and that the run itself does not notice."""
+
+import json
+
+import pytest
+import yaml
+
+from hosl.cli import main
+from hosl.config import load_config
+from hosl.run.rate_sweep import DESCENDED, PROBED, Tried, _chosen, sweep
+
+
+def test_the_run_after_a_sweep_is_the_run_with_that_number(tiny_run, tmp_path, capsys):
+    config = tiny_run(method="hosl-gradient", client={"learning_rate": "auto"})
+    assert main(["train", str(config), "--json", "--output-dir", str(tmp_path / "auto")]) == 0
+    said = capsys.readouterr().err
+    kept = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["client"]["learning_rate"]
+    assert kept in PROBED
+    assert f"client.learning_rate: {kept:g}: " in said
+    assert "s left" in said
+    record = json.loads((tmp_path / "auto" / "record.json").read_text())["sweep"]
+    assert record["client_learning_rate"] == kept
+    assert [tried["rate"] for tried in record["tried"]] == list(PROBED)
+    by_hand = tiny_run(method="hosl-gradient", client={"learning_rate": kept})
+    assert main(["train", str(by_hand), "--json", "--output-dir", str(tmp_path / "number")]) == 0
+    assert (tmp_path / "auto" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "number" / "metrics.jsonl"
+    ).read_bytes()
+
+
+def test_a_sweep_repeats_itself_and_reads_rows_that_no_step_saw(tiny_run):
+    config = load_config(
+        tiny_run(method="hosl-node", client={"learning_rate": "auto", "trainable": "blocks"})
+    )
+    said = []
+    first, second = (sweep(config, said.append, steps=2) for _ in range(2))
+    assert first == second
+    assert [tried.rate for tried in first.tried] == list(DESCENDED)
+    assert len(said) == 2 * (len(DESCENDED) + 1)
+
+
+def _of(rate, gain, error=0.01):
+    return Tried(rate, None if gain is None else 1.0 - gain, gain, None if gain is None else error)
+
+
+@pytest.mark.parametrize(
+    ("tried", "rate", "why"),
+    [
+        (
+            [_of(1e-3, 0.1), _of(1e-2, 0.3), _of(1e-1, None)],
+            1e-2,
+            "lowest held-out loss after 20 steps, 0.3000 ± 0.0100",
+        ),
+        ([_of(1e-3, 0.0), _of(1e-2, 0.015), _of(1e-1, -0.2)], 1e-2, "the largest that did no harm"),
+        ([_of(1e-3, -0.1), _of(1e-2, None)], 1e-3, "all tried did harm"),
+        ([_of(1e-3, None), _of(1e-2, None)], 1e-3, "all tried did harm"),
+    ],
+)
+def test_only_what_beats_a_client_that_stays_is_called_a_gain(tried, rate, why):
+    found = _chosen(tried, 20)
+    assert found.rate == rate
+    assert why in found.why
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"method": "frozen", "client": {"learning_rate": "auto"}},
+            "auto has nothing to try for method frozen",
+        ),
+        ({"client": {"learning_rate": "automatic"}}, "automatic"),
+        ({"client": {"learning_rate": "1e-3"}}, "write 1.0e-3"),
+        ({"client": {"learning_rate": -1.0}}, "must be >= 0 or auto, got -1.0"),
+    ],
+)
+def test_a_rate_that_cannot_be_is_refused(tiny_run, capsys, settings, said):
+    assert main(["train", str(tiny_run(**settings))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_device_alone_cannot_sweep(tiny_run, tmp_path, capsys):
+    config = tiny_run(client={"learning_rate": "auto"})
+    line = "hosl://127.0.0.1:1#" + "A" * 43 + "." + "B" * 43
+    assert main(["join", str(tmp_path), "--to", line, "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "which only `hosl train` has" in said
