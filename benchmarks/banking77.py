@@ -15,6 +15,7 @@ from tuned import Row, Study, gap_closure, spread
 ZO = (1e-7, 1e-6, 1e-5, 1e-4)
 SGD = (3e-3, 1e-2, 3e-2, 1e-1)
 ADAPTERS = ("--client.trainable", "lora")
+LAST_BLOCK = ("--client.trainable", "last-block")
 
 
 def _method(name: str, *words: str) -> tuple[str, ...]:
@@ -26,6 +27,8 @@ ROWS = (
     Row("fo-fo-sgd", _method("fo-fo"), SGD),
     Row("hosl-guided", _method("hosl-guided"), SGD),
     Row("hosl-node", _method("hosl-node", "--zo.directions", "16"), SGD),
+    Row("fo-recompute-last-block", _method("fo-recompute", *LAST_BLOCK), SGD),
+    Row("hosl-gradient-last-block", _method("hosl-gradient", *LAST_BLOCK), ZO),
     Row("hosl-gradient", _method("hosl-gradient"), ZO),
     Row("hosl", _method("hosl"), ZO),
     Row("fo-fo-adamw", _method("fo-fo", "--client.optimiser.name", "adamw"), (3e-5, 1e-4, 3e-4, 1e-3)),
