@@ -1,6 +1,6 @@
 """Does the client learn? Every method at equal steps on BANKING77 with the whole encoder on the device; five seeds.
 
-    HOSL_DATA=... python benchmarks/banking77.py [--table]     # resumes; --table makes no run
+    HOSL_DATA=... python benchmarks/banking77.py [--table] [--curves FILE.svg]     # resumes; --table makes no run
 
 Four tries per method on seed 0, the lowest dev loss chosen. The server's rate is tuned on the frozen client and kept.
 No forward-only row has more than 2Q + 1 = 5 forward passes a step: hosl-node evaluates 1 block of 6, 16 times.
@@ -10,7 +10,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from tuned import Row, Study, gap_closure, spread
+from tuned import Row, Study, draw_curves, gap_closure, spread
 
 ZO = (1e-7, 1e-6, 1e-5, 1e-4)
 SGD = (3e-3, 1e-2, 3e-2, 1e-1)
@@ -46,6 +46,16 @@ ROWS = (
 )
 FIRST_ORDER = "fo-fo-sgd"
 """The row that gap closure takes for 1: the same update rule as the forward-only rows, plain SGD on the client."""
+DRAWN = (
+    "frozen",
+    "hosl",
+    "hosl-gradient-lora",
+    "hosl-guided",
+    "hosl-node",
+    "fo-recompute-last-block",
+    "fo-fo-sgd",
+)
+"""Rows that are told apart in a picture; zo-zo is off its scale."""
 
 STUDY = Study(
     config=Path("examples/banking77.yaml"),
@@ -79,4 +89,10 @@ def table(chosen: dict[str, list[dict]]) -> str:
 if __name__ == "__main__":
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--table", action="store_true", help="of what is there; make no run")
-    print(table(STUDY.finished() if words.parse_args().table else STUDY.run()))
+    words.add_argument("--curves", type=Path, help="where to draw the dev losses of the rows of DRAWN")
+    known = words.parse_args()
+    rows = STUDY.finished() if known.table else STUDY.run()
+    print(table(rows))
+    if known.curves is not None:
+        drawn = {name: rows[name] for name in DRAWN if name in rows}
+        draw_curves(drawn, "BANKING77, MiniLM-L6, all six blocks on the device", known.curves)

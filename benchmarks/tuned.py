@@ -156,3 +156,32 @@ def _dev_curve(folder: Path) -> list[list[float]]:
     """[step, loss in nats, accuracy] of every evaluation on dev."""
     lines = read_lines(folder / "metrics.jsonl")
     return [[m["step"], m["loss_nats"], m["accuracy"]] for m in lines if m.get("split") == "dev"]
+
+
+def draw_curves(chosen: dict[str, list[dict]], title: str, file: Path) -> None:
+    """Dev loss over steps, mean over seeds and a band of one sd, one line a row, the last values as labels; SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, runs) in enumerate(chosen.items()):
+        curves = np.array([[loss for _, loss, _ in run["dev_curve"]] for run in runs])
+        steps = [step for step, _, _ in runs[0]["dev_curve"]]
+        mean, sd = curves.mean(0), curves.std(0, ddof=1)
+        style = {"frozen": ("0.4", "--"), "fo-fo-sgd": ("black", "-")}.get(name, (f"C{place % 10}", "-"))
+        axes.plot(
+            steps, mean, color=style[0], linestyle=style[1], label=f"{name}  {mean[-1]:.3f}", marker="."
+        )
+        axes.fill_between(steps, mean - sd, mean + sd, color=style[0], alpha=0.12, linewidth=0)
+    axes.set(title=title, xlabel="step", ylabel="dev loss, nats", yscale="log")
+    ticks = [
+        t
+        for t in (0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0)
+        if axes.get_ylim()[0] < t < axes.get_ylim()[1]
+    ]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_yticks([], minor=True)
+    axes.legend(title="row, and its last value", frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)

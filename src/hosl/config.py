@@ -28,7 +28,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     output_dir: str = "runs/hosl"
     """The run's folder; made by the run, never overwritten."""
-    method: Method = "hosl"
+    method: Method = "hosl-node"
     """hosl: the paper. hosl-gradient: the server returns dL/dh once. hosl-guided: and the client's last blocks move
     along directions formed from it. hosl-node: as hosl-guided, and the last block's queries by node perturbation.
     Baselines: fo-fo, fo-recompute (fo-fo in little memory), zo-zo, fo-zo, frozen."""
@@ -82,6 +82,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         self._check_nodes()
         self._check_client_dtype()
         self._check_clients()
+
+    @property
+    def client_rate(self) -> float:
+        """eta_c, a number.
+
+        Raises:
+            ConfigError: while client.learning_rate is auto.
+        """
+        rate = self.client.learning_rate
+        if rate == "auto":
+            raise ConfigError(
+                "client.learning_rate: auto tries rates on both halves, which only `hosl train` has; run it once on "
+                "data of the same kind and write the number that it says into the config"
+            )
+        return self.client.usual_rate(self.method) if rate is None else rate
+
+    def with_client_rate(self, rate: float) -> "Config":
+        """The same with this number for client.learning_rate."""
+        return msgspec.structs.replace(self, client=msgspec.structs.replace(self.client, learning_rate=rate))
 
     def _check_rate(self) -> None:
         if self.client.learning_rate == "auto" and (self.method == "frozen" or self.profile != "paper"):
@@ -146,7 +165,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.client.trainable != "blocks" or self.client.dtype != "model":
             raise ConfigError(
                 f"method {self.method} chooses what it trains by itself, in the model's own dtype, got "
-                f"client.trainable: {self.client.trainable}, client.dtype: {self.client.dtype}; leave both out"
+                f"client.trainable: {self.client.trainable}, client.dtype: {self.client.dtype}; leave both out, or "
+                "use hosl-gradient"
             )
 
     def _check_nodes(self) -> None:

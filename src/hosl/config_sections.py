@@ -34,12 +34,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Zeroth-order estimation, on whichever half is trained by probes."""
 
-    directions: int = 10
-    """Q, the directions (pairs of forward passes) per step."""
+    directions: int = 16
+    """Q, the directions per step: pairs of forward passes, for hosl-node single evaluations of one block."""
     epsilon: float = 1e-3
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
-    law: Law = "gaussian"
-    """gaussian (the paper), rademacher (cheaper), sphere (the authors' code), low-rank (rank one, of signs)."""
+    law: Law = "rademacher"
+    """Of random directions: gaussian (the paper), rademacher (cheaper, as good), sphere (the authors' code), low-rank
+    (rank one, of signs)."""
     sides: Literal["two", "one"] = "two"
     """Of hosl-gradient: two evaluations per direction, or one against the clean activations; cheaper, less exact."""
     derivative: Literal["difference", "forward-mode"] = "difference"
@@ -80,9 +81,9 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trainable: Literal["all", "blocks", "last-block", "lora"] = "blocks"
     """all: every weight. blocks: the embeddings stay as they are. last-block: the one before the cut, all of it.
     lora: adapters only."""
-    learning_rate: float | Literal["auto"] = 1e-6
-    """eta_c of the client's update; gradients and their estimates want about a thousand times more than random
-    directions do. auto: found by a short sweep before the run, `hosl train` only."""
+    learning_rate: float | Literal["auto"] | None = None
+    """eta_c of the client's update. null: the method's usual one (`usual_rate`). auto: found by a short sweep before
+    the run, `hosl train` only."""
     optimiser: OptimiserSpec = OptimiserSpec()
     """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
     micro_batch_rows: int | None = None
@@ -96,24 +97,18 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A torch device."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate != "auto" and not self.learning_rate >= 0:
-            raise ConfigError(f"client.learning_rate must be >= 0 or auto, got {self.learning_rate}")
+        if isinstance(self.learning_rate, float | int) and not self.learning_rate >= 0:
+            raise ConfigError(f"client.learning_rate must be >= 0, auto or null, got {self.learning_rate}")
         if self.micro_batch_rows is not None and self.micro_batch_rows < 1:
             raise ConfigError(f"client.micro_batch_rows must be >= 1 or null, got {self.micro_batch_rows}")
 
-    @property
-    def rate(self) -> float:
-        """eta_c, a number.
-
-        Raises:
-            ConfigError: while it is auto.
-        """
-        if self.learning_rate == "auto":
-            raise ConfigError(
-                "client.learning_rate: auto tries rates on both halves, which only `hosl train` has; run it once on "
-                "data of the same kind and write the number that it says into the config"
-            )
-        return self.learning_rate
+    def usual_rate(self, method: str) -> float:
+        """What worked for a method in docs/results.md, or for lack of that, a careful guess."""
+        if method in ("hosl", "hosl-gradient", "zo-zo"):  # slopes of random directions as long as all weights
+            return 1e-3 if self.trainable == "lora" else 1e-6
+        if self.optimiser.name == "adamw":
+            return 3e-4 if self.trainable == "lora" else 3e-5
+        return 1e-2 if method in ("hosl-guided", "hosl-node") else 3e-3
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -28,6 +28,7 @@ def tiny_run(tmp_path, tiny):
                     rows.writerow([f"{a} {b}", "colour" if a in WORDS[:3] else "other"])
         config = {
             "output_dir": str(tmp_path / "run"),
+            "method": "hosl",
             "model": {"name": str(model), "cut": 2},
             "task": {"kind": "files", "train": str(tmp_path / "data.csv")},
             "zo": {"directions": 2},

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from hosl.cli import main
-from hosl.config import load_config
-from hosl.run.rate_sweep import DESCENDED, PROBED, Tried, _chosen, sweep
+from hosl.config import Config, load_config
+from hosl.run.rate_sweep import DESCENDED, PROBED, Tried, _chosen, sweep, with_rate
 
 
 def test_the_run_after_a_sweep_is_the_run_with_that_number(tiny_run, tmp_path, capsys):
@@ -63,6 +63,25 @@ def test_only_what_beats_a_client_that_stays_is_called_a_gain(tried, rate, why):
 
 
 @pytest.mark.parametrize(
+    ("method", "client", "rate"),
+    [
+        ("hosl-node", {}, 1e-2),
+        ("hosl", {}, 1e-6),
+        ("hosl", {"trainable": "lora"}, 1e-3),
+        ("fo-fo", {}, 3e-3),
+        ("fo-fo", {"optimiser": {"name": "adamw"}}, 3e-5),
+    ],
+)
+def test_a_rate_that_is_left_out_is_the_methods_usual_one(tiny_run, method, client, rate):
+    config = load_config(tiny_run(method=method, client=client))
+    assert (Config().method, Config().client.trainable) == ("hosl-node", "blocks")
+    assert config.client.learning_rate is None
+    assert config.client_rate == rate
+    numbered, swept = with_rate(config, print)
+    assert (numbered.client.learning_rate, swept) == (rate, None)
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         (
@@ -71,7 +90,7 @@ def test_only_what_beats_a_client_that_stays_is_called_a_gain(tried, rate, why):
         ),
         ({"client": {"learning_rate": "automatic"}}, "automatic"),
         ({"client": {"learning_rate": "1e-3"}}, "write 1.0e-3"),
-        ({"client": {"learning_rate": -1.0}}, "must be >= 0 or auto, got -1.0"),
+        ({"client": {"learning_rate": -1.0}}, "must be >= 0, auto or null, got -1.0"),
     ],
 )
 def test_a_rate_that_cannot_be_is_refused(tiny_run, capsys, settings, said):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hosl.config import Config, parse_config
+from hosl.errors import ConfigError
 
 SGD = {"name": "sgd"}
 ADAMW = {"name": "adamw"}
@@ -70,6 +71,7 @@ ROWS = (
     Row("fo-fo, AdamW", "fo-fo", client={"optimiser": ADAMW}),
     Row("fo-fo, LoRA", "fo-fo", client={"optimiser": SGD, **LORA}),
     Row("fo-recompute", "fo-recompute"),
+    Row("fo-recompute, last block", "fo-recompute", client={"trainable": "last-block"}),
 )
 
 
@@ -79,8 +81,6 @@ def rows_called(names: str | None) -> tuple[Row, ...]:
     Raises:
         ConfigError: if there is no such row.
     """
-    from hosl.errors import ConfigError
-
     if names is None:
         return ROWS
     by_name = {row.name: row for row in ROWS}

@@ -196,7 +196,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         AccessError, AgreementError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
     """
     check_trackers(config)
-    _ = config.client.rate  # auto is refused here, before anything is made
+    config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
     return_freed_memory()
     facts = half_facts(options.half, "client")
     task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed)

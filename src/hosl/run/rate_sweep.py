@@ -60,10 +60,10 @@ class Sweep:
 def with_rate(config: Config, say: Callable[[str], None]) -> tuple[Config, Sweep | None]:
     """The config with a number for client.learning_rate, and the sweep that found it, if it was auto."""
     if config.client.learning_rate != "auto":
-        return config, None
+        return config.with_client_rate(config.client_rate), None
     found = sweep(config, say)
     say(f"client.learning_rate: {found.rate:g}: {found.why}")
-    return replace(config, client=replace(config.client, learning_rate=found.rate)), found
+    return config.with_client_rate(found.rate), found
 
 
 def sweep(config: Config, say: Callable[[str], None], *, steps: int = STEPS) -> Sweep:
@@ -117,8 +117,9 @@ def _tried(rate: float, losses: list[float] | None, stays: list[float]) -> Tried
 
 def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | None:
     """By batch, after the steps at this rate; None where they diverge."""
-    client = replace(config.client, learning_rate=rate)
-    short = replace(config, client=client, lr_scheduler_type="constant", warmup_steps=0, max_steps=steps)
+    short = replace(
+        config.with_client_rate(rate), lr_scheduler_type="constant", warmup_steps=0, max_steps=steps
+    )
     session = new_session(short)
     seen, held_out = _batches(session, steps)
     try:

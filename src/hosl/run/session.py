@@ -127,7 +127,7 @@ def method_round(
     """
     seeds = [direction_seed(config.seed, step, q, half) for q in range(config.zo.directions)]
     server_seeds = [direction_seed(config.seed, step, q, "server") for q in range(config.zo.directions)]
-    eta = learning_rate(config, config.client.rate)(step)
+    eta = learning_rate(config, config.client_rate)(step)
     probes: dict[str, Any] = {"seeds": seeds, "epsilon": config.zo.epsilon, "learning_rate": eta}
     if config.profile == "authors-head":
         dropout_seed = direction_seed(config.seed, step, 0, "server")
