@@ -1,25 +1,18 @@
 """The same run with the server across a network: the same bits."""
 
+from typing import get_args
+
 import pytest
 import safetensors.torch
 import torch
 from tests.integration.network import Server, finished, join, newest, server_state, split
 
 from hosl.cli import main
+from hosl.config import Method
 from hosl.run.record import read_lines
 from hosl.split import load_half, load_model, split_folder
 
-METHODS = [
-    "hosl",
-    "hosl-gradient",
-    "hosl-guided",
-    "hosl-node",
-    "fo-fo",
-    "fo-recompute",
-    "zo-zo",
-    "fo-zo",
-    "frozen",
-]
+METHODS = get_args(Method)
 
 
 def client_files(run):

@@ -4,25 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 import hosl
 from hosl.cli import main
+from hosl.config import Method
 from hosl.run.record import read_lines
 
-METHODS = [
-    "hosl",
-    "hosl-gradient",
-    "hosl-guided",
-    "hosl-node",
-    "fo-fo",
-    "fo-recompute",
-    "zo-zo",
-    "fo-zo",
-    "frozen",
-]
+METHODS = get_args(Method)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,6 @@ from tests.conftest import BLOCKS
 from hosl.core.parties import Batch, ClassTargets, StepReply
 from hosl.core.rounds import hosl_guided_round
 from hosl.parties.guided_client import GuidedClient
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
 from hosl.split import split_model
 
 ROWS, ETA, EPSILON = 5, 0.3, 1e-3
@@ -196,22 +195,3 @@ def test_a_gradient_of_zeros_moves_nothing(tiny, padded):
     result = hosl_guided_round(client, server, batch, step=1, epsilon=EPSILON, learning_rate=ETA)
     assert result.coefficients == (0.0, 0.0)
     assert all(torch.equal(p, before[name]) for name, p in client.half.named_parameters())
-
-
-def test_a_step_takes_little_more_memory_than_a_forward_pass(tiny):
-    """Peaks of tensors, weights included, of a half as wide as it takes for activations to count."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(
-        vocab_size=500, hidden_size=128, ffn_dim=512, num_attention_heads=4, num_hidden_layers=5,
-        max_position_embeddings=64, word_embed_proj_dim=128,
-    )  # fmt: skip
-    client = _client(OPTForCausalLM(config), cut=5)
-    ids = np.random.Generator(np.random.Philox(0)).integers(3, 500, (8, 32))
-    batch = Batch(ids, ClassTargets(np.ones(ids.shape, np.int8), np.zeros(8, np.int64)))
-    held = resident_bytes([*client.half.model.parameters(), *client.half.model.buffers()])
-    g = _gradient(client, batch)
-    forward, step = TorchMemory(held), TorchMemory(held)
-    forward.watch(client.forward, batch)
-    step.watch(hosl_guided_round, client, _Linear(g), batch, step=1, epsilon=EPSILON, learning_rate=ETA)
-    assert step.peak_bytes <= 1.10 * forward.peak_bytes

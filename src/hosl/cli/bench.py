@@ -1,10 +1,10 @@
 """`hosl bench step|memory|link ...`: costs measured, as ratios within one run."""
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from hosl.cli.answers import Parser, answer, verb_parser
-from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
+from hosl.config import Config, Method, ModelConfig, WireConfig, ZOConfig
 
 
 def run(words: list[str]) -> int:
@@ -93,20 +93,7 @@ def _cell(value: Any) -> str:
 def _link(words: list[str]) -> int:
     parser = _sizes("link", "Steps across an emulated link, by client, wire and server.")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
-    parser.add_argument(
-        "--method",
-        default="hosl",
-        choices=(
-            "hosl",
-            "hosl-gradient",
-            "hosl-guided",
-            "hosl-node",
-            "fo-fo",
-            "fo-recompute",
-            "zo-zo",
-            "frozen",
-        ),
-    )
+    parser.add_argument("--method", default="hosl", choices=get_args(Method))
     parser.add_argument("--directions", type=int, default=2)
     parser.add_argument("--law", default="rademacher", choices=("gaussian", "rademacher"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

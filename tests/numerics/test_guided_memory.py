@@ -1,0 +1,35 @@
+"""What a step of the guided methods takes: a half as wide as it takes for activations to count."""
+
+import numpy as np
+import pytest
+from tests.numerics.test_guided import _gradient, _Linear
+from transformers import OPTConfig, OPTForCausalLM
+
+from hosl.core.parties import Batch, ClassTargets
+from hosl.core.rounds import hosl_guided_round, hosl_node_round
+from hosl.parties.guided_client import GuidedClient
+from hosl.parties.node_client import NodeClient
+from hosl.parties.torch_memory import TorchMemory, resident_bytes
+from hosl.split import split_model
+
+
+@pytest.mark.parametrize(
+    ("kind", "method_round", "probes"),
+    [(GuidedClient, hosl_guided_round, {}), (NodeClient, hosl_node_round, {"seeds": [1, 2, 3]})],
+    ids=["hosl-guided", "hosl-node"],
+)
+def test_a_step_takes_little_more_memory_than_a_forward_pass(kind, method_round, probes):
+    config = OPTConfig(
+        vocab_size=500, hidden_size=128, ffn_dim=512, num_attention_heads=4, num_hidden_layers=5,
+        max_position_embeddings=64, word_embed_proj_dim=128,
+    )  # fmt: skip
+    half, _ = split_model(OPTForCausalLM(config), 5)
+    client = kind(half)
+    ids = np.random.Generator(np.random.Philox(0)).integers(3, 500, (8, 32))
+    batch = Batch(ids, ClassTargets(np.ones(ids.shape, np.int8), np.zeros(8, np.int64)))
+    held = resident_bytes([*client.half.model.parameters(), *client.half.model.buffers()])
+    server = _Linear(_gradient(client, batch))
+    forward, step = TorchMemory(held), TorchMemory(held)
+    forward.watch(client.forward, batch)
+    step.watch(method_round, client, server, batch, step=1, epsilon=1e-3, learning_rate=0.3, **probes)
+    assert step.peak_bytes <= 1.10 * forward.peak_bytes
