@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from tests.numerics.test_guided import _gradient, _Linear
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -33,3 +34,28 @@ def test_a_step_takes_little_more_memory_than_a_forward_pass(kind, method_round,
     forward.watch(client.forward, batch)
     step.watch(method_round, client, server, batch, step=1, epsilon=1e-3, learning_rate=0.3, **probes)
     assert step.peak_bytes <= 1.10 * forward.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "method_round", "probes"),
+    [(GuidedClient, hosl_guided_round, {}), (NodeClient, hosl_node_round, {"seeds": [1, 2, 3]})],
+    ids=["hosl-guided", "hosl-node"],
+)
+def test_a_large_batch_goes_forward_in_parts_and_moves_the_weights_as_a_whole(
+    tiny, monkeypatch, kind, method_round, probes
+):
+    ids = np.random.Generator(np.random.Philox(0)).integers(3, 90, (9, 8))
+    batch = Batch(ids, ClassTargets(np.ones(ids.shape, np.int8), np.zeros(9, np.int64)))
+    moved = []
+    for tokens in (8 * 4, 8 * 64):  # four rows at once, or all
+        monkeypatch.setattr("hosl.parties.torch_client.TOKENS_AT_ONCE", tokens)
+        half, _ = split_model(tiny("opt", torch.float64), 3)
+        client = kind(half)
+        server = _Linear(_gradient(client, batch))
+        assert len(client._slices(torch.from_numpy(ids))) == (3 if tokens == 32 else 1)
+        h = client.forward_for_guides(batch)
+        assert torch.equal(h, client.forward(batch))
+        method_round(client, server, batch, step=1, epsilon=1e-3, learning_rate=0.3, **probes)
+        moved.append({name: p.detach().clone() for name, p in client.trained.items()})
+    for name in moved[0]:
+        torch.testing.assert_close(moved[0][name], moved[1][name], rtol=1e-8, atol=1e-11)

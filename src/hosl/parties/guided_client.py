@@ -10,7 +10,7 @@ small c, never a step uphill. Only the blocks from the lowest guided one on are 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from hosl.core.parties import Batch
 from hosl.parties.block_calls import BlockCall, recorded
 from hosl.parties.probing import trained_parameters
-from hosl.parties.torch_client import FrozenClient
+from hosl.parties.torch_client import FrozenClient, in_one, row_slices
 from hosl.split import ClientHalf
 
 
@@ -39,8 +39,8 @@ class GuidedClient(FrozenClient):
         Args:
             half: the client's; float weights.
             blocks: at least 1, at most the half's cut.
-            micro_batch_rows: how many rows are evaluated again at once; None: half of the batch, so that two
-                evaluations take no more memory than the forward pass did.
+            micro_batch_rows: how many rows are evaluated at once; None: as many as memory suggests, when blocks are
+                evaluated again half as many (`row_slices`).
             device: a torch device.
         """
         super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
@@ -57,23 +57,19 @@ class GuidedClient(FrozenClient):
         for writer in self._writers.values():
             writer.requires_grad_(True)
         self.trained = trained_parameters(half.model)
-        self._calls: list[BlockCall] = []
-        """Of the guided blocks, in the last `forward_for_guides`; only the first keeps its hidden state."""
+        self._parts: list[_Part] = []
+        """Of the last `forward_for_guides`."""
         self._guides: dict[str, _Guide] = {}
 
     def forward_for_guides(self, batch: Batch) -> torch.Tensor:
         """h [rows, seq, width]; the input of the lowest guided block stays here until `descend_along`."""
-        self._calls, self._guides = [], {}
-        with torch.no_grad(), recorded(self._blocks) as calls:
-            h = self.half(*self._inputs(batch))
-        for call in calls[1:]:
-            call.args = (None, *call.args[1:])  # is computed again from the first one's
-        self._calls = calls
-        return h
+        self._parts, self._guides = [], {}
+        ids, mask = self._inputs(batch)
+        return in_one(((rows, self._part(rows, ids, mask)) for rows in self._slices(ids)), len(ids))
 
     def guide(self, gradient: torch.Tensor) -> tuple[str, ...]:
         """Form every writer's direction from dL/dh [rows, seq, width]; their names, in the order of the blocks."""
-        assert self._calls, "guide needs a forward_for_guides before it"
+        assert self._parts, "guide needs a forward_for_guides before it"
         gradient = gradient.to(self.device)
         self._guides = {name: _Guide(writer) for name, writer in self._writers.items()}
         with torch.no_grad():
@@ -104,18 +100,30 @@ class GuidedClient(FrozenClient):
         with torch.no_grad():
             for name, slope in zip(names, slopes, strict=True):
                 self._guides[name].move_(self._writers[name], learning_rate * slope)
-        self._calls, self._guides = [], {}
+        self._parts, self._guides = [], {}
+
+    def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """h of these rows, and what the guided blocks were called with; only the first keeps its hidden state."""
+        with torch.no_grad(), recorded(self._blocks) as calls:
+            h = self.half(ids[rows], mask[rows])
+        for call in calls[1:]:
+            call.args = (None, *call.args[1:])  # is computed again from the first one's
+        self._parts.append(_Part(rows, calls))
+        return h
 
     def _micro_batches(self) -> Iterator[slice]:
-        rows = len(self._calls[0].args[0])
-        at_once = self.micro_batch_rows or -(-rows // 2)
-        return (slice(start, stop) for start, stop in pairwise([*range(0, rows, at_once), rows]))
+        """Rows that are evaluated again at once; none of them in two parts."""
+        for part in self._parts:
+            for rows in row_slices(part.calls[0].args[0].shape[:2], 2, self.micro_batch_rows):
+                yield slice(part.rows.start + rows.start, part.rows.start + rows.stop)
 
     def _again(self, rows: slice) -> torch.Tensor:
-        """The guided blocks, for these rows: the hidden state at the cut."""
-        hidden, total = self._calls[0].args[0][rows], len(self._calls[0].args[0])
-        for block, call in zip(self._blocks, self._calls, strict=True):
-            args, kwargs = call.of_rows(rows, total)
+        """The guided blocks, for the rows of a micro-batch: the hidden state at the cut."""
+        part = next(p for p in self._parts if p.rows.start <= rows.start < p.rows.stop)
+        within, total = part.within(rows), len(part.calls[0].args[0])
+        hidden = part.calls[0].args[0][within]
+        for block, call in zip(self._blocks, part.calls, strict=True):
+            args, kwargs = call.of_rows(within, total)
             hidden = block(hidden, *args, **kwargs)
         return hidden
 
@@ -147,6 +155,19 @@ class GuidedClient(FrozenClient):
             return self._again(rows)
         finally:
             hook.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of the batch that went forward together."""
+
+    rows: slice
+    calls: list[BlockCall]
+    """Of the guided blocks, for these rows."""
+
+    def within(self, rows: slice) -> slice:
+        """Where rows of the batch stand among these."""
+        return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
 
 
 class _Guide:
