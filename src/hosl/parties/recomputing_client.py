@@ -16,7 +16,7 @@ from torch import nn
 from hosl.core.parties import Batch
 from hosl.parties.block_calls import BlockCall, recorded
 from hosl.parties.probing import trained_parameters
-from hosl.parties.torch_client import FrozenClient
+from hosl.parties.torch_client import FrozenClient, row_slices
 from hosl.split import ClientHalf
 
 
@@ -52,7 +52,8 @@ class RecomputingClient(FrozenClient):
 
         Args:
             half: the client's.
-            micro_batch_rows: how many rows of a batch a block is recomputed for at once; None: all of them.
+            micro_batch_rows: how many rows of a batch a block is recomputed for at once; None: as many as a forward
+                pass takes at once (`row_slices`).
             device: a torch device.
         """
         super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
@@ -87,19 +88,15 @@ class RecomputingClient(FrozenClient):
             block = self._blocks[self._lowest + len(kept.calls) - 1]
             call = kept.calls.pop()
             handed_on = bool(kept.calls or self._before)
-            for rows in self._micro_batches(len(gradient)):
+            for rows in row_slices(gradient.shape[:2], 1, self.micro_batch_rows):
                 _backward_block_(block, call, gradient, rows, handed_on=handed_on)
             _descend_(_trained(block.parameters()), learning_rate)
             gradient = call.args[0]  # which holds the gradient now, where one is handed on
         if self._before:
             with _sparse_lookups(self.half.model):
-                for rows in self._micro_batches(len(gradient)):
+                for rows in row_slices(gradient.shape[:2], 1, self.micro_batch_rows):
                     self._hidden_before_blocks(kept.ids[rows], kept.mask[rows]).backward(gradient[rows])
             _descend_(self._before, learning_rate)
-
-    def _micro_batches(self, rows: int) -> Iterator[slice]:
-        at_once = self.micro_batch_rows or rows
-        return (slice(start, start + at_once) for start in range(0, rows, at_once))
 
     def _hidden_before_blocks(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What block 0 is called with, and its graph; without blocks (cut 0), the hidden state at the cut."""
