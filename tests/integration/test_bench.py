@@ -46,6 +46,8 @@ def test_memory_is_of_the_client_alone_and_beside_first_order(capsys):
     assert lines["fo-fo, AdamW"]["held_mib"] > 1.5 * lines["fo-fo"]["held_mib"]
     assert lines["hosl-gradient, bfloat16"]["held_mib"] < 0.7 * lines["frozen"]["held_mib"]
     assert all(line["process_peak_mib"] > line["tensor_peak_mib"] > 0 for line in lines.values())
+    _, once = _measured(capsys, "memory", "--methods", "fo-fo", "--once")
+    assert once["fo-fo"]["tensor_peak_mib"] == lines["fo-fo"]["tensor_peak_mib"]
 
 
 def test_a_table_is_printed_for_people(capsys):

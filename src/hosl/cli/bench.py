@@ -51,13 +51,21 @@ def _step(words: list[str]) -> int:
 def _memory(words: list[str]) -> int:
     parser = _sizes("memory", "Peak memory of a client's step, for every method, against plain first-order.")
     _rows(parser)
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="one step instead of two; process peaks then hold the profiler, too",
+    )
     known = parser.parse_args(words)
 
     from hosl.run.bench_memory import bench_memory
     from hosl.run.bench_rows import rows_called
 
     rows = rows_called(known.methods)
-    found = bench_memory(known.shape, known.cut, known.batch, known.tokens, known.directions, rows, _say)
+    steps = 0 if known.once else 1
+    found = bench_memory(
+        known.shape, known.cut, known.batch, known.tokens, known.directions, rows, _say, steps=steps
+    )
     return _show(found, known.json)
 
 

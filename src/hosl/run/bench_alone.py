@@ -17,7 +17,10 @@ from hosl.errors import FailureError
 
 
 def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int = 1) -> dict[str, int]:
-    """Memory of so many of the client's steps, in bytes, measured in a fresh process that loads no network code.
+    """Memory of the client's steps, in bytes, measured in a fresh process that loads no network code.
+
+    `steps` are made before the one whose tensors are followed; with 0, that one is all there is, in half the time, and
+    what the process peaks at holds the profiler's records, too.
 
     Returns:
         process_peak_bytes: the most the process has had resident, loading included. tensor_peak_bytes: of tensors
@@ -93,12 +96,14 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     batch, server = fixed_batch(client, rows, tokens), NoServer()
     for step in range(1, steps + 1):
         method_round(config, client, server, batch, step)
-    found = {"process_peak_bytes": process_peak_bytes(), "held_bytes": party_bytes(client)}
-    assert "grpc" not in sys.modules, "what is measured is a client without a network"
-    forward, step_memory = TorchMemory(found["held_bytes"]), TorchMemory(found["held_bytes"])
+    process_peak, held = process_peak_bytes(), party_bytes(client)
+    forward, step_memory = TorchMemory(held), TorchMemory(held)
     forward.watch(client.forward, batch)
     step_memory.watch(method_round, config, client, server, batch, steps + 1)
-    return found | {
+    assert "grpc" not in sys.modules, "what is measured is a client without a network"
+    return {
+        "process_peak_bytes": process_peak if steps else process_peak_bytes(),
+        "held_bytes": held,
         "forward_peak_bytes": forward.peak_bytes,
         "tensor_peak_bytes": step_memory.peak_bytes,
     }

@@ -25,8 +25,12 @@ def bench_memory(
     directions: int,
     rows: Sequence[Row],
     say: Callable[[str], None] = lambda text: None,
+    *,
+    steps: int = 1,
 ) -> dict[str, Any]:
     """Measure; `say` is told what is under way. A method that does not fit has its error in place of figures.
+
+    `steps`: see `client_alone`.
 
     Raises:
         FailureError: if the shape is unknown, or nothing at all can be measured.
@@ -38,7 +42,7 @@ def bench_memory(
             say(f"{place + 1} of {len(rows)}: {row.name}")
             try:
                 found[row.name] = client_alone(
-                    row.config(cut=cut, directions=directions), half, batch_rows, tokens
+                    row.config(cut=cut, directions=directions), half, batch_rows, tokens, steps
                 )
             except FailureError as error:
                 found[row.name] = {"failed": str(error)}
