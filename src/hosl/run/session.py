@@ -5,7 +5,6 @@ In one process: `local.LocalSession`. With the server elsewhere: `join.JoinedSes
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,34 +124,35 @@ def method_round(
         half: the name under which the client draws its directions.
         control: of the step's coefficients; None: the config's, with nothing to look back on.
     """
-    seeds = [direction_seed(config.seed, step, q, half) for q in range(config.zo.directions)]
-    server_seeds = [direction_seed(config.seed, step, q, "server") for q in range(config.zo.directions)]
-    eta = learning_rate(config, config.client_rate)(step)
-    probes: dict[str, Any] = {"seeds": seeds, "epsilon": config.zo.epsilon, "learning_rate": eta}
+    zo = config.zo
+    seeds = {"seeds": [direction_seed(config.seed, step, q, half) for q in range(zo.directions)]}
+    of_server = {
+        "server_seeds": [direction_seed(config.seed, step, q, "server") for q in range(zo.directions)]
+    }
+    epsilon = {"epsilon": zo.epsilon}
+    eta = {"learning_rate": learning_rate(config, config.client_rate)(step)}
     if config.profile == "authors-head":
-        dropout_seed = direction_seed(config.seed, step, 0, "server")
-        return authors_head_round(client, server, batch, step=step, dropout_seed=dropout_seed, **probes)
-    control = control or step_control(config)
-    uncontrolled = dict(probes)  # hosl-node judges slopes of tokens, not one coefficient per direction
-    probes["control"] = control
-    forward_mode = {name: value for name, value in probes.items() if name != "epsilon"}
-    guided = {name: value for name, value in probes.items() if name != "seeds"}
-    rounds: dict[str, Callable[..., RoundResult]] = {
-        "hosl": partial(hosl_round, **probes),
-        "hosl-gradient": partial(hosl_gradient_round, **probes),
-        "hosl-gradient, one-sided": partial(hosl_gradient_one_sided_round, **probes),
-        "hosl-gradient, forward-mode": partial(hosl_gradient_forward_mode_round, **forward_mode),
-        "hosl-guided": partial(hosl_guided_round, **guided),
-        "hosl-node": partial(hosl_node_round, **uncontrolled),
-        "fo-fo": partial(fo_round, learning_rate=eta),
-        "fo-recompute": partial(fo_round, learning_rate=eta),
-        "zo-zo": partial(zo_round, server_seeds=server_seeds, **probes),
-        "fo-zo": partial(fo_zo_round, server_seeds=server_seeds, **guided),
-        "frozen": frozen_round,
+        dropout = {"dropout_seed": direction_seed(config.seed, step, 0, "server")}
+        settings: dict[str, Any] = dropout | seeds | epsilon | eta
+        return authors_head_round(client, server, batch, step=step, **settings)
+    controlled = {"control": control or step_control(config)}
+    rounds: dict[str, tuple[Callable[..., RoundResult], dict[str, Any]]] = {
+        "hosl": (hosl_round, seeds | epsilon | eta | controlled),
+        "hosl-gradient": (hosl_gradient_round, seeds | epsilon | eta | controlled),
+        "hosl-gradient, one-sided": (hosl_gradient_one_sided_round, seeds | epsilon | eta | controlled),
+        "hosl-gradient, forward-mode": (hosl_gradient_forward_mode_round, seeds | eta | controlled),
+        "hosl-guided": (hosl_guided_round, epsilon | eta | controlled),
+        "hosl-node": (hosl_node_round, seeds | epsilon | eta),
+        "fo-fo": (fo_round, eta),
+        "fo-recompute": (fo_round, eta),
+        "zo-zo": (zo_round, seeds | of_server | epsilon | eta | controlled),
+        "fo-zo": (fo_zo_round, of_server | epsilon | eta | controlled),
+        "frozen": (frozen_round, {}),
     }
     variant = config.method
     if config.zo.sides == "one":
         variant += ", one-sided"
     if config.zo.derivative == "forward-mode":
         variant += ", forward-mode"
-    return rounds[variant](client, server, batch, step=step)
+    method, settings = rounds[variant]
+    return method(client, server, batch, step=step, **settings)
