@@ -79,7 +79,9 @@ def test_a_recomputed_step_is_that_of_ordinary_backprop(tiny, model_name, padded
         again, found = _updates(
             RecomputingClient, model, 3, trainable, batch, micro_batch_rows=micro_batch_rows
         )
-        assert torch.equal(again, h)
+        if micro_batch_rows is None:
+            assert torch.equal(again, h)
+        _assert_same({"h": again}, {"h": h}, allowed)  # fewer rows at once round differently
         _assert_same(found, expected, allowed)
         if micro_batch_rows is None and trainable != "all":  # the same sums in the same order
             assert all(torch.equal(found[name], update) for name, update in expected.items())

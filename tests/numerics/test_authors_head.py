@@ -56,5 +56,5 @@ def test_the_client_moves_after_every_pair_and_replays_so(parties, tiny, class_b
 
 
 def test_settings_that_are_not_the_published_codes_are_refused():
-    with pytest.raises(ConfigError, match=r"authors-head wants zo.law: sphere, got gaussian"):
-        parse_config({"profile": "authors-head"}, where="test")
+    with pytest.raises(ConfigError, match=r"authors-head wants zo.law: sphere, got rademacher"):
+        parse_config({"profile": "authors-head", "method": "hosl"}, where="test")

@@ -16,20 +16,19 @@ from torch import nn
 from hosl.core.parties import Batch
 from hosl.parties.block_calls import BlockCall, recorded
 from hosl.parties.probing import trained_parameters
-from hosl.parties.torch_client import FrozenClient, row_slices
+from hosl.parties.torch_client import FrozenClient, in_one
 from hosl.split import ClientHalf
 
 
-@dataclass(slots=True)
-class _Kept:
-    """What `backward` needs of the last forward."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What `backward` needs of rows that went forward together."""
 
+    rows: slice
     ids: torch.Tensor
     mask: torch.Tensor
-    dtype: torch.dtype
-    """Of h, and so of its gradient."""
     calls: list[BlockCall]
-    """Of the blocks that have something to train at or below them, first to last."""
+    """Of the blocks that have something to train at or below them, first to last; backward takes them away."""
 
 
 class _Reached(Exception):  # noqa: N818  (control flow: it stops a forward and is always caught)
@@ -52,8 +51,8 @@ class RecomputingClient(FrozenClient):
 
         Args:
             half: the client's.
-            micro_batch_rows: how many rows of a batch a block is recomputed for at once; None: as many as a forward
-                pass takes at once (`row_slices`).
+            micro_batch_rows: how many rows of a batch go forward and are recomputed at once; None: as many as memory
+                suggests (`row_slices`).
             device: a torch device.
         """
         super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
@@ -68,35 +67,41 @@ class RecomputingClient(FrozenClient):
         with_trained = [i for i, parameters in enumerate(of_blocks) if parameters]
         self._lowest = 0 if self._before else min(with_trained, default=len(self._blocks))
         """The first block that a gradient has to reach."""
-        self._kept: _Kept | None = None
+        self._parts: list[_Part] = []
+        """Of the last `forward_for_backward`."""
 
     def forward_for_backward(self, batch: Batch) -> torch.Tensor:
         """h [rows, seq, width]; the inputs of the blocks stay here until `backward`, no graph."""
+        self._parts = []  # of a forward that was never answered
         ids, mask = self._inputs(batch)
-        self._kept = None  # of a forward that was never answered
+        return in_one(((rows, self._part(rows, ids, mask)) for rows in self._slices(ids)), len(ids))
+
+    def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), recorded(self._blocks[self._lowest :]) as calls:
-            h = self.half(ids, mask)
-        self._kept = _Kept(ids, mask, h.dtype, calls)
+            h = self.half(ids[rows], mask[rows])
+        self._parts.append(_Part(rows, ids[rows], mask[rows], calls))
         return h
 
     def backward(self, gradient: torch.Tensor, learning_rate: float) -> None:
         """theta_c -= learning_rate dL/dtheta_c, block by block, from dL/dh of the last `forward_for_backward`."""
-        assert self._kept is not None, "backward needs a forward_for_backward before it"
-        kept, self._kept = self._kept, None
-        gradient = gradient.to(self.device, kept.dtype)
-        while kept.calls:
-            block = self._blocks[self._lowest + len(kept.calls) - 1]
-            call = kept.calls.pop()
-            handed_on = bool(kept.calls or self._before)
-            for rows in row_slices(gradient.shape[:2], 1, self.micro_batch_rows):
-                _backward_block_(block, call, gradient, rows, handed_on=handed_on)
+        assert self._parts, "backward needs a forward_for_backward before it"
+        parts, self._parts = self._parts, []
+        gradients = [gradient[part.rows].to(self.device, self._dtype) for part in parts]
+        for place in reversed(range(self._lowest, len(self._blocks))):
+            block, handed_on = self._blocks[place], place > self._lowest or bool(self._before)
+            for i, part in enumerate(parts):
+                gradients[i] = _backward_block_(block, part.calls.pop(), gradients[i], handed_on=handed_on)
             _descend_(_trained(block.parameters()), learning_rate)
-            gradient = call.args[0]  # which holds the gradient now, where one is handed on
         if self._before:
             with _sparse_lookups(self.half.model):
-                for rows in row_slices(gradient.shape[:2], 1, self.micro_batch_rows):
-                    self._hidden_before_blocks(kept.ids[rows], kept.mask[rows]).backward(gradient[rows])
+                for part, of_rows in zip(parts, gradients, strict=True):
+                    self._hidden_before_blocks(part.ids, part.mask).backward(of_rows)
             _descend_(self._before, learning_rate)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of h, and so of its gradient."""
+        return next(p.dtype for p in self.half.parameters() if p.is_floating_point())
 
     def _hidden_before_blocks(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What block 0 is called with, and its graph; without blocks (cut 0), the hidden state at the cut."""
@@ -117,18 +122,18 @@ class RecomputingClient(FrozenClient):
 
 
 def _backward_block_(
-    block: nn.Module, call: BlockCall, gradient: torch.Tensor, rows: slice, *, handed_on: bool
-) -> None:
-    """Add the block's gradients over these rows; its input's takes the input's own place where it is handed on.
+    block: nn.Module, call: BlockCall, gradient: torch.Tensor, *, handed_on: bool
+) -> torch.Tensor:
+    """Add the block's gradients over these rows; returns its input's, where that is handed on.
 
-    Source of the in-place exchange: a row's input is not needed again once its gradient is there.
+    The input's gradient takes the input's own place: it is not needed again.
     """
     hidden = call.args[0]
-    at = hidden[rows].detach().requires_grad_(handed_on)
-    args, kwargs = call.of_rows(rows, len(hidden))
-    block(at, *args, **kwargs).backward(gradient[rows])
+    at = hidden.detach().requires_grad_(handed_on)
+    block(at, *call.args[1:], **call.kwargs).backward(gradient)
     if handed_on:
-        hidden[rows] = at.grad
+        hidden.copy_(at.grad)
+    return hidden
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
