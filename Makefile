@@ -25,7 +25,7 @@ run: .venv/run-installed      ## fine-tune a split model on real text, in one pr
 	$(BIN)/hosl train examples/docstrings.yaml
 
 test: .venv/dev-installed     ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal
 
 test-slow: .venv/dev-installed ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -11,7 +11,7 @@ WORDS = ["red", "green", "blue", "round", "flat", "long", "warm", "cold", "old",
 
 @pytest.fixture
 def tiny_run(tmp_path, tiny):
-    """`tiny_run(**settings)` writes model, data and config.yaml; returns the config's path."""
+    """`tiny_run(**settings)` writes model, data and config.yaml; returns the config's path. Its zo section is added to."""
 
     def make(**settings):
         model = tmp_path / "model-in"
@@ -36,6 +36,8 @@ def tiny_run(tmp_path, tiny):
             "server": {"learning_rate": 1e-2},
             "max_steps": 12, "per_device_train_batch_size": 8, "eval_steps": 5, "save_steps": 4, "snapshot_steps": 6,
         }  # fmt: skip
+        # of 16 directions, the default, a run would take its time
+        settings["zo"] = config["zo"] | settings.get("zo", {})
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config | settings))
         return path

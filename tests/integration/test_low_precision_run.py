@@ -30,6 +30,7 @@ def _exact_bytes(run):
     return {str(p.relative_to(run)): p.read_bytes() for p in files}
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [("hosl", "int8"), ("hosl-gradient", "int8"), ("fo-fo", "int8"), ("hosl", "bfloat16")],
@@ -55,7 +56,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, dtype
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_the_export_is_the_original_model_with_the_adapters(tiny_run, tmp_path, dtype):
     """Adapters are those of the run, bit for bit; every other weight of the client is the model's own."""
-    config = tiny_run(client=_client(dtype), model={"name": str(tmp_path / "model-in"), "cut": 2})
+    # a rate at which twelve steps move the logits by far more than the tolerance
+    config = tiny_run(
+        client=_client(dtype, learning_rate=1.0), model={"name": str(tmp_path / "model-in"), "cut": 2}
+    )
     assert main(["train", str(config)]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     session = hosl.load_run(tmp_path / "run")
@@ -86,7 +90,7 @@ def test_the_export_is_the_original_model_with_the_adapters(tiny_run, tmp_path, 
         expected, plain = whole(ids).logits, base(ids).logits
         adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).eval()(ids).logits
     torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(plain, expected, rtol=1e-4, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

@@ -21,6 +21,7 @@ def client_files(run):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("method", "guidance"), [*((m, "none") for m in METHODS), ("hosl-gradient", "mixed")]
 )

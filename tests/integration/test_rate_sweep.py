@@ -10,6 +10,7 @@ from hosl.config import Config, load_config
 from hosl.run.rate_sweep import DESCENDED, PROBED, Tried, _chosen, sweep, with_rate
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_run_after_a_sweep_is_the_run_with_that_number(tiny_run, tmp_path, capsys):
     config = tiny_run(method="hosl-gradient", client={"learning_rate": "auto"})
     assert main(["train", str(config), "--json", "--output-dir", str(tmp_path / "auto")]) == 0

@@ -201,6 +201,7 @@ def test_probes_keep_every_bit_and_a_step_changes_the_adapters_alone(model_name,
         assert ".lora_" not in name or tensor.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("base", DTYPES)
 def test_the_journal_rebuilds_the_adapters_bit_for_bit(tiny, class_batch, base):
     client_half, server_half = _half(tiny, "bert", base)

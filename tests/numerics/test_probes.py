@@ -140,6 +140,7 @@ def test_projected_and_loss_differences_approach_the_exact_derivative_with_slope
     assert 1.9 < _slope(epsilons, np.array(errors)) < 2.1
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_round_estimate_is_unbiased_within_its_standard_error(tiny, class_batch):
     """E[c u] against backprop's gradient, on one layer norm of the client (d = 64) in float64."""
     client_half, server_half = split_model(tiny("bert", torch.float64), 2)

@@ -185,6 +185,7 @@ def test_the_two_halves_of_zo_zo_draw_independent_directions(tiny):
     assert recurring == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_zo_zo_lowers_the_loss_of_both_halves(tiny, class_batch):
     client_half, server_half = split_model(tiny("bert"), 2)
     client = ZerothOrderClient(client_half)
@@ -234,6 +235,7 @@ def test_a_frozen_client_keeps_every_bit(tiny, class_batch):
     assert all(torch.equal(before[name], p) for name, p in client_half.named_parameters())
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_journal_rebuilds_the_client_bit_for_bit_after_200_steps(tiny, class_batch, dtype):
     client_half, server_half = split_model(tiny("bert", dtype), 2)
