@@ -9,25 +9,6 @@ import pytest
 import torch
 import transformers as hf
 
-_SRC = Path(__file__).parents[1] / "src"
-_UNCHECKED = {"hosl.parties.probing"}
-"""Defines its forwards anew in every probe, and each would be compiled anew with its checks: most of the suite's time."""
-
-
-def _checked_modules():
-    """Those whose annotations, shapes among them, are verified on every call."""
-    paths = [path.relative_to(_SRC).with_suffix("").parts for path in _SRC.rglob("*.py")]
-    names = {".".join(parts).removesuffix(".__init__") for parts in paths}
-    packages = {unchecked.rpartition(".")[0] for unchecked in _UNCHECKED} | {
-        "hosl"
-    }  # a name covers what is below it
-    return sorted(names - _UNCHECKED - packages)
-
-
-jaxtyping.install_import_hook(
-    _checked_modules(), "beartype.beartype"
-)  # before anything imports what it checks
-
 from hosl.core.parties import Batch, ClassTargets, OptionTargets
 from hosl.parties.torch_memory import TorchMemory  # noqa: F401  (imports the profiler once, before warnings are errors)
 

@@ -11,7 +11,7 @@ WORDS = ["red", "green", "blue", "round", "flat", "long", "warm", "cold", "old",
 
 @pytest.fixture
 def tiny_run(tmp_path, tiny):
-    """`tiny_run(**settings)` writes model, data and config.yaml; returns the config's path. Its zo section is added to."""
+    """`tiny_run(**settings)` writes model, data and config.yaml; returns the config's path. zo: adds to its own."""
 
     def make(**settings):
         model = tmp_path / "model-in"

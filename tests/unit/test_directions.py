@@ -141,3 +141,9 @@ def test_halves_steps_and_directions_have_seeds_of_their_own():
     }
     assert len(seeds) == 2 * 50 * 10 * 2
     assert direction_seed(7, 3, 1) == 2112801624997574304  # a change would break every journal
+
+
+def test_annotations_are_verified_in_tests():
+    with pytest.raises(Exception, match="type") as refused:
+        direction_rows("seven", "w", (3, 4), [1], "gaussian")
+    assert "TypeCheckError" in type(refused.value).__name__
