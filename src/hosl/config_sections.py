@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from hosl.core.directions import Law
+from hosl.core.sizes import parse_bytes
 from hosl.core.step_control import Normalise
 from hosl.errors import ConfigError
 from hosl.parties.optimisers import OptimiserSpec
@@ -95,8 +96,12 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Of the client's frozen weights; adapters stay float32. model: as model.dtype."""
     device: str = "cpu"
     """A torch device."""
+    memory_budget: str | None = None
+    """What the client process may take, such as 600MiB: checked before the run and at every step (docs/memory.md)."""
 
     def __post_init__(self) -> None:
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
         if isinstance(self.learning_rate, float | int) and not self.learning_rate >= 0:
             raise ConfigError(f"client.learning_rate must be >= 0, auto or null, got {self.learning_rate}")
         if self.micro_batch_rows is not None and self.micro_batch_rows < 1:

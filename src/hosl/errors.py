@@ -9,7 +9,8 @@ Every message answers four questions: what was asked, what was found, what is al
     |   |-- TaskError                          data, labels or a tokenizer
     |   |-- FolderError                        a folder that is in use, occupied, missing or no run
     |   |-- AccessError                        a token, a fingerprint or a certificate
-    |   `-- AgreementError                     two sides that do not fit: version, model, settings
+    |   |-- AgreementError                     two sides that do not fit: version, model, settings
+    |   `-- BudgetError                        a run that would take more memory than it may
     `-- FailureError                         the request was fine, the work failed         exit 1
         |-- NonFiniteError                     NaN or Inf where a number is needed
         |-- JournalError                       a journal that cannot be replayed
@@ -19,6 +20,7 @@ Every message answers four questions: what was asked, what was found, what is al
         |-- WireError                          bytes from a peer that cannot be what was meant
         |-- LimitError                         more than a peer may ask for, or more at once
         |-- StepError                          a step from the past or the future
+        |-- OverBudgetError                    a run that takes more memory than it may
         `-- SessionError                       a peer that does not know us (any more): say hello again
 """
 
@@ -59,6 +61,10 @@ class AgreementError(RequestError):
     """The two sides do not fit together: protocol version, model, halves, settings."""
 
 
+class BudgetError(RequestError):
+    """The client would take more memory than its budget; nothing was started."""
+
+
 class FailureError(HoslError):
     """The request was fine; the work failed."""
 
@@ -97,6 +103,10 @@ class StepError(FailureError):
 
 class SessionError(FailureError):
     """The peer does not know this session (any more): say hello again."""
+
+
+class OverBudgetError(FailureError):
+    """The client takes more memory than its budget; the run was stopped after a checkpoint."""
 
 
 class StepMoved(HoslError):  # noqa: N818  (no error: the run's loop hears of it and goes there)

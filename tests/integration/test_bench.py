@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hosl.cli import main
-from hosl.run.bench_rows import ROWS, rows_called
+from hosl.methods.rows import ROWS, rows_called
 
 SIZES = ["--shape", "tiny", "--cut", "3", "--batch", "4", "--tokens", "16", "--directions", "2"]
 FLOAT32 = 4

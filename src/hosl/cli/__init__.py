@@ -18,7 +18,8 @@ _VERBS = {
     "serve": "train a server half with the devices that join: hosl serve OUT/server --listen HOST:PORT",
     "join": "train this device's half with a server: hosl join OUT/client --to LINE --config CONFIG.yaml",
     "audit": "what leaves the device, field by field: hosl audit OUT/client --config CONFIG.yaml",
-    "bench": "measure a link: hosl bench link --rtt 50ms --up 10mbit",
+    "plan": "does it fit, where to cut, what will it cost: hosl plan CONFIG.yaml | MODEL --device-memory 2GiB",
+    "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
     "report": "write a run's report.html again: hosl report RUN",
 }

@@ -38,7 +38,7 @@ def _step(words: list[str]) -> int:
     parser.add_argument("--memory-repeats", type=int, default=1, help="each in a process of its own; 0: none")
     known = parser.parse_args(words)
 
-    from hosl.run.bench_rows import rows_called
+    from hosl.methods.rows import rows_called
     from hosl.run.bench_step import StepBench, bench_step
 
     bench = StepBench(
@@ -58,8 +58,8 @@ def _memory(words: list[str]) -> int:
     )
     known = parser.parse_args(words)
 
+    from hosl.methods.rows import rows_called
     from hosl.run.bench_memory import bench_memory
-    from hosl.run.bench_rows import rows_called
 
     rows = rows_called(known.methods)
     steps = 0 if known.once else 1

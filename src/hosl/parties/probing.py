@@ -51,13 +51,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def stacked(
-    model: nn.Module, probes: Sequence[Probe], rows: int, signs: Signs = BOTH_SIDES
+    model: nn.Module,
+    probes: Sequence[Probe],
+    rows: int,
+    signs: Signs = BOTH_SIDES,
+    scratch: "Scratch | None" = None,
 ) -> Iterator[None]:
     """Within this fence, `model` maps batches of `rows` rows: for each probe, for each sign, as many rows.
 
     Requires: batches of exactly `rows` rows, no autograd. The fence must not span a call to the other party.
     """
-    scratch = _Scratch()
+    scratch = scratch or Scratch()
     covered: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
         for module_name, module in model.named_modules():
@@ -104,7 +108,7 @@ def _perturbed_forward(
     probes: Sequence[Probe],
     signs: Signs,
     rows: int,
-    scratch: "_Scratch",
+    scratch: "Scratch",
 ) -> Callable[..., torch.Tensor]:
     if isinstance(module, nn.Embedding):
         return _signed_lookup(module, names, probes, signs, rows)
@@ -121,7 +125,7 @@ def _signed_rows(
     probes: Sequence[Probe],
     signs: Signs,
     rows: int,
-    scratch: "_Scratch",
+    scratch: "Scratch",
 ) -> Callable[..., torch.Tensor]:
     """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows."""
     own_forward = module.forward
@@ -151,7 +155,7 @@ def _signed_rows(
 
 
 def _signed_linear(
-    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, scratch: "_Scratch"
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, scratch: "Scratch"
 ) -> Callable[..., torch.Tensor]:
     """A linear layer's forward by tiles of output features: bits drawn once, W +- epsilon u formed in scratch."""
 
@@ -159,11 +163,11 @@ def _signed_linear(
         weight, width, features = module.weight.detach(), module.in_features, module.out_features
         parts = x.reshape(len(probes), len(signs), -1, width)
         out = x.new_empty(len(probes), len(signs), parts.shape[2], features)
-        step = max(SCRATCH_ELEMENTS // width, 1)
+        step = scratch.rows_at_once(features, width)
         for probe, x_sides, y_sides in zip(probes, parts, out, strict=True):
             biases = _shifted_biases(module, names, probe, signs)
             for first, last in pairwise([*range(0, features, step), features]):
-                u = _drawn(weight, names["weight"], probe, (first * width, last * width))
+                u = scratch.drawn(weight, names["weight"], probe, (first * width, last * width))
                 (tile,) = scratch.tiles([weight[first:last]])
                 for sign, x_sign, y, bias in zip(signs, x_sides, y_sides, biases, strict=True):
                     scratch.form_(tile, weight[first:last], u, sign, start=first * width)
@@ -276,12 +280,23 @@ def _looked_up(
     return found.to(weight.dtype)
 
 
-class _Scratch:
-    """Memory in which shifted weights are formed: one module's at a time, kept until the fence ends."""
+class Scratch:
+    """Memory in which shifted weights are formed: one module's at a time, kept until the fence ends.
+
+    A plan has one of its own, which takes each layer in one part and only counts what it would form.
+    """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
         self._piece = np.empty(0, dtype=np.float32)
+
+    def rows_at_once(self, features: int, width: int) -> int:
+        """How many rows of a linear layer's weight are perturbed at once."""
+        return max(SCRATCH_ELEMENTS // width, 1)
+
+    def drawn(self, weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int]) -> Drawn:
+        """epsilon u for a span of a weight's elements."""
+        return _drawn(weight, name, probe, span)
 
     def tiles(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A tile for each of these tensors, of its shape; earlier ones are given up."""

@@ -4,7 +4,7 @@ Requires of the half: dropout off (L+ and L- must be one function, paper.md I4),
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -15,7 +15,16 @@ from hosl.core.estimators import Projection, mean_scales
 from hosl.core.journal import Journal
 from hosl.core.parties import Batch, Pair
 from hosl.parties.optimisers import OptimiserSpec, make_optimiser, optimiser_step
-from hosl.parties.probing import BOTH_SIDES, PLUS_SIDE, Probe, Signs, descend_, stacked, trained_parameters
+from hosl.parties.probing import (
+    BOTH_SIDES,
+    PLUS_SIDE,
+    Probe,
+    Scratch,
+    Signs,
+    descend_,
+    stacked,
+    trained_parameters,
+)
 from hosl.parties.tangents import along
 from hosl.split import ClientHalf
 
@@ -98,6 +107,7 @@ class ZerothOrderClient(FrozenClient):
         self.law: Law = law
         self.trained = trained_parameters(half.model)
         self.journal = Journal()
+        self.new_scratch: Callable[[], Scratch] = Scratch
 
     def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
         """The pair of one seed; see `probes`."""
@@ -162,7 +172,10 @@ class ZerothOrderClient(FrozenClient):
         slices = self._slices(ids, evaluations=len(signs)) if len(probes) == 1 else [slice(0, len(ids))]
         for rows in slices:
             some_ids, some_mask = ids[rows], mask[rows]
-            with torch.no_grad(), stacked(self.half.model, probes, times * len(some_ids), signs):
+            with (
+                torch.no_grad(),
+                stacked(self.half.model, probes, times * len(some_ids), signs, self.new_scratch()),
+            ):
                 h = self.half(some_ids.repeat(times, 1), some_mask.repeat(times, 1))
             yield rows, h.view(len(probes), len(signs), len(some_ids), *h.shape[1:])
 

@@ -7,7 +7,7 @@ import numpy as np
 from hosl.config import Config
 from hosl.core.parties import Batch, ClassTargets
 from hosl.core.positions import positions_of
-from hosl.run.schedule import batch_indices
+from hosl.methods.schedule import batch_indices
 from hosl.tasks import Task
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_to_message, targets_to_message

@@ -3,16 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from hosl.config import Config, parse_config
-from hosl.core.parties import Batch, OptionTargets, StepReply, Targets
-from hosl.core.shapes import Float
 from hosl.errors import FailureError
 
 
@@ -42,51 +38,13 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
     return json.loads(ran.stdout)
 
 
-def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
-    """The batch of every measured step: the longest there is, one scored token per row."""
-    generator = np.random.Generator(np.random.Philox(key=0))
-    vocabulary = client.half.config.get_text_config().vocab_size
-    ids = generator.integers(3, vocabulary, (rows, tokens))
-    last = np.full((rows, 1), tokens - 2, np.int32)
-    mask = np.ones(ids.shape, np.int8)
-    return Batch(ids, OptionTargets(mask, last, ids[:, -1:].astype(np.int32)))
-
-
-class NoServer:
-    """Answers at once with made-up numbers: what a client takes by itself, to subtract."""
-
-    def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
-        """Different from each other, so that a client has something to descend."""
-        return [0.7 + 0.1 * place for place, _ in enumerate(activations)]
-
-    def scores(self, activations: Any, targets: Targets) -> Float[np.ndarray, "rows 1"]:
-        """Every answer is as likely."""
-        return np.zeros((len(activations), 1))
-
-    def step(
-        self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
-    ) -> StepReply:
-        """A gradient as large as the activations, where one is wanted."""
-        return StepReply(0.7, activations * 1e-3 if want_gradient else None)
-
-    def gradient(self, activations: Any, targets: Targets) -> StepReply:
-        """As `step`."""
-        return self.step(activations, targets, step=0, want_gradient=True)
-
-    def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
-        """As `losses`."""
-        return 0.7, 0.8
-
-    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """Nothing to do."""
-
-
 def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> dict[str, int]:
+    from hosl.methods.made_up import NoServer, fixed_batch
+    from hosl.methods.step import method_round
+    from hosl.methods.torch_parties import DTYPES, make_client, party_bytes
     from hosl.parties.torch_memory import TorchMemory
     from hosl.run.allocator import return_freed_memory
     from hosl.run.record import process_peak_bytes
-    from hosl.run.session import method_round
-    from hosl.run.torch_halves import DTYPES, make_client, party_bytes
     from hosl.split import load_half
 
     return_freed_memory()  # as `hosl join` does

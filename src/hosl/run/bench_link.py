@@ -14,15 +14,16 @@ import msgspec
 
 from hosl.config import Config
 from hosl.errors import FailureError
+from hosl.methods.made_up import fixed_batch
+from hosl.methods.step import method_round
 from hosl.parties.metered import Meter, Metered
 from hosl.parties.remote_server import RemoteServer
 from hosl.run import torch_device
 from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
-from hosl.run.bench_alone import client_alone, fixed_batch
+from hosl.run.bench_alone import client_alone
 from hosl.run.bench_halves import random_halves
 from hosl.run.record import process_peak_bytes
-from hosl.run.session import method_round
 from hosl.split.folder_facts import half_facts
 from hosl.transport.channel import Channel
 from hosl.transport.join_line import JoinLine

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hosl.errors import FailureError
+from hosl.methods.rows import FIRST_ORDER, FORWARD, Row
 from hosl.run.bench_alone import client_alone
 from hosl.run.bench_halves import random_halves
-from hosl.run.bench_rows import FIRST_ORDER, FORWARD, Row
 
 _MIB = 2**20
 

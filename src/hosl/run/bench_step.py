@@ -19,13 +19,14 @@ import torch
 from hosl.config import Config
 from hosl.core.directions import direction_seed, drawn, low_rank_factors
 from hosl.core.parties import Batch
+from hosl.methods.made_up import NoServer, fixed_batch
+from hosl.methods.rows import FORWARD, Row
+from hosl.methods.step import method_round
+from hosl.methods.torch_parties import DTYPES, make_client
 from hosl.parties.metered import Meter, Metered
 from hosl.parties.torch_client import ZerothOrderClient
-from hosl.run.bench_alone import NoServer, client_alone, fixed_batch
+from hosl.run.bench_alone import client_alone
 from hosl.run.bench_halves import random_halves
-from hosl.run.bench_rows import FORWARD, Row
-from hosl.run.session import method_round
-from hosl.run.torch_halves import DTYPES, make_client
 from hosl.split import load_half
 
 STEPS_OF_A_RUN = 1500

@@ -19,6 +19,7 @@ from hosl.config import Config, dump_config
 from hosl.core.parties import Batch
 from hosl.core.rounds import RoundResult
 from hosl.errors import AgreementError, CheckpointError, StepMoved
+from hosl.methods.step import method_round
 from hosl.parties.metered import Metered
 from hosl.parties.remote_server import RemoteServer
 from hosl.parties.remote_trunk import RemoteTrunk
@@ -28,7 +29,7 @@ from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
 from hosl.run.loop import carry_on
 from hosl.run.record import RunLock, new_folder, versions
-from hosl.run.session import Session, method_round
+from hosl.run.session import Session
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split.folder_facts import half_facts
 from hosl.tasks import Task, TextTokenizer, load_task, task_digest

@@ -7,21 +7,12 @@ from typing import Any, cast
 from hosl.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from hosl.config import Config, load_config
 from hosl.errors import CheckpointError, FolderError
+from hosl.methods.torch_parties import DTYPES, make_client, make_server, party_bytes, trained_elements
 from hosl.parties.torch_client import FrozenClient
 from hosl.parties.torch_memory import TorchMemory
 from hosl.parties.torch_server import TorchServer
 from hosl.run.session import Session
-from hosl.run.torch_halves import (
-    DTYPES,
-    make_client,
-    make_server,
-    party_bytes,
-    put_client,
-    put_server,
-    restore_client_,
-    restore_server_,
-    trained_elements,
-)
+from hosl.run.torch_checkpoint import put_client, put_server, restore_client_, restore_server_
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
 from hosl.tasks import TextTokenizer, load_task, task_digest
 

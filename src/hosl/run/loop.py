@@ -9,9 +9,9 @@ from typing import Any
 from hosl.core.rounds import RoundResult
 from hosl.errors import StepMoved
 from hosl.evaluation import Evaluation, evaluate
+from hosl.methods.schedule import batch_indices, learning_rate
 from hosl.run.progress import View, open_view
 from hosl.run.record import Record, process_peak_bytes, read_lines
-from hosl.run.schedule import batch_indices, learning_rate
 from hosl.run.session import Session
 from hosl.run.stopping import Stop
 from hosl.run.summary import farewell, greeting, run_summary

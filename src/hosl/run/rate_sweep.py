@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from hosl.config import Config
 from hosl.core.parties import Batch
 from hosl.errors import NonFiniteError
+from hosl.methods.schedule import batch_indices
 from hosl.run.local import LocalSession, new_session
-from hosl.run.schedule import batch_indices
 
 STEPS = 20
 HELD_OUT_BATCHES = 8

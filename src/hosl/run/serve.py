@@ -205,7 +205,7 @@ def _page_context(
 
 def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
     """Opens the half that a Hello asks for, if it is this server's."""
-    from hosl.run.torch_halves import DTYPES
+    from hosl.methods.torch_parties import DTYPES
     from hosl.run.torch_hosting import TorchHosted
     from hosl.split import load_half
 

@@ -4,22 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config
+from hosl.methods.torch_parties import DTYPES, make_client, make_head, party_bytes, trained_elements
 from hosl.parties.headed_server import HeadedServer
 from hosl.parties.remote_trunk import RemoteTrunk
 from hosl.parties.torch_client import FrozenClient
 from hosl.parties.torch_memory import TorchMemory
 from hosl.parties.torch_wire import from_wire, to_wire
-from hosl.run.torch_halves import (
-    DTYPES,
-    make_client,
-    make_head,
-    party_bytes,
-    put_client,
-    put_head,
-    restore_client_,
-    restore_head_,
-    trained_elements,
-)
+from hosl.run.torch_checkpoint import put_client, put_head, restore_client_, restore_head_
 from hosl.split import ClientHalf, load_half, load_head
 from hosl.split.streaming import tensors_digest
 

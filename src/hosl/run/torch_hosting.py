@@ -12,10 +12,11 @@ from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.core.parties import ClassTargets, OptionTargets, PositionTargets, StepReply, Targets
 from hosl.errors import CheckpointError, WireError
+from hosl.methods.torch_parties import make_server
 from hosl.parties.torch_server import TorchServer
 from hosl.parties.torch_trunk import TrunkServer
 from hosl.parties.torch_wire import from_wire, to_wire
-from hosl.run.torch_halves import make_server, put_server, restore_server_
+from hosl.run.torch_checkpoint import put_server, restore_server_
 from hosl.service.hosting import Stepped
 from hosl.split import ServerHalf
 from hosl.wire.tensors import WireArray

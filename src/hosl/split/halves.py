@@ -84,9 +84,11 @@ class Half:
                 p.data = p.data.to(dtype)
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> "Half":
-        """Move or convert, as torch.nn.Module.to."""
-        self.model.to(*args, **kwargs)
+    def to(self, place: torch.device | torch.dtype) -> "Half":
+        """Move or convert, as torch.nn.Module.to; a half that is at its place already is not touched."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        if isinstance(place, torch.dtype) or any(t.device != place for t in tensors):
+            self.model.to(place)
         return self
 
     def eval(self) -> "Half":

@@ -58,6 +58,8 @@ def quantise_rows(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
     """
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    if weight.is_meta:  # a plan's: there is nothing to read
+        return q, scale
     for start, stop in _tiles(len(weight), across=weight.shape[1]):
         tile = weight[start:stop].to(torch.float32)
         s = (
@@ -123,8 +125,13 @@ class _Product(torch.autograd.Function):
         return of_x, None, None, of_bias
 
 
+def tile_rows(across: int) -> int:
+    """How many rows of `across` elements are in the compute dtype at once."""
+    return max(_TILE_ELEMENTS // across // _ALIGNED, 1) * _ALIGNED
+
+
 def _tiles(length: int, *, across: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of tiles of about `_TILE_ELEMENTS` over one dimension of a matrix, `across` being its other one."""
-    step = max(_TILE_ELEMENTS // across // _ALIGNED, 1) * _ALIGNED
+    step = tile_rows(across)
     for start in range(0, length, step):
         yield start, min(start + step, length)

@@ -18,8 +18,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "opt-125m": {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+    "opt-6.7b": {"hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "opt-66b": {"hidden_size": 9216, "ffn_dim": 36864, "num_hidden_layers": 64, "num_attention_heads": 72},
 }
 """OPT's published sizes (arXiv 2205.01068, table 1), and one that takes no time."""
+
+
+def shape_config(shape: str) -> Any:
+    """The `OPTConfig` of a known shape.
+
+    Raises:
+        ConfigError: if there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
+    sizes = SHAPES[shape] | {"word_embed_proj_dim": SHAPES[shape]["hidden_size"]}
+    return transformers.OPTConfig(**sizes)
 
 
 def random_model(shape: str) -> Any:
@@ -28,12 +42,9 @@ def random_model(shape: str) -> Any:
     Raises:
         ConfigError: if there is no such shape.
     """
-    if shape not in SHAPES:
-        raise ConfigError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
-    sizes = SHAPES[shape] | {"word_embed_proj_dim": SHAPES[shape]["hidden_size"]}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)).eval()
+        return transformers.OPTForCausalLM(shape_config(shape)).eval()
 
 
 def save_random_model(shape: str, folder: Path) -> None:

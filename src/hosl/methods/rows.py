@@ -1,4 +1,4 @@
-"""The rows of `hosl bench step` and `hosl bench memory`: every way to train a client, as settings of one config.
+"""Every way to train a client, as settings of one config: the rows of `hosl bench` and `hosl plan`.
 
 A row is data. To measure another method, add a line.
 """
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hosl.config import Config, parse_config
+import msgspec
+
+from hosl.config import ClientConfig, Config, ZOConfig, parse_config
 from hosl.errors import ConfigError
 
 SGD = {"name": "sgd"}
@@ -31,16 +33,31 @@ class Row:
         Raises:
             ConfigError: if the method does not allow what was asked.
         """
-        client = dict(self.client)
-        if micro_batch_rows is not None and self.method not in ("fo-fo", "fo-zo"):
-            client["micro_batch_rows"] = micro_batch_rows
-        settings = {
-            "method": self.method,
-            "model": {"cut": cut, **self.model},
-            "zo": {"directions": directions, "law": "rademacher", **self.zo},
-            "client": {"learning_rate": 1e-9, **client},
+        base = Config(
+            zo=ZOConfig(directions=directions, law="rademacher"), client=ClientConfig(learning_rate=1e-9)
+        )
+        return self.applied(base, cut=cut, micro_batch_rows=micro_batch_rows)
+
+    def applied(self, base: Config, *, cut: int, micro_batch_rows: int | None = None) -> Config:
+        """`base`, trained in this way at this cut.
+
+        Raises:
+            ConfigError: if the method does not allow what `base` or the row asks.
+        """
+        settings: dict[str, Any] = msgspec.to_builtins(base)
+        settings["method"] = self.method
+        plain = msgspec.to_builtins(Config())
+        settings["zo"] |= {name: plain["zo"][name] for name in ("sides", "derivative", "guidance")} | dict(
+            self.zo
+        )
+        settings["model"] |= {"cut": cut, **self.model}
+        of_row = {
+            name: plain["client"][name] for name in ("trainable", "dtype", "optimiser", "micro_batch_rows")
         }
-        return parse_config(settings, where=f"of the benchmark's row {self.name}")
+        settings["client"] |= of_row | dict(self.client)
+        if self.method not in ("fo-fo", "fo-zo"):
+            settings["client"]["micro_batch_rows"] = micro_batch_rows
+        return parse_config(settings, where=f"of the row {self.name}")
 
 
 FORWARD = Row("frozen", "frozen")

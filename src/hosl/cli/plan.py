@@ -1,0 +1,81 @@
+"""`hosl plan CONFIG.yaml | MODEL`: cut x way to train, with memory, bytes and hours, before anything is run."""
+
+import sys
+from pathlib import Path
+
+from hosl.cli.answers import answer, verb_parser
+from hosl.errors import ConfigError
+
+
+def run(words: list[str]) -> int:
+    """Print the table, or one JSON object; write the recommended row as a config, and a picture, where asked."""
+    parser = verb_parser(
+        "plan", "What every way to train would take on this device, without running or loading any."
+    )
+    parser.add_argument(
+        "what", help="a run's YAML file, or a model: folder, config.json, hub name or known shape"
+    )
+    parser.add_argument(
+        "--device-memory", metavar="2GiB", help="what the client process may take; default: no limit"
+    )
+    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: no limit")
+    parser.add_argument("--down", help="its downlink, such as 100mbit; default: no limit")
+    parser.add_argument("--rtt", default="0ms", help="round trip to the server, such as 50ms")
+    parser.add_argument("--batch", type=int, help="rows of a batch; default: the config's")
+    parser.add_argument(
+        "--tokens", type=int, help="per row; default: the longest of the config's task, or 256"
+    )
+    parser.add_argument("--cuts", help="such as 1,3,5; default: up to twelve over the model")
+    parser.add_argument("--cores", type=int, default=1, help="of the device, where it is not measured")
+    parser.add_argument(
+        "--probe", action="store_true", help="measure this machine for ten seconds instead of assuming"
+    )
+    parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
+    parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
+    parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
+    known = parser.parse_args(words)
+
+    from hosl.core.sizes import parse_bytes
+    from hosl.transport.link import LinkSpec, parse_duration, parse_rate
+
+    limit = parse_bytes(known.device_memory) if known.device_memory else None
+    link = LinkSpec(
+        rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,
+        down_bits_per_s=parse_rate(known.down) if known.down else None,
+    )  # fmt: skip
+    for name in ("batch", "tokens", "cores", "server_tflops"):
+        value = getattr(known, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"hosl plan --{name.replace('_', '-')} must be above 0, got {value}")
+    if known.write and Path(known.write).exists():
+        raise ConfigError(f"--write {known.write}: there is such a file already; choose another name")
+
+    from hosl.run.planning import Planning, planned
+
+    asked = Planning(
+        what=known.what, device_memory_bytes=limit, link=link, rows=known.batch, tokens=known.tokens,
+        cuts=_cuts(known.cuts), cores=known.cores, probe=known.probe, server_tera_flops=known.server_tflops,
+    )  # fmt: skip
+    found = planned(asked, say=_say)
+    if known.write:
+        found.write(Path(known.write))
+    if known.picture:
+        found.draw(Path(known.picture))
+    if known.json:
+        answer(found.facts(), as_json=True)
+    else:
+        sys.stdout.write(found.table())
+    return 0
+
+
+def _cuts(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"hosl plan --cuts wants numbers such as 1,3,5, got {text!r}") from None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"plan: {text}\n")

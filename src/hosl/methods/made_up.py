@@ -1,0 +1,48 @@
+"""A made-up batch and a made-up server: what a client takes by itself, without data and without the other half."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hosl.core.parties import Batch, OptionTargets, StepReply, Targets
+from hosl.core.shapes import Float
+
+
+def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
+    """The batch of every measured step: the longest there is, one scored token per row."""
+    generator = np.random.Generator(np.random.Philox(key=0))
+    vocabulary = client.half.config.get_text_config().vocab_size
+    ids = generator.integers(3, vocabulary, (rows, tokens))
+    last = np.full((rows, 1), tokens - 2, np.int32)
+    mask = np.ones(ids.shape, np.int8)
+    return Batch(ids, OptionTargets(mask, last, ids[:, -1:].astype(np.int32)))
+
+
+class NoServer:
+    """Answers at once with made-up numbers: what a client takes by itself, to subtract."""
+
+    def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
+        """Different from each other, so that a client has something to descend."""
+        return [0.7 + 0.1 * place for place, _ in enumerate(activations)]
+
+    def scores(self, activations: Any, targets: Targets) -> Float[np.ndarray, "rows 1"]:
+        """Every answer is as likely."""
+        return np.zeros((len(activations), 1))
+
+    def step(
+        self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
+    ) -> StepReply:
+        """A gradient as large as the activations, where one is wanted."""
+        return StepReply(0.7, activations * 1e-3 if want_gradient else None)
+
+    def gradient(self, activations: Any, targets: Targets) -> StepReply:
+        """As `step`."""
+        return self.step(activations, targets, step=0, want_gradient=True)
+
+    def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
+        """As `losses`."""
+        return 0.7, 0.8
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """Nothing to do."""

@@ -1,0 +1,1 @@
+"""Before running: does it fit, where to cut, what will it cost. `plan` is the table, `dry_run` what it rests on."""

@@ -1,0 +1,298 @@
+"""What one step takes on either side: memory, arithmetic, bytes. The parties' own code, run without data.
+
+Everything here is exact for the cut that is asked for; `along_cuts` gets many cuts out of a few. Bytes of a run's
+wire: the tensors counted here, times what `hosl.wire` makes of them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from hosl.config import Config
+from hosl.core.parties import Batch, ClassTargets, OptionTargets, Targets
+from hosl.methods.made_up import fixed_batch
+from hosl.methods.step import method_round
+from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_client_half_
+from hosl.parties.torch_client import TOKENS_AT_ONCE, ZerothOrderClient
+from hosl.planner.doubles import CountingServer, InOnePart, Still, Traffic, Unformed
+from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
+from hosl.planner.model_shape import ModelShape
+from hosl.split import ClientHalf
+from hosl.split.quantised import Int8Linear
+
+_BACKWARD = ("fo-fo", "fo-zo", "fo-recompute")
+
+
+@dataclass
+class PartyCost:
+    """One party's step."""
+
+    static_bytes: float
+    """Weights, buffers and optimiser state, held between steps."""
+    peak_bytes: float
+    """Static and everything that is alive at the worst moment of a step."""
+    loading_bytes: float
+    """Resident while the half is loaded: its file is mapped in the checkpoint's dtype, and what is converted copied."""
+    trained: float
+    """How many numbers are trained."""
+    work: Work = field(default_factory=Work)
+    formed: float = 0.0
+    """Elements of shifted weights that probes form."""
+    updated: float = 0.0
+    """Elements that an update along random directions moves, times the directions."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Both parties' step and what crosses between them."""
+
+    client: PartyCost
+    server: PartyCost
+    traffic: Traffic
+
+
+def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> StepCost:
+    """A step of the config's method at the config's cut.
+
+    Args:
+        config: method, cut, dtypes, trainable sets, directions.
+        shape: of the whole model.
+        rows: of the batch; a candidate answer is a row.
+        tokens: per row, of the longest batch. One row has padding, as batches of text do.
+
+    Raises:
+        ConfigError, SplitError: if the config does not fit the model.
+    """
+    client, traffic = client_cost_at(config, shape, rows, tokens)
+    return StepCost(client, server_cost(config, shape, rows, tokens), traffic)
+
+
+def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
+    """A client's step at the config's cut, and what crosses in it; see `step_cost`."""
+    config = _without_guidance(config)
+    together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+    if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:  # micro-batches are all alike
+        sampled = [_with_any_directions(config, shape, count * together, tokens) for count in (2, 3)]
+        return _line(sampled[0], sampled[1], (rows - 2 * together) / together)
+    return _with_any_directions(config, shape, rows, tokens)
+
+
+def _with_any_directions(
+    config: Config, shape: ModelShape, rows: int, tokens: int
+) -> tuple[PartyCost, Traffic]:
+    """Directions are all alike, too, unless low-rank ones are evaluated together."""
+    q = config.zo.directions
+    if q == 1 or config.zo.law == "low-rank" or config.method in (*_BACKWARD, "frozen", "hosl-guided"):
+        return _run(config, shape, rows, tokens)
+    if config.method in ("hosl-node", "zo-zo"):
+        few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (1, 2)]
+        cost, traffic = _line(few[0], few[1], q - 1)
+        return replace(cost, peak_bytes=few[1][0].peak_bytes), traffic
+    # beside its probes such a step makes one clean pass; one pair may still be alive when the next is computed
+    probes = 2 if config.method == "hosl" else 1
+    some = _run(_with_directions(config, probes), shape, rows, tokens)
+    clean, upload = _run(_frozen(config), shape, rows, tokens)
+    without = replace(some[0], work=clean.work, formed=0.0, updated=0.0)
+    return _line((without, upload if config.method == "hosl" else some[1]), some, q / probes)
+
+
+def _frozen(config: Config) -> Config:
+    """The step's clean pass by itself."""
+    plain = msgspec.structs.replace(config.zo, sides="two", derivative="difference", row_clip=None)
+    return msgspec.structs.replace(config, method="frozen", zo=plain)
+
+
+def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
+    half, _ = shape.of_blocks(max(config.model.cut, 1)).halves(config.model.cut)
+    server = CountingServer()
+    cost = _client_cost(config, half, server, rows, tokens)
+    return cost, server.traffic(config, shape, rows, tokens)
+
+
+def _line(
+    first: tuple[PartyCost, Traffic], second: tuple[PartyCost, Traffic], t: float
+) -> tuple[PartyCost, Traffic]:
+    a, b = first[1], second[1]
+    traffic = Traffic(
+        round(a.bytes_up + t * (b.bytes_up - a.bytes_up)),
+        round(a.bytes_down + t * (b.bytes_down - a.bytes_down)),
+        round(a.round_trips + t * (b.round_trips - a.round_trips)),
+    )
+    return _between(first[0], second[0], t), traffic
+
+
+def _with_directions(config: Config, directions: int) -> Config:
+    zo = msgspec.structs.replace(config.zo, directions=directions, normalise="none")
+    return msgspec.structs.replace(config, zo=zo)
+
+
+def _client_cost(
+    config: Config, half: ClientHalf, server: "CountingServer", rows: int, tokens: int
+) -> PartyCost:
+    checkpoint_bytes = float(storage_bytes(half.parameters()))
+    half.convert(DTYPES[config.model.dtype])
+    as_if_computed(lambda: prepare_client_half_(config, half))
+    with without_data():
+        empty_(half.model)
+        if config.method not in _BACKWARD:
+            for module in half.model.modules():
+                if isinstance(module, Int8Linear):
+                    module.__class__ = InOnePart
+        client = client_on(config, half)
+        scratch = Unformed()
+        if isinstance(client, ZerothOrderClient):
+            client.new_scratch = lambda: scratch.emptied()
+        batch = _padded(fixed_batch(client, rows, tokens))
+        party, step = Still(client), 1
+        if _has_state(client):
+            method_round(config, party, server, batch, step)
+            step += 1
+        alive = _alive(client)
+        server.forget()
+        work = work_of(lambda: method_round(config, party, server, batch, step), alive)
+        static = storage_bytes(alive)
+        trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
+    by_seeds = isinstance(client, ZerothOrderClient)
+    return PartyCost(
+        static_bytes=static, peak_bytes=static + work.peak_bytes,
+        loading_bytes=_loading_bytes(config, checkpoint_bytes, static), trained=trained, work=work,
+        formed=scratch.elements, updated=trained * config.zo.directions if by_seeds else 0.0,
+    )  # fmt: skip
+
+
+def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> PartyCost:
+    """A server's step: the losses of a step's probes, then its update, or its own probes."""
+    _, half = shape.halves(config.model.cut)
+    half.convert(DTYPES[config.model.dtype])
+    on_cpu = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, device="cpu"))
+    with without_data():
+        empty_(half.model)
+        server: Any = make_server(on_cpu, half, [])
+        targets = _targets(shape, rows, tokens)
+        dtype = DTYPES[config.model.dtype]
+        h = torch.empty(rows, tokens, shape.width, dtype=dtype)
+        if _has_state(server):
+            server.step(h, targets, step=1)
+        alive = [*_alive(server), h]
+        work = work_of(lambda: _serve(config, server, h, targets), alive)
+        if config.method == "hosl":
+            pair = work_of(lambda: server.losses([h, h], targets), alive)
+            work = _together(work, pair, config.zo.directions)
+        static = storage_bytes(_alive(server))
+        trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
+    # a pair of activations arrives together
+    arrived = storage_bytes([h]) * (2 if config.method in ("hosl", "zo-zo") else 1)
+    return PartyCost(
+        static_bytes=static, peak_bytes=static + arrived + work.peak_bytes, loading_bytes=static, trained=trained,
+        work=work, formed=0.0, updated=0.0,
+    )  # fmt: skip
+
+
+def along_cuts(
+    cost_at: Callable[[int], PartyCost], sampled: Sequence[int], wanted: Sequence[int]
+) -> dict[int, PartyCost]:
+    """Costs at many cuts from two: every figure is a line in the number of blocks, as all blocks are alike.
+
+    Peaks of plain backprop are the larger of two lines (the saved activations, the gradients) and follow the one that
+    is larger at the sampled cuts.
+    """
+    low, high = sampled
+    at_low, at_high = cost_at(low), cost_at(high)
+    if (
+        low == 0
+    ):  # without blocks there is no block's moment to be the worst: beyond weights it is the same at all cuts
+        worst = at_high.peak_bytes - at_high.static_bytes
+        at_low = replace(at_low, peak_bytes=at_low.static_bytes + worst)
+    return {cut: _between(at_low, at_high, (cut - low) / (high - low)) for cut in wanted}
+
+
+def _between(low: PartyCost, high: PartyCost, t: float) -> PartyCost:
+    def line(a: float, b: float) -> float:
+        return max(a + t * (b - a), 0.0)
+
+    def counts(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
+        return Counter({key: line(a[key], b[key]) for key in a.keys() | b.keys()})  # pyright: ignore[reportArgumentType]
+
+    work = Work(
+        peak_bytes=round(line(low.work.peak_bytes, high.work.peak_bytes)),
+        products=counts(low.work.products, high.work.products),
+        attention=counts(low.work.attention, high.work.attention),
+        moved_bytes=round(line(low.work.moved_bytes, high.work.moved_bytes)),
+        calls=round(line(low.work.calls, high.work.calls)),
+    )
+    names = ("static_bytes", "peak_bytes", "loading_bytes", "trained", "formed", "updated")
+    return PartyCost(**{name: line(getattr(low, name), getattr(high, name)) for name in names}, work=work)
+
+
+def _together(work: Work, other: Work, times: int) -> Work:
+    """`work`, and `other` so many times, one after the other."""
+    return Work(
+        max(work.peak_bytes, other.peak_bytes),
+        Counter(
+            {key: work.products[key] + times * other.products[key] for key in work.products | other.products}
+        ),
+        Counter(
+            {
+                key: work.attention[key] + times * other.attention[key]
+                for key in work.attention | other.attention
+            }
+        ),
+        work.moved_bytes + times * other.moved_bytes,
+        work.calls + times * other.calls,
+    )
+
+
+def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> None:
+    if config.method in ("zo-zo", "fo-zo"):
+        if config.method == "fo-zo":
+            server.gradient(h, targets)
+        server.probe((h, h), targets, 1, config.zo.epsilon)
+        return
+    wants = config.method not in ("hosl", "frozen")
+    server.step(h, targets, step=2, want_gradient=wants)
+
+
+def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
+    mask = np.ones((rows, tokens), np.int8)
+    mask[0, -1] = 0
+    if shape.head == "classification":
+        return ClassTargets(mask, np.zeros(rows, np.int64))
+    return OptionTargets(mask, np.full((rows, 1), tokens - 3, np.int32), np.full((rows, 1), 5, np.int32))
+
+
+def _padded(batch: Batch) -> Batch:
+    batch.targets.mask[0, -1] = 0
+    return batch
+
+
+def _without_guidance(config: Config) -> Config:
+    """Directions along activations are chosen by reading them, which nothing without data can; taken as random ones."""
+    zo = msgspec.structs.replace(config.zo, guidance="none")
+    client = msgspec.structs.replace(config.client, device="cpu")
+    return msgspec.structs.replace(config, zo=zo, client=client)
+
+
+def _has_state(party: Any) -> bool:
+    """Whether the party's optimiser makes its state in its first step."""
+    optimiser = getattr(party, "optimiser", None)
+    return optimiser is not None and (
+        type(optimiser).__name__ != "SGD" or bool(optimiser.defaults.get("momentum"))
+    )
+
+
+def _alive(party: Any) -> list[torch.Tensor]:
+    """What a party holds between its steps."""
+    tensors = [*party.half.model.parameters(), *party.half.model.buffers()]
+    for state in getattr(getattr(party, "optimiser", None), "state", {}).values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return tensors
+
+
+def _loading_bytes(config: Config, checkpoint_bytes: float, static_bytes: float) -> float:
+    converted = config.client.dtype != "model" or config.model.dtype != "float32"
+    return checkpoint_bytes + static_bytes if converted else checkpoint_bytes

@@ -1,0 +1,238 @@
+"""Torch code run on tensors without data: what it would hold at most, multiply and move.
+
+The plan's figures come from the parties' own code, not from a copy of it in formulas: weights, batches and every
+intermediate result are torch's fake tensors, which have shapes, dtypes and lifetimes but no memory. Fake tensors call
+themselves CPU tensors, so the kernels chosen are those of a CPU run. What a kernel takes inside is not seen.
+"""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+_ATEN = torch.ops.aten
+_FIRST_FACTOR = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}
+"""Matrix products, and the place of their first factor among the arguments; the second follows it."""
+_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: 0,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: 1,
+}
+"""Fused attention, and the place of the queries among the arguments; the keys follow them."""
+
+
+class Product(NamedTuple):
+    """A matrix product: [batch, rows, inner] times [batch, inner, columns]."""
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+class Attention(NamedTuple):
+    """A call of fused attention, forward or backward."""
+
+    rows: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    dtype: torch.dtype
+    backward: bool
+
+    @property
+    def flops(self) -> int:
+        """Two products forward, five backward."""
+        of_one = 2 * self.rows * self.heads * self.queries * self.keys * self.width
+        return of_one * (5 if self.backward else 2)
+
+
+@dataclass
+class Work:
+    """What some code takes, counted on tensors without data."""
+
+    peak_bytes: int = 0
+    """The most that was alive at once beyond what was alive before."""
+    products: Counter[Product] = field(default_factory=Counter)
+    """How often each matrix product is made."""
+    attention: Counter[Attention] = field(default_factory=Counter)
+    """How often fused attention is called."""
+    moved_bytes: int = 0
+    """Read and written by everything that is neither of these."""
+    calls: int = 0
+    """Operations that touch data."""
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Within this fence new tensors have no data. Models are given over by `empty_`; arrays come in as they are."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def empty_(model: nn.Module, device: str = "cpu") -> None:
+    """Give a model, best built on the meta device, parameters and buffers without data; ties stay ties.
+
+    Requires: inside `without_data`.
+    """
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, old in store.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    is_parameter = isinstance(old, nn.Parameter)
+                    made[id(old)] = (
+                        nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
+                    )
+                store[key] = made[id(old)]  # pyright: ignore[reportArgumentType]
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind tensors without data, each storage once."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def work_of(code: Callable[[], Any], alive: Iterable[torch.Tensor]) -> Work:
+    """Run `code` and count.
+
+    Args:
+        code: may call any torch operation; numbers that it reads out of tensors are made up (`_MadeUp`).
+        alive: tensors that are there before: they are not counted.
+
+    Requires: inside `without_data`.
+    """
+    work = Work()
+    with _MadeUp(), _Counting(work, alive):
+        code()
+    return work
+
+
+def as_if_computed(code: Callable[[], Any]) -> Any:
+    """`code` on the meta device, with numbers made up where it reads them out of tensors."""
+    with torch.device("meta"), _MadeUp(), _Numbers():
+        return code()
+
+
+class _Numbers(TorchDispatchMode):
+    """Numbers read out of tensors without data: True, or 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATEN._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Counting(_Numbers):
+    """Follows every storage from its birth to its end, and what is computed between."""
+
+    def __init__(self, work: Work, alive: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._work, self._held_bytes = work, 0
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for t in alive:
+            self._known[t.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        outputs = [out] if isinstance(out, torch.Tensor) else _tensors(out)
+        for t in outputs:
+            self._hold(t.untyped_storage())
+        self._count(func, args, kwargs or {}, outputs)
+        return out
+
+    def _hold(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        size_bytes = storage.nbytes()
+        self._held_bytes += size_bytes
+        self._work.peak_bytes = max(self._work.peak_bytes, self._held_bytes)
+        weakref.finalize(storage, self._let_go, size_bytes)
+
+    def _let_go(self, size_bytes: int) -> None:
+        self._held_bytes -= size_bytes
+
+    def _count(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> None:
+        packet, work = func.overloadpacket, self._work
+        if packet in _FIRST_FACTOR:
+            first, second = args[_FIRST_FACTOR[packet] :][:2]
+            batch = first.shape[0] if first.dim() == 3 else 1
+            rows, inner = first.shape[-2:]
+            work.products[Product(batch, rows, inner, second.shape[-1], first.dtype)] += 1
+        elif packet in _ATTENTION:
+            query, key = args[_ATTENTION[packet] :][:2]
+            rows, heads, length, width = query.shape
+            backward = _ATTENTION[packet] == 1
+            work.attention[Attention(rows, heads, length, key.shape[-2], width, query.dtype, backward)] += 1
+        elif not _is_view(func):
+            inputs = _tensors((args, kwargs))
+            if _is_pointwise(func):
+                work.peak_bytes = max(work.peak_bytes, self._held_bytes + _promoted_bytes(inputs))
+            if func.overloadpacket in (_ATEN.embedding, _ATEN.index, _ATEN.index_select):
+                inputs = outputs  # of a table only what is looked up is read
+            work.moved_bytes += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        else:
+            return
+        work.calls += 1
+
+
+def _promoted_bytes(inputs: list[torch.Tensor]) -> int:
+    """What an operation on tensors of different dtypes takes besides its result: a CPU kernel copies the narrower."""
+    shaped = [t for t in inputs if t.dim()]
+    widest = max((t.element_size() for t in shaped if t.is_floating_point()), default=0)
+    return sum(t.numel() * widest for t in shaped if t.is_floating_point() and t.element_size() < widest)
+
+
+def _tensors(content: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(content) if isinstance(t, torch.Tensor)]
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether an operation touches no data."""
+    schema = func._schema
+    return not schema.is_mutable and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )
+
+
+@cache
+def _is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags
+
+
+class _MadeUp(TorchFunctionMode):
+    """What cannot be known without data is made up: arrays are ones, and no two elements of a tensor are equal."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.numpy:
+            return np.ones(tuple(args[0].shape), dtype=str(args[0].dtype).removeprefix("torch."))
+        if func is torch.Tensor.tolist:
+            return np.arange(args[0].numel()).reshape(tuple(args[0].shape)).tolist()
+        if func in (torch.unique, torch.Tensor.unique):
+            count = math.prod(args[0].shape)
+            return torch.arange(count), torch.arange(count).view(args[0].shape)
+        return func(*args, **(kwargs or {}))
