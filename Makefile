@@ -1,4 +1,4 @@
-.PHONY: help run test test-slow check bench proto clean
+.PHONY: help run test test-slow check bench study proto clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -39,6 +39,9 @@ check: .venv/dev-installed    ## format, lint, types, layers, links
 
 bench: .venv/dev-installed    ## what a step of every method costs, against plain forwards
 	$(BIN)/hosl bench step
+
+study: .venv/run-installed    ## a reduced comparison of methods: tables and pictures in runs/studies/quick
+	$(BIN)/hosl study examples/studies/quick.yaml
 
 proto: .venv/dev-installed    ## the wire's messages from proto/hosl/v1/hosl.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto/hosl/v1 --python_out=src/hosl/wire --pyi_out=src/hosl/wire proto/hosl/v1/hosl.proto

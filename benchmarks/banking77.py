@@ -10,39 +10,43 @@ import argparse
 import statistics
 from pathlib import Path
 
-from tuned import Row, Study, draw_curves, gap_closure, spread
+import yaml
 
+from hosl.run.study import run_grid
+from hosl.run.study_files import Places, read_summaries
+from hosl.run.study_grid import Grid, Row, merged
+from hosl.run.study_pictures import draw_curves
+from hosl.run.study_table import gap_text, of_seeds, spread_text
+
+BASE = yaml.safe_load(Path("examples/banking77.yaml").read_text())
 ZO = (1e-7, 1e-6, 1e-5, 1e-4)
 SGD = (3e-3, 1e-2, 3e-2, 1e-1)
-ADAPTERS = ("--client.trainable", "lora")
-LAST_BLOCK = ("--client.trainable", "last-block")
+ADAMW = {"optimiser": {"name": "adamw"}}
+ADAPTERS = {"client": {"trainable": "lora"}}
+LAST_BLOCK = {"client": {"trainable": "last-block"}}
 
 
-def _method(name: str, *words: str) -> tuple[str, ...]:
-    return ("--method", name, *words)
+def _method(name: str, **settings: dict) -> dict:
+    return merged(BASE, {"method": name, **settings})
 
 
 ROWS = (
     Row("frozen", _method("frozen"), server_rates=(3e-4, 1e-3, 3e-3, 1e-2)),
     Row("fo-fo-sgd", _method("fo-fo"), SGD),
     Row("hosl-guided", _method("hosl-guided"), SGD),
-    Row("hosl-node", _method("hosl-node", "--zo.directions", "16"), SGD),
-    Row("fo-recompute-last-block", _method("fo-recompute", *LAST_BLOCK), SGD),
-    Row("hosl-gradient-last-block", _method("hosl-gradient", *LAST_BLOCK), ZO),
+    Row("hosl-node", _method("hosl-node", zo={"directions": 16}), SGD),
+    Row("fo-recompute-last-block", _method("fo-recompute", **LAST_BLOCK), SGD),
+    Row("hosl-gradient-last-block", _method("hosl-gradient", **LAST_BLOCK), ZO),
     Row("hosl-gradient", _method("hosl-gradient"), ZO),
     Row("hosl", _method("hosl"), ZO),
-    Row("fo-fo-adamw", _method("fo-fo", "--client.optimiser.name", "adamw"), (3e-5, 1e-4, 3e-4, 1e-3)),
-    Row("hosl-gradient-low-rank", _method("hosl-gradient", "--zo.law", "low-rank"), ZO),
+    Row("fo-fo-adamw", _method("fo-fo", client=ADAMW), (3e-5, 1e-4, 3e-4, 1e-3)),
+    Row("hosl-gradient-low-rank", _method("hosl-gradient", zo={"law": "low-rank"}), ZO),
     Row("zo-zo", _method("zo-zo"), (1e-6, 1e-5, 1e-4, 1e-3), one_rate=True),
-    Row("hosl-gradient-lora", _method("hosl-gradient", *ADAPTERS), (1e-4, 1e-3, 1e-2, 1e-1)),
-    Row(
-        "fo-fo-lora",
-        _method("fo-fo", "--client.optimiser.name", "adamw", *ADAPTERS),
-        (3e-4, 1e-3, 3e-3, 1e-2),
-    ),
-    Row("hosl-gradient-activation", _method("hosl-gradient", "--zo.guidance", "activation"), ZO),
-    Row("hosl-gradient-mixed", _method("hosl-gradient", "--zo.guidance", "mixed"), ZO),
-    Row("hosl-gradient-gaussian", _method("hosl-gradient", "--zo.law", "gaussian"), ZO),
+    Row("hosl-gradient-lora", _method("hosl-gradient", **ADAPTERS), (1e-4, 1e-3, 1e-2, 1e-1)),
+    Row("fo-fo-lora", _method("fo-fo", client=ADAMW | {"trainable": "lora"}), (3e-4, 1e-3, 3e-3, 1e-2)),
+    Row("hosl-gradient-activation", _method("hosl-gradient", zo={"guidance": "activation"}), ZO),
+    Row("hosl-gradient-mixed", _method("hosl-gradient", zo={"guidance": "mixed"}), ZO),
+    Row("hosl-gradient-gaussian", _method("hosl-gradient", zo={"law": "gaussian"}), ZO),
 )
 FIRST_ORDER = "fo-fo-sgd"
 """The row that gap closure takes for 1: the same update rule as the forward-only rows, plain SGD on the client."""
@@ -57,13 +61,9 @@ DRAWN = (
 )
 """Rows that are told apart in a picture; zo-zo is off its scale."""
 
-STUDY = Study(
-    config=Path("examples/banking77.yaml"),
-    summaries=Path(__file__).parent / "results" / "banking77",
-    runs=Path("runs/banking77-study"),
-    seeds=(0, 1, 2, 3, 4),
-    rows=ROWS,
-)
+GRID = Grid(ROWS, seeds=(0, 1, 2, 3, 4))
+RESULTS = Path(__file__).parent / "results" / "banking77"
+PLACES = Places(summaries=RESULTS, configs=RESULTS / "configs", runs=Path("runs/banking77-study"))
 
 
 def table(chosen: dict[str, list[dict]]) -> str:
@@ -76,10 +76,10 @@ def table(chosen: dict[str, list[dict]]) -> str:
     ]
     for name, runs in chosen.items():
         lines.append(
-            f"| {name} | {runs[0]['rate']:g} | {spread([100 * r['test_accuracy'] for r in runs], 2)} | "
-            f"{gap_closure(runs, frozen, first, 'test_accuracy')} | "
-            f"{spread([r['test_loss_nats'] for r in runs], 4)} | "
-            f"{gap_closure(runs, frozen, first, 'test_loss_nats')} | "
+            f"| {name} | {runs[0]['rate']:g} | {spread_text(100 * of_seeds(runs, 'test_accuracy'), 2)} | "
+            f"{gap_text(runs, frozen, first, 'test_accuracy')} | "
+            f"{spread_text(of_seeds(runs, 'test_loss_nats'), 4)} | "
+            f"{gap_text(runs, frozen, first, 'test_loss_nats')} | "
             f"{max(r['client_peak_bytes'] for r in runs) / 2**20:.0f} | "
             f"{statistics.median(r['median_step_s'] for r in runs):.2f} |"
         )
@@ -91,8 +91,10 @@ if __name__ == "__main__":
     words.add_argument("--table", action="store_true", help="of what is there; make no run")
     words.add_argument("--curves", type=Path, help="where to draw the dev losses of the rows of DRAWN")
     known = words.parse_args()
-    rows = STUDY.finished() if known.table else STUDY.run()
+    done = read_summaries(GRID, PLACES)
+    rows = GRID.chosen(done if known.table else run_grid(GRID, PLACES, done=done))
     print(table(rows))
     if known.curves is not None:
         drawn = {name: rows[name] for name in DRAWN if name in rows}
-        draw_curves(drawn, "BANKING77, MiniLM-L6, all six blocks on the device", known.curves)
+        title = "BANKING77, MiniLM-L6, all six blocks on the device"
+        draw_curves(drawn, title, known.curves, "frozen", FIRST_ORDER)

@@ -10,22 +10,29 @@ import argparse
 import statistics
 from pathlib import Path
 
-from tuned import Row, Study, gap_closure, spread
+import yaml
+
+from hosl.run.study import run_grid
+from hosl.run.study_files import Places, read_summaries
+from hosl.run.study_grid import Grid, Row, merged
+from hosl.run.study_table import gap_text, of_seeds, spread_text
+
+BASE = yaml.safe_load(Path("examples/sst2.yaml").read_text())
 
 TRAINED = {
-    "full": ("--client.trainable", "blocks", "--server.trainable", "all"),
-    "lora": ("--client.trainable", "lora", "--server.trainable", "lora"),
+    "full": {"client": {"trainable": "blocks"}, "server": {"trainable": "all"}},
+    "lora": {"client": {"trainable": "lora"}, "server": {"trainable": "lora"}},
 }
-ADAMW = ("--client.optimiser.name", "adamw")
+ADAMW = {"client": {"optimiser": {"name": "adamw"}}}
 ZO = {"full": (1e-6, 1e-5, 1e-4), "lora": (1e-3, 1e-2, 1e-1, 1.0)}
 SGD = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def _row(
-    tuning: str, method: str, rates: tuple[float, ...] = (0.0,), words: tuple[str, ...] = (), **more
+    tuning: str, method: str, rates: tuple[float, ...] = (0.0,), changes: dict | None = None, **more
 ) -> Row:
-    words = ("--method", method, *TRAINED[tuning], *words)
-    return Row(f"{tuning}-{method}", words, rates, server_of=f"{tuning}-frozen", **more)
+    settings = merged(merged(BASE, {"method": method, **TRAINED[tuning]}), changes or {})
+    return Row(f"{tuning}-{method}", settings, rates, server_of=f"{tuning}-frozen", **more)
 
 
 ROWS = (
@@ -35,7 +42,7 @@ ROWS = (
     _row("full", "hosl", ZO["full"]),
     _row("full", "hosl-gradient", ZO["full"]),
     _row("full", "hosl-guided", SGD),
-    _row("full", "hosl-node", SGD, ("--zo.directions", "16")),
+    _row("full", "hosl-node", SGD, {"zo": {"directions": 16}}),
     # 1e-6 and 1e-5 were tried first: still at 10 nats (docs/log.md)
     _row("full", "zo-zo", (1e-4, 1e-3, 1e-2), one_rate=True),
     _row("lora", "frozen", server_rates=(1e-3, 3e-3, 1e-2, 3e-2)),
@@ -45,13 +52,9 @@ ROWS = (
     _row("lora", "zo-zo", (1e-3, 1e-2, 1e-1), one_rate=True),
 )
 
-STUDY = Study(
-    config=Path("examples/sst2.yaml"),
-    summaries=Path(__file__).parent / "results" / "sst2",
-    runs=Path("runs/sst2-study"),
-    seeds=(0, 1, 2),
-    rows=ROWS,
-)
+GRID = Grid(ROWS, seeds=(0, 1, 2))
+RESULTS = Path(__file__).parent / "results" / "sst2"
+PLACES = Places(summaries=RESULTS, configs=RESULTS / "configs", runs=Path("runs/sst2-study"))
 
 
 def table(chosen: dict[str, list[dict]]) -> str:
@@ -65,10 +68,10 @@ def table(chosen: dict[str, list[dict]]) -> str:
         tuning, method = name.split("-", 1)
         frozen, first = chosen[f"{tuning}-frozen"], chosen[f"{tuning}-fo-fo"]
         lines.append(
-            f"| {tuning} | {method} | {runs[0]['rate']:g} | {spread([100 * r['test_accuracy'] for r in runs], 2)} | "
-            f"{gap_closure(runs, frozen, first, 'test_accuracy')} | "
-            f"{spread([r['dev_loss_nats'] for r in runs], 4)} | "
-            f"{gap_closure(runs, frozen, first, 'dev_loss_nats')} | "
+            f"| {tuning} | {method} | {runs[0]['rate']:g} | {spread_text(100 * of_seeds(runs, 'test_accuracy'), 2)} | "
+            f"{gap_text(runs, frozen, first, 'test_accuracy')} | "
+            f"{spread_text(of_seeds(runs, 'dev_loss_nats'), 4)} | "
+            f"{gap_text(runs, frozen, first, 'dev_loss_nats')} | "
             f"{max(r['client_peak_bytes'] for r in runs) / 2**20:.0f} | {runs[0]['bytes_up_per_step'] / 2**20:.2f} | "
             f"{runs[0]['bytes_down_per_step'] / 2**10:.2f} | "
             f"{statistics.median(r['median_step_s'] for r in runs):.2f} |"
@@ -79,4 +82,5 @@ def table(chosen: dict[str, list[dict]]) -> str:
 if __name__ == "__main__":
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--table", action="store_true", help="of what is there; make no run")
-    print(table(STUDY.finished() if words.parse_args().table else STUDY.run()))
+    only_table, done = words.parse_args().table, read_summaries(GRID, PLACES)
+    print(table(GRID.chosen(done if only_table else run_grid(GRID, PLACES, done=done))))

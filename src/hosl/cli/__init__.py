@@ -20,6 +20,7 @@ _VERBS = {
     "audit": "what leaves the device, field by field: hosl audit OUT/client --config CONFIG.yaml",
     "plan": "does it fit, where to cut, what will it cost: hosl plan CONFIG.yaml | MODEL --device-memory 2GiB",
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
+    "study": "many runs, resumable, as tables and pictures: hosl study STUDY.yaml [--dry-run]",
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
     "report": "write a run's report.html again: hosl report RUN",
 }

@@ -1,0 +1,130 @@
+"""A study from start to end: make the runs that are missing, as many at a time as there are cores, then render.
+
+Which runs: `study_grid`. One run: `study_process`. What they amount to: `study_table`, `study_pictures`, `study_runs`.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from hosl.run.progress import open_view
+from hosl.run.record import RunLock
+from hosl.run.stopping import Stop
+from hosl.run.study_config import Study, study_grid, study_groups
+from hosl.run.study_files import Places, drop_weights, read_summaries
+from hosl.run.study_grid import Grid, Summary, Try, dev_loss
+from hosl.run.study_pictures import draw_study
+from hosl.run.study_process import RunProcess
+from hosl.run.study_runs import write_runs
+from hosl.run.study_table import write_tables
+
+_POLL_S = 0.1
+
+
+def run_study(study: Study) -> dict[str, Any]:
+    """Make the runs that are missing, then write tables, runs and pictures; returns what was done.
+
+    Raises:
+        FolderError: if another process is at work in the study's folder, or it holds runs with other settings.
+        RequestError, FailureError: with the line of a run that failed for another reason than divergence.
+    """
+    out, grid = Path(study.output_dir), study_grid(study)
+    places = Places.below(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with RunLock(out):
+        before = read_summaries(grid, places)
+        done = run_grid(grid, places, done=before, at_once=study.at_once, keep_models=study.keep_models)
+        missing = len(grid.needed(done))
+        answer: dict[str, Any] = {
+            "study": str(out), "finished": not missing, "runs": grid.total(done),
+            "made": len(done.keys() - before.keys()),
+            "diverged": sum("diverged" in summary for summary in done.values()),
+        }  # fmt: skip
+        if missing:
+            return answer
+        chosen = grid.chosen(done)
+        pictures = draw_study(study, study_groups(study), chosen, out)
+        made = [done[run.name] for run in grid.known(done)]
+        write_runs(study_groups(study), made, chosen, out)
+        return answer | write_tables(study, study_groups(study), chosen, pictures, out)
+
+
+def first_run(study: Study) -> tuple[Try, Places]:
+    """The run that a study begins with, and where."""
+    return study_grid(study).needed({})[0], Places.below(Path(study.output_dir))
+
+
+def check_runs(study: Study) -> int:
+    """Check the config of every run, whatever rates will be chosen; returns how many runs there will be.
+
+    Raises:
+        ConfigError: naming the row whose settings are impossible.
+    """
+    grid = study_grid(study)
+    for row in grid.rows:
+        for rate in row.rates:
+            for server_rate in (rate,) if row.one_rate else row.server_rates or (1.0,):
+                Try(row, rate, server_rate, grid.seeds[0]).config(study.output_dir)
+    return grid.total({})
+
+
+def run_grid(
+    grid: Grid,
+    places: Places,
+    *,
+    done: dict[str, Summary],
+    at_once: int | None = None,
+    keep_models: bool = False,
+) -> dict[str, Summary]:
+    """Make the runs that `done` lacks, `at_once` at a time, by default one per core; returns all summaries.
+
+    Some are missing if the process was asked to stop meanwhile; what was under way goes on when asked again.
+    """
+    done, working = dict(done), list[RunProcess]()
+    runs = [run for run in grid.known(done) if run.name in done]
+    if not keep_models:
+        for run in runs:  # of a study that was killed between a run's summary and this
+            drop_weights(run, places)
+    with Stop() as stop, open_view(f"study {places.runs.parent}", len(runs), grid.total(done)) as view:
+        try:
+            while _start(grid, places, done, working, at_once or cores(), stop):
+                time.sleep(_POLL_S)
+                for process in [process for process in working if process.ended]:
+                    working.remove(process)
+                    summary = process.take()
+                    if summary is None:
+                        continue
+                    done[process.run.name] = summary
+                    view.say(f"{process.run.name}: {_told(summary)}, {process.seconds:.0f} s")
+                    if not keep_models:
+                        drop_weights(process.run, places)
+                made = len(grid.known(done)) - len(grid.needed(done))
+                view.step(made, {"at work": ", ".join(process.run.name for process in working)})
+        finally:
+            for process in working:
+                process.kill()
+    return done
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(
+    grid: Grid, places: Places, done: dict[str, Summary], working: list[RunProcess], at_once: int, stop: Stop
+) -> bool:
+    """Start what there is room for, or stop all when asked; whether anything is at work."""
+    if stop.asked:
+        for process in working:
+            process.stop()
+        return bool(working)
+    names = {process.run.name for process in working}
+    for run in [run for run in grid.needed(done) if run.name not in names][: at_once - len(working)]:
+        working.append(RunProcess(run, places))
+    return bool(working)
+
+
+def _told(summary: Summary) -> str:
+    return "diverged" if "diverged" in summary else f"dev loss {dev_loss(summary):.4f}"

@@ -1,0 +1,122 @@
+"""One run of a study at work: `hosl train` in a process of its own, which ends with the study however that ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hosl.errors import FailureError, FolderError, RequestError
+from hosl.run.record import RunLock
+from hosl.run.study_files import Places, begun, write_config, write_summary
+from hosl.run.study_grid import Summary, Try
+
+# A study that is killed cannot end its runs; its end of the pipe closes all the same.
+_HOSL = (
+    "import os, sys, threading\n"
+    "threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()\n"
+    "from hosl.cli import main\n"
+    "sys.exit(main())\n"
+)
+_ORPHANS_END_S = 30.0
+_DIVERGED = ("must be finite", "the model has diverged", "the server diverged within")
+"""What every message of a NonFiniteError says; a test reads them all."""
+
+
+class RunProcess:
+    """A run that has been started, or taken up again where a killed study left it."""
+
+    def __init__(self, run: Try, places: Places) -> None:
+        self.run, self._places = run, places
+        config, folder = places.config(run), places.run_folder(run)
+        self._begin, self._stopped = time.monotonic(), False
+        _wait_until_free(folder)
+        if begun(folder, config):
+            words = ["--resume", str(folder)]
+        else:
+            write_config(run, places)
+            words = [str(places.config_file(run))]
+        places.runs.mkdir(parents=True, exist_ok=True)
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `take` or `kill`)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _HOSL, "train", *words, "--json"],
+                stdin=subprocess.PIPE,
+                stdout=self._out,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},  # runs share the cores by their number alone
+                start_new_session=True,  # Ctrl-C reaches it once, by `stop`
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is something to `take`."""
+        return self._process.poll() is not None
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._begin
+
+    def take(self) -> Summary | None:
+        """The summary of a run that has ended, kept on the disk too; None for one that was stopped.
+
+        Raises:
+            RequestError, FailureError: with the run's own error line.
+        """
+        status = self._process.returncode
+        self._out.seek(0)
+        out = self._out.read()
+        self._close()
+        if status in (130, -signal.SIGTERM):
+            return None
+        if status == 0:
+            return write_summary(self.run, self._places, json.loads(out))
+        said = self._last_words()
+        if status == 1 and any(words in said for words in _DIVERGED):
+            # a rate so high that it diverges is a result of the study, not of the program
+            return write_summary(self.run, self._places, {"diverged": said, "dev_loss_nats": None})
+        kind = RequestError if status == 2 else FailureError
+        raise kind(f"run {self.run.name} failed: {said}; all it said: {self._log}")
+
+    def stop(self) -> None:
+        """Ask the run to end after the step in hand, with a checkpoint; asking again changes nothing."""
+        if not self._stopped:  # a second signal would end it at once
+            self._process.terminate()
+        self._stopped = True
+
+    def kill(self) -> None:
+        """End the run at once; it goes on from its newest checkpoint."""
+        self._process.kill()
+        self._process.wait()
+        self._close()
+
+    @property
+    def _log(self) -> Path:
+        return self._places.runs / f"{self.run.name}.log"
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing was said"]
+        own = [line for line in lines if line.startswith("hosl: ")]
+        return (own or lines)[-1].removeprefix("hosl: ")
+
+    def _close(self) -> None:
+        self._out.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def _wait_until_free(folder: Path) -> None:
+    """A run whose study was killed ends by itself, a moment later."""
+    patience = time.monotonic() + _ORPHANS_END_S
+    while folder.is_dir():
+        try:
+            with RunLock(folder):
+                return
+        except FolderError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.2)

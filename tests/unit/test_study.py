@@ -1,0 +1,245 @@
+"""A study's file, the runs it stands for in their order, and the tables, without making one run."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hosl.errors import ConfigError, FolderError, NonFiniteError
+from hosl.run.study import cores
+from hosl.run.study_config import load_study, study_grid, study_groups
+from hosl.run.study_files import Places, begun, read_summaries
+from hosl.run.study_grid import Grid, Row, merged
+from hosl.run.study_process import _DIVERGED
+from hosl.run.study_runs import run_lines
+from hosl.run.study_table import caption, group_table, latex, markdown
+
+SOURCES = Path(__file__).parents[2] / "src"
+STUDY = {
+    "output_dir": "out",
+    "base": {"max_steps": 10, "server": {"learning_rate": 0.5}},
+    "tasks": {"a": {}, "b": {"model": {"cut": 2}}},
+    "methods": {"frozen": {}, "fo-fo": {"rates": [0.1, 0.2]}, "hosl": {"rates": [0.01, 0.02]}},
+    "seeds": [4, 5],
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """`study(**settings)` writes and loads one."""
+
+    def make(**settings):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(STUDY | settings))
+        return load_study(path)
+
+    return make
+
+
+def _play(grid, loss_of):
+    """Make every run by a function of its rates; returns (summaries, names in the order of asking)."""
+    done, asked = {}, []
+    while needed := grid.needed(done):
+        run = needed[0]
+        asked.append(run.name)
+        loss = loss_of(run)
+        done[run.name] = {
+            "row": run.row.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed,
+            "command": f"hosl train {run.name}.yaml", "config": _config(run), "dev_loss_nats": loss,
+            "versions": {"hosl": "1", "torch": "2", "machine": "m"},
+            **({"diverged": "it must be finite"} if loss is None else _metrics(loss, run.seed)),
+        }  # fmt: skip
+    return done, asked
+
+
+def _config(run):
+    import msgspec
+
+    return msgspec.to_builtins(run.config("out"))
+
+
+def _metrics(loss, seed):
+    return {
+        "test_accuracy": 1 - loss + 0.01 * seed, "test_loss_nats": loss + 0.01 * seed, "dev_accuracy": 0.5, "steps": 10,
+        "train_loss_nats": loss, "client_peak_bytes": 2**20, "server_peak_bytes": 1, "process_peak_bytes": 1,
+        "bytes_up_per_step": 1024, "bytes_down_per_step": 4, "median_step_s": 0.5,
+    }  # fmt: skip
+
+
+def _loss(run):
+    base = {"frozen": 1.0, "fo-fo": 0.2, "hosl": 0.6}[run.row.settings["method"]]
+    return base + run.rate / 100 + 0.001 * run.seed
+
+
+def test_rates_are_tried_on_the_first_seed_and_the_best_runs_on_all():
+    rows = (
+        Row("frozen", {"method": "frozen"}, server_rates=(1.0, 2.0)),
+        Row("hosl", {"method": "hosl"}, (0.1, 0.2, 0.3)),
+        Row("zo-zo", {"method": "zo-zo"}, (0.5,), one_rate=True),
+    )
+    grid = Grid(rows, (7, 8))
+    _, asked = _play(grid, lambda run: abs(run.rate - 0.2) + (run.server_rate != 2.0))
+    assert sorted(asked) == sorted(
+        [f"frozen-0-{rate}-seed7" for rate in (1, 2)]
+        + ["frozen-0-2-seed8"]
+        + [f"hosl-{rate}-2-seed7" for rate in (0.1, 0.2, 0.3)]
+        + ["hosl-0.2-2-seed8", "zo-zo-0.5-0.5-seed7", "zo-zo-0.5-0.5-seed8"]
+    )
+    assert grid.total({}) == len(asked)
+
+
+def test_what_waits_for_nothing_can_start_at_once():
+    grid = Grid((Row("frozen", {}, server_rates=(1.0, 2.0)), Row("hosl", {}, (0.1,))), (0,))
+    assert [run.name for run in grid.needed({})] == ["frozen-0-1-seed0", "frozen-0-2-seed0"]
+
+
+def test_a_row_that_diverges_at_every_rate_is_not_run_again(study):
+    grid = study_grid(study())
+    done, asked = _play(grid, lambda run: None if run.row.settings["method"] == "hosl" else _loss(run))
+    assert [name for name in asked if "hosl" in name and "seed5" in name] == []
+    assert len(grid.chosen(done)["a-hosl"]) == 1
+    assert grid.total(done) == len(done)
+
+
+def test_a_frozen_row_that_diverges_at_every_rate_stops_the_study(study):
+    grid = study_grid(study(server_rates=[1.0, 2.0]))
+    with pytest.raises(NonFiniteError, match="row a-frozen diverged at every server rate tried"):
+        _play(grid, lambda run: None)
+
+
+def test_groups_are_tasks_times_cuts_times_directions_and_share_what_does_not_probe(study):
+    made = study(cuts=[2, 3], directions=[1, 4], tasks={"a": {}, "b": {}})
+    groups, grid = study_groups(made), study_grid(made)
+    assert len(groups) == 8
+    assert groups[1].rows == {"frozen": "a-cut2-frozen", "fo-fo": "a-cut2-fo-fo", "hosl": "a-cut2-q4-hosl"}
+    assert len(grid.rows) == 4 * 2 + 8  # frozen and fo-fo once for both Q
+    config = grid.needed({})[-1].config("x")
+    assert (config.model.cut, config.max_steps) == (3, 10)
+    assert {row.settings["zo"]["directions"] for row in grid.rows if row.name.endswith("-hosl")} == {1, 4}
+
+
+def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the_whole():
+    base = {"task": {"kind": "docstrings", "max_tokens": 48}, "zo": {"epsilon": 0.1}}
+    assert merged(base, {"task": {"max_tokens": 9}, "zo": {"directions": 2}}) == {
+        "task": {"kind": "docstrings", "max_tokens": 9}, "zo": {"epsilon": 0.1, "directions": 2}
+    }  # fmt: skip
+    assert merged(base, {"task": {"kind": "files", "train": "x"}})["task"] == {"kind": "files", "train": "x"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"methods": {"fo-fo": {"rates": [0.1]}}}, "frozen: methods has no row `frozen`, only fo-fo"),
+        ({"methods": {"frozen": {}, "hosl": {"rates": [0.1]}}}, "first_order: methods has no row `fo-fo`"),
+        ({"first_order": "hosl"}, "first_order: row `hosl` has method hosl; it must be fo-fo or fo-recompute"),
+        ({"methods": STUDY["methods"] | {"zo-zo": {"rates": [0.1]}}}, "equally many rates, or the best-tuned wins"),
+        ({"methods": STUDY["methods"] | {"frozen": {"rates": [0.1]}}}, "a frozen client has no rate"),
+        ({"seedz": [1]}, "unknown field `seedz`; did you mean `seeds`?"),
+        ({"methods": {"frozen": {"rate": 1}}}, "unknown field `rate` - at `$.methods[...]`; did you mean `rates`?"),
+        ({"base": {"seed": 3}}, "base.seed: `seeds` has them; leave it out here"),
+        ({"base": {"client": {"learning_rate": 0.1}}}, "base.client.learning_rate: `rates` of each method has them"),
+        ({"cuts": [1], "tasks": {"b": {"model": {"cut": 2}}}}, "tasks.b.model.cut: `cuts` has them"),
+        ({"tasks": {"a/b": {}}}, "`a/b` names files"),
+        ({"tasks": {}}, "tasks is empty"),
+        ({"seeds": [1, 1]}, "seeds names one twice"),
+        ({"at_once": 0}, "at_once must be >= 1 or null, got 0"),
+        ({"server_rates": ["1e-3"]}, "YAML reads 1e-3 as text"),
+    ],
+)  # fmt: skip
+def test_a_study_that_cannot_be_meant_is_refused(study, settings, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        study(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "no such file"), ("a: [", "is not YAML"), ("", "Expected `object`, got `null`")]
+)
+def test_a_file_that_is_no_study_is_refused(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_study(tmp_path / "s.yaml")
+
+
+def test_two_rows_of_one_name_are_refused(study):
+    methods = {**STUDY["methods"], "b-hosl": {"rates": [0.1, 0.2], "settings": {"method": "hosl"}}}
+    with pytest.raises(ConfigError, match="two rows would be called a-b-hosl"):
+        study_grid(study(tasks={"a": {}, "a-b": {}}, methods=methods))
+
+
+def test_the_table_has_spread_p_and_gap_closure(study):
+    made = study()
+    done, _ = _play(study_grid(made), _loss)
+    (table, _) = (group_table(made, group, study_grid(made).chosen(done)) for group in study_groups(made))
+    text = markdown(table)
+    (hosl,) = [line for line in text.splitlines() if line.startswith("| hosl ")]
+    assert hosl.startswith("| hosl | 0.01 | 0.5 | 44.04 ± 0.64 [")
+    assert " | 0.5 | 0.50 [0.50, 0.50] | " in hosl  # two seeds: p is never under 0.5
+    (frozen,) = [line for line in text.splitlines() if line.startswith("| frozen ")]
+    assert " |  | 0.00 [0.00, 0.00] | " in frozen
+    assert "# hosl\nhosl train a-hosl-0.01-0.5-seed4.yaml" in text
+    assert "sign-flip permutation test" in caption(2, made)
+    written = latex(table, caption(2, made))
+    assert written.count("\\\\\n") == 4
+    assert re.search(r"(?<!\\)%(?! \w[\w-]*:)", written) is None
+
+
+def test_a_diverged_reference_row_leaves_the_values_and_takes_the_comparison(study):
+    made = study()
+    grid = study_grid(made)
+    done, _ = _play(grid, lambda run: None if run.row.settings["method"] == "fo-fo" else _loss(run))
+    text = markdown(group_table(made, study_groups(made)[0], grid.chosen(done)))
+    assert "| fo-fo | 0.1 | 0.5 | diverged at every rate |" in text
+    assert text.count("n/a (first-order diverged)") == 4
+
+
+def test_test_stands_in_the_csv_for_chosen_runs_only(study):
+    made = study()
+    grid = study_grid(made)
+    done, _ = _play(grid, _loss)
+    lines = run_lines(study_groups(made), [done[run.name] for run in grid.known(done)], grid.chosen(done))
+    assert len(lines) == len(done)
+    assert all((line["test_accuracy"] is not None) == line["chosen"] for line in lines)
+    assert sum(line["chosen"] for line in lines) == 2 * 3 * 2
+    assert {line["task"] for line in lines} == {"a", "b"}
+
+
+def test_runs_made_with_other_settings_are_refused(study, tmp_path):
+    places = Places.below(tmp_path)
+    places.summaries.mkdir()
+    before = study_grid(study())
+    (run, *_) = before.needed({})
+    summary = {"row": run.row.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed}
+    places.summary_file(run).write_text(json.dumps(summary | {"config": _config(run)}))
+    assert list(read_summaries(before, places)) == [run.name]
+    after = study_grid(study(base={"max_steps": 11, "server": {"learning_rate": 0.5}}))
+    with pytest.raises(FolderError, match="was made with max_steps: 10, the study now says max_steps: 11"):
+        read_summaries(after, places)
+
+
+def test_what_a_kill_left_before_the_first_step_is_begun_anew(study, tmp_path):
+    (run, *_) = study_grid(study()).needed({})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("max_ste")
+    assert not begun(folder, run.config("x"))
+    assert not folder.exists()
+
+
+def test_every_message_of_a_non_finite_error_is_known_as_divergence():
+    messages = []
+    for path in SOURCES.rglob("*.py"):
+        if path.name == "study_grid.py":  # a study's own, no run says it
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NonFiniteError":
+                messages.append((path.name, ast.unparse(node.args[0])))
+    assert len(messages) > 5
+    assert [where for where, text in messages if not any(words in text for words in _DIVERGED)] == []
+
+
+def test_there_is_a_core():
+    assert cores() >= 1
