@@ -1,4 +1,4 @@
-"""`hosl bench step|memory|link ...`: costs measured, as ratios within one run."""
+"""`hosl bench step|memory|plan|link ...`: costs measured, as ratios within one run."""
 
 import sys
 from typing import Any, get_args
@@ -12,7 +12,7 @@ def run(words: list[str]) -> int:
     parser = verb_parser(
         "bench", "Measure what a client costs, or steps across an emulated link.", as_json=False
     )
-    measured = {"step": _step, "memory": _memory, "link": _link}
+    measured = {"step": _step, "memory": _memory, "plan": _plan, "link": _link}
     parser.add_argument("what", choices=measured, help="each has settings of its own: hosl bench step --help")
     known, rest = (parser.parse_args(words[:1]), words[1:]) if words else (parser.parse_args(words), [])
     return measured[known.what](rest)
@@ -67,6 +67,18 @@ def _memory(words: list[str]) -> int:
         known.shape, known.cut, known.batch, known.tokens, known.directions, rows, _say, steps=steps
     )
     return _show(found, known.json)
+
+
+def _plan(words: list[str]) -> int:
+    parser = verb_parser("bench plan", "The planner's predictions against measurements, 28 configurations.")
+    parser.add_argument(
+        "--probe-seconds", type=float, default=3.0, help="of measuring this machine, for each"
+    )
+    known = parser.parse_args(words)
+
+    from hosl.run.bench_plan import bench_plan
+
+    return _show(bench_plan(say=_say, probe_s=known.probe_seconds), known.json)
 
 
 def _rows(parser: Parser) -> None:

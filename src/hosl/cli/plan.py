@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
     from hosl.core.sizes import parse_bytes
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
-    limit = parse_bytes(known.device_memory) if known.device_memory else None
+    limit = float(parse_bytes(known.device_memory)) if known.device_memory else None
     link = LinkSpec(
         rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,
         down_bits_per_s=parse_rate(known.down) if known.down else None,

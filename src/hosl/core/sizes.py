@@ -24,6 +24,6 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * _UNITS[found[2]])
 
 
-def told_bytes(count: float) -> str:
+def told_bytes(count: float | int) -> str:
     """Bytes for people: `612 MiB`, `2.41 GiB`."""
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

@@ -10,12 +10,16 @@ from hosl.core.shapes import Float
 
 
 def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
-    """The batch of every measured step: the longest there is, one scored token per row."""
+    """The batch of every measured and planned step: the longest there is, one scored token per row.
+
+    One place is padding: without any, attention would go without a mask, which batches of text hardly ever do.
+    """
     generator = np.random.Generator(np.random.Philox(key=0))
     vocabulary = client.half.config.get_text_config().vocab_size
     ids = generator.integers(3, vocabulary, (rows, tokens))
     last = np.full((rows, 1), tokens - 2, np.int32)
     mask = np.ones(ids.shape, np.int8)
+    mask[0, 0] = 0
     return Batch(ids, OptionTargets(mask, last, ids[:, -1:].astype(np.int32)))
 
 

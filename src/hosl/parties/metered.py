@@ -6,7 +6,7 @@ transport counts its own framing.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -15,6 +15,7 @@ class MemoryMeter(Protocol):
     """Measures the memory of a party's verbs; each runtime has its own (`torch_memory.TorchMemory`)."""
 
     peak_bytes: int
+    static_bytes: int
 
     def watch(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one verb under measurement."""
@@ -35,12 +36,14 @@ class Meter:
     """Of its answers."""
     peak_bytes: int = 0
     """Most tensor bytes alive at once: weights, optimiser state and what a verb allocated; 0 until measured."""
+    static_bytes: int = 0
+    """Of these, weights and optimiser state, held between verbs; 0 until measured."""
     memory: MemoryMeter | None = None
     """Measures the next verbs' memory, while it is there."""
 
     def take(self) -> "Meter":
-        """The costs so far, and start again from zero; the peak stays."""
-        taken = Meter(self.seconds, self.by_verb, self.bytes_in, self.bytes_out, self.peak_bytes)
+        """The costs so far, and start again from zero; what is known of memory stays."""
+        taken = replace(self, memory=None)
         self.seconds, self.by_verb, self.bytes_in, self.bytes_out = 0.0, {}, 0, 0
         return taken
 
@@ -60,6 +63,7 @@ class Meter:
         if self.memory is not None:
             answer = self.memory.watch(verb, *args, **kwargs)
             self.peak_bytes = max(self.peak_bytes, self.memory.peak_bytes)
+            self.static_bytes = self.memory.static_bytes
         else:
             answer = verb(*args, **kwargs)
         seconds = time.perf_counter() - start

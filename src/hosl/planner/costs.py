@@ -4,7 +4,6 @@ Everything here is exact for the cut that is asked for; `along_cuts` gets many c
 wire: the tensors counted here, times what `hosl.wire` makes of them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from hosl.config import Config
-from hosl.core.parties import Batch, ClassTargets, OptionTargets, Targets
+from hosl.core.parties import ClassTargets, OptionTargets, Targets
 from hosl.methods.made_up import fixed_batch
 from hosl.methods.step import method_round
 from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_client_half_
@@ -82,6 +81,44 @@ def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) ->
     return _with_any_directions(config, shape, rows, tokens)
 
 
+def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tuple[float, float]]:
+    """As `client_cost_at`, for those who ask for memory only: the answer gives static and peak bytes for rows, tokens.
+
+    Two directions hold what many hold; and beyond its weights, a client that goes forward only holds the same at every
+    cut, so one block is enough to find that.
+    """
+    config = _without_guidance(config)
+    if config.zo.law != "low-rank":
+        config = _with_directions(config, min(config.zo.directions, 2))
+    small = config
+    if config.method not in _BACKWARD and config.model.cut > 1:
+        small = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=1))
+
+    def at(rows: int, tokens: int) -> tuple[float, float]:
+        together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+        if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:
+            few = [_run(small, shape, count * together, tokens) for count in (2, 3)]
+            cost = _line(few[0], few[1], (rows - 2 * together) / together)[0]
+        else:
+            cost = _run(small, shape, rows, tokens)[0]
+        if small is config:
+            return cost.static_bytes, max(cost.peak_bytes, cost.loading_bytes)
+        static, loading = _weights(config, shape)
+        return static, max(static + cost.peak_bytes - cost.static_bytes, loading)
+
+    return at
+
+
+def _weights(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Bytes of a client's weights between steps, and while they are loaded."""
+    half, _ = shape.of_blocks(config.model.cut).halves(config.model.cut)
+    checkpoint_bytes = float(storage_bytes(half.parameters()))
+    half.convert(DTYPES[config.model.dtype])
+    as_if_computed(lambda: prepare_client_half_(config, half))
+    static = float(storage_bytes([*half.parameters(), *half.model.buffers()]))
+    return static, _loading_bytes(config, checkpoint_bytes, static)
+
+
 def _with_any_directions(
     config: Config, shape: ModelShape, rows: int, tokens: int
 ) -> tuple[PartyCost, Traffic]:
@@ -115,7 +152,7 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
 
 
 def _line(
-    first: tuple[PartyCost, Traffic], second: tuple[PartyCost, Traffic], t: float
+    first: tuple[PartyCost, Traffic], second: tuple[PartyCost, Traffic], t: float | int
 ) -> tuple[PartyCost, Traffic]:
     a, b = first[1], second[1]
     traffic = Traffic(
@@ -147,7 +184,7 @@ def _client_cost(
         scratch = Unformed()
         if isinstance(client, ZerothOrderClient):
             client.new_scratch = lambda: scratch.emptied()
-        batch = _padded(fixed_batch(client, rows, tokens))
+        batch = fixed_batch(client, rows, tokens)
         party, step = Still(client), 1
         if _has_state(client):
             method_round(config, party, server, batch, step)
@@ -155,7 +192,7 @@ def _client_cost(
         alive = _alive(client)
         server.forget()
         work = work_of(lambda: method_round(config, party, server, batch, step), alive)
-        static = storage_bytes(alive)
+        static = float(storage_bytes(alive))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
     by_seeds = isinstance(client, ZerothOrderClient)
     return PartyCost(
@@ -183,7 +220,7 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
         if config.method == "hosl":
             pair = work_of(lambda: server.losses([h, h], targets), alive)
             work = _together(work, pair, config.zo.directions)
-        static = storage_bytes(_alive(server))
+        static = float(storage_bytes(_alive(server)))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
     # a pair of activations arrives together
     arrived = storage_bytes([h]) * (2 if config.method in ("hosl", "zo-zo") else 1)
@@ -211,12 +248,12 @@ def along_cuts(
     return {cut: _between(at_low, at_high, (cut - low) / (high - low)) for cut in wanted}
 
 
-def _between(low: PartyCost, high: PartyCost, t: float) -> PartyCost:
-    def line(a: float, b: float) -> float:
-        return max(a + t * (b - a), 0.0)
+def _between(low: PartyCost, high: PartyCost, t: float | int) -> PartyCost:
+    def line(a: float | int, b: float | int) -> float:
+        return max(float(a + t * (b - a)), 0.0)
 
-    def counts(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
-        return Counter({key: line(a[key], b[key]) for key in a.keys() | b.keys()})  # pyright: ignore[reportArgumentType]
+    def counts(a: dict[Any, float], b: dict[Any, float]) -> dict[Any, float]:
+        return {key: line(a.get(key, 0.0), b.get(key, 0.0)) for key in a.keys() | b.keys()}
 
     work = Work(
         peak_bytes=round(line(low.work.peak_bytes, high.work.peak_bytes)),
@@ -231,20 +268,15 @@ def _between(low: PartyCost, high: PartyCost, t: float) -> PartyCost:
 
 def _together(work: Work, other: Work, times: int) -> Work:
     """`work`, and `other` so many times, one after the other."""
+
+    def counts(a: dict[Any, float], b: dict[Any, float]) -> dict[Any, float]:
+        return {key: a.get(key, 0.0) + times * b.get(key, 0.0) for key in a.keys() | b.keys()}
+
     return Work(
-        max(work.peak_bytes, other.peak_bytes),
-        Counter(
-            {key: work.products[key] + times * other.products[key] for key in work.products | other.products}
-        ),
-        Counter(
-            {
-                key: work.attention[key] + times * other.attention[key]
-                for key in work.attention | other.attention
-            }
-        ),
-        work.moved_bytes + times * other.moved_bytes,
+        max(work.peak_bytes, other.peak_bytes), counts(work.products, other.products),
+        counts(work.attention, other.attention), work.moved_bytes + times * other.moved_bytes,
         work.calls + times * other.calls,
-    )
+    )  # fmt: skip
 
 
 def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> None:
@@ -259,15 +291,10 @@ def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> No
 
 def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
     mask = np.ones((rows, tokens), np.int8)
-    mask[0, -1] = 0
+    mask[0, 0] = 0
     if shape.head == "classification":
         return ClassTargets(mask, np.zeros(rows, np.int64))
     return OptionTargets(mask, np.full((rows, 1), tokens - 3, np.int32), np.full((rows, 1), 5, np.int32))
-
-
-def _padded(batch: Batch) -> Batch:
-    batch.targets.mask[0, -1] = 0
-    return batch
 
 
 def _without_guidance(config: Config) -> Config:

@@ -7,7 +7,6 @@ themselves CPU tensors, so the kernels chosen are those of a CPU run. What a ker
 
 import math
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,9 +71,9 @@ class Work:
 
     peak_bytes: int = 0
     """The most that was alive at once beyond what was alive before."""
-    products: Counter[Product] = field(default_factory=Counter)
+    products: dict[Product, float] = field(default_factory=dict)
     """How often each matrix product is made."""
-    attention: Counter[Attention] = field(default_factory=Counter)
+    attention: dict[Attention, float] = field(default_factory=dict)
     """How often fused attention is called."""
     moved_bytes: int = 0
     """Read and written by everything that is neither of these."""
@@ -181,12 +180,12 @@ class _Counting(_Numbers):
             first, second = args[_FIRST_FACTOR[packet] :][:2]
             batch = first.shape[0] if first.dim() == 3 else 1
             rows, inner = first.shape[-2:]
-            work.products[Product(batch, rows, inner, second.shape[-1], first.dtype)] += 1
+            _add(work.products, Product(batch, rows, inner, second.shape[-1], first.dtype))
         elif packet in _ATTENTION:
             query, key = args[_ATTENTION[packet] :][:2]
             rows, heads, length, width = query.shape
             backward = _ATTENTION[packet] == 1
-            work.attention[Attention(rows, heads, length, key.shape[-2], width, query.dtype, backward)] += 1
+            _add(work.attention, Attention(rows, heads, length, key.shape[-2], width, query.dtype, backward))
         elif not _is_view(func):
             inputs = _tensors((args, kwargs))
             if _is_pointwise(func):
@@ -204,6 +203,10 @@ def _promoted_bytes(inputs: list[torch.Tensor]) -> int:
     shaped = [t for t in inputs if t.dim()]
     widest = max((t.element_size() for t in shaped if t.is_floating_point()), default=0)
     return sum(t.numel() * widest for t in shaped if t.is_floating_point() and t.element_size() < widest)
+
+
+def _add(counts: dict[Any, float], key: Any) -> None:
+    counts[key] = counts.get(key, 0.0) + 1.0
 
 
 def _tensors(content: Any) -> list[torch.Tensor]:

@@ -3,21 +3,20 @@
 A row's figures are those of the parties' own code run without data (`costs`), at a machine's speed (`machine`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
 from hosl.config import Config
 from hosl.errors import ConfigError
 from hosl.methods.rows import ROWS, Row
+from hosl.parties.torch_client import TOKENS_AT_ONCE
 from hosl.planner.costs import PartyCost, Traffic, along_cuts, client_cost_at, server_cost
 from hosl.planner.machine import Machine
 from hosl.planner.model_shape import ModelShape
+from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.transport.link import LinkSpec
-
-RUNTIME_BASE_BYTES = 340 << 20
-"""What Python with torch and transformers takes before any weight: measured, docs/memory.md."""
 
 PLANNED = (
     "frozen", "hosl", "hosl-gradient", "hosl-node", "hosl-gradient, bfloat16", "hosl-gradient, int8 + LoRA",
@@ -141,25 +140,35 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
     )
 
 
-def nearest_that_fits(question: Question) -> PlanRow | None:
-    """The least change of `question.base` with which the client fits: smaller micro-batches, then a lower cut.
+def nearest_that_fits(
+    config: Config, tokens: int, takes: Callable[[Config], float], limit_bytes: float
+) -> Config | None:
+    """The least change with which the client fits: smaller micro-batches, then a lower cut; None: neither helps.
 
-    None: neither helps.
+    Args:
+        config: what does not fit.
+        tokens: per row.
+        takes: bytes of the client process under a config. Asked as seldom as it goes: each answer is a step run
+            without data.
+        limit_bytes: what it may take.
     """
-    base = question.base
-    tries = []
+    base = config
     if base.method not in ("fo-fo", "fo-zo") and base.client.micro_batch_rows != 1:
-        usual = base.client.micro_batch_rows or max(4096 // question.tokens, 2)
-        rows = sorted({max(usual // divisor, 1) for divisor in (2, 4, 1 << 30)}, reverse=True)
-        tries += [_with(base, micro_batch_rows=count) for count in rows]
-        base = tries[-1]
-    lowest = base.zo.guided_blocks if base.method in ("hosl-guided", "hosl-node") else 0
-    tries += [_with(base, cut=cut) for cut in range(base.model.cut - 1, lowest - 1, -1)]
-    for config in tries:
-        row = of_config(replace(question, base=config))
-        if row.fits:
-            return row
-    return None
+        base = _with(config, micro_batch_rows=1)
+        if takes(base) <= limit_bytes:
+            usual = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 2)
+            larger = [_with(config, micro_batch_rows=usual // part) for part in (2, 4) if usual // part > 1]
+            return next((tried for tried in larger if takes(tried) <= limit_bytes), base)
+    lowest, highest = 1, base.model.cut - 1
+    if highest < lowest:
+        return None
+    at_lowest = takes(_with(base, cut=lowest))
+    if at_lowest > limit_bytes:
+        return None
+    a_block = max((takes(base) - at_lowest) / (base.model.cut - lowest), 1.0)
+    guess = min(lowest + int((limit_bytes - at_lowest) / a_block), highest)
+    tries = (_with(base, cut=cut) for cut in range(guess, lowest - 1, -1))
+    return next((tried for tried in tries if tried.model.cut == lowest or takes(tried) <= limit_bytes), None)
 
 
 def _with(config: Config, *, cut: int | None = None, micro_batch_rows: int | None = None) -> Config:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from hosl.config import Config, parse_config
 from hosl.errors import FailureError
 
 
-def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int = 1) -> dict[str, int]:
+def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int = 1) -> dict[str, Any]:
     """Memory of the client's steps, in bytes, measured in a fresh process that loads no network code.
 
     `steps` are made before the one whose tensors are followed; with 0, that one is all there is, in half the time, and
@@ -21,7 +22,8 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
     Returns:
         process_peak_bytes: the most the process has had resident, loading included. tensor_peak_bytes: of tensors
         during a step, weights and optimiser state included; forward_peak_bytes: during a plain forward pass;
-        held_bytes: between steps.
+        held_bytes: between steps. client_s: seconds of a step inside the client, the median of all steps but the first.
+        bytes_up, bytes_down: of a step, as `hosl.parties.metered` counts them.
 
     Raises:
         FailureError: if the process fails, which is also what too little memory looks like.
@@ -38,10 +40,11 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
     return json.loads(ran.stdout)
 
 
-def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> dict[str, int]:
+def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> dict[str, Any]:
     from hosl.methods.made_up import NoServer, fixed_batch
     from hosl.methods.step import method_round
     from hosl.methods.torch_parties import DTYPES, make_client, party_bytes
+    from hosl.parties.metered import Meter, Metered
     from hosl.parties.torch_memory import TorchMemory
     from hosl.run.allocator import return_freed_memory
     from hosl.run.record import process_peak_bytes
@@ -52,8 +55,11 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     loaded.convert(DTYPES[config.model.dtype])
     client = make_client(config, loaded)
     batch, server = fixed_batch(client, rows, tokens), NoServer()
+    of_client, of_server, seconds = Meter(), Meter(), []
     for step in range(1, steps + 1):
-        method_round(config, client, server, batch, step)
+        of_server.take()
+        method_round(config, Metered(client, of_client), Metered(server, of_server), batch, step)
+        seconds.append(of_client.take().seconds)
     process_peak, held = process_peak_bytes(), party_bytes(client)
     forward, step_memory = TorchMemory(held), TorchMemory(held)
     forward.watch(client.forward, batch)
@@ -64,6 +70,9 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
         "held_bytes": held,
         "forward_peak_bytes": forward.peak_bytes,
         "tensor_peak_bytes": step_memory.peak_bytes,
+        "client_s": median(seconds[1:] or seconds or [0.0]),
+        "bytes_up": of_server.bytes_in,
+        "bytes_down": of_server.bytes_out,
     }
 
 

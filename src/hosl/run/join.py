@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from hosl.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
 from hosl.config import Config, dump_config
 from hosl.core.parties import Batch
@@ -28,7 +30,7 @@ from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
 from hosl.run.loop import carry_on
-from hosl.run.record import RunLock, new_folder, versions
+from hosl.run.record import RunLock, new_folder, process_peak_bytes, versions
 from hosl.run.session import Session
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split.folder_facts import half_facts
@@ -75,6 +77,10 @@ class JoinedSession(Session):
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the client's verbs; the server measures its own."""
         self.meters.client.memory = self.runtime.memory_meter(self._own_client) if on else None
+
+    def client_bytes(self) -> float:
+        """What this process has had resident at most."""
+        return float(process_peak_bytes())
 
     def costs(self) -> dict[str, Any]:
         """Message bytes as the connection counted them, and what calls took beyond the server's compute."""
@@ -200,8 +206,12 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
     return_freed_memory()
     facts = half_facts(options.half, "client")
+    runtime: Any = import_module("hosl.run.torch_device")
+    as_split = _cut_as_split(config, facts)
+    runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
     task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed)
     _check_fit(config, options, facts, task)
+    runtime.check_before_run(as_split, str(options.half), task, alone=True)
     place = _run_folder(config)
     with RunLock(place.run):
         try:
@@ -214,6 +224,11 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             return carry_on(session, place.run, "the same command", _finish, metrics_bytes=metrics_bytes)
         finally:
             session.remote.close()
+
+
+def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
+    """The config with the cut that the half has; the config's own is not asked on a device."""
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=facts["cut"]))
 
 
 def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> None:

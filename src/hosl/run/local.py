@@ -9,9 +9,11 @@ from hosl.config import Config, load_config
 from hosl.errors import CheckpointError, FolderError
 from hosl.methods.torch_parties import DTYPES, make_client, make_server, party_bytes, trained_elements
 from hosl.parties.torch_client import FrozenClient
-from hosl.parties.torch_memory import TorchMemory
+from hosl.parties.torch_memory import memory_of
 from hosl.parties.torch_server import TorchServer
+from hosl.run.budget import beside_server_bytes
 from hosl.run.session import Session
+from hosl.run.torch_budget import check_before_data, check_before_run
 from hosl.run.torch_checkpoint import put_client, put_server, restore_client_, restore_server_
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
 from hosl.tasks import TextTokenizer, load_task, task_digest
@@ -39,8 +41,17 @@ class LocalSession(Session):
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' verbs."""
-        for meter, party in ((self.meters.client, self.client), (self.meters.server, self.server)):
-            meter.memory = TorchMemory(party_bytes(party)) if on else None
+        parties = (
+            (self.meters.client, self.client, self.server),
+            (self.meters.server, self.server, self.client),
+        )
+        for meter, party, other in parties:
+            beside = party_bytes(other) if on and other.device == party.device else 0
+            meter.memory = memory_of(party, party_bytes(party), beside=beside) if on else None
+
+    def client_bytes(self) -> float:
+        """What the client would have taken by itself: its tensors' peak, and what Python with torch takes."""
+        return beside_server_bytes(self.meters.client.peak_bytes)
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:
         """Both halves at the session's step, as one checkpoint."""
@@ -71,7 +82,9 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     """
     folder = resolve_model_folder(config.model.name)
     tokenizer_folder = Path(folder)
+    check_before_data(config, config.model.name, alone=False)
     task = load_task(config.task, TextTokenizer.load(tokenizer_folder), seed=config.seed)
+    check_before_run(config, config.model.name, task, alone=False)
     loaded = load_model(
         config.model.name,
         head=task.head,

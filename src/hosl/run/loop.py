@@ -7,9 +7,10 @@ from time import perf_counter
 from typing import Any
 
 from hosl.core.rounds import RoundResult
-from hosl.errors import StepMoved
+from hosl.errors import OverBudgetError, StepMoved
 from hosl.evaluation import Evaluation, evaluate
 from hosl.methods.schedule import batch_indices, learning_rate
+from hosl.run.budget import over_budget
 from hosl.run.progress import View, open_view
 from hosl.run.record import Record, process_peak_bytes, read_lines
 from hosl.run.session import Session
@@ -101,8 +102,11 @@ def _one_step(
     last = step == config.max_steps
     if step % config.eval_steps == 0 or last:
         shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
-    if step % config.save_steps == 0 or last or stop.asked:
+    over = over_budget(session)
+    if step % config.save_steps == 0 or last or stop.asked or over:
         save(session, record, run)
+    if over:
+        raise OverBudgetError(over)
 
 
 def _write_step(session: Session, record: Record, step: int, seconds: float, result: RoundResult) -> None:
@@ -123,6 +127,8 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         step_s=round(seconds, 6),
         client_s=round(client.seconds, 6),
         server_s=round(server.seconds, 6),
+        client_static_bytes=client.static_bytes,
+        server_static_bytes=server.static_bytes,
         client_peak_bytes=client.peak_bytes,
         server_peak_bytes=server.peak_bytes,
         process_peak_bytes=process_peak_bytes(),

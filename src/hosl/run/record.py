@@ -120,10 +120,19 @@ def versions() -> dict[str, str]:
 
 def process_peak_bytes() -> int:
     """The most memory this process has had resident since it started (VmHWM); 0 where the system does not say."""
+    return _of_process("VmHWM")
+
+
+def process_bytes() -> int:
+    """The memory that this process has resident now (VmRSS); 0 where the system does not say."""
+    return _of_process("VmRSS")
+
+
+def _of_process(what: str) -> int:
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
-                if line.startswith("VmHWM:"):
+                if line.startswith(f"{what}:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass

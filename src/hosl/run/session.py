@@ -79,5 +79,9 @@ class Session:
         """What the last step measured beside its result, exact; goes to metrics.jsonl."""
         return {}
 
+    def client_bytes(self) -> float:
+        """What the client's process has taken at most, so far; what a budget is compared with."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """The last step is done; nothing more will be asked."""

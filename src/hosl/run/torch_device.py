@@ -8,15 +8,17 @@ from hosl.methods.torch_parties import DTYPES, make_client, make_head, party_byt
 from hosl.parties.headed_server import HeadedServer
 from hosl.parties.remote_trunk import RemoteTrunk
 from hosl.parties.torch_client import FrozenClient
-from hosl.parties.torch_memory import TorchMemory
+from hosl.parties.torch_memory import CudaMemory, TorchMemory, memory_of
 from hosl.parties.torch_wire import from_wire, to_wire
+from hosl.run.torch_budget import check_before_data, check_before_run
 from hosl.run.torch_checkpoint import put_client, put_head, restore_client_, restore_head_
 from hosl.split import ClientHalf, load_half, load_head
 from hosl.split.streaming import tensors_digest
 
 __all__ = [
-    "from_wire", "memory_meter", "open_client", "open_head", "put_client", "put_head", "restore_client_",
-    "restore_head_", "to_wire", "trained_digest", "trained_elements",
+    "check_before_data", "check_before_run", "from_wire", "memory_meter", "open_client", "open_head",
+    "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
+    "trained_elements",
 ]  # fmt: skip
 
 
@@ -42,6 +44,6 @@ def trained_digest(client: Any) -> str:
     return tensors_digest({name: p.detach() for name, p in getattr(client, "trained", {}).items()})
 
 
-def memory_meter(client: Any) -> TorchMemory:
+def memory_meter(client: Any) -> TorchMemory | CudaMemory:
     """Measures the memory of this client's verbs."""
-    return TorchMemory(party_bytes(client))
+    return memory_of(client, party_bytes(client))

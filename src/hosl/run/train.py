@@ -11,7 +11,7 @@ from hosl.errors import FolderError
 from hosl.run.local import LocalSession, load_run, new_session
 from hosl.run.loop import carry_on
 from hosl.run.rate_sweep import with_rate
-from hosl.run.record import RunLock, new_folder, versions
+from hosl.run.record import RunLock, new_folder, process_bytes, versions
 from hosl.run.report import write_report
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split import export_adapter, export_checkpoint
@@ -25,11 +25,12 @@ def start(config: Config) -> dict[str, Any]:
     The folder is `config.output_dir`, or, where that is taken, the same name with -2, -3, ...
     """
     check_trackers(config)
+    before_bytes = process_bytes()
     config, swept = with_rate(config, _say)
     session = new_session(config)  # what can be refused is refused before a folder is made
     run = new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    record = {"versions": versions(), **session.facts}
+    record = {"versions": versions(), "process_base_bytes": before_bytes, **session.facts}
     if swept is not None:
         record["sweep"] = swept.facts()
     (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
