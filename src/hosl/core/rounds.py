@@ -63,6 +63,7 @@ def hosl_round(
         answers.append(
             server.losses([h_plus, h_minus], batch.targets)
         )  # l.4  may arrive during the next probe
+        del h_plus, h_minus  # or they would be held while the next pair, or the clean h, is computed
     probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in answers])  # l.5
     reply = server.step(client.forward(batch), batch.targets, step=step)  # l.6 l.7  the UNPERTURBED client
     client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8  deferred, mean over Q
@@ -214,9 +215,8 @@ def zo_round(
 
     Source: paper.md section 4. The loss is the mean of the accepted probes' losses: no clean forward is made.
     """
-    answers = []
-    for pair, server_seed in zip(client.probes(batch, seeds, epsilon), server_seeds, strict=True):
-        answers.append(server.probe(pair, batch.targets, server_seed, epsilon))
+    pairs = client.probes(batch, seeds, epsilon)  # taken one by one: none is held while the next is computed
+    answers = [server.probe(next(pairs), batch.targets, seed, epsilon) for seed in server_seeds]
     probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in answers])
     server.descend(step, probes.of(server_seeds), probes.coefficients)
     client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)

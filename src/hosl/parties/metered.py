@@ -57,6 +57,7 @@ class Meter:
         end = object()
         while (answer := self._measured(name, next, answers, end)) is not end:
             yield answer
+            del answer  # or it would be held while the next one is made
 
     def _measured(self, name: str, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()

@@ -117,8 +117,9 @@ class ZerothOrderClient(FrozenClient):
     def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
         """For each seed f_c at theta_c + epsilon u(seed) and theta_c - epsilon u(seed), [rows, seq, width] each."""
         for probes in self._groups(batch, seeds, epsilon):
-            h = in_one(self._signed(batch, probes, BOTH_SIDES), len(batch.input_ids))
-            yield from ((h_plus, h_minus) for h_plus, h_minus in h)
+            pairs = list(in_one(self._signed(batch, probes, BOTH_SIDES), len(batch.input_ids)))
+            while pairs:  # what is handed out is not held here while the next is computed
+                yield _pair(pairs.pop(0))
 
     def projections(
         self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: torch.Tensor
@@ -218,6 +219,10 @@ class ZerothOrderClient(FrozenClient):
         for _, seeds, scales in journal.updates(after=after):
             descend_(self.trained, seeds, scales, self.law)
         self.journal = journal
+
+
+def _pair(sides: torch.Tensor) -> Pair:
+    return sides[0], sides[1]
 
 
 def _row_sums(difference: torch.Tensor, gradient: torch.Tensor) -> np.ndarray:

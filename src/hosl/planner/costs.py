@@ -81,8 +81,8 @@ def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) ->
     return _with_any_directions(config, shape, rows, tokens)
 
 
-def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tuple[float, float]]:
-    """As `client_cost_at`, for those who ask for memory only: the answer gives static and peak bytes for rows, tokens.
+def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tuple[float, float, float]]:
+    """As `client_cost_at`, for those who ask for memory only: static, peak and loading bytes, of rows and tokens.
 
     Two directions hold what many hold; and beyond its weights, a client that goes forward only holds the same at every
     cut, so one block is enough to find that.
@@ -94,7 +94,7 @@ def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tup
     if config.method not in _BACKWARD and config.model.cut > 1:
         small = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=1))
 
-    def at(rows: int, tokens: int) -> tuple[float, float]:
+    def at(rows: int, tokens: int) -> tuple[float, float, float]:
         together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
         if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:
             few = [_run(small, shape, count * together, tokens) for count in (2, 3)]
@@ -102,9 +102,9 @@ def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tup
         else:
             cost = _run(small, shape, rows, tokens)[0]
         if small is config:
-            return cost.static_bytes, max(cost.peak_bytes, cost.loading_bytes)
+            return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = _weights(config, shape)
-        return static, max(static + cost.peak_bytes - cost.static_bytes, loading)
+        return static, static + cost.peak_bytes - cost.static_bytes, loading
 
     return at
 

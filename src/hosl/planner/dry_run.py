@@ -32,6 +32,10 @@ _ATTENTION = {
 """Fused attention, and the place of the queries among the arguments; the keys follow them."""
 
 
+_ONLY_ASK = (_ATEN.empty, _ATEN.new_empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty_strided)
+"""Operations that ask for memory and do not touch it."""
+
+
 class Product(NamedTuple):
     """A matrix product: [batch, rows, inner] times [batch, inner, columns]."""
 
@@ -186,7 +190,9 @@ class _Counting(_Numbers):
             rows, heads, length, width = query.shape
             backward = _ATTENTION[packet] == 1
             _add(work.attention, Attention(rows, heads, length, key.shape[-2], width, query.dtype, backward))
-        elif not _is_view(func):
+        elif (
+            outputs and packet not in _ONLY_ASK and not _is_view(func)
+        ):  # without outputs: a question of its device
             inputs = _tensors((args, kwargs))
             if _is_pointwise(func):
                 work.peak_bytes = max(work.peak_bytes, self._held_bytes + _promoted_bytes(inputs))

@@ -13,6 +13,7 @@ from hosl.methods.rows import ROWS
 from hosl.planner.machine import assumed_cpu, probed
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import Question, of_config
+from hosl.run.allocator import return_freed_memory
 from hosl.run.bench_alone import client_alone
 from hosl.split import split_folder
 from hosl.split.families import Head
@@ -61,6 +62,7 @@ def bench_plan(
         A line per case with prediction, measurement and their ratio for client tensors, process, bytes and seconds, and
         `worst`: of each, the largest deviation from 1, and of tensors how many are within 5 %.
     """
+    return_freed_memory()  # as the measured client does: fresh pages take their time
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="hosl-bench-") as name:
         shapes = dict(_saved(Path(name), {case.family for case in cases}))

@@ -12,6 +12,7 @@ from hosl.planner.dry_run import Work
 from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
+from hosl.run.allocator import return_freed_memory
 from hosl.split import resolve_model_folder
 from hosl.tasks import Task, TextTokenizer, load_task
 from hosl.transport.link import LinkSpec
@@ -113,6 +114,7 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         )
     if asked.probe:
         say("measuring this machine")
+        return_freed_memory()  # as `hosl join` does: fresh pages take their time
         work = of_config(question).client.work
         question = _with_machine(question, work)
     rows = plan(question, cuts=cuts)

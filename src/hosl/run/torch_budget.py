@@ -55,9 +55,10 @@ def _check(
 
     def takes(tried: Config) -> float:
         (train_rows, train_tokens), *evaluation = sizes
-        static, worst = client_memory(tried, shape)(train_rows, train_tokens)
+        static, peak, loading = client_memory(tried, shape)(train_rows, train_tokens)
+        worst = max(peak, loading)
         for rows, tokens in evaluation:  # forward passes, with what training holds between its steps
-            of_weights, forward = client_memory(_forward(tried), shape)(rows, tokens)
+            of_weights, forward, _ = client_memory(_forward(tried), shape)(rows, tokens)
             worst = max(worst, static + forward - of_weights)
         return base + worst
 

@@ -1,0 +1,148 @@
+"""`hosl plan`: the table, its config and its picture; and budgets that refuse before a run or stop it."""
+
+import json
+
+import pytest
+import transformers as hf
+import yaml
+from tests.integration.network import Server, finished, join, split
+
+from hosl.cli import main
+from hosl.config import load_config
+from hosl.core.sizes import parse_bytes
+from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
+from hosl.run import budget
+from hosl.run.record import read_lines
+
+
+def planned(capsys, *words):
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_model_is_planned_from_its_config_alone(capsys, tmp_path):
+    hf.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=500).save_pretrained(tmp_path)  # fmt: skip  # noqa: E501
+    found = planned(capsys, str(tmp_path), "--tokens", "32", "--up", "10mbit", "--rtt", "50ms")
+    assert found["blocks"] == 4
+    by_way = {(way["way"], way["cut"]): way for way in found["ways"]}
+    assert {cut for _, cut in by_way} == {1, 2, 3, 4}
+    fo, hosl, frozen = (by_way[name, 4] for name in ("fo-fo", "hosl", "frozen"))
+    assert (
+        fo["client_tensor_peak_bytes"] > hosl["client_tensor_peak_bytes"] > frozen["client_tensor_peak_bytes"]
+    )
+    assert hosl["client_tensor_peak_bytes"] > hosl["client_static_bytes"]
+    activation = 16 * 32 * 64 * 4
+    assert frozen["bytes_up"] == pytest.approx(activation, rel=0.02)
+    assert hosl["bytes_up"] == pytest.approx(33 * activation, rel=0.02)
+    assert frozen["wire_s"] == pytest.approx(0.05 + frozen["bytes_up"] * 8 / 10e6, rel=1e-3)
+    assert found["recommended"]["way"] == "hosl-node"
+
+
+def test_what_fits_is_marked_and_the_recommended_row_is_a_config(capsys, tmp_path):
+    words = ["opt-125m", "--tokens", "64", "--cuts", "2,6", "--device-memory"]
+    assert main(["plan", *words, "620MiB", "--write", str(tmp_path / "my.yaml"), "--picture", str(tmp_path / "p.svg")]) == 0  # fmt: skip  # noqa: E501
+    table = capsys.readouterr().out
+    arrow = [line for line in table.splitlines() if line.startswith("->")]
+    assert len(arrow) == 2  # the row, and the line that says why
+    assert "cut 6 does not fit" in arrow[1]
+    config = load_config(tmp_path / "my.yaml")
+    assert (config.method, config.model.cut) == ("hosl-node", 2)
+    assert (tmp_path / "p.svg").read_text().count("<path") > 20
+    found = planned(capsys, *words, "100MiB")
+    assert found["recommended"] is None
+    assert found["why"].startswith("nothing fits: the least is")
+
+
+def test_a_config_is_planned_with_its_tasks_longest_batch(capsys, tiny_run):
+    found = planned(capsys, str(tiny_run()), "--cuts", "1,2")
+    assert (found["rows"], found["tokens"]) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["opt-125m", "--device-memory", "2Gib/s"], "'2Gib/s' is no amount of memory such as 600MiB"),
+        (["opt-125m", "--device-memory", "0MiB"], "a number above 0"),
+        (["opt-125m", "--up", "10"], "'10' is not a rate such as 10mbit"),
+        (["opt-125m", "--batch", "0"], "--batch must be above 0, got 0"),
+        (["opt-125m", "--cuts", "13"], "cut=13 is outside 0..12"),
+        (["opt-125m", "--cuts", "one"], "--cuts wants numbers"),
+        (["opt-125m", "--tokens", "4096"], "reads 2048 positions at most"),
+        (["nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(capsys, words, said):
+    assert main(["plan", *words]) in (1, 2)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hosl:")]
+    assert len(err) == 1
+    assert said in err[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "has no model_type"),
+        ("[1]", "has no model_type"),
+        ("{", "cannot be read as JSON"),
+        ('{"model_type": "mamba"}', "model_type mamba cannot be cut"),
+        ('{"model_type": "opt", "hidden_size": 30, "num_attention_heads": 4}', "no model can be built from the config"),
+    ],
+)  # fmt: skip
+def test_a_config_without_what_a_plan_needs_is_refused(capsys, tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["plan", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def mib(count):
+    return f"{round(count / 2**20)}MiB"
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_made(capsys, tiny_run, tmp_path):
+    below = RUNTIME_BASE_BYTES - 2**20
+    assert main(["train", str(tiny_run(client={"memory_budget": mib(below)}))]) == 2
+    said = capsys.readouterr().err
+    assert "client.memory_budget is 344 MiB, but the client would take 345 MiB" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("hosl.run.torch_budget.RUNTIME_BASE_BYTES", 0.0)
+    settings = {"learning_rate": 1e-3, "memory_budget": "0.1MB"}
+    config = tiny_run(client=settings, per_device_train_batch_size=64)
+    assert main(["train", str(config)]) == 2
+    advice = capsys.readouterr().err.partition("nearest setting that fits: client.micro_batch_rows: ")[2]
+    rows = int(advice.split(",")[0])
+    assert main(["train", str(config), "--client.micro-batch-rows", str(rows)]) == 0
+    peaks = [line["client_peak_bytes"] for line in read_lines(tmp_path / "run" / "timings.jsonl")]
+    assert max(peaks) <= 1.05 * parse_bytes("0.1MB")
+
+
+def test_a_run_over_its_budget_is_stopped_with_its_state_saved(capsys, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "RUNTIME_BASE_BYTES", 2 * RUNTIME_BASE_BYTES)  # what nobody could foresee
+    config = tiny_run(client={"learning_rate": 1e-3, "memory_budget": "400MiB"})
+    assert main(["train", str(config)]) == 1
+    assert "after step 1 the client has taken 690 MiB; the state is saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_device_keeps_to_its_budget_for_200_steps(tiny_run, tmp_path):
+    limit = mib(RUNTIME_BASE_BYTES + 60 * 2**20)
+    client = {"learning_rate": 1e-3, "memory_budget": limit}
+    config = tiny_run(client=client, max_steps=200, eval_steps=100, save_steps=100)
+    halves = split(tmp_path / "model-in", tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service") as server:
+        words = ("--output-dir", tmp_path / "joined")
+        assert finished(join(halves / "client", server.line, config, *words))["finished"]
+    lines = read_lines(tmp_path / "joined" / "timings.jsonl")
+    assert len(lines) == 200
+    assert max(line["process_peak_bytes"] for line in lines) <= 1.05 * parse_bytes(limit)
+    assert all(0 < line["client_static_bytes"] < line["client_peak_bytes"] for line in lines)
+
+
+def test_a_budget_is_an_amount_of_memory(capsys, tiny_run):
+    config = tiny_run(client={"memory_budget": "600 megs"})
+    assert main(["train", str(config)]) == 2
+    assert "'600 megs' is no amount of memory" in capsys.readouterr().err
+    assert yaml.safe_load(config.read_text())["client"] == {"memory_budget": "600 megs"}
