@@ -1,11 +1,14 @@
 """What the planner says of a step without data is what the step takes: every family, every way that plans compare."""
 
+import dataclasses
+
 import pytest
 import torch
 from msgspec import structs
 from tests.conftest import MODELS, build
 
 from hosl.config import Config, ModelConfig
+from hosl.errors import ConfigError
 from hosl.methods.made_up import NoServer, fixed_batch
 from hosl.methods.rows import ROWS
 from hosl.methods.step import method_round
@@ -16,7 +19,7 @@ from hosl.planner.costs import client_cost_at, client_memory, server_cost
 from hosl.planner.dry_run import empty_, without_data, work_of
 from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
-from hosl.planner.plan import PLANNED, Question, nearest_that_fits, plan
+from hosl.planner.plan import PLANNED, Question, nearest_that_fits, plan, recommended
 from hosl.split import split_model
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
@@ -80,7 +83,10 @@ def test_many_cuts_follow_from_two(way):
     question = Question(
         shape=shape, base=Config(), rows=4, tokens=24, client=assumed_cpu(1), server=assumed_server(1.0)
     )
-    for row in plan(question, cuts=[4], names=[way]):
+    rows = plan(question, cuts=[4], names=[way])
+    with pytest.raises(ConfigError, match="nothing fits: the least is"):
+        recommended([dataclasses.replace(row, fits=False) for row in rows], cut=4)
+    for row in rows:
         exact, traffic = client_cost_at(row.config, shape, 4, 24)
         server = server_cost(row.config, shape, 4, 24)
         assert row.client.static_bytes == exact.static_bytes

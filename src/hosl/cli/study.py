@@ -2,10 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from hosl.cli.answers import answer, verb_parser
+from hosl.run.rate_config import RateStudy, load_rate_study
+from hosl.run.rate_study import missing_cells, run_rate_study
 from hosl.run.study import check_runs, first_run, run_study
-from hosl.run.study_config import load_study
+from hosl.run.study_config import Study, load_study
 
 
 def run(words: list[str]) -> int:
@@ -19,20 +22,13 @@ def run(words: list[str]) -> int:
         "--dry-run", action="store_true", help="check every run's settings, load no model, make nothing"
     )
     known = parser.parse_args(words)
-    study = load_study(known.study)
-    runs = check_runs(study)
+    study = load_rate_study(known.study) or load_study(known.study)
     if known.dry_run:
-        first, places = first_run(study)
-        config = places.config(first)
-        found = {
-            "runs": runs,
-            "first_command": places.command(first),
-            "method": config.method,
-            "model": config.model.name,
-        }
-        answer(found, as_json=known.json)
+        answer(_planned(study), as_json=known.json)
         return 0
-    done = run_study(study)
+    if isinstance(study, Study):
+        check_runs(study)
+    done = run_rate_study(study) if isinstance(study, RateStudy) else run_study(study)
     answer(done, as_json=known.json)
     if not done["finished"]:
         sys.stderr.write(f"stopped; go on with: hosl study {known.study}\n")
@@ -40,3 +36,18 @@ def run(words: list[str]) -> int:
     if not known.json:
         sys.stdout.write("\n" + Path(done["table"]).read_text(encoding="utf-8"))
     return 0
+
+
+def _planned(study: Study | RateStudy) -> dict[str, Any]:
+    """What a study would make, its settings checked."""
+    if isinstance(study, RateStudy):
+        return {"cells": len(missing_cells(study, {})), "problems": ", ".join(study.problems)}
+    runs = check_runs(study)
+    first, places = first_run(study)
+    config = places.config(first)
+    return {
+        "runs": runs,
+        "first_command": places.command(first),
+        "method": config.method,
+        "model": config.model.name,
+    }

@@ -49,7 +49,7 @@ def _check(
     from hosl.planner.model_shape import model_shape
     from hosl.planner.plan import nearest_that_fits
 
-    limit = parse_bytes(config.client.memory_budget or "")
+    limit = float(parse_bytes(config.client.memory_budget or ""))
     shape = model_shape(model, head=head, num_labels=labels)
     base = RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
 
