@@ -81,8 +81,12 @@ def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) ->
     return _with_any_directions(config, shape, rows, tokens)
 
 
-def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tuple[float, float, float]]:
+def client_memory(
+    config: Config, shape: ModelShape, known: dict[Any, PartyCost] | None = None
+) -> Callable[[int, int], tuple[float, float, float]]:
     """As `client_cost_at`, for those who ask for memory only: static, peak and loading bytes, of rows and tokens.
+
+    `known` keeps what was run for one cut and serves at others; of one shape.
 
     Two directions hold what many hold; and beyond its weights, a client that goes forward only holds the same at every
     cut, so one block is enough to find that.
@@ -94,17 +98,24 @@ def client_memory(config: Config, shape: ModelShape) -> Callable[[int, int], tup
     if config.method not in _BACKWARD and config.model.cut > 1:
         small = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=1))
 
+    known = {} if known is None else known
+
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
-        together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
-        if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:
-            few = [_run(small, shape, count * together, tokens) for count in (2, 3)]
-            cost = _line(few[0], few[1], (rows - 2 * together) / together)[0]
-        else:
-            cost = _run(small, shape, rows, tokens)[0]
+        key = (msgspec.json.encode(small), rows, tokens)
+        if key not in known:
+            known[key] = run(rows, tokens)
+        cost = known[key]
         if small is config:
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = _weights(config, shape)
         return static, static + cost.peak_bytes - cost.static_bytes, loading
+
+    def run(rows: int, tokens: int) -> PartyCost:
+        together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+        if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:
+            few = [_run(small, shape, count * together, tokens) for count in (2, 3)]
+            return _line(few[0], few[1], (rows - 2 * together) / together)[0]
+        return _run(small, shape, rows, tokens)[0]
 
     return at
 

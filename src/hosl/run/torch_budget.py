@@ -1,5 +1,6 @@
 """client.memory_budget against the plan, before a run; against the process at every step: `budget`."""
 
+import gc
 from typing import Any
 
 import msgspec
@@ -53,20 +54,27 @@ def _check(
     shape = model_shape(model, head=head, num_labels=labels)
     base = RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
 
+    known: dict[Any, Any] = {}
+
     def takes(tried: Config) -> float:
         (train_rows, train_tokens), *evaluation = sizes
-        static, peak, loading = client_memory(tried, shape)(train_rows, train_tokens)
+        static, peak, loading = client_memory(tried, shape, known)(train_rows, train_tokens)
         worst = max(peak, loading)
         for rows, tokens in evaluation:  # forward passes, with what training holds between its steps
-            of_weights, forward, _ = client_memory(_forward(tried), shape)(rows, tokens)
+            of_weights, forward, _ = client_memory(_forward(tried), shape, known)(rows, tokens)
             worst = max(worst, static + forward - of_weights)
         return base + worst
 
-    needed = takes(config)
-    if needed <= limit:
+    gc.disable()  # a person waits, and a step run without data makes a million short-lived objects
+    try:
+        needed = takes(config)
+        fits = needed <= limit
+        longest = max(tokens for _, tokens in sizes)
+        nearest = None if fits or limit <= base else nearest_that_fits(config, longest, takes, limit)
+    finally:
+        gc.enable()
+    if fits:
         return
-    longest = max(tokens for _, tokens in sizes)
-    nearest = None if limit <= base else nearest_that_fits(config, longest, takes, limit)
     if nearest is None:
         advice = (
             f"no micro-batch and no lower cut brings method {config.method} below it; raise the budget, or see "
