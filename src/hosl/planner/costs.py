@@ -144,14 +144,16 @@ def _with_any_directions(
     # beside its probes such a step makes one clean pass; one pair may still be alive when the next is computed
     probes = 2 if config.method == "hosl" else 1
     some = _run(_with_directions(config, probes), shape, rows, tokens)
-    clean, upload = _run(_frozen(config), shape, rows, tokens)
+    clean, upload = _run(clean_pass(config), shape, rows, tokens)
     without = replace(some[0], work=clean.work, formed=0.0, updated=0.0)
     return _line((without, upload if config.method == "hosl" else some[1]), some, q / probes)
 
 
-def _frozen(config: Config) -> Config:
-    """The step's clean pass by itself."""
-    plain = msgspec.structs.replace(config.zo, sides="two", derivative="difference", row_clip=None)
+def clean_pass(config: Config) -> Config:
+    """A forward pass of the same client, by itself."""
+    plain = msgspec.structs.replace(
+        config.zo, sides="two", derivative="difference", row_clip=None, guidance="none"
+    )
     return msgspec.structs.replace(config, method="frozen", zo=plain)
 
 

@@ -3,8 +3,6 @@
 import gc
 from typing import Any
 
-import msgspec
-
 from hosl.config import Config
 from hosl.core.sizes import parse_bytes, told_bytes
 from hosl.errors import BudgetError
@@ -46,7 +44,7 @@ def _check(
     config: Config, model: str, head: Any, labels: int | None, alone: bool, sizes: list[tuple[int, int]]
 ) -> None:
     # only now: a run without a budget does without what a plan needs
-    from hosl.planner.costs import client_memory
+    from hosl.planner.costs import clean_pass, client_memory
     from hosl.planner.model_shape import model_shape
     from hosl.planner.plan import nearest_that_fits
 
@@ -61,7 +59,7 @@ def _check(
         static, peak, loading = client_memory(tried, shape, known)(train_rows, train_tokens)
         worst = max(peak, loading)
         for rows, tokens in evaluation:  # forward passes, with what training holds between its steps
-            of_weights, forward, _ = client_memory(_forward(tried), shape, known)(rows, tokens)
+            of_weights, forward, _ = client_memory(clean_pass(tried), shape, known)(rows, tokens)
             worst = max(worst, static + forward - of_weights)
         return base + worst
 
@@ -86,13 +84,6 @@ def _check(
         f"client.memory_budget is {told_bytes(limit)}, but the client would take {told_bytes(needed)} "
         f"({told_bytes(base)} of it before any weight); {advice}"
     )
-
-
-def _forward(config: Config) -> Config:
-    plain = msgspec.structs.replace(
-        config.zo, sides="two", derivative="difference", row_clip=None, guidance="none"
-    )
-    return msgspec.structs.replace(config, method="frozen", zo=plain)
 
 
 def _told(nearest: Config, config: Config) -> str:
