@@ -149,7 +149,7 @@ class RemoteServer:
             )
             if len(reply.losses) != len(packed):
                 raise WireError(f"asked for {len(packed)} losses, the server sent {len(reply.losses)}")
-            self._count_down(reply.server_s, list(reply.losses))
+            self._count_down("losses", reply.server_s, list(reply.losses))
             return list(reply.losses)
 
         self._pending = self._sender.submit(self._repeated, ask)
@@ -214,7 +214,7 @@ class RemoteServer:
             )
             if len(reply.losses) != 2:
                 raise WireError(f"asked for two losses, the server sent {len(reply.losses)}")
-            self._count_down(reply.server_s, list(reply.losses))
+            self._count_down("probe", reply.server_s, list(reply.losses))
             return reply.losses[0], reply.losses[1]
 
         return self._repeated(ask)
@@ -242,7 +242,8 @@ class RemoteServer:
 
         def ask() -> None:
             question = pb.DescendRequest(where=self._where(step), seeds=seeds, coefficients=coefficients)
-            self._count_down(self.channel.ask("Descend", question, pb.DescendReply).server_s, None)
+            reply = self.channel.ask("Descend", question, pb.DescendReply)
+            self._count_down("descend", reply.server_s, None)
 
         self.meter.bytes_in += payload_bytes([step, list(seeds), list(coefficients)])
         self._settle()
@@ -304,7 +305,7 @@ class RemoteServer:
             gradient = self._unpacked(done.gradient, packed[0].header, (part.chunk for part in parts))
         for _ in parts:
             raise WireError(f"{verb} was answered by more than was announced")
-        self._count_down(done.server_s, StepReply(done.loss, gradient))
+        self._count_down(verb.lower(), done.server_s, StepReply(done.loss, gradient))
         return StepReply(done.loss, gradient)
 
     def _unpacked(self, header: pb.Tensor, like: pb.Tensor, chunks: Iterator[bytes]) -> Any:
@@ -335,8 +336,9 @@ class RemoteServer:
     def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
-    def _count_down(self, server_s: float, answer: Any) -> None:
+    def _count_down(self, verb: str, server_s: float, answer: Any) -> None:
         self.meter.seconds += server_s
+        self.meter.by_verb[verb] = self.meter.by_verb.get(verb, 0.0) + server_s
         self.meter.bytes_out += payload_bytes(answer)
 
 

@@ -38,7 +38,7 @@ class RemoteTrunk(RemoteServer):
             ]
             for _ in parts:
                 raise WireError("States was answered by more than was announced")
-            self._count_down(done.server_s, states)
+            self._count_down("states", done.server_s, states)
             return states
 
         self._settle()
@@ -87,7 +87,7 @@ class RemoteTrunk(RemoteServer):
                     back = self._unpacked(done.gradient, packed.header, (part.chunk for part in parts))
                 for _ in parts:
                     raise WireError("StepStates was answered by more than was announced")
-                self._count_down(done.server_s, [states, back])
+                self._count_down("step", done.server_s, [states, back])
                 self.meter.bytes_in += gradient.size_bytes
                 return StepReply(0.0, back)
             finally:

@@ -30,7 +30,7 @@ from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
 from hosl.run.loop import carry_on
-from hosl.run.record import RunLock, new_folder, process_peak_bytes, versions
+from hosl.run.record import RunLock, machine, new_folder, process_peak_bytes, versions
 from hosl.run.session import Session
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split.folder_facts import half_facts
@@ -287,7 +287,9 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-    record = {"run_id": place.identity, "versions": versions(), **session.facts}
+    record = {
+        "run_id": place.identity, "versions": versions(), "machine": machine(), **session.facts,
+    }  # fmt: skip
     (place.run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     return session, known.get("metrics_bytes", 0)
 

@@ -12,7 +12,7 @@ from hosl.parties.torch_client import FrozenClient
 from hosl.parties.torch_memory import memory_of
 from hosl.parties.torch_server import TorchServer
 from hosl.run.budget import beside_server_bytes
-from hosl.run.session import Session
+from hosl.run.session import Session, longest_batch
 from hosl.run.torch_budget import check_before_data, check_before_run
 from hosl.run.torch_checkpoint import put_client, put_server, restore_client_, restore_server_
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
@@ -100,9 +100,11 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
         server=cast(TorchServer, make_server(config, server_half, loaded.initialised)),
         tokenizer_folder=tokenizer_folder,
     )
+    rows, tokens = longest_batch(task, config)
     session.facts = {
         "model": {"source": loaded.source, "digest": loaded.digest, "family": client_half.family},
         "task": {"name": task.name, "digest": task_digest(task)},
+        "longest_batch": {"rows": rows, "tokens": tokens},
         "cut": config.model.cut,
         "tied_head_trained_apart": task.head == "causal" and bool(loaded.model.config.tie_word_embeddings),
         "new_weights": list(loaded.initialised),

@@ -1,6 +1,6 @@
 """The steps of a run, one after the other: draw a batch, run the round, write down, evaluate, save. No torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -132,8 +132,14 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         client_peak_bytes=client.peak_bytes,
         server_peak_bytes=server.peak_bytes,
         process_peak_bytes=process_peak_bytes(),
+        client_verbs_s=_rounded(client.by_verb),
+        server_verbs_s=_rounded(server.by_verb),
         **session.costs(),
     )
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {verb: round(of_verb, 6) for verb, of_verb in seconds.items()}
 
 
 def _probes(result: RoundResult) -> dict[str, float | int]:

@@ -13,6 +13,7 @@ from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
 from hosl.run.allocator import return_freed_memory
+from hosl.run.session import longest_batch
 from hosl.split import resolve_model_folder
 from hosl.tasks import Task, TextTokenizer, load_task
 from hosl.transport.link import LinkSpec
@@ -123,12 +124,6 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
     except ConfigError as nothing:
         chosen, why = None, str(nothing)
     return Planned(question, rows, chosen, why)
-
-
-def longest_batch(task: Task, config: Config) -> tuple[int, int]:
-    """Rows and tokens of the longest batch that training can draw."""
-    tokens = max(len(example.rows[example.label if len(example.rows) > 1 else 0]) for example in task.train)
-    return min(config.per_device_train_batch_size, len(task.train)), tokens
 
 
 def shape_of(config: Config, task: Task) -> ModelShape:

@@ -118,6 +118,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, str | int]:
+    """What seconds are measured on: system, processor, and how many cores this process may use."""
+    found = {"system": f"{platform.system()} {platform.machine()}", "cores": cores()}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as facts:
+            names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
+    except OSError:
+        names = []
+    return found | ({"processor": names[0]} if names else {})
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_peak_bytes() -> int:
     """The most memory this process has had resident since it started (VmHWM); 0 where the system does not say."""
     return _of_process("VmHWM")

@@ -16,6 +16,12 @@ from hosl.parties.metered import Meter, Metered
 from hosl.tasks import Task
 
 
+def longest_batch(task: Task, config: Config) -> tuple[int, int]:
+    """Rows and tokens of the longest batch that training can draw."""
+    tokens = max(len(example.rows[example.label if len(example.rows) > 1 else 0]) for example in task.train)
+    return min(config.per_device_train_batch_size, len(task.train)), tokens
+
+
 @dataclass
 class Meters:
     """One meter per party."""

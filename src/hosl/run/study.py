@@ -3,13 +3,12 @@
 Which runs: `study_grid`. One run: `study_process`. What they amount to: `study_table`, `study_pictures`, `study_runs`.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from hosl.run.progress import open_view
-from hosl.run.record import RunLock
+from hosl.run.record import RunLock, cores
 from hosl.run.stopping import Stop
 from hosl.run.study_config import Study, study_grid, study_groups
 from hosl.run.study_files import Places, drop_weights, read_summaries
@@ -105,11 +104,6 @@ def run_grid(
             for process in working:
                 process.kill()
     return done
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(

@@ -5,13 +5,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hosl.checkpoint import newest_checkpoint
 from hosl.config import Config, dump_config
 from hosl.errors import FolderError
 from hosl.run.local import LocalSession, load_run, new_session
 from hosl.run.loop import carry_on
 from hosl.run.rate_sweep import with_rate
-from hosl.run.record import RunLock, new_folder, process_bytes, versions
+from hosl.run.record import RunLock, machine, new_folder, process_bytes, versions
 from hosl.run.report import write_report
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split import export_adapter, export_checkpoint
@@ -30,7 +32,10 @@ def start(config: Config) -> dict[str, Any]:
     session = new_session(config)  # what can be refused is refused before a folder is made
     run = new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    record = {"versions": versions(), "process_base_bytes": before_bytes, **session.facts}
+    record = {
+        "versions": versions(), "machine": machine() | {"threads": torch.get_num_threads()},
+        "process_base_bytes": before_bytes, **session.facts,
+    }  # fmt: skip
     if swept is not None:
         record["sweep"] = swept.facts()
     (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
