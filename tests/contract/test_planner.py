@@ -15,11 +15,11 @@ from hosl.methods.step import method_round
 from hosl.methods.torch_parties import DTYPES, make_client, party_bytes, trained_elements
 from hosl.parties.metered import Meter, Metered
 from hosl.parties.torch_memory import TorchMemory
-from hosl.planner.costs import client_cost_at, client_memory, server_cost
+from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
 from hosl.planner.dry_run import empty_, without_data, work_of
 from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
-from hosl.planner.plan import PLANNED, Question, nearest_that_fits, plan, recommended
+from hosl.planner.plan import PLANNED, Demand, Question, nearest_that_fits, plan, recommended
 from hosl.split import split_model
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
@@ -119,19 +119,39 @@ def test_arithmetic_is_counted_as_it_is_known_to_be():
     assert forward.peak_bytes == 10 * 48 * 4
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_a_lower_limit_is_met_by_smaller_micro_batches_then_by_a_lower_cut():
-    shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
-    asked = []
-
+def takes_of(shape, rows, eval_rows, tokens):
     def takes(config):
-        asked.append(config)
-        return client_memory(config, shape)(32, 256)[1]
+        batches = {rows: config, eval_rows: clean_pass(config)}
+        return [Demand(n, client_memory(of_batch, shape)(n, tokens)[1]) for n, of_batch in batches.items()]
 
-    needed = takes(base)
-    assert nearest_that_fits(base, 256, takes, needed * 0.9).client.micro_batch_rows < 4096 // 256
-    row_by_row = takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1)))
+    return takes
+
+
+def most(demands):
+    return max(demand.needed_bytes for demand in demands)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("way", ["frozen", "hosl", "hosl-gradient", "hosl-node", "fo-recompute"])
+def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
+    """What is named fits, at a twentieth below what does not, and at what one row at a time takes."""
+    shape, base = model_shape("tiny"), BY_NAME[way].applied(Config(model=ModelConfig(name="tiny")), cut=3)
+    takes = takes_of(shape, 16, 48, 64)
+    needed = most(takes(base))
+    least = most(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
+    for limit in (0.95 * needed, (needed + least) / 2, least):
+        found = nearest_that_fits(base, 64, takes, limit)
+        assert found.model.cut == 3
+        assert most(takes(found)) <= limit
+    assert found.client.micro_batch_rows < 48
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_below_one_row_at_a_time_a_lower_cut_is_named():
+    shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
+    takes = takes_of(shape, 32, 48, 256)
+    row_by_row = most(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
     lower = nearest_that_fits(base, 256, takes, row_by_row - 1)
-    assert lower.model.cut < 5
-    assert takes(lower) <= row_by_row - 1
+    assert lower.model.cut == 4
+    assert most(takes(lower)) <= row_by_row - 1
     assert nearest_that_fits(base, 256, takes, 1.0) is None

@@ -115,7 +115,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_made(capsys, 
 def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, tmp_path):
     for module in ("torch_budget", "budget"):
         monkeypatch.setattr(f"hosl.run.{module}.RUNTIME_BASE_BYTES", 0.0)
-    settings = {"learning_rate": 1e-3, "memory_budget": "0.5MB"}
+    settings = {"learning_rate": 1e-3, "memory_budget": "0.28MB"}
     config = tiny_run(client=settings, per_device_train_batch_size=64)
     assert main(["train", str(config)]) == 2
     said = capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, t
     rows = int(said.partition("client.micro_batch_rows: ")[2].split(",")[0])
     assert main(["train", str(config), "--client.micro-batch-rows", str(rows)]) == 0
     peaks = [line["client_peak_bytes"] for line in read_lines(tmp_path / "run" / "timings.jsonl")]
-    assert max(peaks) <= 1.05 * parse_bytes("0.5MB")
+    assert max(peaks) <= 1.05 * parse_bytes("0.28MB")
 
 
 def test_a_run_over_its_budget_is_stopped_with_its_state_saved(capsys, tiny_run, tmp_path, monkeypatch):

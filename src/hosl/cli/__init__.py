@@ -3,6 +3,7 @@
 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted. Nothing heavy is imported before a verb needs it.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,19 @@ _VERBS = {
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
     "report": "write a run's report.html again: hosl report RUN",
 }
+
+
+def command() -> int:
+    """The console script: `main` in a process of its own.
+
+    Importing torch and transformers makes a million objects that stay. Python's collector, at its usual pace, would
+    walk them again and again, and once more at the end: a second of every command.
+    """
+    gc.set_threshold(10_000)
+    try:
+        return main()
+    finally:
+        gc.freeze()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

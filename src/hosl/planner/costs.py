@@ -74,11 +74,20 @@ def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Step
 def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
     """A client's step at the config's cut, and what crosses in it; see `step_cost`."""
     config = _without_guidance(config)
+    return _in_micro_batches(
+        config, rows, tokens, lambda count: _with_any_directions(config, shape, count, tokens)
+    )
+
+
+def _in_micro_batches(
+    config: Config, rows: int, tokens: int, run: Callable[[int], tuple[PartyCost, Traffic]]
+) -> tuple[PartyCost, Traffic]:
+    """`run` of so many rows; where these make many micro-batches, which are all alike, from two of them and three."""
     together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
-    if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:  # micro-batches are all alike
-        sampled = [_with_any_directions(config, shape, count * together, tokens) for count in (2, 3)]
-        return _line(sampled[0], sampled[1], (rows - 2 * together) / together)
-    return _with_any_directions(config, shape, rows, tokens)
+    if config.method in ("fo-fo", "fo-zo") or rows <= 4 * together:
+        return run(rows)
+    two, three = run(2 * together), run(3 * together)
+    return _line(two, three, (rows - 2 * together) / together)
 
 
 def client_memory(
@@ -87,42 +96,52 @@ def client_memory(
     """As `client_cost_at`, for those who ask for memory only: static, peak and loading bytes, of rows and tokens.
 
     `known` keeps what was run for one cut and serves at others; of one shape.
-
-    Two directions hold what many hold; and beyond its weights, a client that goes forward only holds the same at every
-    cut, so one block is enough to find that.
     """
-    config = _without_guidance(config)
-    if config.zo.law != "low-rank":
-        config = _with_directions(config, min(config.zo.directions, 2))
-    small = config
-    if config.method not in _BACKWARD and config.model.cut > 1:
-        small = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=1))
-
-    known = {} if known is None else known
 
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
-        key = (msgspec.json.encode(small), rows, tokens)
-        if key not in known:
-            known[key] = run(rows, tokens)
-        cost = known[key]
-        if small is config:
+        if config.method in _BACKWARD:
+            cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
-        static, loading = _weights(config, shape)
-        return static, static + cost.peak_bytes - cost.static_bytes, loading
-
-    def run(rows: int, tokens: int) -> PartyCost:
-        together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
-        if config.method not in ("fo-fo", "fo-zo") and rows > 4 * together:
-            few = [_run(small, shape, count * together, tokens) for count in (2, 3)]
-            return _line(few[0], few[1], (rows - 2 * together) / together)[0]
-        return _run(small, shape, rows, tokens)[0]
+        static, loading = weight_bytes(config, shape)
+        return static, static + beyond_weights(config, shape, known)(rows, tokens), loading
 
     return at
 
 
-def _weights(config: Config, shape: ModelShape) -> tuple[float, float]:
-    """Bytes of a client's weights between steps, and while they are loaded."""
-    half, _ = shape.of_blocks(config.model.cut).halves(config.model.cut)
+def beyond_weights(
+    config: Config, shape: ModelShape, known: dict[Any, PartyCost] | None = None
+) -> Callable[[int, int], float]:
+    """What a client that goes forward only holds at most, beyond its weights: bytes, of rows and tokens.
+
+    That is the same at every cut, so one block is enough to find it; and with one direction as with many.
+    """
+    assert config.method not in _BACKWARD, f"{config.method} keeps something of every block"
+    config = config if config.model.cut <= 1 else with_cut(config, 1)
+
+    def at(rows: int, tokens: int) -> float:
+        cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
+        return cost.peak_bytes - cost.static_bytes
+
+    return at
+
+
+def _known_memory(
+    config: Config, shape: ModelShape, rows: int, tokens: int, known: dict[Any, PartyCost]
+) -> PartyCost:
+    config = _without_guidance(config)
+    if config.zo.law != "low-rank":  # whose probes are evaluated together
+        config = _with_directions(config, 1)
+    key = (msgspec.json.encode(config), rows, tokens)
+    if key not in known:
+        known[key], _ = _in_micro_batches(
+            config, rows, tokens, lambda count: _run(config, shape, count, tokens)
+        )
+    return known[key]
+
+
+def weight_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Bytes of a client's weights at the config's cut: between steps, and while they are loaded."""
+    half, _ = shape.of_blocks(max(config.model.cut, 1)).halves(config.model.cut)
     checkpoint_bytes = float(storage_bytes(half.parameters()))
     half.convert(DTYPES[config.model.dtype])
     as_if_computed(lambda: prepare_client_half_(config, half))
@@ -139,14 +158,17 @@ def _with_any_directions(
         return _run(config, shape, rows, tokens)
     if config.method in ("hosl-node", "zo-zo"):
         few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (1, 2)]
-        cost, traffic = _line(few[0], few[1], q - 1)
-        return replace(cost, peak_bytes=few[1][0].peak_bytes), traffic
-    # beside its probes such a step makes one clean pass; one pair may still be alive when the next is computed
-    probes = 2 if config.method == "hosl" else 1
-    some = _run(_with_directions(config, probes), shape, rows, tokens)
+        return _line(few[0], few[1], q - 1)
+    # beside its probes such a step makes one clean pass; a pair is let go before the next, so one holds what many hold
+    one = _run(_with_directions(config, 1), shape, rows, tokens)
     clean, upload = _run(clean_pass(config), shape, rows, tokens)
-    without = replace(some[0], work=clean.work, formed=0.0, updated=0.0)
-    return _line((without, upload if config.method == "hosl" else some[1]), some, q / probes)
+    without = replace(one[0], work=clean.work, formed=0.0, updated=0.0)
+    return _line((without, upload if config.method == "hosl" else one[1]), one, q)
+
+
+def with_cut(config: Config, cut: int) -> Config:
+    """The same with so many blocks on the client."""
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=cut))
 
 
 def clean_pass(config: Config) -> Config:

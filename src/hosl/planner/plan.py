@@ -12,7 +12,7 @@ from hosl.config import Config
 from hosl.errors import ConfigError
 from hosl.methods.rows import ROWS, Row
 from hosl.parties.torch_client import TOKENS_AT_ONCE
-from hosl.planner.costs import PartyCost, Traffic, along_cuts, client_cost_at, server_cost
+from hosl.planner.costs import PartyCost, Traffic, along_cuts, client_cost_at, server_cost, with_cut
 from hosl.planner.machine import Machine
 from hosl.planner.model_shape import ModelShape
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
@@ -140,44 +140,71 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
     )
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What one kind of batch makes a client process take."""
+
+    rows: int
+    """Of the batch."""
+    needed_bytes: float
+    """The process's peak, weights and base included."""
+
+
 def nearest_that_fits(
-    config: Config, tokens: int, takes: Callable[[Config], float], limit_bytes: float
+    config: Config, tokens: int, takes: Callable[[Config], Sequence[Demand]], limit_bytes: float
 ) -> Config | None:
     """The least change with which the client fits: smaller micro-batches, then a lower cut; None: neither helps.
 
     Args:
         config: what does not fit.
         tokens: per row.
-        takes: bytes of the client process under a config. Asked as seldom as it goes: each answer is a step run
-            without data.
-        limit_bytes: what it may take.
+        takes: what a client takes under a config, for each kind of batch. Asked as seldom as it goes: each answer is a
+            step run without data.
+        limit_bytes: what the process may take.
     """
+
+    def fits(tried: Config) -> bool:
+        return _most(takes(tried)) <= limit_bytes
+
     base = config
     if base.method not in ("fo-fo", "fo-zo") and base.client.micro_batch_rows != 1:
-        base = _with(config, micro_batch_rows=1)
-        if takes(base) <= limit_bytes:
-            usual = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 2)
-            larger = [_with(config, micro_batch_rows=usual // part) for part in (2, 4) if usual // part > 1]
-            return next((tried for tried in larger if takes(tried) <= limit_bytes), base)
+        base = _with_rows_at_once(config, 1)
+        least = takes(base)
+        if _most(least) <= limit_bytes:
+            usual = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+            most = _rows_at_once(takes(config), least, usual, limit_bytes)
+            tries = (_with_rows_at_once(config, rows) for rows in (most, most // 2) if rows > 1)
+            return next((tried for tried in tries if fits(tried)), base)
     lowest, highest = 1, base.model.cut - 1
-    if highest < lowest:
+    if highest < lowest or not fits(with_cut(base, lowest)):
         return None
-    at_lowest = takes(_with(base, cut=lowest))
-    if at_lowest > limit_bytes:
-        return None
-    a_block = max((takes(base) - at_lowest) / (base.model.cut - lowest), 1.0)
+    at_lowest = _most(takes(with_cut(base, lowest)))
+    a_block = max((_most(takes(base)) - at_lowest) / (base.model.cut - lowest), 1.0)
     guess = min(lowest + int((limit_bytes - at_lowest) / a_block), highest)
-    tries = (_with(base, cut=cut) for cut in range(guess, lowest - 1, -1))
-    return next((tried for tried in tries if tried.model.cut == lowest or takes(tried) <= limit_bytes), None)
+    tries = (with_cut(base, cut) for cut in range(guess, lowest - 1, -1))
+    return next((tried for tried in tries if tried.model.cut == lowest or fits(tried)), None)
 
 
-def _with(config: Config, *, cut: int | None = None, micro_batch_rows: int | None = None) -> Config:
-    model, client = config.model, config.client
-    if cut is not None:
-        model = msgspec.structs.replace(model, cut=cut)
-    if micro_batch_rows is not None:
-        client = msgspec.structs.replace(client, micro_batch_rows=micro_batch_rows)
-    return msgspec.structs.replace(config, model=model, client=client)
+def _most(demands: Sequence[Demand]) -> float:
+    return max(demand.needed_bytes for demand in demands)
+
+
+def _rows_at_once(usual: Sequence[Demand], least: Sequence[Demand], most: int, limit_bytes: float) -> int:
+    """About how many rows at once fit, from what `most` of them take and what one takes.
+
+    A guess: memory is near a line in the rows at once, but a batch not taken whole is gathered beside its parts.
+    """
+    found = [most]
+    for many, one in zip(usual, least, strict=True):
+        if many.needed_bytes > limit_bytes:
+            share = (limit_bytes - one.needed_bytes) / (many.needed_bytes - one.needed_bytes)
+            found.append(1 + int(share * (min(most, many.rows) - 1)))
+    return min(found)
+
+
+def _with_rows_at_once(config: Config, rows: int) -> Config:
+    client = msgspec.structs.replace(config.client, micro_batch_rows=rows)
+    return msgspec.structs.replace(config, client=client)
 
 
 class _Servers:
@@ -198,7 +225,7 @@ class _Servers:
             def at(held: int) -> PartyCost:
                 # a server with `held` blocks, in a model that has one more
                 small = shape.of_blocks(held + 1)
-                of_held = _with(config, cut=1)
+                of_held = with_cut(config, 1)
                 return server_cost(of_held, small, self._question.rows, self._question.tokens)
 
             by_held = along_cuts(at, (1, 2), [total - cut for cut in cuts])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config, ModelConfig, dump_config, load_config
+from hosl.core.garbage import uncollected
 from hosl.core.sizes import told_bytes
 from hosl.errors import ConfigError, SplitError
 from hosl.planner.dry_run import Work
@@ -118,7 +119,8 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         return_freed_memory()  # as `hosl join` does: fresh pages take their time
         work = of_config(question).client.work
         question = _with_machine(question, work)
-    rows = plan(question, cuts=cuts)
+    with uncollected():
+        rows = plan(question, cuts=cuts)
     try:
         chosen, why = recommended(rows, cut=base.model.cut)
     except ConfigError as nothing:

@@ -1,28 +1,45 @@
 """client.memory_budget against the plan, before a run; against the process at every step: `budget`."""
 
-import gc
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from hosl.config import Config
+from hosl.core.garbage import uncollected
 from hosl.core.sizes import parse_bytes, told_bytes
 from hosl.errors import BudgetError
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.tasks import Task
 
+if TYPE_CHECKING:
+    from hosl.planner.plan import Demand
+
 _NETWORK_BYTES = 26 << 20
 """What a connection adds to a client process, grpc's import included (docs/log.md, 2026-11-23)."""
-_NO_TOKENS = 8
-"""Per row, where the data is not known yet: less than any text has."""
+_NOTHING_ELSE = "raise the budget, or see `hosl plan` for ways that take less"
 
 
 def check_before_data(config: Config, model: str, *, head: Any = None, alone: bool) -> None:
-    """Refuse a budget that no data could meet: weights and a batch of next to nothing.
+    """Refuse a budget that no data could meet at any cut: what Python takes, and the weights of one block.
 
     Raises:
-        BudgetError: naming what would fit.
+        BudgetError: saying so.
     """
-    if config.client.memory_budget is not None:
-        _check(config, model, head, None, alone, [(config.per_device_train_batch_size, _NO_TOKENS)])
+    if config.client.memory_budget is None:
+        return
+    limit, base = _limit(config), _base(alone)
+    if base < limit:  # only now: a run without a budget does without what a plan needs
+        from hosl.planner.costs import weight_bytes, with_cut
+        from hosl.planner.model_shape import model_shape
+
+        shape = model_shape(model, head=head)
+        if base + max(weight_bytes(with_cut(config, min(config.model.cut, 1)), shape)) <= limit:
+            return
+    raise BudgetError(
+        f"{_asked(limit)}, but the client would take {told_bytes(base)} before any weight, and there is no cut whose "
+        f"weights fit into what is left; {_NOTHING_ELSE}"
+    )
 
 
 def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> None:
@@ -33,57 +50,66 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     """
     if config.client.memory_budget is None:
         return
-    train = max(len(e.rows[e.label if len(e.rows) > 1 else 0]) for e in task.train)
-    rows = max(len(row) for e in (*task.dev, *task.test) for row in e.rows)
-    sizes = [(config.per_device_train_batch_size, train), (config.per_device_eval_batch_size, rows)]
-    labels = len(task.labels) if task.head == "classification" else None
-    _check(config, model, task.head, labels, alone, sizes)
-
-
-def _check(
-    config: Config, model: str, head: Any, labels: int | None, alone: bool, sizes: list[tuple[int, int]]
-) -> None:
-    # only now: a run without a budget does without what a plan needs
-    from hosl.planner.costs import clean_pass, client_memory
-    from hosl.planner.model_shape import model_shape
     from hosl.planner.plan import nearest_that_fits
 
-    limit = float(parse_bytes(config.client.memory_budget or ""))
-    shape = model_shape(model, head=head, num_labels=labels)
-    base = RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
-
-    known: dict[Any, Any] = {}
-
-    def takes(tried: Config) -> float:
-        (train_rows, train_tokens), *evaluation = sizes
-        static, peak, loading = client_memory(tried, shape, known)(train_rows, train_tokens)
-        worst = max(peak, loading)
-        for rows, tokens in evaluation:  # forward passes, with what training holds between its steps
-            of_weights, forward, _ = client_memory(clean_pass(tried), shape, known)(rows, tokens)
-            worst = max(worst, static + forward - of_weights)
-        return base + worst
-
-    gc.disable()  # a person waits, and a step run without data makes a million short-lived objects
-    try:
-        needed = takes(config)
-        fits = needed <= limit
-        longest = max(tokens for _, tokens in sizes)
-        nearest = None if fits or limit <= base else nearest_that_fits(config, longest, takes, limit)
-    finally:
-        gc.enable()
-    if fits:
-        return
+    limit = _limit(config)
+    tokens, takes = _takes(config, model, task, _base(alone))
+    with uncollected():
+        needed = max(demand.needed_bytes for demand in takes(config))
+        if needed <= limit:
+            return
+        nearest = nearest_that_fits(config, tokens, takes, limit)
     if nearest is None:
-        advice = (
-            f"no micro-batch and no lower cut brings method {config.method} below it; raise the budget, or see "
-            "`hosl plan` for ways that take less"
-        )
+        advice = f"no micro-batch and no lower cut brings method {config.method} below it; {_NOTHING_ELSE}"
     else:
         advice = f"the nearest setting that fits: {_told(nearest, config)}"
     raise BudgetError(
-        f"client.memory_budget is {told_bytes(limit)}, but the client would take {told_bytes(needed)} "
-        f"({told_bytes(base)} of it before any weight); {advice}"
+        f"{_asked(limit)}, but the client would take {told_bytes(needed)} ({told_bytes(_base(alone))} of it before any "
+        f"weight); {advice}"
     )
+
+
+def _takes(
+    config: Config, model: str, task: Task, base: float
+) -> tuple[int, Callable[[Config], "list[Demand]"]]:
+    """Tokens of the longest row, and what the longest batches of training and of evaluation take under a config."""
+    from hosl.planner.costs import beyond_weights, clean_pass, client_memory
+    from hosl.planner.model_shape import model_shape
+    from hosl.planner.plan import Demand
+
+    labels = len(task.labels) if task.head == "classification" else None
+    shape = model_shape(model, head=task.head, num_labels=labels)
+    train = max(len(e.rows[e.label if len(e.rows) > 1 else 0]) for e in task.train)
+    longest = max(len(row) for e in (*task.dev, *task.test) for row in e.rows)
+    known: dict[Any, Any] = {}
+    answers: dict[bytes, list[Demand]] = {}
+
+    def takes(tried: Config) -> list[Demand]:
+        key = msgspec.json.encode(tried)
+        if key not in answers:
+            answers[key] = demands(tried)
+        return answers[key]
+
+    def demands(tried: Config) -> list[Demand]:
+        rows, eval_rows = tried.per_device_train_batch_size, tried.per_device_eval_batch_size
+        static, peak, loading = client_memory(tried, shape, known)(rows, train)
+        # evaluation is forward passes, beside what training holds between its steps
+        forward = beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
+        return [Demand(rows, base + max(peak, loading)), Demand(eval_rows, base + static + forward)]
+
+    return max(train, longest), takes
+
+
+def _limit(config: Config) -> float:
+    return float(parse_bytes(config.client.memory_budget or ""))
+
+
+def _base(alone: bool) -> float:
+    return RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
+
+
+def _asked(limit: float) -> str:
+    return f"client.memory_budget is {told_bytes(limit)}"
 
 
 def _told(nearest: Config, config: Config) -> str:

@@ -6,11 +6,13 @@ dropped. Source files are parsed, never imported.
 """
 
 import ast
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from hosl.core.garbage import uncollected
 from hosl.errors import TaskError
 from hosl.tasks.classification import ClassificationTask, LabelledText, carve, encode_classes
 from hosl.tasks.configs import DocstringsConfig
@@ -26,6 +28,7 @@ _SKIPPED = {
     "__pycache__",
     "lib2to3",
 }
+_ENCLOSING = ("body", "orelse", "handlers", "finalbody", "cases")
 _LABELS = 20
 _LEAST_WORDS = 4
 
@@ -39,7 +42,8 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
         TaskError: if this Python has no readable standard library.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    labels, texts = standard_library_texts(library)
+    with uncollected():
+        labels, texts = standard_library_texts(library)
     if len(labels) < 2:
         raise TaskError(
             f"task docstrings: {library} holds no Python sources to read; use kind: files with your own text"
@@ -63,19 +67,31 @@ def standard_library_texts(library: Path) -> tuple[tuple[str, ...], list[Labelle
 
 
 def _paragraphs(library: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if _SKIPPED & set(parts):
-            continue
+    for path in _sources(library):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue  # samples of broken code that some distributions ship
-        for node in ast.walk(tree):
+        package = path.relative_to(library).parts[0].removesuffix(".py")
+        for node in _statements(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = _first_paragraph(ast.get_docstring(node))
                 if len(text.split()) >= _LEAST_WORDS:
-                    yield parts[0].removesuffix(".py"), text
+                    yield package, text
+
+
+def _sources(library: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and what it encloses, without expressions: they have most of a tree's nodes, and no docstrings."""
+    yield node
+    for field in _ENCLOSING:
+        for inner in getattr(node, field, ()):
+            yield from _statements(inner)
 
 
 def _first_paragraph(docstring: str | None) -> str:
