@@ -77,6 +77,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self._check_authors_head()
         self._check_rate()
         self._check_recomputing()
+        self._check_fo_point()
         self._check_projection()
         self._check_guided()
         self._check_nodes()
@@ -120,6 +121,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "method fo-recompute updates each block inside backward by plain SGD and keeps no state, got "
                 f"client.optimiser {_told(client.optimiser)}; leave client.optimiser out, or use fo-fo"
+            )
+
+    def _check_fo_point(self) -> None:
+        point = self.zo.fo_point
+        if point != "clean" and (self.method != "hosl" or self.profile != "paper"):
+            raise ConfigError(
+                f"zo.fo_point: {point} is for method hosl, profile paper, got method {self.method}, profile "
+                f"{self.profile}; leave zo.fo_point out"
+            )
+        if point == "mean-plus" and self.clients.count > 1:
+            raise ConfigError(
+                "zo.fo_point: mean-plus is for one client in the server's own process, clients.count is "
+                f"{self.clients.count}; use clean or first-plus"
             )
 
     def _check_projection(self) -> None:

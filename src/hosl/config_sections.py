@@ -42,6 +42,9 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     law: Law = "rademacher"
     """Of random directions: gaussian (the paper), rademacher (cheaper, as good), sphere (the authors' code), low-rank
     (rank one, of signs)."""
+    fo_point: Literal["clean", "first-plus", "mean-plus"] = "clean"
+    """Of hosl: where the server takes its gradient, l.6. clean: at the unperturbed client, the paper. first-plus: at
+    the first + probe, the authors' code. mean-plus: of the mean over all + probes, `hosl train` only."""
     sides: Literal["two", "one"] = "two"
     """Of hosl-gradient: two evaluations per direction, or one against the clean activations; cheaper, less exact."""
     derivative: Literal["difference", "forward-mode"] = "difference"

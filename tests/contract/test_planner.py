@@ -27,6 +27,8 @@ BY_NAME = {row.name: row for row in ROWS}
 WAYS = (
     *PLANNED,
     "hosl, low-rank",
+    "hosl, first-plus",
+    "hosl, mean-plus",
     "hosl-guided",
     "zo-zo",
     "fo-fo, AdamW",

@@ -23,13 +23,12 @@ def client_files(run):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("method", "guidance"), [*((m, "none") for m in METHODS), ("hosl-gradient", "mixed")]
+    ("method", "zo"),
+    [*((m, {}) for m in METHODS), ("hosl-gradient", {"guidance": "mixed"}), ("hosl", {"fo_point": "first-plus"})],
 )
-def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, guidance):
+def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, zo):
     trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
-    config = tiny_run(
-        method=method, zo={"guidance": guidance}, client={"learning_rate": 1e-3, "trainable": trainable}
-    )
+    config = tiny_run(method=method, zo=zo, client={"learning_rate": 1e-3, "trainable": trainable})
     assert main(["train", str(config), "--json"]) == 0
     halves = split(tmp_path / "model-in", tmp_path / "halves")
     with Server(halves / "server", tmp_path / "service") as server:

@@ -449,3 +449,10 @@ def test_mutated_messages_neither_crash_nor_hang_nor_swell_the_server(halves, tm
         assert peers[0].call("Losses", peers[0].upload("losses"))
         for peer in peers:
             peer.channel.close()
+
+
+def test_a_server_gradient_at_several_probes_is_not_for_a_network(tiny_run, tmp_path, capsys):
+    config = tiny_run(zo={"fo_point": "mean-plus"})
+    line = JoinLine("127.0.0.1", 7070, "t" * 43, None)
+    assert main(["join", str(tmp_path / "nowhere"), "--to", str(line), "--config", str(config)]) == 2
+    assert "zo.fo_point: mean-plus asks the server for a step at several activations" in capsys.readouterr().err

@@ -142,6 +142,14 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
             {"method": "fo-recompute", "clients": {"count": 2, "halves": "shared"}},
             "needs a client that is trained by random probes, method is fo-recompute",
         ),
+        (
+            {"method": "hosl-gradient", "zo": {"fo_point": "first-plus"}},
+            "zo.fo_point: first-plus is for method hosl, profile paper, got method hosl-gradient",
+        ),
+        (
+            {"zo": {"fo_point": "mean-plus"}, "clients": {"count": 2}},
+            "zo.fo_point: mean-plus is for one client in the server's own process, clients.count is 2",
+        ),
         ({"report_to": ["tensorbored"]}, "Invalid enum value 'tensorbored'"),
     ],
 )

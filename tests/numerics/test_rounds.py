@@ -6,7 +6,16 @@ import torch
 
 from hosl.core.directions import direction, direction_seed
 from hosl.core.journal import Journal
-from hosl.core.rounds import fo_round, fo_zo_round, frozen_round, hosl_gradient_round, hosl_round, zo_round
+from hosl.core.rounds import (
+    fo_round,
+    fo_zo_round,
+    frozen_round,
+    hosl_first_plus_round,
+    hosl_gradient_round,
+    hosl_mean_plus_round,
+    hosl_round,
+    zo_round,
+)
 from hosl.errors import NonFiniteError
 from hosl.parties.optimisers import OptimiserSpec
 from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
@@ -31,8 +40,11 @@ def _monolith_loss(model, batch):
     return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets.labels))
 
 
-def _reference_hosl(model, client_names, batch, steps):
-    """Algorithm 1 as the paper prints it: in place, +eps, -2 eps, +eps, directions stored; the whole model at once."""
+def _reference_hosl(model, client_names, batch, steps, server_gradient=None):
+    """Algorithm 1 as the paper prints it: in place, +eps, -2 eps, +eps, directions stored; the whole model at once.
+
+    `server_gradient`(model, batch, stored directions) leaves the server's gradient in the parameters; None: the clean.
+    """
     parameters = dict(model.named_parameters())
     for step in range(1, steps + 1):
         seeds = [direction_seed(0, step, q) for q in range(Q)]
@@ -50,7 +62,7 @@ def _reference_hosl(model, client_names, batch, steps):
                     losses.append(float(torch.func.functional_call(_Loss(model), _prefixed(theta), (batch,))))
             coefficients.append((losses[0] - losses[1]) / (2 * EPSILON))
         model.zero_grad()
-        _monolith_loss(model, batch).backward()
+        (server_gradient or _clean_gradient)(model, batch, stored)
         with torch.no_grad():
             for name, p in parameters.items():
                 if name not in client_names and p.grad is not None:
@@ -59,6 +71,17 @@ def _reference_hosl(model, client_names, batch, steps):
                 scale = float(np.float32(ETA_C / Q * c))  # the journal's rounding, part of the definition
                 for name in client_names:
                     parameters[name] -= scale * z[name].double()
+
+
+def _clean_gradient(model, batch, stored):
+    _monolith_loss(model, batch).backward()
+
+
+def _gradient_at_plus(model, batch, stored):
+    """Mean over these directions of the gradient with the client at theta + epsilon z."""
+    for z in stored:
+        shifted = {n: model.get_parameter(n).detach() + EPSILON * u.double() for n, u in z.items()}
+        (torch.func.functional_call(_Loss(model), _prefixed(shifted), (batch,)) / len(stored)).backward()
 
 
 class _Loss(torch.nn.Module):
@@ -86,6 +109,49 @@ def test_hosl_equals_a_reference_that_stores_its_directions(tiny, class_batch):
     _reference_hosl(reference, {n for n, _ in client_half.named_parameters()}, class_batch, 20)
     for name, value in _weights(client_half, server_half).items():
         torch.testing.assert_close(value, reference.get_parameter(name).detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("point", ["first-plus", "mean-plus"])
+def test_the_servers_gradient_is_taken_at_the_plus_probes(tiny, class_batch, point):
+    """Against the same reference, float64; and the loss reported is that of these probes."""
+    method, probes = {"first-plus": (hosl_first_plus_round, 1), "mean-plus": (hosl_mean_plus_round, Q)}[point]
+    client_half, server_half = split_model(tiny("bert", torch.float64), 2)
+    reference = tiny("bert", torch.float64)
+    client = ZerothOrderClient(client_half)
+    server = FirstOrderServer(server_half, learning_rate=_constant(ETA_S))
+    uploads, losses_of = [], server.losses
+    server.losses = lambda activations, targets: (
+        uploads.append(len(activations)) or losses_of(activations, targets)
+    )
+    for step in range(1, 6):
+        seeds = [direction_seed(0, step, q) for q in range(Q)]
+        pluses = [h_plus for h_plus, _ in client.probes(class_batch, seeds[:probes], EPSILON)]
+        expected = np.mean(losses_of(pluses, class_batch.targets))
+        result = method(
+            client, server, class_batch, step=step, seeds=seeds, epsilon=EPSILON, learning_rate=ETA_C
+        )
+        assert result.loss == pytest.approx(expected, rel=1e-12)
+    assert sum(uploads) == 5 * (2 * Q - probes)  # the others are the server's step's
+    names = {n for n, _ in client_half.named_parameters()}
+    _reference_hosl(
+        reference, names, class_batch, 5, lambda m, b, stored: _gradient_at_plus(m, b, stored[:probes])
+    )
+    for name, value in _weights(client_half, server_half).items():
+        torch.testing.assert_close(value, reference.get_parameter(name).detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_at_a_mean_that_is_not_finite_leaves_the_server_as_it_was(tiny, class_batch):
+    client_half, server_half = split_model(tiny("bert"), 2)
+    server = FirstOrderServer(server_half, learning_rate=_constant(0.1))
+    before, h = _weights(server_half), ZerothOrderClient(client_half).forward(class_batch)
+    with pytest.raises(NonFiniteError, match="step 1 is nan"):
+        server.step_at_mean([h, h * float("nan")], class_batch.targets, step=1)
+    assert all(torch.equal(before[name], value) for name, value in _weights(server_half).items())
+    server.step_at_mean([h], class_batch.targets, step=1)
+    alone = FirstOrderServer(split_model(tiny("bert"), 2)[1], learning_rate=_constant(0.1))
+    alone.step(h, class_batch.targets, step=1)
+    for name, value in _weights(alone.half).items():
+        assert torch.equal(value, server_half.model.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])

@@ -209,6 +209,17 @@ class FirstOrderServerSide(ServerSide, Protocol):
 
 
 @runtime_checkable
+class MeanStepServerSide(FirstOrderServerSide, Protocol):
+    """A server that can also take its gradient at several activations of one batch; for zo.fo_point: mean-plus."""
+
+    def step_at_mean(
+        self, activations: Sequence[Activations], targets: Targets, *, step: int
+    ) -> Sequence[float]:
+        """One update of theta_s on the mean of the activations' losses; each one's loss before it, in nats."""
+        ...
+
+
+@runtime_checkable
 class ZerothOrderServerSide(ServerSide, Protocol):
     """A server that is trained by probes, as a zeroth-order client is."""
 

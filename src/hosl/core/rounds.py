@@ -17,6 +17,7 @@ from hosl.core.parties import (
     FirstOrderServerSide,
     ForwardModeClientSide,
     GuidedClientSide,
+    MeanStepServerSide,
     NodeClientSide,
     NoisyClientSide,
     NoisyServerSide,
@@ -69,6 +70,65 @@ def hosl_round(
     client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8  deferred, mean over Q
     noise = loss_noise([loss for pair in answers for loss in pair], epsilon)
     return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
+
+
+def hosl_first_plus_round(
+    client: ZerothOrderClientSide,
+    server: FirstOrderServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+    control: StepControl = PLAIN,
+) -> RoundResult:
+    """As `hosl_round`, the server's gradient at the first + probe in place of the clean pass: 2Q forwards and uploads.
+
+    Its loss is that probe's. Source: paper.md D1, as the authors' code has it.
+    """
+    h_first, answers = None, []
+    for h_plus, h_minus in client.probes(batch, seeds, epsilon):  # l.1 l.2 l.3
+        if h_first is None:
+            h_first = h_plus  # its loss comes with the server's step
+            answers.append(server.losses([h_minus], batch.targets))
+        else:
+            answers.append(server.losses([h_plus, h_minus], batch.targets))
+        del h_plus, h_minus
+    reply = server.step(h_first, batch.targets, step=step)  # l.7
+    (minus,), *others = answers
+    losses = [(reply.loss, minus), *others]
+    probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in losses])  # l.5
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8
+    noise = loss_noise([loss for pair in losses for loss in pair], epsilon)
+    return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
+
+
+def hosl_mean_plus_round(
+    client: ZerothOrderClientSide,
+    server: MeanStepServerSide,
+    batch: Batch,
+    *,
+    step: int,
+    seeds: Sequence[int],
+    epsilon: float,
+    learning_rate: float,
+    control: StepControl = PLAIN,
+) -> RoundResult:
+    """As `hosl_round`, the server's gradient that of the mean loss over all + probes: 2Q forwards and uploads.
+
+    Its loss is that mean. All Q activations h+ are held until the server's step. Source: paper.md section 11.
+    """
+    pluses, minuses = [], []
+    for h_plus, h_minus in client.probes(batch, seeds, epsilon):  # l.1 l.2 l.3
+        pluses.append(h_plus)
+        minuses.append(server.losses([h_minus], batch.targets))
+    plus_losses = server.step_at_mean(pluses, batch.targets, step=step)  # l.7
+    losses = [(plus, minus) for plus, (minus,) in zip(plus_losses, minuses, strict=True)]
+    probes = control.judge([difference_quotient(plus, minus, epsilon) for plus, minus in losses])  # l.5
+    client.descend(step, probes.of(seeds), probes.coefficients, learning_rate)  # l.8
+    noise = loss_noise([loss for pair in losses for loss in pair], epsilon)
+    return RoundResult(math.fsum(plus_losses) / len(plus_losses), probes.measured, probes.rejected, noise)
 
 
 def hosl_gradient_round(

@@ -47,9 +47,9 @@ class Row:
         settings: dict[str, Any] = msgspec.to_builtins(base)
         settings["method"] = self.method
         plain = msgspec.to_builtins(Config())
-        settings["zo"] |= {name: plain["zo"][name] for name in ("sides", "derivative", "guidance")} | dict(
-            self.zo
-        )
+        settings["zo"] |= {
+            name: plain["zo"][name] for name in ("fo_point", "sides", "derivative", "guidance")
+        } | dict(self.zo)
         settings["model"] |= {"cut": cut, **self.model}
         of_row = {
             name: plain["client"][name] for name in ("trainable", "dtype", "optimiser", "micro_batch_rows")
@@ -71,6 +71,8 @@ ROWS = (
     Row("hosl", "hosl"),
     Row("hosl, gaussian", "hosl", {"law": "gaussian"}),
     Row("hosl, low-rank", "hosl", {"law": "low-rank"}),
+    Row("hosl, first-plus", "hosl", {"fo_point": "first-plus"}),
+    Row("hosl, mean-plus", "hosl", {"fo_point": "mean-plus"}),
     Row("hosl-gradient", "hosl-gradient"),
     Row("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
     Row("hosl-gradient, forward-mode", "hosl-gradient", {"derivative": "forward-mode"}),

@@ -15,10 +15,12 @@ from hosl.core.rounds import (
     fo_round,
     fo_zo_round,
     frozen_round,
+    hosl_first_plus_round,
     hosl_gradient_forward_mode_round,
     hosl_gradient_one_sided_round,
     hosl_gradient_round,
     hosl_guided_round,
+    hosl_mean_plus_round,
     hosl_node_round,
     hosl_round,
     zo_round,
@@ -67,6 +69,8 @@ def method_round(
     controlled = {"control": control or step_control(config)}
     rounds: dict[str, tuple[Callable[..., RoundResult], dict[str, Any]]] = {
         "hosl": (hosl_round, seeds | epsilon | eta | controlled),
+        "hosl, first-plus": (hosl_first_plus_round, seeds | epsilon | eta | controlled),
+        "hosl, mean-plus": (hosl_mean_plus_round, seeds | epsilon | eta | controlled),
         "hosl-gradient": (hosl_gradient_round, seeds | epsilon | eta | controlled),
         "hosl-gradient, one-sided": (hosl_gradient_one_sided_round, seeds | epsilon | eta | controlled),
         "hosl-gradient, forward-mode": (hosl_gradient_forward_mode_round, seeds | eta | controlled),
@@ -79,6 +83,8 @@ def method_round(
         "frozen": (frozen_round, {}),
     }
     variant = config.method
+    if config.zo.fo_point != "clean":
+        variant += f", {config.zo.fo_point}"
     if config.zo.sides == "one":
         variant += ", one-sided"
     if config.zo.derivative == "forward-mode":

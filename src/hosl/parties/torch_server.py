@@ -85,17 +85,43 @@ class FirstOrderServer(TorchServer):
         if self._answered is not None and self._answered[0] == step:
             return self._answered[1]
         h = activations.detach().to(self.device).requires_grad_(want_gradient)
+        loss = self._finite_loss(h, targets, step)
+        loss.backward()
+        reply = StepReply(loss=float(loss.detach()), gradient=h.grad)
+        optimiser_step(self.optimiser, self.learning_rate(step))
+        self._answered = (step, reply)
+        return reply
+
+    def step_at_mean(
+        self, activations: Sequence[torch.Tensor], targets: Targets, *, step: int
+    ) -> list[float]:
+        """One update of theta_s on the mean of the activations' losses; each one's loss before it, in nats.
+
+        One activation's graph is alive at a time. Source: paper.md section 11, fo_point.
+
+        Raises:
+            NonFiniteError: if a loss is NaN or infinite; theta_s is then unchanged.
+        """
+        losses = []
+        for h in activations:
+            try:
+                loss = self._finite_loss(h.detach().to(self.device), targets, step)
+            except NonFiniteError:
+                self.optimiser.zero_grad()
+                raise
+            (loss / len(activations)).backward()
+            losses.append(float(loss.detach()))
+        optimiser_step(self.optimiser, self.learning_rate(step))
+        return losses
+
+    def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
         loss = self._loss(h, targets)
         if not torch.isfinite(loss.detach()):
             raise NonFiniteError(
                 f"the training loss of step {step} is {float(loss.detach())}; it must be finite: lower "
                 "server.learning_rate or client.learning_rate, and look for extreme values in the data"
             )
-        loss.backward()
-        reply = StepReply(loss=float(loss.detach()), gradient=h.grad)
-        optimiser_step(self.optimiser, self.learning_rate(step))
-        self._answered = (step, reply)
-        return reply
+        return loss
 
 
 class SynchronousServer(FirstOrderServer):

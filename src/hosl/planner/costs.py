@@ -129,7 +129,8 @@ def _known_memory(
     config: Config, shape: ModelShape, rows: int, tokens: int, known: dict[Any, PartyCost]
 ) -> PartyCost:
     config = _without_guidance(config)
-    if config.zo.law != "low-rank":  # whose probes are evaluated together
+    # but low-rank probes are evaluated together, and + probes may be kept for the server's step
+    if config.zo.law != "low-rank" and config.zo.fo_point == "clean":
         config = _with_directions(config, 1)
     key = (msgspec.json.encode(config), rows, tokens)
     if key not in known:
@@ -156,9 +157,11 @@ def _with_any_directions(
     q = config.zo.directions
     if q == 1 or config.zo.law == "low-rank" or config.method in (*_BACKWARD, "frozen", "hosl-guided"):
         return _run(config, shape, rows, tokens)
-    if config.method in ("hosl-node", "zo-zo"):
-        few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (1, 2)]
-        return _line(few[0], few[1], q - 1)
+    if config.method in ("hosl-node", "zo-zo") or config.zo.fo_point != "clean":
+        # where a + probe is kept for the server's step, the second pair is the first that is computed beside it
+        first = 1 if config.zo.fo_point == "clean" else 2
+        few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (first, first + 1)]
+        return _line(few[0], few[1], q - first)
     # beside its probes such a step makes one clean pass; a pair is let go before the next, so one holds what many hold
     one = _run(_with_directions(config, 1), shape, rows, tokens)
     clean, upload = _run(clean_pass(config), shape, rows, tokens)
@@ -174,7 +177,7 @@ def with_cut(config: Config, cut: int) -> Config:
 def clean_pass(config: Config) -> Config:
     """A forward pass of the same client, by itself."""
     plain = msgspec.structs.replace(
-        config.zo, sides="two", derivative="difference", row_clip=None, guidance="none"
+        config.zo, fo_point="clean", sides="two", derivative="difference", row_clip=None, guidance="none"
     )
     return msgspec.structs.replace(config, method="frozen", zo=plain)
 

@@ -113,6 +113,12 @@ class CountingServer(NoServer):
         self.small_down += 4
         return super().step(activations, targets, step=step, want_gradient=want_gradient)
 
+    def step_at_mean(self, activations: Sequence[Any], targets: Targets, *, step: int) -> list[float]:
+        """See `NoServer`."""
+        self._asked(len(activations), targets)
+        self.small_down += 4 * len(activations)
+        return super().step_at_mean(activations, targets, step=step)
+
     def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """See `NoServer`."""
         self._asked(2, targets)

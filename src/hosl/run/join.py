@@ -20,7 +20,7 @@ from hosl.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint,
 from hosl.config import Config, dump_config
 from hosl.core.parties import Batch
 from hosl.core.rounds import RoundResult
-from hosl.errors import AgreementError, CheckpointError, StepMoved
+from hosl.errors import AgreementError, CheckpointError, ConfigError, StepMoved
 from hosl.methods.step import method_round
 from hosl.parties.metered import Metered
 from hosl.parties.remote_server import RemoteServer
@@ -200,10 +200,16 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     called -2, -3, ...
 
     Raises:
+        ConfigError: if the config asks for what only `hosl train` has.
         AccessError, AgreementError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
     """
     check_trackers(config)
     config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
+    if config.zo.fo_point == "mean-plus":
+        raise ConfigError(
+            "zo.fo_point: mean-plus asks the server for a step at several activations, which only `hosl train` has; "
+            "use clean or first-plus"
+        )
     return_freed_memory()
     facts = half_facts(options.half, "client")
     runtime: Any = import_module("hosl.run.torch_device")
