@@ -246,6 +246,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 )
         if self.zo.clip is not None or self.zo.normalise != "none":
             raise ConfigError("profile authors-head has no step control; leave out zo.clip and zo.normalise")
+        if self.wire.compression != "none":
+            raise ConfigError("profile authors-head has no compression; leave out wire.compression")
 
 
 def load_config(path: str | Path) -> Config:

@@ -142,7 +142,7 @@ class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What goes over the network of `hosl join`, and how long it may take."""
 
     compression: Literal["none", "bf16", "int8"] = "none"
-    """Of the activations on their way up."""
+    """Of the activations on their way up; `hosl train` has no wire, and computes with what would arrive."""
     labels: Literal["server", "client"] = "server"
     """server: the scored targets travel. client: norm and head live on the device, label values never cross."""
     connect_s: float = 10.0

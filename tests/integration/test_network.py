@@ -24,7 +24,11 @@ def client_files(run):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("method", "zo"),
-    [*((m, {}) for m in METHODS), ("hosl-gradient", {"guidance": "mixed"}), ("hosl", {"fo_point": "first-plus"})],
+    [
+        *((m, {}) for m in METHODS),
+        ("hosl-gradient", {"guidance": "mixed"}),
+        ("hosl", {"fo_point": "first-plus"}),
+    ],
 )
 def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, zo):
     trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
@@ -76,6 +80,11 @@ def test_compression_saves_its_share_and_its_error_is_noted(tiny_run, tmp_path, 
     if method == "hosl":
         targets_bytes -= 2 * (rows * seq + rows * 8)  # both probes of a direction share theirs
     assert lines[2]["bytes_up"] - targets_bytes == pytest.approx(uploads * rows * seq * width * 4 * share)
+    assert (
+        main(["train", str(config), "--json"]) == 0
+    )  # in one process: the same losses, errors, bytes, evaluations
+    in_one = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert in_one == (tmp_path / "joined" / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])

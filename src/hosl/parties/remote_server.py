@@ -126,7 +126,7 @@ class RemoteServer:
 
     # ---- questions that change nothing ----
 
-    def losses(self, activations: Sequence[Activations], targets: Targets) -> PendingLosses:
+    def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
         """The mean loss of each activation, in nats; reading them waits.
 
         NaN, and nothing is sent, where an activation is no number: a server refuses such bytes.

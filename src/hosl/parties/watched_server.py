@@ -1,34 +1,41 @@
-"""A remote server with compressed activations, and what the compression does to the signal, measured as the run goes.
+"""What compression does to the signal, measured as a run goes.
 
 Now and then a step's first question is asked twice, compressed and plain. The difference goes into the metrics beside
 the signal: an error in L+ - L- is divided by 2 epsilon (methods.md (g)), so it must stay far below it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from hosl.core.parties import Activations, StepReply, Targets
-from hosl.parties.remote_server import PendingLosses, RemoteServer
+from hosl.parties.remote_server import RemoteServer
 
 EVERY_STEPS = 25
 """Between two measurements; each costs one more upload of a pair, or one more gradient."""
 
 
-class WatchedServer(RemoteServer):
-    """A `RemoteServer` that measures its own compression."""
+class WatchesCompression:
+    """Laid over a server that compresses what it is asked (`RemoteServer`, `CompressedServer`)."""
 
+    current: int
+    _asked: int
+    _compression: Any
+    _arrays: Any
+    gradient: Callable[..., StepReply]
     _noted: dict[str, float] | None = None
 
-    def losses(self, activations: Sequence[Activations], targets: Targets) -> PendingLosses:
-        """As `RemoteServer.losses`."""
+    def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
+        """As the server below."""
         due = self._due
-        answer = super().losses(activations, targets)
+        below: Any = super()
+        answer = below.losses(activations, targets)
         if due and len(activations) == 2:
             plus, minus = answer
             with self._plain():
-                exact_plus, exact_minus = super().losses(activations, targets)
+                exact_plus, exact_minus = below.losses(activations, targets)
             self._noted = {
                 "loss_difference_nats": exact_plus - exact_minus,
                 "compression_error_nats": (plus - minus) - (exact_plus - exact_minus),
@@ -38,7 +45,7 @@ class WatchedServer(RemoteServer):
     def step(
         self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
-        """As `RemoteServer.step`."""
+        """As the server below."""
         if self._due and want_gradient:
             sent = self._gradient_array(activations, targets)
             with self._plain():
@@ -47,7 +54,8 @@ class WatchedServer(RemoteServer):
                 "gradient_norm": float(np.linalg.norm(exact)),
                 "compression_error_norm": float(np.linalg.norm(sent - exact)),
             }
-        return super().step(activations, targets, step=step, want_gradient=want_gradient)
+        below: Any = super()
+        return below.step(activations, targets, step=step, want_gradient=want_gradient)
 
     def notes(self) -> dict[str, float]:
         """What was measured in the step just done; empty in most."""
@@ -69,3 +77,7 @@ class WatchedServer(RemoteServer):
             yield
         finally:
             self._compression = compression
+
+
+class WatchedServer(WatchesCompression, RemoteServer):
+    """A `RemoteServer` that measures its own compression."""

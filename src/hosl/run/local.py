@@ -8,6 +8,9 @@ from hosl.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, writ
 from hosl.config import Config, load_config
 from hosl.errors import CheckpointError, FolderError
 from hosl.methods.torch_parties import DTYPES, make_client, make_server, party_bytes, trained_elements
+from hosl.parties import torch_wire
+from hosl.parties.compressed_server import Receiving, WatchedCompressedServer
+from hosl.parties.metered import Metered
 from hosl.parties.torch_client import FrozenClient
 from hosl.parties.torch_memory import memory_of
 from hosl.parties.torch_server import TorchServer
@@ -28,6 +31,32 @@ class LocalSession(Session):
     tokenizer_folder: Path = Path()
     snapshot_step: int = 0
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._wire = None
+        if self.config.wire.compression != "none":
+            self._wire = WatchedCompressedServer(
+                Metered(self._receiving, self.meters.server), torch_wire,
+                compression=self.config.wire.compression, seed=self.config.seed,
+            )  # fmt: skip
+
+    @property
+    def _receiving(self) -> Receiving:
+        return Receiving(self.server, torch_wire)
+
+    def asked_server(self, *, metered: bool) -> Any:
+        """The server; behind wire.compression, where there is one."""
+        if self._wire is None:
+            return super().asked_server(metered=metered)
+        if not metered:
+            return self._wire.at_rest(self._receiving)
+        self._wire.at(self.step)
+        return self._wire
+
+    def notes(self) -> dict[str, float]:
+        """What compression does to the signal, in the steps in which it is measured."""
+        return {} if self._wire is None else self._wire.notes()
 
     @property
     def client_half(self) -> ClientHalf:

@@ -18,7 +18,7 @@ from hosl.run.stopping import Stop
 from hosl.run.summary import farewell, greeting, run_summary
 from hosl.tasks import Example
 
-_MEMORY_STEPS = 50
+MEMORY_STEPS = 50
 """Memory is measured in the first two steps of a process and every so many after; it slows those steps."""
 
 
@@ -89,7 +89,7 @@ def _one_step(
     session: Session, record: Record, run: Path, first: int, shown: dict[str, str], stop: Stop
 ) -> None:
     config, step, begin = session.config, session.step + 1, perf_counter()
-    session.measure_memory(on=step < first + 2 or step % _MEMORY_STEPS == 0)
+    session.measure_memory(on=step < first + 2 or step % MEMORY_STEPS == 0)
     indices = batch_indices(config.seed, step, config.per_device_train_batch_size, len(session.task.train))
     batch = session.task.collate([session.task.train[i] for i in indices])
     result = session.round(batch, step)
@@ -163,6 +163,6 @@ def _evaluate_dev(session: Session, record: Record, step: int) -> float:
 
 def _evaluated(session: Session, examples: Sequence[Example]) -> Evaluation:
     return evaluate(
-        session.client, session.server, session.task, examples,
+        session.client, session.asked_server(metered=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip

@@ -53,10 +53,15 @@ class Session:
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method between the two parties, under their meters."""
-        client, server = Metered(self.client, self.meters.client), Metered(self.server, self.meters.server)
+        client = Metered(self.client, self.meters.client)
+        server = self.asked_server(metered=True)
         result = method_round(self.config, client, server, batch, step, control=self.control)
         self.control = self.control.after(result.coefficients)
         return result
+
+    def asked_server(self, *, metered: bool) -> Any:
+        """What the client asks: the server, and whatever lies between the two."""
+        return Metered(self.server, self.meters.server) if metered else self.server
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' verbs."""

@@ -10,6 +10,7 @@ from hosl.core.garbage import uncollected
 from hosl.core.sizes import parse_bytes, told_bytes
 from hosl.errors import BudgetError
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
+from hosl.run.session import longest_batch
 from hosl.tasks import Task
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _takes(
 
     labels = len(task.labels) if task.head == "classification" else None
     shape = model_shape(model, head=task.head, num_labels=labels)
-    train = max(len(e.rows[e.label if len(e.rows) > 1 else 0]) for e in task.train)
+    rows, train = longest_batch(task, config)
     longest = max(len(row) for e in (*task.dev, *task.test) for row in e.rows)
     known: dict[Any, Any] = {}
     answers: dict[bytes, list[Demand]] = {}
@@ -91,7 +92,7 @@ def _takes(
         return answers[key]
 
     def demands(tried: Config) -> list[Demand]:
-        rows, eval_rows = tried.per_device_train_batch_size, tried.per_device_eval_batch_size
+        eval_rows = tried.per_device_eval_batch_size
         static, peak, loading = client_memory(tried, shape, known)(rows, train)
         # evaluation is forward passes, beside what training holds between its steps
         forward = beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
