@@ -23,7 +23,7 @@ _VERBS = {
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
     "study": "many runs, resumable, as tables and pictures: hosl study STUDY.yaml [--dry-run]",
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
-    "report": "write a run's report.html again: hosl report RUN",
+    "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
 
 

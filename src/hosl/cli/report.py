@@ -1,20 +1,31 @@
-"""`hosl report RUN`: write report.html again from the files of a run."""
+"""`hosl report RUN... [-o FILE]`: one self-contained page of one run, of many, or of a study's chosen ones."""
 
 from pathlib import Path
 
 from hosl.cli.answers import answer, verb_parser
-from hosl.errors import FolderError
 
 
 def run(words: list[str]) -> int:
     """Write the page and print where it is."""
-    parser = verb_parser("report", "Write a run's report.html again.")
-    parser.add_argument("run", help="a run's folder")
+    parser = verb_parser("report", "One page of one run or of many: curves, accuracy, memory, bytes, time.")
+    parser.add_argument("run", nargs="+", help="a run's folder, or a study's, whose chosen runs are taken")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE",
+        help="default: report.html in the folder; of several folders, in the current one",
+    )  # fmt: skip
     known = parser.parse_args(words)
-    if not (Path(known.run) / "metrics.jsonl").is_file():
-        raise FolderError(f"{known.run} is not a run's folder: it has no metrics.jsonl")
 
-    from hosl.run.report import write_report
+    from hosl.run.report import write_comparison, write_report, write_study_report
+    from hosl.run.report_plan import planned_lines
+    from hosl.run.report_runs import is_study, run_folders
 
-    answer({"report": str(write_report(Path(known.run)))}, as_json=known.json)
+    folders, out = [Path(word) for word in known.run], Path(known.out) if known.out else None
+    if len(folders) > 1:
+        runs = run_folders(folders)
+        written = write_comparison(runs, out or Path("report.html"), planner=planned_lines)
+    elif is_study(folders[0]):
+        written = write_study_report(folders[0], out=out, planner=planned_lines)
+    else:
+        written = write_report(folders[0], out=out, planner=planned_lines)
+    answer({"report": str(written)}, as_json=known.json)
     return 0

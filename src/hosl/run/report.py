@@ -1,168 +1,211 @@
-"""report.html: a run on one page, self-contained; opens from disk, prints, reads in dark and light.
+"""report.html: a run, or many, on one page; self-contained, opens from disk, prints, reads in dark and light.
 
-Curves are drawn by matplotlib as inline SVG; where it is not installed the page says so and keeps its tables.
+What the page is made of. Runs are read by `report_runs`, named and grouped by `report_groups`, drawn by
+`report_pictures`; sections that need what is not there are left out.
 """
 
 import html
-import io
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from hosl.run.record import read_lines
+import yaml
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
- :root {{ color-scheme: light dark; --ink: light-dark(#1d2733, #dfe6ee); --quiet: light-dark(#667485, #93a1b1);
-   --line: light-dark(#d9e0e8, #36424f); --card: light-dark(#f6f8fa, #1b232c); --page: light-dark(#fff, #12181f); }}
- body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem;
-   margin: 2rem auto; padding: 0 1rem; }}
- h1 {{ font-size: 1.5rem; margin: 0 }} h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem }}
- .quiet {{ color: var(--quiet) }}
- .cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1.25rem 0 }}
- .card {{ background: var(--card); border-radius: .5rem; padding: .7rem .9rem }}
- .card b {{ display: block; font-size: 1.3rem }}
- table {{ border-collapse: collapse; width: 100% }} td, th {{ text-align: left; padding: .25rem .6rem .25rem 0;
-   border-bottom: 1px solid var(--line) }} .n {{ text-align: right; font-variant-numeric: tabular-nums }}
- svg {{ width: 100%; height: auto }} pre {{ background: var(--card); padding: .8rem; border-radius: .5rem;
-   overflow-x: auto; font-size: .85rem }}
- @media print {{ body {{ max-width: none; margin: 0 }} }}
-</style>
-<h1>{title}</h1><p class="quiet">{subtitle}</p>
-<div class="cards">{cards}</div>
-<h2>Loss and accuracy</h2>{curves}
-<h2>Where a step's time and bytes go</h2>{costs}
-<h2>Dev evaluations</h2>{evaluations}
-<h2>Again</h2><pre>{again}</pre>
-<h2>Configuration</h2><pre>{config}</pre>
-<h2>Record</h2><pre>{record}</pre>
-</html>
-"""
+from hosl.errors import FolderError
+from hosl.run import report_pictures as pictures
+from hosl.run import report_tables as tables
+from hosl.run import report_words as words
+from hosl.run.report_colours import Look, looks
+from hosl.run.report_costs import overlap, traffic, waterfall
+from hosl.run.report_groups import Comparison, PlannedLine, comparisons
+from hosl.run.report_page import Section, cards, commands, folded, page, picture
+from hosl.run.report_runs import CHOSEN_RUNS, Run, read_run, run_folders
 
-_COLOURS = {"loss": "#2f7ed8", "accuracy": "#e0702c", "quiet": "#8a97a6"}
+Planner = Callable[[Comparison], Sequence[PlannedLine]]
+"""What memory would be at other cuts: `report_plan.planned_lines`, for who has torch."""
+
+_NO_PICTURES = (
+    "<p class=\"note\">No curves: matplotlib is not installed (<code>pip install 'hosl[report]'</code>).</p>"
+)
 
 
-def write_report(run: Path) -> Path:
-    """Write `run`/report.html from the files of the run; returns its path."""
-    metrics, timings = read_lines(run / "metrics.jsonl"), read_lines(run / "timings.jsonl")
-    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
-    config = (run / "config.yaml").read_text(encoding="utf-8")
-    steps = [line for line in metrics if "split" not in line]
-    dev = [line for line in metrics if line.get("split") == "dev"]
-    test = next((line for line in metrics if line.get("split") == "test"), None)
-    page = _PAGE.format(
-        title=html.escape(f"hosl run {run.name}"),
-        subtitle=html.escape(_subtitle(record)),
-        cards=_cards(steps, timings, test),
-        curves=_curves(steps, dev),
-        costs=_costs(steps, timings),
-        evaluations=_table(dev, ("step", "accuracy", "f1_macro", "loss_nats")),
-        again=html.escape(f"hosl train {run}/config.yaml\nhosl eval {run}\nhosl export {run} OUT"),
-        config=html.escape(config),
-        record=html.escape(json.dumps(record, indent=2)),
-    )
-    path = run / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.rename(path)
-    return path
+def write_report(run: Path, *, out: Path | None = None, planner: Planner | None = None) -> Path:
+    """Write the page of one run, by default as `run`/report.html; returns its path.
+
+    Raises:
+        FolderError: if `run` is no run's folder, or `out` cannot be written.
+    """
+    read = read_run(run)
+    if out is None and read.joined and read.test is None:
+        raise FolderError(
+            f"{run} is under way: `hosl join` would take a report.html in it as the sign that it is finished; name "
+            "another file with -o"
+        )
+    return _written(_run_page(read, planner), out or run / "report.html")
 
 
-def _subtitle(record: dict[str, Any]) -> str:
-    model, trained = record["model"], record["trained_parameters"]
-    return f"{model['source']} ({model['family']}), cut at {record['cut']}; trained parameters: " + ", ".join(
-        f"{side} {count:,}" for side, count in trained.items()
+def write_comparison(
+    folders: Sequence[Path], out: Path, *, title: str = "", chosen: str = "", planner: Planner | None = None
+) -> Path:
+    """Write one page of many runs to `out`; returns its path.
+
+    Args:
+        folders: of the runs.
+        out: the file.
+        title: of the page; default: what is compared.
+        chosen: what a reader must know of how the runs were chosen.
+        planner: for the lines of memory against cut; None: measured points only.
+
+    Raises:
+        FolderError: if one is no run's folder, or `out` cannot be written.
+    """
+    return _written(_comparison_page([read_run(folder) for folder in folders], title, chosen, planner), out)
+
+
+def write_study_report(study: Path, *, out: Path | None = None, planner: Planner | None = None) -> Path:
+    """Write the page of a study's chosen runs, by default as `study`/report.html; returns its path.
+
+    Raises:
+        FolderError: if no run has begun, or `out` cannot be written.
+    """
+    folders, chosen = run_folders([study]), words.how_chosen(finished=(study / CHOSEN_RUNS).is_file())
+    path = out or study / "report.html"
+    return write_comparison(
+        folders, path, title=f"Study {study.resolve().name}", chosen=chosen, planner=planner
     )
 
 
-def _cards(steps: list[dict[str, Any]], timings: list[dict[str, Any]], test: dict[str, Any] | None) -> str:
-    shown = []
-    if test:
-        shown.append((f"{100 * test['accuracy']:.2f} %", "test accuracy"))
-    if steps:
-        shown.append((f"{steps[-1]['step']}", "steps"))
-        shown.append((_mib(_mean(steps, "bytes_up")), "up per step"))
-        shown.append((_mib(_mean(steps, "bytes_down")), "down per step"))
-    if timings:
-        shown.append((f"{_median(timings, 'step_s'):.2f} s", "median step"))
-        shown.append((_mib(max(t["client_peak_bytes"] for t in timings)), "client peak (tensors)"))
-        if any(t["server_peak_bytes"] for t in timings):  # a server elsewhere measures its own
-            shown.append((_mib(max(t["server_peak_bytes"] for t in timings)), "server peak (tensors)"))
-    return "".join(f'<div class="card"><b>{value}</b>{name}</div>' for value, name in shown)
+def _run_page(run: Run, planner: Planner | None) -> str:
+    (comparison,) = comparisons([run])
+    planned = planner(comparison) if planner else []
+    look, (group,) = _looks([comparison], planned), comparison.groups
+    curves = pictures.run_curves(group, look, "curves") if run.steps and pictures.can_draw() else ""
+    config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    content = [
+        cards(words.run_cards(group, planned)),
+        Section(
+            "Loss and accuracy", picture(curves) if pictures.can_draw() else _NO_PICTURES,
+            "Training: every step's batch (thin), and means over stretches of steps. Points: the whole dev split."
+            if curves else "",
+        ),
+        *_cost_sections(comparison, planned, look, "memory"),
+        Section("Evaluations", tables.evaluations([group]) if run.dev or run.test else "", long=True),
+        Section("Make it again", commands([("", command) for command in words.again(run)])),
+        Section("Settings that are not at their defaults", tables.changed_settings(run), long=True),
+        Section("Versions and machine", tables.versions([run])),
+        Section(
+            "In full", folded("Configuration", config) + folded("Record", json.dumps(run.record, indent=2)), long=True
+        ),
+    ]  # fmt: skip
+    return page(f"{run.method} on {words.task(run)}", str(run.folder), words.run_sentence(run), content)
 
 
-def _curves(steps: list[dict[str, Any]], dev: list[dict[str, Any]]) -> str:
+def _comparison_page(runs: Sequence[Run], title: str, chosen: str, planner: Planner | None) -> str:
+    found = comparisons(runs)
+    planned = [list(planner(comparison)) if planner else [] for comparison in found]
+    look = _looks(found, [line for lines in planned for line in lines])
+    content: list[object] = [cards(words.comparison_cards(found, len(runs)))]
+    for place, (comparison, lines) in enumerate(zip(found, planned, strict=True)):
+        if len(found) > 1:
+            heading = html.escape(f"{words.task(comparison.first)}, {words.model(comparison.first)}")
+            content.append(f'<section class="part"><h2>{heading}</h2></section>')
+        content += _comparison_sections(comparison, lines, look, chosen, f"{place}")
+    groups = [group for comparison in found for group in comparison.groups]
+    again = [
+        (f"{group.label}, seed {run.seed}", words.again(run)[0]) for group in groups for run in group.runs
+    ]
+    content += [
+        Section("Make them again", commands(again), long=True),
+        Section("Versions and machines", tables.versions(runs)),
+    ]
+    return page(
+        title or words.title(found), words.place(runs), words.comparison_sentence(runs, found), content
+    )
+
+
+def _comparison_sections(
+    comparison: Comparison, planned: Sequence[PlannedLine], look: Mapping[str, Look], chosen: str, name: str
+) -> list[Section]:
+    """What stands of one task and one model; pictures of several groups only where there are several."""
+    groups, draws = comparison.groups, pictures.can_draw()
+    table, with_gaps = tables.results(comparison, look)
+    timed_on = tables.machine([run for group in groups for run in group.runs])
+    compared = draws and sum(bool(group.finished) for group in groups) > 1
+    scatter = pictures.accuracy_against_memory(comparison, look, f"pareto{name}") if compared else ""
+    stepped = draws and any(run.steps for group in groups for run in group.runs)
+    curves = picture(pictures.curves(comparison, look, f"curves{name}")) if stepped else ""
+    legend = "".join(f"<li>{look[way].key()}{html.escape(way)}</li>" for way in comparison.ways)
+    several = any(len(group.runs) > 1 for group in groups)
+    return [
+        Section(
+            "What they reach and cost", table,
+            html.escape(words.results_note(comparison, chosen, timed_on, with_gaps=with_gaps), quote=False), long=True,
+        ),
+        Section(
+            "Accuracy against client memory", picture(scatter),
+            "Up and to the left is better; the thin line is the Pareto front. "
+            f"{'Means over seeds, bars of one standard deviation. ' if several else ''}{words.MEASURED}",
+        ),
+        Section(
+            "Loss and accuracy", f'<ul class="legend">{legend}</ul>{curves}' if draws else _NO_PICTURES,
+            f"{'Means over seeds, bands of one standard deviation. ' if several else ''}Training losses are of single "
+            "batches, and means over stretches of steps." if curves else "", long=len(comparison.cuts) > 2,
+        ),
+        *_cost_sections(comparison, planned, look, f"memory{name}"),
+        Section("Where they differ", tables.differences(comparison), long=True),
+        Section("Evaluations", _folded_table("All of them, means over seeds", tables.evaluations(groups)), long=True),
+    ]  # fmt: skip
+
+
+def _cost_sections(
+    comparison: Comparison, planned: Sequence[PlannedLine], look: Mapping[str, Look], name: str
+) -> list[Section]:
+    """Memory against cut, bytes, and the waterfall of a step."""
+    groups = [group for group in comparison.groups if group.timed]
+    if not groups:
+        return [Section("What a step costs", '<p class="note">No step was made.</p>')]
+    runs = [run for group in groups for run in group.runs]
+    memory, steps = "", sum(len(run.timings) for run in runs)
+    if pictures.can_draw() and (planned or len(comparison.cuts) > 1):
+        memory = pictures.memory_against_cut(groups, planned, look, name)
+    lines = "Lines: planned for the longest batch, by running a step's code without data. " if planned else ""
+    at_once = (
+        "Some go on at the same time, so that they add up to more than the step. " if overlap(groups) else ""
+    )
+    return [
+        Section("Client memory against the cut", picture(memory), f"Points: measured. {lines}{words.MEASURED}"),
+        Section(
+            "Bytes of a step", traffic(groups, look),
+            "Means over steps, of the arrays and numbers that cross, before a transport frames them. The scale is "
+            "logarithmic.",
+        ),
+        Section(
+            "A step from start to end", waterfall(groups, look),
+            f"Medians over {steps:,} steps, each kind of work on its own, in the order in which a step begins them. "
+            f"{at_once}Measured on {html.escape(tables.machine(runs))}.",
+            long=len(groups) > 2,
+        ),
+    ]  # fmt: skip
+
+
+def _looks(found: Sequence[Comparison], planned: Sequence[PlannedLine]) -> dict[str, Look]:
+    methods = {way: comparison.method_of(way) for comparison in found for way in comparison.ways}
+    return looks(methods | {line.way: line.method for line in planned if line.way not in methods})
+
+
+def _folded_table(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>" if content else ""
+
+
+def _written(text: str, path: Path) -> Path:
+    """Write a page whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "<p>No curves: matplotlib is not installed (<code>pip install 'hosl[report]'</code>).</p>"
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(
-        [s["step"] for s in steps], [s["loss_nats"] for s in steps], color=_COLOURS["loss"], lw=0.8, alpha=0.6
-    )
-    if dev:
-        left.plot(
-            [d["step"] for d in dev], [d["loss_nats"] for d in dev], "o-", color=_COLOURS["accuracy"], ms=3
-        )
-        right.plot(
-            [d["step"] for d in dev], [d["accuracy"] for d in dev], "o-", color=_COLOURS["accuracy"], ms=3
-        )
-    left.set(xlabel="step", title="loss in nats: training (line), dev (points)")
-    right.set(xlabel="step", title="dev accuracy")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_COLOURS["quiet"])
-        axes.xaxis.label.set_color(_COLOURS["quiet"])
-        axes.title.set_color(_COLOURS["quiet"])
-        axes.title.set_fontsize(10)
-        for spine in axes.spines.values():
-            spine.set_color(_COLOURS["quiet"])
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", transparent=True)
-    return drawing.getvalue()[drawing.getvalue().index("<svg") :]
-
-
-def _costs(steps: list[dict[str, Any]], timings: list[dict[str, Any]]) -> str:
-    if not (steps and timings):
-        return "<p>No step was made.</p>"
-    client_s, server_s, step_s = (_median(timings, key) for key in ("client_s", "server_s", "step_s"))
-    rest_s = max(step_s - client_s - server_s, 0.0)
-    parts = [("client", client_s, "#2f7ed8"), ("server", server_s, "#e0702c"), ("rest", rest_s, "#8a97a6")]
-    total, place, bars = sum(s for _, s, _ in parts) or 1.0, 0.0, []
-    for name, seconds, colour in parts:
-        width = 100 * seconds / total
-        bars.append(
-            f'<rect x="{place:.2f}%" width="{width:.2f}%" height="26" fill="{colour}"><title>{name} {seconds:.3f} s'
-            "</title></rect>"
-        )
-        place += width
-    legend = ", ".join(f'<span style="color:{colour}">{name} {s:.3f} s</span>' for name, s, colour in parts)
-    return f'<svg viewBox="0 0 900 26" preserveAspectRatio="none" height="26">{"".join(bars)}</svg><p>{legend}</p>'
-
-
-def _table(lines: list[dict[str, Any]], keys: tuple[str, ...]) -> str:
-    head = "".join(f'<th class="n">{key}</th>' for key in keys)
-    rows = "".join(
-        "<tr>" + "".join(f'<td class="n">{_number(line[key])}</td>' for key in keys) + "</tr>"
-        for line in lines
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
-
-
-def _number(value: int | float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
-
-
-def _mib(size_bytes: int | float) -> str:
-    return f"{size_bytes / 2**20:.2f} MiB" if size_bytes >= 2**17 else f"{size_bytes / 2**10:.2f} KiB"
-
-
-def _mean(lines: list[dict[str, Any]], key: str) -> float:
-    return sum(line[key] for line in lines) / len(lines)
-
-
-def _median(lines: list[dict[str, Any]], key: str) -> float:
-    return float(sorted(line[key] for line in lines)[len(lines) // 2])
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as cause:
+        partial.unlink(missing_ok=True)
+        raise FolderError(
+            f"{path} cannot be written: {cause.strerror}; choose another file with -o"
+        ) from cause
+    return path

@@ -3,12 +3,16 @@
 Which runs: `study_grid`. One run: `study_process`. What they amount to: `study_table`, `study_pictures`, `study_runs`.
 """
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
+from hosl.errors import FolderError
 from hosl.run.progress import open_view
 from hosl.run.record import RunLock, cores
+from hosl.run.report import write_study_report
+from hosl.run.report_plan import planned_lines
 from hosl.run.stopping import Stop
 from hosl.run.study_config import Study, study_grid, study_groups
 from hosl.run.study_files import Places, drop_weights, read_summaries
@@ -46,7 +50,10 @@ def run_study(study: Study) -> dict[str, Any]:
         pictures = draw_study(study, study_groups(study), chosen, out)
         made = [done[run.name] for run in grid.known(done)]
         write_runs(study_groups(study), made, chosen, out)
-        return answer | write_tables(study, study_groups(study), chosen, pictures, out)
+        answer |= write_tables(study, study_groups(study), chosen, pictures, out)
+        with contextlib.suppress(FolderError):  # tables need the summaries alone, a page the runs' own files
+            answer["report"] = str(write_study_report(out, planner=planned_lines))
+        return answer
 
 
 def first_run(study: Study) -> tuple[Try, Places]:

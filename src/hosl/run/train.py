@@ -15,6 +15,7 @@ from hosl.run.loop import carry_on
 from hosl.run.rate_sweep import with_rate
 from hosl.run.record import RunLock, machine, new_folder, process_bytes, versions
 from hosl.run.report import write_report
+from hosl.run.report_plan import planned_lines
 from hosl.run.trackers import check_trackers, feed_trackers
 from hosl.split import export_adapter, export_checkpoint
 
@@ -96,5 +97,5 @@ def _finish(session: LocalSession, run: Path) -> None:
             export_session(session, run / "model")
         else:
             export(run, run / "model")  # the session no longer has the original weights
-    write_report(run)
+    write_report(run, planner=planned_lines)
     feed_trackers(session.config, run)

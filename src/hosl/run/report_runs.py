@@ -1,0 +1,173 @@
+"""Runs read back from their folders, for a report; and which runs a study's folder stands for."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from hosl.config import Config, load_config
+from hosl.errors import ConfigError, FolderError
+from hosl.run.record import read_lines
+
+CHOSEN_RUNS = "runs.csv"
+"""Of a finished study: which of its runs have the rates that were chosen."""
+
+_FILES = ("metrics.jsonl", "timings.jsonl", "config.yaml", "record.json")
+_OWN = ("seed", "output_dir", "report_to")
+"""Settings in which the runs of one group may differ."""
+_TEST_ROWS = ("max_tokens", "train_rows", "dev_rows")
+"""Of a task's settings: those that leave the test rows as they are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files."""
+
+    folder: Path
+    config: dict[str, Any]
+    """As plain data, with the client's rate as a number."""
+    parsed: Config | None
+    """None: of a version whose settings this one does not know."""
+    record: dict[str, Any]
+    steps: list[dict[str, Any]]
+    """A line per step."""
+    dev: list[dict[str, Any]]
+    """A line per evaluation."""
+    test: dict[str, Any] | None
+    """None: the run is not finished."""
+    timings: list[dict[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """Of its config."""
+        return self.config["method"]
+
+    @property
+    def cut(self) -> int:
+        """Blocks on the client; a half that was split earlier knows it, the config does not."""
+        return self.record["cut"]
+
+    @property
+    def seed(self) -> int:
+        """Of its config."""
+        return self.config["seed"]
+
+    @property
+    def joined(self) -> bool:
+        """Whether its server was another process (`hosl join`)."""
+        return "run_id" in self.record
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted path -> value, without what the runs of a group may differ in."""
+        found = flat({name: value for name, value in self.config.items() if name not in _OWN})
+        return found | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Task and model: what a number has to share with another to be compared with it."""
+        task = {name: value for name, value in self.config["task"].items() if name not in _TEST_ROWS}
+        return json.dumps([self.record["task"]["name"], task], sort_keys=True), self.record["model"]["digest"]
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run wrote.
+
+    Raises:
+        FolderError: if it is no run's folder, or its run has not begun.
+    """
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        raise FolderError(
+            f"{folder} is no run's folder: it {_found(folder, missing)}; a report wants folders that `hosl train` or "
+            "`hosl join` made, or one of `hosl study`"
+        )
+    try:
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        metrics, timings = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timings.jsonl")
+        config, parsed = _config(folder / "config.yaml")
+    except (ValueError, yaml.YAMLError) as cause:
+        raise FolderError(f"{folder}: its files cannot be read: {cause}") from cause
+    if not isinstance(config, dict) or not {"model", "task", "cut"} <= record.keys():
+        raise FolderError(f"{folder}: its run has not begun yet; wait for its first step")
+    return Run(
+        folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
+        dev=[line for line in metrics if line.get("split") == "dev"],
+        test=next((line for line in metrics if line.get("split") == "test"), None), timings=timings,
+    )  # fmt: skip
+
+
+def run_folders(asked: Sequence[Path]) -> list[Path]:
+    """Folders of runs; of a study its chosen runs, each folder once.
+
+    Raises:
+        FolderError: if one is neither.
+    """
+    found: list[Path] = []
+    for folder in asked:
+        found += _of_study(folder) if is_study(folder) else [folder]
+    return list(dict.fromkeys(found))
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is one of `hosl study`."""
+    return (folder / "runs").is_dir() and not (folder / "metrics.jsonl").is_file()
+
+
+def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted path -> value."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[above + name] = value
+    return found
+
+
+def told(value: Any) -> str:
+    """A value of a config, short."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else ", ".join(map(told, value)) if isinstance(value, list) else str(value)
+
+
+def _config(path: Path) -> tuple[Any, Config | None]:
+    try:
+        config = load_config(path)
+    except ConfigError:  # of another version: what it says can still be shown
+        return yaml.safe_load(path.read_text(encoding="utf-8")), None
+    plain = msgspec.to_builtins(config)
+    if config.client.learning_rate is None:
+        plain["client"]["learning_rate"] = config.client_rate
+    return plain, config
+
+
+def _of_study(folder: Path) -> list[Path]:
+    """The chosen runs of a finished study; of another, all that have begun."""
+    try:
+        with (folder / CHOSEN_RUNS).open(newline="", encoding="utf-8") as file:
+            lines = [line for line in csv.DictReader(file) if line["chosen"] == "True"]
+        found = [folder / "runs" / Path(line["command"].removeprefix("hosl train ")).stem for line in lines]
+    except FileNotFoundError:
+        found = sorted(path for path in (folder / "runs").iterdir() if path.is_dir())
+    found = [path for path in found if (path / "metrics.jsonl").is_file()]
+    if not found:
+        raise FolderError(f"{folder} is a study's folder, but no run has begun in {folder / 'runs'}")
+    return found
+
+
+def _found(folder: Path, missing: list[str]) -> str:
+    if not folder.exists():
+        return "does not exist"
+    if not folder.is_dir():
+        return "is a file"
+    names = sorted(path.name for path in folder.iterdir())
+    holds = f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "nothing"
+    return f"lacks {', '.join(missing)} and holds {holds}"
