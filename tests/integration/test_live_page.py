@@ -1,18 +1,15 @@
 """The live page in a real browser, without any outside resource; metrics and health beside it."""
 
 import json
-import shutil
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 
 import pytest
+from tests.integration.browser import browse, needs_chromium
 from tests.integration.network import Server, finished, join, split
 
 from hosl.transport.join_line import JoinLine
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def _get(url, token=None):
@@ -54,20 +51,16 @@ def test_metrics_and_state_are_behind_the_token_and_health_is_not(trained):
     assert state["clients"]["first"]["bytes_up"] > 10_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@needs_chromium
 def test_the_page_shows_the_live_loss_in_a_browser(trained, tmp_path):
     url, token, run = trained
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line["loss_nats"] for line in lines if "split" not in line][-1]
     picture = tmp_path / "page.png"
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-        "--ignore-certificate-errors", "--window-size=1000,800", "--virtual-time-budget=4000",
-        f"--screenshot={picture}", "--dump-dom", f"{url}#token={token}",
-    ]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr[-500:]
+    ran = browse(
+        tmp_path / "profile", f"{url}#token={token}", "--ignore-certificate-errors", "--window-size=1000,800",
+        "--virtual-time-budget=4000", f"--screenshot={picture}", "--dump-dom",
+    )  # fmt: skip
     assert f"step 10 of 10, loss {last:.4f} nats" in ran.stdout
     assert "<polyline" in ran.stdout
     assert "http://" not in ran.stdout.replace("http://www.w3.org", "")

@@ -31,9 +31,8 @@ def test_every_method_runs_from_config_to_report(tiny_run, tmp_path, capsys, met
     assert [line["step"] for line in lines if line.get("split") == "test"] == [12]
     page = (run / "report.html").read_text()
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
+    assert "http://" not in page
+    assert "https://" not in page
 
 
 def test_micro_batches_cost_less_memory_and_give_the_same_losses(tiny_run, tmp_path):

@@ -91,7 +91,7 @@ def test_a_killed_study_ends_as_its_commands_do_and_then_only_renders(
     written = _written(folder)
     assert main(["study", str(file)]) == 0
     assert _written(folder) == written
-    assert {Path(name).suffix for name in written} >= {".csv", ".md", ".tex", ".svg"}
+    assert {Path(name).suffix for name in written} >= {".csv", ".md", ".tex", ".svg", ".html"}
 
 
 def test_a_study_that_is_asked_to_stop_leaves_runs_to_go_on_with(tiny_study, tmp_path):

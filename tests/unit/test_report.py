@@ -1,0 +1,333 @@
+"""A report's groups, labels, numbers and page, from the files of runs that nobody had to train."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+import yaml
+
+from hosl.config import parse_config
+from hosl.errors import FolderError
+from hosl.run.report import write_comparison, write_report, write_study_report
+from hosl.run.report_colours import looks
+from hosl.run.report_costs import step_parts
+from hosl.run.report_groups import PlannedLine, comparisons
+from hosl.run.report_labels import Label, spread_apart
+from hosl.run.report_page import amount, duration
+from hosl.run.report_runs import read_run, run_folders
+from hosl.run.report_tables import results
+from hosl.run.study_grid import merged
+
+VERBS = {
+    "frozen": (["forward"], ["step"]),
+    "hosl": (["probes", "forward", "descend"], ["losses", "step"]),
+    "hosl-node": (["forward_for_guides", "guide", "slope", "node_slopes", "descend_nodes"], ["step"]),
+    "fo-fo": (["forward_for_backward", "backward"], ["step"]),
+}
+REACHED = {"frozen": 0.5, "hosl": 0.55, "hosl-node": 0.6, "fo-fo": 0.8}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """`made(name, method, **settings)` writes the folder of a finished run and returns it."""
+
+    def make(name, method="hosl", *, steps=6, finished=True, record=None, verbs=True, **settings):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        config = merged({"method": method, "max_steps": 6, "output_dir": str(folder)}, settings)
+        config = msgspec.to_builtins(parse_config(config, where=name))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        facts = {
+            "versions": {"python": "3.11", "hosl": "0.1.0", "machine": "Linux"},
+            "machine": {"system": "Linux", "processor": "A <fast> one", "cores": 2},
+            "model": {"source": "tiny", "digest": "d", "family": "bert"},
+            "task": {"name": config["task"]["kind"], "digest": "t"},
+            "cut": config["model"]["cut"], "trained_parameters": {"client": 12345, "server": 67},
+        }  # fmt: skip
+        (folder / "record.json").write_text(json.dumps(facts | (record or {})))
+        _write_lines(folder, config, steps, finished, verbs)
+        return folder
+
+    return make
+
+
+def _write_lines(folder, config, steps, finished, verbs):
+    of_client, of_server = VERBS[config["method"]]
+    seed, metrics, timings = config["seed"], [], []
+    for step in range(1, steps + 1):
+        metrics.append({
+            "step": step, "loss_nats": 2 / step + 0.01 * seed, "bytes_up": 2**20, "bytes_down": 4,
+        })  # fmt: skip
+        line = {
+            "step": step, "step_s": 1.0, "client_s": 0.6, "server_s": 0.3, "server_peak_bytes": 2**20,
+            "client_peak_bytes": (2 if config["method"] == "fo-fo" else 1) * config["model"]["cut"] * 2**24,
+        }  # fmt: skip
+        if verbs:
+            line["client_verbs_s"] = {verb: 0.6 / len(of_client) for verb in of_client}
+            line["server_verbs_s"] = {verb: 0.3 / len(of_server) for verb in of_server}
+        timings.append(line)
+        if step % 3 == 0:
+            metrics.append(_evaluation("dev", step, config))
+    if finished:
+        metrics.append(_evaluation("test", steps, config))
+    for name, lines in (("metrics.jsonl", metrics), ("timings.jsonl", timings)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _evaluation(split, step, config):
+    accuracy = REACHED[config["method"]] + 0.01 * config["seed"]
+    found = {"accuracy": accuracy, "f1_macro": accuracy, "loss_nats": 1 - accuracy, "examples": 100}
+    return {"step": step, "split": split, **found}
+
+
+def _groups(*folders):
+    (comparison,) = comparisons(read_run(folder) for folder in folders)
+    return comparison.groups
+
+
+def test_runs_that_differ_by_seed_and_folder_are_one_group(made):
+    groups = _groups(made("a", seed=2), made("b", seed=0), made("c", "frozen"))
+    assert [(group.label, [run.seed for run in group.runs]) for group in groups] == [
+        ("frozen", [0]), ("hosl", [0, 2]),
+    ]  # fmt: skip
+
+
+def test_a_label_says_the_method_and_only_what_tells_groups_apart(made):
+    at_rate = {rate: {"client": {"learning_rate": rate}} for rate in (0.01, 0.03)}
+    groups = _groups(
+        made("a", "hosl-node", **at_rate[0.01]), made("b", "hosl-node", **at_rate[0.03]), made("c", "fo-fo")
+    )
+    assert [g.label for g in groups] == [
+        "hosl-node, client rate 0.01",
+        "hosl-node, client rate 0.03",
+        "fo-fo",
+    ]
+    groups = _groups(
+        made("d", "hosl-node", model={"cut": 3}, **at_rate[0.01]),
+        made("e", "hosl-node", model={"cut": 6}, **at_rate[0.03]),
+    )
+    assert [group.label for group in groups] == ["hosl-node, cut 3", "hosl-node, cut 6"]
+    assert {group.way for group in groups} == {"hosl-node"}
+
+
+def test_a_rate_that_is_left_out_is_the_usual_one(made):
+    assert len(_groups(made("a"), made("b", seed=1, client={"learning_rate": 1e-6}))) == 1
+
+
+def test_other_tasks_and_other_models_stand_apart(made):
+    words = {"kind": "files", "train": "words.csv"}
+    folders = [made("a"), made("b", task=words), made("c", record={"model": {"digest": "e"} | MODEL})]
+    assert len(comparisons(read_run(folder) for folder in folders)) == 3
+
+
+MODEL = {"source": "other", "family": "bert"}
+
+
+def test_gap_closure_stands_where_both_ends_share_two_seeds(made):
+    def cells(*folders):
+        (comparison,) = comparisons(read_run(folder) for folder in folders)
+        return results(comparison, looks({way: comparison.method_of(way) for way in comparison.ways}))
+
+    ends = [made(f"{m}{s}", m, seed=s) for m in ("frozen", "fo-fo") for s in (0, 1)]
+    table, with_gaps = cells(*ends, made("a", "hosl-node", seed=0), made("b", "hosl-node", seed=1))
+    assert with_gaps
+    assert "0.33<small>[0.33, 0.33]</small>" in table  # (0.6 - 0.5) / (0.8 - 0.5)
+    _, with_gaps = cells(*ends[:2], made("c", "hosl-node", seed=2), made("d", "fo-fo", seed=2))
+    assert not with_gaps
+    longer = {"max_steps": 7}  # what had more steps is no end of a scale
+    _, with_gaps = cells(*ends[:2], made("e", "fo-fo", **longer), made("f", "fo-fo", seed=1, **longer))
+    assert not with_gaps
+
+
+def test_a_step_is_told_in_the_order_in_which_it_happens(made):
+    (group,) = _groups(made("a"))
+    parts = [(part.party, part.name, round(part.seconds, 3)) for part in step_parts(group)]
+    assert parts == [
+        ("client", "probes", 0.2), ("server", "losses of the probes", 0.15), ("client", "forward", 0.2),
+        ("server", "forward, backward, update", 0.15), ("client", "update along directions", 0.2),
+        ("rest", "drawing the batch, bookkeeping", 0.1),
+    ]  # fmt: skip
+    (group,) = _groups(made("b", verbs=False))
+    assert [(part.party, round(part.seconds, 3)) for part in step_parts(group)] == [
+        ("client", 0.6), ("server", 0.3), ("rest", 0.1),
+    ]  # fmt: skip
+
+
+def _planner(comparison):
+    found = {way: comparison.method_of(way) for way in comparison.ways} | {"fo-fo": "fo-fo"}
+    return [PlannedLine(way, method, {1: 2.0**24, 3: 2.0**25}) for way, method in found.items()]
+
+
+def _checked(page):
+    """The page, after what every page must hold."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|<script|<link|@import|<img", text)
+    for place in re.findall(r"(?:src|href)=\"([^\"]*)\"|url\(([^)]*)\)", text):
+        assert "".join(place).startswith("#")
+    ids = Counter(re.findall(r' id="([^"]*)"', text))
+    assert not [name for name, count in ids.items() if count > 1]
+    assert {name[1:] for name in re.findall(r"(?<=[(\"])#[\w.-]+", text)} <= set(ids)
+    for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+        ElementTree.fromstring(drawing)
+    assert "#0101" not in text
+    assert list(page.parent.glob(".*partial")) == []
+    return text
+
+
+def _headings(text):
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
+COSTS = ["Client memory against the cut", "Bytes of a step", "A step from start to end"]
+
+
+def test_a_page_of_one_run_has_every_section_that_one_run_can_fill(made):
+    run = made("a", "hosl-node")
+    text = _checked(write_report(run, planner=_planner))
+    assert _headings(text) == [
+        "Loss and accuracy", *COSTS, "Evaluations", "Make it again", "Settings that are not at their defaults",
+        "Versions and machine", "In full",
+    ]  # fmt: skip
+    assert text.count('<svg viewBox="0 0') == 2 + text.count('class="key"')
+    assert f"<code>hosl train {run}/config.yaml</code>" in text
+    assert "12,345 on the client and 67 on the server" in text
+    assert "A &lt;fast&gt; one, 2 cores" in text
+    assert "60.00 %" in text
+    assert len(text) < 300_000
+    assert COSTS[0] not in _headings(_checked(write_report(run)))  # one point and no line are no picture
+
+
+def test_a_page_of_many_runs_has_every_section(made, tmp_path):
+    folders = [
+        made(f"{method}-{cut}-{seed}", method, seed=seed, model={"cut": cut})
+        for method in ("frozen", "hosl-node", "fo-fo")
+        for cut in (2, 3)
+        for seed in (0, 1)
+    ]
+    text = _checked(write_comparison(folders, tmp_path / "page.html", planner=_planner))
+    assert _headings(text) == [
+        "What they reach and cost", "Accuracy against client memory", "Loss and accuracy", *COSTS, "Where they differ",
+        "Evaluations", "Make them again", "Versions and machines",
+    ]  # fmt: skip
+    assert text.count("<code>hosl train") == 12
+    assert "3 ways to train on docstrings with tiny (bert)" in text
+    assert "the client has the first 2 or 3 blocks; 6 steps of 16 examples; seeds 0 and 1" in text
+
+
+def test_runs_of_several_tasks_have_pictures_of_their_own(made, tmp_path):
+    words = {"kind": "files", "train": "words.csv"}
+    folders = [
+        made(f"{m}{n}", m, **({"task": words} if n else {})) for m in ("frozen", "hosl") for n in (0, 1)
+    ]
+    text = _checked(write_comparison(folders, tmp_path / "page.html"))
+    assert _headings(text).count("Accuracy against client memory") == 2
+
+
+def test_a_page_without_matplotlib_keeps_its_tables(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folders = [made("a"), made("b", "frozen")]
+    for page in (write_report(folders[0]), write_comparison(folders, tmp_path / "page.html")):
+        text = _checked(page)
+        assert "matplotlib is not installed" in text
+        assert "A step from start to end" in text
+        assert 'class="picture"' not in text
+
+
+def test_a_run_that_stopped_is_shown_as_far_as_it_came(made, tmp_path):
+    stopped, empty = made("a", steps=4, finished=False), made("b", "fo-fo", steps=0, finished=False)
+    assert "stopped after 4 of 6 steps" in _checked(write_report(stopped))
+    assert "No step was made" in _checked(write_report(empty))
+    text = _checked(write_comparison([stopped, empty, made("c", "frozen")], tmp_path / "page.html"))
+    assert text.count("<small>1 unfinished</small>") == 2
+
+
+def test_a_joined_run_under_way_gets_no_page_where_join_would_take_it_for_finished(made, tmp_path):
+    run = made("a", finished=False, record={"run_id": "x"})
+    with pytest.raises(FolderError, match="is under way"):
+        write_report(run)
+    assert "hosl join tiny --to JOIN_LINE --config" in _checked(write_report(run, out=tmp_path / "page.html"))
+
+
+def test_a_study_shows_its_chosen_runs(made, tmp_path):
+    for name, method in (("a-0.1-seed0", "hosl"), ("a-0.2-seed0", "hosl"), ("b-seed0", "frozen")):
+        made(name, method, seed=2 if "0.2" in name else 0)
+    assert len(run_folders([tmp_path])) == 3
+    assert "The study is not finished" in _checked(write_study_report(tmp_path))
+    lines = [
+        "chosen,command",
+        "True,hosl train x/configs/a-0.2-seed0.yaml",
+        "False,hosl train x/configs/a-0.1-seed0.yaml",
+    ]
+    (tmp_path / "runs.csv").write_text("\n".join([*lines, "True,hosl train x/configs/b-seed0.yaml", ""]))
+    assert [folder.name for folder in run_folders([tmp_path, tmp_path])] == ["a-0.2-seed0", "b-seed0"]
+    assert "chosen by dev loss on the first seed" in _checked(write_study_report(tmp_path))
+
+
+def test_what_is_no_run_is_refused_with_what_was_found(made, tmp_path):
+    run = made("a")
+    (run / "record.json").unlink()
+    with pytest.raises(FolderError, match=r"lacks record\.json and holds config\.yaml, metrics\.jsonl"):
+        write_report(run)
+    with pytest.raises(FolderError, match="it does not exist; a report wants folders"):
+        write_comparison([tmp_path / "nothing"], tmp_path / "page.html")
+    with pytest.raises(FolderError, match="it is a file"):
+        write_report(run / "config.yaml")
+    (run / "record.json").write_text('{"run_id": "x"}')
+    with pytest.raises(FolderError, match="has not begun yet"):
+        write_report(run)
+    (run / "record.json").write_text("{")
+    with pytest.raises(FolderError, match="cannot be read"):
+        write_report(run)
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(made, tmp_path):
+    with pytest.raises(FolderError, match="cannot be written: No such file or directory"):
+        write_report(made("a"), out=tmp_path / "nowhere" / "page.html")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FolderError, match="cannot be written: Is a directory"):
+        write_report(made("b"), out=tmp_path / "taken")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "taken"]
+
+
+def test_labels_do_not_lie_on_each_other():
+    labels = [Label(10.0, y, "frozen, cut 3", "ink") for y in (5.0, 5.1, 5.2)] + [
+        Label(200.0, 5.0, "far", "ink")
+    ]
+    lifts = {(label.x, label.y): lift for label, lift in spread_apart(labels, lambda x, y: (x, 10 * y))}
+    heights = sorted(10 * y + lift for (x, y), lift in lifts.items() if x == 10.0)
+    assert all(high - low >= 11 for low, high in itertools.pairwise(heights))
+    assert lifts[200.0, 5.0] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(4, "4 B"), (1023, "1023 B"), (2048, "2 KiB"), (1.5 * 2**20, "1.5 MiB"), (1000 * 2**20, "1000 MiB")],
+)
+def test_amounts_are_short(size, said):
+    assert amount(size) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0004, "0.4 ms"), (0.0351, "35 ms"), (1.0, "1.00 s"), (62.5, "62.50 s")]
+)
+def test_durations_are_short(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_a_report_needs_no_torch():
+    script = "import sys, hosl.run.report, hosl.run.report_plan; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+
+
+def test_a_page_is_the_same_bytes_again(made, tmp_path):
+    folders = [made("a"), made("b", "frozen")]
+    first = write_comparison(folders, tmp_path / "page.html", planner=_planner).read_bytes()
+    assert Path(write_comparison(folders, tmp_path / "page.html", planner=_planner)).read_bytes() == first
