@@ -115,7 +115,23 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
-    return found
+    commit = checkout_commit(Path(__file__).parents[3])
+    return found if commit is None else found | {"commit": commit}
+
+
+def checkout_commit(folder: Path) -> str | None:
+    """The commit that a git checkout is at, read without git; None: `folder` is none. Edits since are not told."""
+    head = folder / ".git" / "HEAD"
+    try:
+        name = head.read_text(encoding="ascii").strip().removeprefix("ref: ")
+        if "/" not in name:  # detached: HEAD is the commit
+            return name
+        if (head.parent / name).is_file():
+            return (head.parent / name).read_text(encoding="ascii").strip()
+        packed = (head.parent / "packed-refs").read_text(encoding="ascii").splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
+    except (OSError, ValueError):
+        return None
 
 
 def machine() -> dict[str, str | int]:
