@@ -70,8 +70,7 @@ def waterfall(groups: Sequence[Group], looks: Mapping[str, Look]) -> str:
     for group, parts in steps:
         total, begin = sum(part.seconds for part in parts) or 1.0, 0.0
         if len(steps) > 1:
-            whole = _median(line["step_s"] for run in group.runs for line in run.timings)
-            rows.append(_heading(group, looks, f"median step {duration(whole)}"))
+            rows.append(_heading(group, looks, f"median step {duration(group.median_step_s)}"))
         for part in parts:
             rows.append(
                 f'<tr><th><span class="party" style="color:var(--{part.party})">{part.party}</span> {part.name}</th>'

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from hosl.run.report_runs import Run, told
@@ -53,6 +54,11 @@ class Group:
     def peak_bytes(self) -> int:
         """The most that the client's tensors took in any run."""
         return max(line["client_peak_bytes"] for run in self.runs for line in run.timings)
+
+    @property
+    def median_step_s(self) -> float:
+        """Over the steps of all runs, from a step's begin to its end."""
+        return median(line["step_s"] for run in self.runs for line in run.timings)
 
     def bytes_per_step(self, way: str) -> float:
         """Mean over the steps of all runs; `way` is up or down."""

@@ -54,7 +54,7 @@ td .name { display: block; min-width: 7rem }
 .bars th { white-space: nowrap; width: 1% } .bars .n { width: 1% } .bars .track { min-width: 7rem }
 .track.two i { height: .5rem; margin: 2px 0 } .bars .two + .n { font-size: .92em; line-height: 1.3 }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .7rem 1.2rem; margin: 0 }
-.facts dt { color: var(--quiet); font-size: .78rem } .facts dd { margin: 0; font-size: .87rem }
+.facts dt { color: var(--quiet); font-size: .78rem } .facts dd { margin: 0; overflow-wrap: anywhere; font-size: .87rem }
 .track i { display: block; height: .85rem; min-width: 2px; border-radius: 2px }
 .ticks { position: relative; height: 1.1rem; font-size: .74rem; color: var(--quiet) }
 .ticks span { position: absolute; border-left: 1px solid var(--line); padding-left: .25rem; white-space: nowrap }

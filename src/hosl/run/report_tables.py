@@ -3,7 +3,6 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -187,8 +186,6 @@ def _mean(lines: Sequence[Mapping[str, Any]], key: str, scale: float, digits: in
 
 
 def _costs(group: Group) -> list[str]:
-    timings = [line for run in group.runs for line in run.timings]
-    peak = amount(group.peak_bytes) if timings else "-"
-    step = duration(median(line["step_s"] for line in timings)) if timings else "-"
+    peak, step = (amount(group.peak_bytes), duration(group.median_step_s)) if group.timed else ("-", "-")
     up, down = (amount(group.bytes_per_step(way)) for way in ("up", "down"))
     return [peak, f"{up} up<small>{down} down</small>", step]

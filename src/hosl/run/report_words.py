@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hosl.run.loop import MEMORY_STEPS
-from hosl.run.report_costs import step_parts
 from hosl.run.report_groups import Comparison, Group, PlannedLine
 from hosl.run.report_page import amount, duration, listed
 from hosl.run.report_runs import Run
@@ -76,7 +75,7 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
         server = max(line["server_peak_bytes"] for line in run.timings)
         if server:  # one elsewhere measures its own
             shown.append((amount(server), "server peak, tensors"))
-        shown.append((duration(sum(part.seconds for part in step_parts(group))), "a step, median"))
+        shown.append((duration(group.median_step_s), "a step, median"))
     if run.steps:
         up, down = (amount(group.bytes_per_step(way)) for way in ("up", "down"))
         shown.append((up, f"up in a step, {down} down"))
