@@ -230,6 +230,22 @@ def test_runs_of_several_tasks_have_pictures_of_their_own(made, tmp_path):
     assert _headings(text).count("Accuracy against client memory") == 2
 
 
+def test_names_are_text_wherever_they_stand(made, tmp_path):
+    odd = {
+        "task": {"name": "<i>$x_$", "digest": "t"},
+        "model": {"source": "<b>&", "digest": "d", "family": "bert"},
+    }
+    lora = {"client": {"trainable": "lora", "lora": {"target_modules": ["$q<k"]}}}
+    folders = [made("a", record=odd), made("b", record=odd, **lora), made("c", "fo-fo", record=odd)]
+    for page in (
+        write_report(folders[1]),
+        write_comparison(folders, tmp_path / "page.html", planner=_planner),
+    ):
+        text = _checked(page)
+        assert "&lt;i&gt;$x_$" in text
+        assert not re.search("<i>|<b>&|q<k", text)
+
+
 def test_a_page_without_matplotlib_keeps_its_tables(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folders = [made("a"), made("b", "frozen")]

@@ -196,7 +196,7 @@ def _style() -> Any:
 
     ink, quiet, line = placeholder("ink"), placeholder("quiet"), placeholder("line")
     return matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": "hosl", "font.size": 9, "text.color": ink,
+        "svg.fonttype": "none", "svg.hashsalt": "hosl", "text.parse_math": False, "font.size": 9, "text.color": ink,
         "axes.edgecolor": line, "axes.labelcolor": quiet, "axes.titlecolor": quiet, "axes.titlesize": 9.5,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
         "grid.color": line, "grid.linewidth": 0.5, "xtick.color": line, "ytick.color": line,
