@@ -455,4 +455,6 @@ def test_a_server_gradient_at_several_probes_is_not_for_a_network(tiny_run, tmp_
     config = tiny_run(zo={"fo_point": "mean-plus"})
     line = JoinLine("127.0.0.1", 7070, "t" * 43, None)
     assert main(["join", str(tmp_path / "nowhere"), "--to", str(line), "--config", str(config)]) == 2
-    assert "zo.fo_point: mean-plus asks the server for a step at several activations" in capsys.readouterr().err
+    assert (
+        "zo.fo_point: mean-plus asks the server for a step at several activations" in capsys.readouterr().err
+    )
