@@ -117,6 +117,7 @@ def again(run: Run) -> list[str]:
         return [f"hosl join {half} --to JOIN_LINE --config {config}"]
     found = [f"hosl train {config}"]
     if (run.folder / "checkpoints").is_dir():
+        found += [] if run.test else [f"hosl train --resume {folder}"]
         found += [f"hosl eval {folder} --split test", f"hosl export {folder} OUT"]
     return found
 
