@@ -87,6 +87,10 @@ def test_a_killed_study_ends_as_its_commands_do_and_then_only_renders(
         assert main([verb, config, "--output-dir", str(again)]) == 0
         first = folder / "runs" / Path(config).stem / "metrics.jsonl"
         assert (again / "metrics.jsonl").read_bytes() == first.read_bytes()
+    assert main(["study", str(file), "--run", Path(config).stem]) == 0
+    again = folder / "again" / Path(config).stem
+    assert (again / "metrics.jsonl").read_bytes() == first.read_bytes()
+    assert f"hosl study {file} --run " in (folder / "table.md").read_text()
 
     written = _written(folder)
     assert main(["study", str(file)]) == 0

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from msgspec import structs
 
 from hosl.errors import ConfigError, FolderError, NonFiniteError
-from hosl.run.study import cores
+from hosl.run.record import cores
+from hosl.run.study import config_of_run
 from hosl.run.study_config import load_study, study_grid, study_groups
 from hosl.run.study_files import Places, begun, read_summaries
 from hosl.run.study_grid import Grid, Row, merged
@@ -173,14 +175,17 @@ def test_two_rows_of_one_name_are_refused(study):
 def test_the_table_has_spread_p_and_gap_closure(study):
     made = study()
     done, _ = _play(study_grid(made), _loss)
-    (table, _) = (group_table(made, group, study_grid(made).chosen(done)) for group in study_groups(made))
+    (table, _) = (
+        group_table(made, group, study_grid(made).chosen(done), "hosl study s.yaml")
+        for group in study_groups(made)
+    )
     text = markdown(table)
     (hosl,) = [line for line in text.splitlines() if line.startswith("| hosl ")]
     assert hosl.startswith("| hosl | 0.01 | 0.5 | 44.04 ± 0.64 [")
     assert " | 0.5 | 0.50 [0.50, 0.50] | " in hosl  # two seeds: p is never under 0.5
     (frozen,) = [line for line in text.splitlines() if line.startswith("| frozen ")]
     assert " |  | 0.00 [0.00, 0.00] | " in frozen
-    assert "# hosl\nhosl train a-hosl-0.01-0.5-seed4.yaml" in text
+    assert "# hosl\nhosl study s.yaml --run a-hosl-0.01-0.5-seed4" in text
     assert "sign-flip permutation test" in caption(2, made)
     written = latex(table, caption(2, made))
     assert written.count("\\\\\n") == 4
@@ -191,7 +196,7 @@ def test_a_diverged_reference_row_leaves_the_values_and_takes_the_comparison(stu
     made = study()
     grid = study_grid(made)
     done, _ = _play(grid, lambda run: None if run.row.settings["method"] == "fo-fo" else _loss(run))
-    text = markdown(group_table(made, study_groups(made)[0], grid.chosen(done)))
+    text = markdown(group_table(made, study_groups(made)[0], grid.chosen(done), "hosl study s.yaml"))
     assert "| fo-fo | 0.1 | 0.5 | diverged at every rate |" in text
     assert text.count("n/a (first-order diverged)") == 4
 
@@ -205,6 +210,18 @@ def test_test_stands_in_the_csv_for_chosen_runs_only(study):
     assert all((line["test_accuracy"] is not None) == line["chosen"] for line in lines)
     assert sum(line["chosen"] for line in lines) == 2 * 3 * 2
     assert {line["task"] for line in lines} == {"a", "b"}
+
+
+def test_every_run_that_is_needed_has_a_config_by_its_name(study):
+    made = study()
+    grid = study_grid(made)
+    done, _ = _play(grid, _loss)
+    for run in grid.known(done):
+        config = config_of_run(made, run.name)
+        assert config.output_dir.endswith(f"/again/{run.name}")
+        assert structs.replace(config, output_dir="x") == run.config("x")
+    with pytest.raises(ConfigError, match=r"no run of that name; it has \d+, such as a-hosl-"):
+        config_of_run(made, "a-hosl-0.01-0.5-seed99")
 
 
 def test_runs_made_with_other_settings_are_refused(study, tmp_path):

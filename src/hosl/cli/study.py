@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hosl.cli.answers import answer, verb_parser
+from hosl.errors import ConfigError
 from hosl.run.rate_config import RateStudy, load_rate_study
 from hosl.run.rate_study import missing_cells, run_rate_study
-from hosl.run.study import check_runs, first_run, run_study
+from hosl.run.study import check_runs, config_of_run, first_run, run_study
 from hosl.run.study_config import Study, load_study
 
 
@@ -21,14 +22,25 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check every run's settings, load no model, make nothing"
     )
+    parser.add_argument(
+        "--run",
+        metavar="NAME",
+        help="make this one run again, in a new folder; a study's table names its runs",
+    )
     known = parser.parse_args(words)
     study = load_rate_study(known.study) or load_study(known.study)
     if known.dry_run:
         answer(_planned(study), as_json=known.json)
         return 0
+    if known.run:
+        return _one_run(study, known.run, as_json=known.json)
     if isinstance(study, Study):
         check_runs(study)
-    done = run_rate_study(study) if isinstance(study, RateStudy) else run_study(study)
+    done = (
+        run_rate_study(study)
+        if isinstance(study, RateStudy)
+        else run_study(study, command=f"hosl study {known.study}")
+    )
     answer(done, as_json=known.json)
     if not done["finished"]:
         sys.stderr.write(f"stopped; go on with: hosl study {known.study}\n")
@@ -36,6 +48,19 @@ def run(words: list[str]) -> int:
     if not known.json:
         sys.stdout.write("\n" + Path(done["table"]).read_text(encoding="utf-8"))
     return 0
+
+
+def _one_run(study: Study | RateStudy, name: str, *, as_json: bool) -> int:
+    """An ordinary run with the settings of one of the study's; 130 after Ctrl-C."""
+    if isinstance(study, RateStudy):
+        raise ConfigError("--run is for studies of runs; this one's cells are no runs: leave --run out")
+    config = config_of_run(study, name)
+
+    from hosl.run.train import start  # torch and transformers, only now
+
+    summary = start(config)
+    answer(summary, as_json=as_json)
+    return 0 if summary["finished"] else 130
 
 
 def _planned(study: Study | RateStudy) -> dict[str, Any]:

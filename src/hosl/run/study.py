@@ -4,11 +4,13 @@ Which runs: `study_grid`. One run: `study_process`. What they amount to: `study_
 """
 
 import contextlib
+import difflib
 import time
 from pathlib import Path
 from typing import Any
 
-from hosl.errors import FolderError
+from hosl.config import Config
+from hosl.errors import ConfigError, FolderError
 from hosl.run.progress import open_view
 from hosl.run.record import RunLock, cores
 from hosl.run.report import write_study_report
@@ -25,8 +27,10 @@ from hosl.run.study_table import write_tables
 _POLL_S = 0.1
 
 
-def run_study(study: Study) -> dict[str, Any]:
+def run_study(study: Study, *, command: str) -> dict[str, Any]:
     """Make the runs that are missing, then write tables, runs and pictures; returns what was done.
+
+    `command` is what makes the study; with `--run NAME` after it, one run.
 
     Raises:
         FolderError: if another process is at work in the study's folder, or it holds runs with other settings.
@@ -50,7 +54,7 @@ def run_study(study: Study) -> dict[str, Any]:
         pictures = draw_study(study, study_groups(study), chosen, out)
         made = [done[run.name] for run in grid.known(done)]
         write_runs(study_groups(study), made, chosen, out)
-        answer |= write_tables(study, study_groups(study), chosen, pictures, out)
+        answer |= write_tables(study, study_groups(study), chosen, pictures, out, command)
         with contextlib.suppress(FolderError):  # tables need the summaries alone, a page the runs' own files
             answer["report"] = str(write_study_report(out, planner=planned_lines))
         return answer
@@ -68,11 +72,26 @@ def check_runs(study: Study) -> int:
         ConfigError: naming the row whose settings are impossible.
     """
     grid = study_grid(study)
-    for row in grid.rows:
-        for rate in row.rates:
-            for server_rate in (rate,) if row.one_rate else row.server_rates or (1.0,):
-                Try(row, rate, server_rate, grid.seeds[0]).config(study.output_dir)
+    for run in grid.conceivable:
+        if run.seed == grid.seeds[0]:
+            run.config(study.output_dir)
     return grid.total({})
+
+
+def config_of_run(study: Study, name: str) -> Config:
+    """The config of one run of a study, made or not, in a folder of its own.
+
+    Raises:
+        ConfigError: if the study has none of that name.
+    """
+    runs = {run.name: run for run in study_grid(study).conceivable}
+    if name not in runs:
+        nearest = difflib.get_close_matches(name, runs, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"--run {name}: the study has no run of that name; it has {len(runs)}, such as {nearest}; its table.md and "
+            "runs.csv name them"
+        )
+    return runs[name].config(str(Path(study.output_dir) / "again" / name))
 
 
 def run_grid(

@@ -5,7 +5,7 @@ on by asking again.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,12 @@ class Row:
     one_rate: bool = False
     """Both halves have the client's rate."""
 
+    def pairs(self, server_rates: Sequence[float]) -> list[tuple[float, float]]:
+        """What is tried, given the server's rates: (client's, server's)."""
+        if self.one_rate:
+            return [(rate, rate) for rate in self.rates]
+        return [(rate, of_server) for rate in self.rates for of_server in server_rates]
+
 
 @dataclass(frozen=True)
 class Try:
@@ -45,7 +51,7 @@ class Try:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.row.name}-{self.rate:g}-{self.server_rate:g}-seed{self.seed}"
+        return run_name(self.row.name, self.rate, self.server_rate, self.seed)
 
     def config(self, output_dir: str) -> Config:
         """The run's complete config.
@@ -64,6 +70,16 @@ class Grid:
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def conceivable(self) -> list[Try]:
+        """Every run that the study could come to need, whichever rates are chosen."""
+        rates = {row.name: row.server_rates for row in self.rows}
+        found = []
+        for row in self.rows:
+            pairs = row.pairs(row.server_rates or rates[row.server_of])
+            found += [Try(row, *pair, seed) for pair in pairs for seed in self.seeds]
+        return found
 
     def known(self, done: Mapping[str, Summary]) -> list[Try]:
         """The runs whose rates are known by now, made or not; all of them, once nothing is needed."""
@@ -97,10 +113,8 @@ class Grid:
 
     def _tries(self, row: Row, done: Mapping[str, Summary]) -> list[Try]:
         """All on the first seed; empty while the server's rate is unknown."""
-        if row.one_rate:
-            pairs = [(rate, rate) for rate in row.rates]
-        elif row.server_rates:
-            pairs = [(rate, of_server) for rate in row.rates for of_server in row.server_rates]
+        if row.one_rate or row.server_rates:
+            pairs = row.pairs(row.server_rates)
         else:
             (source,) = (other for other in self.rows if other.name == row.server_of)
             best = self._best(source, done)
@@ -111,7 +125,7 @@ class Grid:
                     f"row {source.name} diverged at every server rate tried, {list(source.server_rates)}, and row "
                     f"{row.name} takes its rate over; try lower server_rates"
                 )
-            pairs = [(rate, best.server_rate) for rate in row.rates]
+            pairs = row.pairs((best.server_rate,))
         return [Try(row, *pair, self.seeds[0]) for pair in pairs]
 
     def _best(self, row: Row, done: Mapping[str, Summary]) -> Try | None:
@@ -128,6 +142,11 @@ class Grid:
             return []
         seeds = self.seeds[:1] if math.isinf(dev_loss(done[best.name])) else self.seeds
         return [Try(row, best.rate, best.server_rate, seed) for seed in seeds]
+
+
+def run_name(row: str, rate: float, server_rate: float, seed: int) -> str:
+    """Of a run's files, and of `hosl study --run`."""
+    return f"{row}-{rate:g}-{server_rate:g}-seed{seed}"
 
 
 def dev_loss(summary: Summary) -> float:

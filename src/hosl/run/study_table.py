@@ -10,7 +10,7 @@ import numpy as np
 
 from hosl.run.statistics import gap_closure, mean_interval, paired_p, spread
 from hosl.run.study_config import Group, Study
-from hosl.run.study_grid import Summary
+from hosl.run.study_grid import Summary, run_name
 
 Chosen = dict[str, list[Summary]]
 """Row of the grid -> its runs at the chosen rates, one per seed."""
@@ -33,10 +33,18 @@ class Table:
 
 
 def write_tables(
-    study: Study, groups: list[Group], chosen: Chosen, pictures: dict[str, list[Path]], out: Path
+    study: Study,
+    groups: list[Group],
+    chosen: Chosen,
+    pictures: dict[str, list[Path]],
+    out: Path,
+    command: str,
 ) -> dict[str, str]:
-    """Write table.md and table.tex below `out`; returns where they are."""
-    tables = [group_table(study, group, chosen) for group in groups]
+    """Write table.md and table.tex below `out`; returns where they are.
+
+    `command` is what makes the study; with `--run NAME` after it, one run.
+    """
+    tables = [group_table(study, group, chosen, command) for group in groups]
     note = caption(len(study.seeds), study)
     parts = [f"# {out.name}", note]
     for group, table in zip(groups, tables, strict=True):
@@ -69,13 +77,17 @@ def caption(seeds: int, study: Study) -> str:
     )
 
 
-def group_table(study: Study, group: Group, chosen: Chosen) -> Table:
-    """The table of one group."""
+def group_table(study: Study, group: Group, chosen: Chosen, command: str) -> Table:
+    """The table of one group; `command` as in `write_tables`."""
     runs = {name: chosen[row] for name, row in group.rows.items()}
     frozen, first = runs[study.frozen], runs[study.first_order]
     lines = [_line(name, runs[name], frozen, first, len(study.seeds)) for name in study.methods]
-    commands = {name: of_row[0]["command"] for name, of_row in runs.items()}
+    commands = {name: f"{command} --run {_name(of_row[0])}" for name, of_row in runs.items()}
     return Table(group.name, _HEAD, lines, commands)
+
+
+def _name(run: Summary) -> str:
+    return run_name(run["row"], run["rate"], run["server_rate"], run["seed"])
 
 
 def of_seeds(runs: list[Summary], key: str) -> np.ndarray:
@@ -106,7 +118,7 @@ def markdown(table: Table) -> str:
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     commands = "\n".join(f"# {name}\n{command}" for name, command in table.commands.items())
     return (
-        f"## {table.title}\n\n{text}\n\nOne cell again, with its first seed; `--seed N` gives the others:\n\n"
+        f"## {table.title}\n\n{text}\n\nOne cell again, with its first seed; the others' names end in their seeds:\n\n"
         f"```sh\n{commands}\n```"
     )
 
