@@ -78,6 +78,18 @@ def test_memory_bytes_and_trained_numbers_are_predicted(family, way):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("way", ["fo-recompute", "fo-fo", "hosl-gradient"])
+def test_memory_is_predicted_where_embeddings_are_trained(way):
+    model = build("opt")
+    config = BY_NAME[way].config(cut=CUT, directions=DIRECTIONS)
+    config = structs.replace(config, client=structs.replace(config.client, trainable="all"))
+    cost, _ = client_cost_at(config, shape_of("opt", model), ROWS_, TOKENS)
+    client, peak_bytes, _ = measured(config, split_model(model, CUT)[0])
+    assert cost.trained == trained_elements(client)
+    assert abs(cost.peak_bytes - peak_bytes) <= 0.02 * peak_bytes + 15 * ID_BYTES
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("way", PLANNED)
 def test_many_cuts_follow_from_two(way):
     """The table's shortcut against the step at that very cut."""

@@ -111,7 +111,7 @@ def _perturbed_forward(
     scratch: "Scratch",
 ) -> Callable[..., torch.Tensor]:
     if isinstance(module, nn.Embedding):
-        return _signed_lookup(module, names, probes, signs, rows)
+        return _signed_lookup(module, names, probes, signs, rows, scratch)
     if type(module) is nn.Linear and "weight" in names:
         if all(probe.law == "low-rank" for probe in probes):
             return _low_rank_linear(module, names, probes, signs)
@@ -228,7 +228,12 @@ def _low_rank_linear(
 
 
 def _signed_lookup(
-    module: nn.Embedding, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, rows: int
+    module: nn.Embedding,
+    names: Mapping[str, str],
+    probes: Sequence[Probe],
+    signs: Signs,
+    rows: int,
+    scratch: "Scratch",
 ) -> Callable[..., torch.Tensor]:
     """A forward for an embedding table: only the rows that the batch touches are drawn and perturbed.
 
@@ -238,7 +243,7 @@ def _signed_lookup(
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         weight = module.weight
-        table = weight.detach().as_subclass(_SignedTable)
+        table: Any = scratch.answering(weight.detach())
         table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, probes, signs, rows)
         module._parameters["weight"] = table  # pyright: ignore[reportArgumentType]
         try:
@@ -297,6 +302,10 @@ class Scratch:
     def drawn(self, weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int]) -> Drawn:
         """epsilon u for a span of a weight's elements."""
         return _drawn(weight, name, probe, span)
+
+    def answering(self, table: torch.Tensor) -> torch.Tensor:
+        """The same embedding table, but lookups ask its `answer`."""
+        return table.as_subclass(_SignedTable)
 
     def tiles(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A tile for each of these tensors, of its shape; earlier ones are given up."""

@@ -140,11 +140,17 @@ def as_if_computed(code: Callable[[], Any]) -> Any:
 
 
 class _Numbers(TorchDispatchMode):
-    """Numbers read out of tensors without data: True, or 1."""
+    """Numbers read out of tensors without data: True, or 1; masks choose everything."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATEN._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
+        if func is _ATEN.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            of, (mask, *_) = (
+                args[0],
+                args[1],
+            )  # a mask chooses all: of an embedding's gradient, every row looked up
+            return of.new_empty((mask.numel(), *of.shape[mask.dim() :]))
         return func(*args, **(kwargs or {}))
 
 
@@ -162,7 +168,8 @@ class _Counting(_Numbers):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         outputs = [out] if isinstance(out, torch.Tensor) else _tensors(out)
         for t in outputs:
-            self._hold(t.untyped_storage())
+            for dense in _dense(t):
+                self._hold(dense.untyped_storage())
         self._count(func, args, kwargs or {}, outputs)
         return out
 
@@ -202,6 +209,11 @@ class _Counting(_Numbers):
         else:
             return
         work.calls += 1
+
+
+def _dense(t: torch.Tensor) -> Iterable[torch.Tensor]:
+    """What holds a tensor's elements: itself, or the indices and values of a sparse gradient of embeddings."""
+    return (t._indices(), t._values()) if t.layout is torch.sparse_coo else (t,)
 
 
 def _promoted_bytes(inputs: list[torch.Tensor]) -> int:
@@ -244,4 +256,7 @@ class _MadeUp(TorchFunctionMode):
         if func in (torch.unique, torch.Tensor.unique):
             count = math.prod(args[0].shape)
             return torch.arange(count), torch.arange(count).view(args[0].shape)
+        if func is nn.functional.embedding and hasattr(args[1], "answer"):  # a probed table
+            with self:
+                return args[1].answer(args[0])
         return func(*args, **(kwargs or {}))
