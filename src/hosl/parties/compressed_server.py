@@ -6,21 +6,23 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hosl.core.parties import Activations, Pair, StepReply, Targets
 from hosl.core.shapes import Float
-from hosl.parties.remote_server import Arrays
-from hosl.parties.watched_server import WatchesCompression
+from hosl.parties.compression_watch import WatchesCompression
 from hosl.wire.tensors import Compression, Packed, Unpacking, pack
+
+if TYPE_CHECKING:  # a run in one process has no use for what a connection takes
+    from hosl.parties.remote_server import Arrays
 
 
 class CompressedServer:
     """Asks as `RemoteServer` does, packing with the same noise, but there is no wire."""
 
-    def __init__(self, server: Any, arrays: Arrays, *, compression: Compression, seed: int) -> None:
+    def __init__(self, server: Any, arrays: "Arrays", *, compression: Compression, seed: int) -> None:
         """`server` takes packed activations (`Receiving`); see `RemoteServer` for the rest."""
         self._server, self._arrays, self._seed = server, arrays, seed
         self._compression: Compression = compression
@@ -99,7 +101,7 @@ class WatchedCompressedServer(WatchesCompression, CompressedServer):
 class Receiving:
     """The server's end: packed activations in, the party's own tensors on to it."""
 
-    def __init__(self, server: Any, arrays: Arrays) -> None:
+    def __init__(self, server: Any, arrays: "Arrays") -> None:
         self._server, self._arrays = server, arrays
 
     def losses(self, packed: Sequence[Packed], targets: Targets) -> Sequence[float]:

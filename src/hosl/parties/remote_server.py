@@ -15,6 +15,7 @@ import numpy as np
 from hosl.core.parties import Activations, Pair, PositionTargets, StepReply, Targets
 from hosl.core.shapes import Float
 from hosl.errors import SessionError, StepMoved, WireError
+from hosl.parties.compression_watch import WatchesCompression
 from hosl.parties.metered import Meter, payload_bytes
 from hosl.transport.channel import Channel
 from hosl.wire import hosl_pb2 as pb
@@ -354,3 +355,7 @@ def upload_frames(question: pb.Upload, packed: list[Packed]) -> Iterator[pb.Uplo
     for tensor in packed:
         for chunk in tensor.chunks():
             yield pb.Upload(chunk=chunk)
+
+
+class WatchedServer(WatchesCompression, RemoteServer):
+    """A `RemoteServer` that measures its own compression."""

@@ -23,10 +23,9 @@ from hosl.core.rounds import RoundResult
 from hosl.errors import AgreementError, CheckpointError, ConfigError, StepMoved
 from hosl.methods.step import method_round
 from hosl.parties.metered import Metered
-from hosl.parties.remote_server import RemoteServer
+from hosl.parties.remote_server import RemoteServer, WatchedServer
 from hosl.parties.remote_trunk import RemoteTrunk
 from hosl.parties.shared_client import SharedClient
-from hosl.parties.watched_server import WatchedServer
 from hosl.run.agreement import model_message, training_message
 from hosl.run.allocator import return_freed_memory
 from hosl.run.loop import carry_on

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from hosl.core.parties import Activations, StepReply, Targets
-from hosl.parties.remote_server import RemoteServer
 
 EVERY_STEPS = 25
 """Between two measurements; each costs one more upload of a pair, or one more gradient."""
@@ -77,7 +76,3 @@ class WatchesCompression:
             yield
         finally:
             self._compression = compression
-
-
-class WatchedServer(WatchesCompression, RemoteServer):
-    """A `RemoteServer` that measures its own compression."""
