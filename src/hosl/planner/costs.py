@@ -113,10 +113,11 @@ def beyond_weights(
 ) -> Callable[[int, int], float]:
     """What a client that goes forward only holds at most, beyond its weights: bytes, of rows and tokens.
 
-    That is the same at every cut, so one block is enough to find it; and with one direction as with many.
+    That is the same at every cut, so the lowest is enough to find it; and with one direction as with many.
     """
     assert config.method not in _BACKWARD, f"{config.method} keeps something of every block"
-    config = config if config.model.cut <= 1 else with_cut(config, 1)
+    if config.model.cut > lowest_cut(config):
+        config = with_cut(config, lowest_cut(config))
 
     def at(rows: int, tokens: int) -> float:
         cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
@@ -172,6 +173,11 @@ def _with_any_directions(
 def with_cut(config: Config, cut: int) -> Config:
     """The same with so many blocks on the client."""
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=cut))
+
+
+def lowest_cut(config: Config) -> int:
+    """The lowest cut at which a client has the blocks that its method trains, at least one."""
+    return config.zo.guided_blocks if config.method in ("hosl-guided", "hosl-node") else 1
 
 
 def clean_pass(config: Config) -> Config:

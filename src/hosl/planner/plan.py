@@ -12,7 +12,15 @@ from hosl.config import Config
 from hosl.errors import ConfigError
 from hosl.methods.rows import ROWS, Row
 from hosl.parties.torch_client import TOKENS_AT_ONCE
-from hosl.planner.costs import PartyCost, Traffic, along_cuts, client_cost_at, server_cost, with_cut
+from hosl.planner.costs import (
+    PartyCost,
+    Traffic,
+    along_cuts,
+    client_cost_at,
+    lowest_cut,
+    server_cost,
+    with_cut,
+)
 from hosl.planner.machine import Machine
 from hosl.planner.model_shape import ModelShape
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
@@ -175,7 +183,7 @@ def nearest_that_fits(
             most = _rows_at_once(takes(config), least, usual, limit_bytes)
             tries = (_with_rows_at_once(config, rows) for rows in (most, most // 2) if rows > 1)
             return next((tried for tried in tries if fits(tried)), base)
-    lowest, highest = 1, base.model.cut - 1
+    lowest, highest = lowest_cut(base), base.model.cut - 1
     if highest < lowest or not fits(with_cut(base, lowest)):
         return None
     at_lowest = _most(takes(with_cut(base, lowest)))

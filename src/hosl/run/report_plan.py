@@ -68,12 +68,11 @@ def _peaks(
     config: Config, shape: "ModelShape", batch: dict[str, int], cuts: Sequence[int]
 ) -> dict[int, float]:
     """Cut -> the most that the client's tensors take, at those cuts that the method allows."""
-    from hosl.planner.costs import client_memory
-    from hosl.planner.plan import with_cut
+    from hosl.planner.costs import client_memory, lowest_cut, with_cut
 
-    lowest, known = config.zo.guided_blocks if config.method in ("hosl-guided", "hosl-node") else 1, {}
+    known = {}
     return {
         cut: client_memory(with_cut(config, cut), shape, known)(batch["rows"], batch["tokens"])[1]
         for cut in cuts
-        if cut >= lowest
+        if cut >= lowest_cut(config)
     }
