@@ -117,6 +117,23 @@ def test_a_label_says_the_method_and_only_what_tells_groups_apart(made):
     assert {group.way for group in groups} == {"hosl-node"}
 
 
+def test_a_label_does_not_say_what_most_have(made):
+    kinds = [
+        {},
+        {"epsilon": 1e-2},
+        {"fo_point": "first-plus"},
+        {"epsilon": 1e-2, "fo_point": "mean-plus"},
+        {"epsilon": 1e-4},
+    ]
+    groups = _groups(*(made(f"r{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds)))
+    assert [group.label for group in groups] == [
+        "hosl, epsilon 0.001", "hosl, epsilon 0.01", "hosl, epsilon 0.001, fo point first-plus",
+        "hosl, epsilon 0.01, fo point mean-plus", "hosl, epsilon 0.0001",
+    ]  # fmt: skip
+    groups = _groups(*(made(f"s{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds[:3])))
+    assert [group.label for group in groups] == ["hosl", "hosl, epsilon 0.01", "hosl, fo point first-plus"]
+
+
 def test_a_rate_that_is_left_out_is_the_usual_one(made):
     assert len(_groups(made("a"), made("b", seed=1, client={"learning_rate": 1e-6}))) == 1
 
