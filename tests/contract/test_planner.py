@@ -19,7 +19,7 @@ from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server
 from hosl.planner.dry_run import empty_, without_data, work_of
 from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
-from hosl.planner.plan import PLANNED, Demand, Question, nearest_that_fits, plan, recommended
+from hosl.planner.plan import PLANNED, Demand, Question, most_needed, nearest_that_fits, plan, recommended
 from hosl.split import split_model
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
@@ -134,15 +134,17 @@ def test_arithmetic_is_counted_as_it_is_known_to_be():
 
 
 def takes_of(shape, rows, eval_rows, tokens):
+    known = {}
+
     def takes(config):
-        batches = {rows: config, eval_rows: clean_pass(config)}
-        return [Demand(n, client_memory(of_batch, shape)(n, tokens)[1]) for n, of_batch in batches.items()]
+        if config not in known:
+            batches = [(rows, config), (eval_rows, clean_pass(config))]
+            known[config] = [
+                Demand(n, lambda n=n, c=c: client_memory(c, shape)(n, tokens)[1]) for n, c in batches
+            ]
+        return known[config]
 
     return takes
-
-
-def most(demands):
-    return max(demand.needed_bytes for demand in demands)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -151,12 +153,12 @@ def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
     """What is named fits, at a twentieth below what does not, and at what one row at a time takes."""
     shape, base = model_shape("tiny"), BY_NAME[way].applied(Config(model=ModelConfig(name="tiny")), cut=3)
     takes = takes_of(shape, 16, 48, 64)
-    needed = most(takes(base))
-    least = most(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
+    needed = most_needed(takes(base))
+    least = most_needed(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
     for limit in (0.95 * needed, (needed + least) / 2, least):
         found = nearest_that_fits(base, 64, takes, limit)
         assert found.model.cut == 3
-        assert most(takes(found)) <= limit
+        assert most_needed(takes(found)) <= limit
     assert found.client.micro_batch_rows < 48
 
 
@@ -164,10 +166,12 @@ def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
 def test_below_one_row_at_a_time_a_lower_cut_is_named():
     shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
     takes = takes_of(shape, 32, 48, 256)
-    row_by_row = most(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
+    row_by_row = most_needed(
+        takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1)))
+    )
     lower = nearest_that_fits(base, 256, takes, row_by_row - 1)
     assert lower.model.cut == 4
-    assert most(takes(lower)) <= row_by_row - 1
+    assert most_needed(takes(lower)) <= row_by_row - 1
     assert nearest_that_fits(base, 256, takes, 1.0) is None
     guided = structs.replace(base, method="hosl-node", zo=structs.replace(base.zo, guided_blocks=4))
     assert nearest_that_fits(guided, 256, takes, 1.0) is None  # cuts below 4 are no way out

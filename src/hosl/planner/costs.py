@@ -24,7 +24,8 @@ from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf
 from hosl.split.quantised import Int8Linear
 
-_BACKWARD = ("fo-fo", "fo-zo", "fo-recompute")
+BACKWARD = ("fo-fo", "fo-zo", "fo-recompute")
+"""Methods whose client goes backward, and may hold an optimiser's state between steps."""
 
 
 @dataclass
@@ -99,7 +100,7 @@ def client_memory(
     """
 
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
-        if config.method in _BACKWARD:
+        if config.method in BACKWARD:
             cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = weight_bytes(config, shape)
@@ -115,7 +116,7 @@ def beyond_weights(
 
     That is the same at every cut, so the lowest is enough to find it; and with one direction as with many.
     """
-    assert config.method not in _BACKWARD, f"{config.method} keeps something of every block"
+    assert config.method not in BACKWARD, f"{config.method} keeps something of every block"
     if config.model.cut > lowest_cut(config):
         config = with_cut(config, lowest_cut(config))
 
@@ -156,7 +157,7 @@ def _with_any_directions(
 ) -> tuple[PartyCost, Traffic]:
     """Directions are all alike, too, unless low-rank ones are evaluated together."""
     q = config.zo.directions
-    if q == 1 or config.zo.law == "low-rank" or config.method in (*_BACKWARD, "frozen", "hosl-guided"):
+    if q == 1 or config.zo.law == "low-rank" or config.method in (*BACKWARD, "frozen", "hosl-guided"):
         return _run(config, shape, rows, tokens)
     if config.method in ("hosl-node", "zo-zo") or config.zo.fo_point != "clean":
         # where a + probe is kept for the server's step, the second pair is the first that is computed beside it
@@ -220,7 +221,7 @@ def _client_cost(
     as_if_computed(lambda: prepare_client_half_(config, half))
     with without_data():
         empty_(half.model)
-        if config.method not in _BACKWARD:
+        if config.method not in BACKWARD:
             for module in half.model.modules():
                 if isinstance(module, Int8Linear):
                     module.__class__ = InOnePart

@@ -5,6 +5,7 @@ A row's figures are those of the parties' own code run without data (`costs`), a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 
@@ -150,12 +151,17 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one kind of batch makes a client process take."""
+    """What one kind of batch makes a client process take; found when it is asked for, by a step run without data."""
 
     rows: int
     """Of the batch."""
-    needed_bytes: float
-    """The process's peak, weights and base included."""
+    find: Callable[[], float]
+    """Gives `needed_bytes`."""
+
+    @cached_property
+    def needed_bytes(self) -> float:
+        """The process's peak, weights and base included."""
+        return self.find()
 
 
 def nearest_that_fits(
@@ -166,48 +172,59 @@ def nearest_that_fits(
     Args:
         config: what does not fit.
         tokens: per row.
-        takes: what a client takes under a config, for each kind of batch. Asked as seldom as it goes: each answer is a
-            step run without data.
+        takes: what a client takes under a config, for each kind of batch; the same objects when it is asked again.
         limit_bytes: what the process may take.
     """
 
     def fits(tried: Config) -> bool:
-        return _most(takes(tried)) <= limit_bytes
+        return all(demand.needed_bytes <= limit_bytes for demand in takes(tried))
 
     base = config
     if base.method not in ("fo-fo", "fo-zo") and base.client.micro_batch_rows != 1:
+        usual = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+        rows = _rows_at_once(takes, config, usual, limit_bytes)
+        if rows is not None:
+            return _with_rows_at_once(config, rows)
         base = _with_rows_at_once(config, 1)
-        least = takes(base)
-        if _most(least) <= limit_bytes:
-            usual = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
-            most = _rows_at_once(takes(config), least, usual, limit_bytes)
-            tries = (_with_rows_at_once(config, rows) for rows in (most, most // 2) if rows > 1)
-            return next((tried for tried in tries if fits(tried)), base)
     lowest, highest = lowest_cut(base), base.model.cut - 1
     if highest < lowest or not fits(with_cut(base, lowest)):
         return None
-    at_lowest = _most(takes(with_cut(base, lowest)))
-    a_block = max((_most(takes(base)) - at_lowest) / (base.model.cut - lowest), 1.0)
+    at_lowest = most_needed(takes(with_cut(base, lowest)))
+    a_block = max((most_needed(takes(base)) - at_lowest) / (base.model.cut - lowest), 1.0)
     guess = min(lowest + int((limit_bytes - at_lowest) / a_block), highest)
     tries = (with_cut(base, cut) for cut in range(guess, lowest - 1, -1))
     return next((tried for tried in tries if tried.model.cut == lowest or fits(tried)), None)
 
 
-def _most(demands: Sequence[Demand]) -> float:
+def most_needed(demands: Sequence[Demand]) -> float:
+    """Bytes of the worst kind of batch."""
     return max(demand.needed_bytes for demand in demands)
 
 
-def _rows_at_once(usual: Sequence[Demand], least: Sequence[Demand], most: int, limit_bytes: float) -> int:
-    """About how many rows at once fit, from what `most` of them take and what one takes.
+def _rows_at_once(
+    takes: Callable[[Config], Sequence[Demand]], config: Config, most: int, limit_bytes: float
+) -> int | None:
+    """How many rows at once fit; None: not even one.
 
-    A guess: memory is near a line in the rows at once, but a batch not taken whole is gathered beside its parts.
+    A batch that fits with `most` fits with fewer, so only the others are asked about. Memory is near a line in the rows
+    at once, which gives a guess; but a batch not taken whole is gathered beside its parts, so the guess is verified.
     """
-    found = [most]
-    for many, one in zip(usual, least, strict=True):
-        if many.needed_bytes > limit_bytes:
-            share = (limit_bytes - one.needed_bytes) / (many.needed_bytes - one.needed_bytes)
-            found.append(1 + int(share * (min(most, many.rows) - 1)))
-    return min(found)
+    usual = takes(config)
+    tight = [place for place, demand in enumerate(usual) if demand.needed_bytes > limit_bytes]
+
+    def fit(rows: int) -> bool:
+        demands = takes(_with_rows_at_once(config, rows))
+        return all(demands[place].needed_bytes <= limit_bytes for place in tight)
+
+    if not fit(1):
+        return None
+    least, guesses = takes(_with_rows_at_once(config, 1)), [most]
+    for place in tight:
+        many, one = usual[place], least[place]
+        share = (limit_bytes - one.needed_bytes) / (many.needed_bytes - one.needed_bytes)
+        guesses.append(1 + int(share * (min(most, many.rows) - 1)))
+    guess = min(guesses)
+    return next((rows for rows in (guess, guess // 2) if rows > 1 and fit(rows)), 1)
 
 
 def _with_rows_at_once(config: Config, rows: int) -> Config:

@@ -1,6 +1,7 @@
 """client.memory_budget against the plan, before a run; against the process at every step: `budget`."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -51,12 +52,12 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     """
     if config.client.memory_budget is None:
         return
-    from hosl.planner.plan import nearest_that_fits
+    from hosl.planner.plan import most_needed, nearest_that_fits
 
     limit = _limit(config)
     tokens, takes = _takes(config, model, task, _base(alone))
     with uncollected():
-        needed = max(demand.needed_bytes for demand in takes(config))
+        needed = most_needed(takes(config))
         if needed <= limit:
             return
         nearest = nearest_that_fits(config, tokens, takes, limit)
@@ -74,7 +75,7 @@ def _takes(
     config: Config, model: str, task: Task, base: float
 ) -> tuple[int, Callable[[Config], "list[Demand]"]]:
     """Tokens of the longest row, and what the longest batches of training and of evaluation take under a config."""
-    from hosl.planner.costs import beyond_weights, clean_pass, client_memory
+    from hosl.planner.costs import BACKWARD, beyond_weights, clean_pass, client_memory, weight_bytes
     from hosl.planner.model_shape import model_shape
     from hosl.planner.plan import Demand
 
@@ -93,10 +94,17 @@ def _takes(
 
     def demands(tried: Config) -> list[Demand]:
         eval_rows = tried.per_device_eval_batch_size
-        static, peak, loading = client_memory(tried, shape, known)(rows, train)
-        # evaluation is forward passes, beside what training holds between its steps
-        forward = beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
-        return [Demand(rows, base + max(peak, loading)), Demand(eval_rows, base + static + forward)]
+        step = cache(lambda: client_memory(tried, shape, known)(rows, train))
+
+        def training() -> float:
+            _, peak, loading = step()
+            return base + max(peak, loading)
+
+        def evaluation() -> float:  # forward passes, beside what training holds between its steps
+            held = step()[0] if tried.method in BACKWARD else weight_bytes(tried, shape)[0]
+            return base + held + beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
+
+        return [Demand(rows, training), Demand(eval_rows, evaluation)]
 
     return max(train, longest), takes
 
