@@ -6,32 +6,24 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hosl.core.parties import Activations, Pair, StepReply, Targets
 from hosl.core.shapes import Float
 from hosl.parties.compression_watch import WatchesCompression
+from hosl.parties.packing import Arrays, Packing
 from hosl.wire.tensors import Compression, Packed, Unpacking, pack
 
-if TYPE_CHECKING:  # a run in one process has no use for what a connection takes
-    from hosl.parties.remote_server import Arrays
 
+class CompressedServer(Packing):
+    """Asks as `RemoteServer` does, but there is no wire."""
 
-class CompressedServer:
-    """Asks as `RemoteServer` does, packing with the same noise, but there is no wire."""
-
-    def __init__(self, server: Any, arrays: "Arrays", *, compression: Compression, seed: int) -> None:
-        """`server` takes packed activations (`Receiving`); see `RemoteServer` for the rest."""
-        self._server, self._arrays, self._seed = server, arrays, seed
-        self._compression: Compression = compression
-        self.current = 0
-        self._asked = 0
-
-    def at(self, step: int) -> None:
-        """The client is in the state after `step` now, and will begin the next one."""
-        self.current, self._asked = step, 0
+    def __init__(self, server: Any, arrays: Arrays, *, compression: Compression, seed: int) -> None:
+        """`server` takes packed activations (`Receiving`); see `Packing` for the rest."""
+        super().__init__(arrays, compression=compression, seed=seed)
+        self._server = server
 
     def at_rest(self, server: Any) -> "CompressedServer":
         """The same in front of another end: for evaluation, which belongs to no step and no meter."""
@@ -39,7 +31,7 @@ class CompressedServer:
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
         """The mean loss of each activation, in nats; NaN, and nothing is asked, where one is no number."""
-        packed = self._all_packed(activations)
+        packed = self._finite_packed(activations)
         return [math.nan for _ in activations] if packed is None else self._server.losses(packed, targets)
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
@@ -52,7 +44,7 @@ class CompressedServer:
 
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """Losses of h+ and h- at theta_s +- epsilon u(seed); NaN as in `losses`."""
-        packed = self._all_packed(pair)
+        packed = self._finite_packed(pair)
         if packed is None:
             return math.nan, math.nan
         return self._server.probe(packed, targets, seed, epsilon)
@@ -75,23 +67,10 @@ class CompressedServer:
         """A zeroth-order server's update."""
         self._server.descend(step, seeds, coefficients)
 
-    def _all_packed(self, activations: Sequence[Activations]) -> list[Packed] | None:
-        """By one noise, as both probes of a direction are; None where one holds NaN or infinity."""
-        arrays = [self._arrays.to_wire(h) for h in activations]
-        if not all(array.finite() for array in arrays):
-            return None
-        noise = self._noise()
-        return [pack(array, self._compression, noise=noise) for array in arrays]
-
     def _packed(self, activations: Activations, noise: str) -> Packed:
         array = self._arrays.to_wire(activations)
         # what is no number goes as it is: the server says so, as it does without compression
         return pack(array, self._compression if array.finite() else "none", noise=noise)
-
-    def _noise(self) -> str:
-        """As `RemoteServer` counts: the same when a step is done again."""
-        self._asked += 1
-        return f"{self._seed}/{self.current}/{self._asked}"
 
 
 class WatchedCompressedServer(WatchesCompression, CompressedServer):
@@ -101,7 +80,7 @@ class WatchedCompressedServer(WatchesCompression, CompressedServer):
 class Receiving:
     """The server's end: packed activations in, the party's own tensors on to it."""
 
-    def __init__(self, server: Any, arrays: "Arrays") -> None:
+    def __init__(self, server: Any, arrays: Arrays) -> None:
         self._server, self._arrays = server, arrays
 
     def losses(self, packed: Sequence[Packed], targets: Targets) -> Sequence[float]:

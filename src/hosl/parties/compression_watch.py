@@ -11,18 +11,15 @@ from typing import Any
 import numpy as np
 
 from hosl.core.parties import Activations, StepReply, Targets
+from hosl.parties.packing import Packing
 
 EVERY_STEPS = 25
 """Between two measurements; each costs one more upload of a pair, or one more gradient."""
 
 
-class WatchesCompression:
+class WatchesCompression(Packing):
     """Laid over a server that compresses what it is asked (`RemoteServer`, `CompressedServer`)."""
 
-    current: int
-    _asked: int
-    _compression: Any
-    _arrays: Any
     gradient: Callable[..., StepReply]
     _noted: dict[str, float] | None = None
 

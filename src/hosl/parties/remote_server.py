@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -17,25 +17,13 @@ from hosl.core.shapes import Float
 from hosl.errors import SessionError, StepMoved, WireError
 from hosl.parties.compression_watch import WatchesCompression
 from hosl.parties.metered import Meter, payload_bytes
+from hosl.parties.packing import Arrays, Packing
 from hosl.transport.channel import Channel
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import targets_to_message
-from hosl.wire.tensors import Compression, Packed, Unpacking, WireArray, pack
+from hosl.wire.tensors import Compression, Packed, Unpacking, pack
 
 _Answer = TypeVar("_Answer")
-
-
-@runtime_checkable
-class Arrays(Protocol):
-    """A runtime's tensors <-> the wire's arrays (`torch_wire`)."""
-
-    def to_wire(self, tensor: Any) -> WireArray:
-        """Shares memory where it can."""
-        ...
-
-    def from_wire(self, array: WireArray) -> Any:
-        """Shares memory where it can."""
-        ...
 
 
 class PendingLosses(Sequence[float]):
@@ -55,7 +43,7 @@ class PendingLosses(Sequence[float]):
         return self._answer.result()[index]
 
 
-class RemoteServer:
+class RemoteServer(Packing):
     """The server half behind a connection.
 
     One question may be on its way while the client computes the next: `losses` returns at once, so at most one pair of
@@ -79,25 +67,21 @@ class RemoteServer:
             greeting: makes the Hello of a client that is in the state after a step.
             arrays: of the client's runtime.
             compression: of the activations on their way up.
-            seed: of the run; keys the rounding noise of int8.
+            seed: see `Packing`.
             say: hears of lost connections.
         """
+        super().__init__(arrays, compression=compression, seed=seed)
         self.channel, self.meter = channel, Meter()
         self.wire_s = 0.0
         """Seconds that calls took beyond the server's compute: sending, waiting for a turn, receiving."""
-        self.current = 0
-        """The step whose state the client is in (`at`)."""
         self.client = ""
         """The name that our token stands for."""
         self.journal_updates = 0
         """Shared halves: how many updates the server's journal held at the last Hello."""
-        self._greeting, self._arrays, self._say = greeting, arrays, say
-        self._compression: Compression = compression
-        self._seed = seed
+        self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="hosl-sender")
         self._pending: Future[list[float]] | None = None
-        self._asked = 0
 
     def hello(self) -> int:
         """Greet the server; returns the step after which both sides go on.
@@ -110,10 +94,6 @@ class RemoteServer:
         self._session, self._limits, self.client = reply.session, reply.limits, reply.client
         self.journal_updates = reply.journal_updates
         return reply.start
-
-    def at(self, step: int) -> None:
-        """The client is in the state after `step` now, and will begin the next one."""
-        self.current, self._asked = step, 0
 
     @property
     def incarnation(self) -> str:
@@ -133,11 +113,10 @@ class RemoteServer:
         NaN, and nothing is sent, where an activation is no number: a server refuses such bytes.
         """
         self._settle()
-        arrays = [self._arrays.to_wire(h) for h in activations]
-        if not all(array.finite() for array in arrays):
-            return PendingLosses(_answered([math.nan for _ in arrays]))
-        step, noise = self.current + 1, self._noise()
-        packed = [pack(array, self._compression, noise=noise) for array in arrays]
+        packed = self._finite_packed(activations)
+        if packed is None:
+            return PendingLosses(_answered([math.nan for _ in activations]))
+        step = self.current + 1
         self._count_up(packed, targets)
 
         def ask() -> list[float]:
@@ -197,11 +176,9 @@ class RemoteServer:
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed); NaN as in `losses`."""
         self._settle()
-        arrays = [self._arrays.to_wire(h) for h in pair]
-        if not all(array.finite() for array in arrays):
+        packed = self._finite_packed(pair)
+        if packed is None:
             return math.nan, math.nan
-        noise = self._noise()
-        packed = [pack(array, self._compression, noise=noise) for array in arrays]
         self._count_up(packed, targets)
         self.meter.bytes_in += payload_bytes([seed, epsilon])
 
@@ -328,11 +305,6 @@ class RemoteServer:
 
     def _where(self, step: int) -> pb.Where:
         return pb.Where(session=self._session, step=step)
-
-    def _noise(self) -> str:
-        """The key of the next question's rounding noise: the same when a step is done again."""
-        self._asked += 1
-        return f"{self._seed}/{self.current}/{self._asked}"
 
     def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
