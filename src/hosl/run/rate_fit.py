@@ -7,20 +7,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from hosl.run.rate_config import THEORY, AxisName, RateProblem, axes
+from hosl.run.statistics import Estimate, resampled_seeds
 
 Line: TypeAlias = Mapping[str, Any]
 """What one cell came to; see `rate_study`."""
 
-_DRAWS = 10_000
 
-
-@dataclass(frozen=True)
-class Slope:
-    """An exponent and its 95 % bootstrap interval over seeds."""
-
-    value: float
-    low: float
-    high: float
+class Slope(Estimate):
+    """An exponent."""
 
     def __str__(self) -> str:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]".replace("-0.00", "+0.00")
@@ -70,8 +64,7 @@ def fit_slope(x: np.ndarray, values: np.ndarray) -> Slope:
     centred = np.log(np.asarray(x, float))
     centred -= centred.mean()
     weights = centred / (centred @ centred)
-    seeds = len(values)
-    drawn = np.random.Generator(np.random.Philox(0)).integers(0, seeds, (_DRAWS, seeds))
+    drawn = resampled_seeds(len(values))
     low, high = np.quantile(np.log(values[drawn].mean(1)) @ weights, (0.025, 0.975))
     return Slope(float(np.log(values.mean(0)) @ weights), float(low), float(high))
 

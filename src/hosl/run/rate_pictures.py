@@ -9,6 +9,7 @@ import numpy as np
 
 from hosl.run.rate_config import THEORY, AxisName
 from hosl.run.rate_fit import Axis
+from hosl.run.study_pictures import save
 
 _PANELS: tuple[tuple[AxisName, str], ...] = (
     ("T", "steps T"),
@@ -22,7 +23,6 @@ def draw_rates(found: Sequence[Axis], file: Path) -> None:
     """Every problem relative to the middle of its grid, so that one guide serves all of them."""
     if importlib.util.find_spec("matplotlib") is None:
         return
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.0, 5.4), layout="constrained")
@@ -48,9 +48,7 @@ def draw_rates(found: Sequence[Axis], file: Path) -> None:
             loc="upper center", bbox_to_anchor=(0.5, -0.14),
         )  # fmt: skip
     panels[0].set_ylabel("average |grad f|², over the middle's")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "hosl"}):  # the same cells give the same bytes
-        figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def _line(panel: Any, axis: Axis, label: str, **style: Any) -> None:

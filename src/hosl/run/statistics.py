@@ -20,12 +20,16 @@ _DRAWS = 10_000
 
 
 @dataclass(frozen=True)
-class GapClosure:
-    """G, and its 95 % bootstrap interval over seeds."""
+class Estimate:
+    """A figure and its 95 % bootstrap interval over seeds."""
 
     value: float
     low: float
     high: float
+
+
+class GapClosure(Estimate):
+    """G."""
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-0.00", "0.00")
@@ -68,6 +72,11 @@ def paired_p(values: np.ndarray, others: np.ndarray) -> float:
     return float(np.mean(means >= abs(differences.sum()) * (1 - 1e-9)))
 
 
+def resampled_seeds(seeds: int) -> np.ndarray:
+    """[draws, seeds]: whole seeds, drawn with replacement, for a bootstrap; always the same."""
+    return np.random.Generator(np.random.Philox(0)).integers(0, seeds, (_DRAWS, seeds))
+
+
 def gap_closure(method: np.ndarray, frozen: np.ndarray, first_order: np.ndarray) -> GapClosure | None:
     """G = mean(method - frozen) / mean(first_order - frozen), a ratio of means; None: the gap is not resolved.
 
@@ -79,7 +88,7 @@ def gap_closure(method: np.ndarray, frozen: np.ndarray, first_order: np.ndarray)
     seeds = len(of_gap)
     if seeds < 2 or not abs(of_gap.mean()) >= 2 * of_gap.std(ddof=1) / seeds**0.5 or not of_gap.mean():
         return None
-    drawn = np.random.Generator(np.random.Philox(0)).integers(0, seeds, (_DRAWS, seeds))
+    drawn = resampled_seeds(seeds)
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw may hold only seeds without a gap
         ratios = of_method[drawn].mean(1) / of_gap[drawn].mean(1)
     low, high = np.quantile(ratios[np.isfinite(ratios)], (0.025, 0.975))

@@ -70,7 +70,7 @@ def draw_curves(
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(title="row, and its last value", frameon=False, fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_memory(
@@ -102,7 +102,7 @@ def draw_memory(
     axes.set(title=title, xlabel="client peak, MiB of tensors", ylabel="test accuracy, %")
     axes.set_xlim(left=0)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def _labels(shown: Mapping[str, list[Summary]], frozen: str, first_order: str, key: str) -> dict[str, str]:
@@ -129,9 +129,10 @@ def _axes(inches: tuple[float, float]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, file: Path) -> None:
+def save(figure: Any, file: Path) -> None:
+    """Write an SVG, and the folders above it."""
     import matplotlib
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "hosl"}):  # the same runs give the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": "hosl"}):  # the same figures give the same bytes
         figure.savefig(file, metadata={"Date": None})
