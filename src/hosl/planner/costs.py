@@ -117,8 +117,7 @@ def beyond_weights(
     That is the same at every cut, so the lowest is enough to find it; and with one direction as with many.
     """
     assert config.method not in BACKWARD, f"{config.method} keeps something of every block"
-    if config.model.cut > lowest_cut(config):
-        config = with_cut(config, lowest_cut(config))
+    config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
 
     def at(rows: int, tokens: int) -> float:
         cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
@@ -176,9 +175,16 @@ def with_cut(config: Config, cut: int) -> Config:
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=cut))
 
 
-def lowest_cut(config: Config) -> int:
-    """The lowest cut at which a client has the blocks that its method trains, at least one."""
-    return config.zo.guided_blocks if config.method in ("hosl-guided", "hosl-node") else 1
+def lowest_cut(method: str, guided_blocks: int, trainable: str) -> int:
+    """The lowest cut at which a client has the blocks that it trains."""
+    if method in ("hosl-guided", "hosl-node"):
+        return guided_blocks
+    return 1 if trainable == "last-block" else 0
+
+
+def lowest_with_block(config: Config) -> int:
+    """The same, for a client of one block at least."""
+    return max(lowest_cut(config.method, config.zo.guided_blocks, config.client.trainable), 1)
 
 
 def clean_pass(config: Config) -> Config:

@@ -146,10 +146,8 @@ class _Numbers(TorchDispatchMode):
         if func is _ATEN._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
         if func is _ATEN.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            of, (mask, *_) = (
-                args[0],
-                args[1],
-            )  # a mask chooses all: of an embedding's gradient, every row looked up
+            # a mask chooses all: of an embedding's gradient, every row looked up
+            of, mask = args[0], args[1][0]
             return of.new_empty((mask.numel(), *of.shape[mask.dim() :]))
         return func(*args, **(kwargs or {}))
 
@@ -197,9 +195,7 @@ class _Counting(_Numbers):
             rows, heads, length, width = query.shape
             backward = _ATTENTION[packet] == 1
             _add(work.attention, Attention(rows, heads, length, key.shape[-2], width, query.dtype, backward))
-        elif (
-            outputs and packet not in _ONLY_ASK and not _is_view(func)
-        ):  # without outputs: a question of its device
+        elif outputs and packet not in _ONLY_ASK and not _is_view(func):  # no outputs: asks for its device
             inputs = _tensors((args, kwargs))
             if _is_pointwise(func):
                 work.peak_bytes = max(work.peak_bytes, self._held_bytes + _promoted_bytes(inputs))

@@ -19,6 +19,7 @@ from hosl.planner.costs import (
     along_cuts,
     client_cost_at,
     lowest_cut,
+    lowest_with_block,
     server_cost,
     with_cut,
 )
@@ -186,7 +187,7 @@ def nearest_that_fits(
         if rows is not None:
             return _with_rows_at_once(config, rows)
         base = _with_rows_at_once(config, 1)
-    lowest, highest = lowest_cut(base), base.model.cut - 1
+    lowest, highest = lowest_with_block(base), base.model.cut - 1
     if highest < lowest or not fits(with_cut(base, lowest)):
         return None
     at_lowest = most_needed(takes(with_cut(base, lowest)))
@@ -262,8 +263,7 @@ def _along(
     question: Question, row: Row, cuts: Sequence[int], servers: _Servers, *, micro_batch_rows: int | None
 ) -> list[PlanRow]:
     shape = question.shape
-    lowest = question.base.zo.guided_blocks if row.method in ("hosl-guided", "hosl-node") else 0
-    lowest = max(lowest, 1 if row.client.get("trainable") == "last-block" else 0)
+    lowest = lowest_cut(row.method, question.base.zo.guided_blocks, row.client.get("trainable", ""))
     usable = [cut for cut in cuts if cut >= lowest]
     configs = {cut: row.applied(question.base, cut=cut, micro_batch_rows=micro_batch_rows) for cut in usable}
     traffics: list[Traffic] = []

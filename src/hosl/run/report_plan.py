@@ -68,11 +68,11 @@ def _peaks(
     config: Config, shape: "ModelShape", batch: dict[str, int], cuts: Sequence[int]
 ) -> dict[int, float]:
     """Cut -> the most that the client's tensors take, at those cuts that the method allows."""
-    from hosl.planner.costs import client_memory, lowest_cut, with_cut
+    from hosl.planner.costs import client_memory, lowest_with_block, with_cut
 
     known = {}
     return {
         cut: client_memory(with_cut(config, cut), shape, known)(batch["rows"], batch["tokens"])[1]
         for cut in cuts
-        if cut >= lowest_cut(config)
+        if cut >= lowest_with_block(config)
     }
