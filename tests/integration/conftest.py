@@ -5,6 +5,8 @@ import csv
 import pytest
 import tokenizers
 import yaml
+from tests.conftest import build
+from tests.integration.network import split
 
 WORDS = ["red", "green", "blue", "round", "flat", "long", "warm", "cold", "old", "new"]
 
@@ -43,3 +45,11 @@ def tiny_run(tmp_path, tiny):
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The folder of a tiny classifier that was split."""
+    folder = tmp_path_factory.mktemp("refusals")
+    build("bert").save_pretrained(folder / "model")
+    return split(folder / "model", folder / "halves")

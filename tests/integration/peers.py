@@ -99,3 +99,17 @@ def model_of(facts):
         family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"], dtype=pb.FLOAT32,
         client_digest=facts["client_digest"], server_digest=facts["server_digest"],
     )  # fmt: skip
+
+
+def refused_as(peer, verb, frames):
+    """The name of the error that `frames` meet; None where they are answered."""
+    try:
+        peer.call(verb, frames)
+    except grpc.RpcError as failed:
+        named = dict(failed.trailing_metadata() or ()).get(ERROR_KEY)
+        if not named:
+            raise AssertionError(
+                f"{verb} was refused without a name: {failed.code()} {failed.details()}"
+            ) from None
+        return named
+    return None
