@@ -72,7 +72,7 @@ def test_low_rank_probes_of_a_step_share_their_forwards(tiny, padded, monkeypatc
     list(client.probes(batch, SEEDS, 1e-3))
     assert seen == [2 * len(SEEDS) * 5]  # one forward for all
     seen.clear()
-    monkeypatch.setattr("hosl.parties.torch_client.TOKENS_AT_ONCE", 2 * 2 * batch.input_ids.size)
+    monkeypatch.setattr("hosl.parties.torch_client.STACKED_TOKENS_AT_ONCE", 2 * 2 * batch.input_ids.size)
     list(client.probes(batch, SEEDS, 1e-3))
     assert seen == [
         2 * 2 * 5,

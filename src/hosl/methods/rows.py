@@ -77,6 +77,7 @@ ROWS = (
     Row("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
     Row("hosl-gradient, forward-mode", "hosl-gradient", {"derivative": "forward-mode"}),
     Row("hosl-gradient, low-rank", "hosl-gradient", {"law": "low-rank"}),
+    Row("hosl-gradient, low-rank, one-sided", "hosl-gradient", {"law": "low-rank", "sides": "one"}),
     Row("hosl-gradient, activation-guided", "hosl-gradient", {"guidance": "activation"}),
     Row("hosl-gradient, mixed", "hosl-gradient", {"guidance": "mixed"}),
     Row("hosl-guided", "hosl-guided"),

@@ -212,16 +212,16 @@ def _low_rank_linear(
     ]
     rows = _by_sign([torch.from_numpy(a) for a in scaled], signs, weight)
     evaluations = len(signs) * len(probes)
-    shifts = [] if "bias" not in names else [_whole(module.bias, names["bias"], probe) for probe in probes]
+    if "bias" in names:  # a second row, which every token takes once: y is read and written one time less
+        shifts = [_whole(module.bias, names["bias"], probe) for probe in probes]
+        rows = torch.cat([rows, _by_sign(shifts, signs, weight)], dim=1)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y = own_forward(x)
         parts = x.reshape(evaluations, -1, module.in_features)
-        along = torch.bmm(parts, columns.repeat_interleave(len(signs), dim=0)[:, :, None])
-        by_sign = y.view(evaluations, -1, module.out_features)
-        by_sign.baddbmm_(along, rows)
-        if shifts:
-            by_sign.add_(_by_sign(shifts, signs, weight))
+        along = parts.new_ones(*parts.shape[:2], rows.shape[1])
+        along[..., :1] = torch.bmm(parts, columns.repeat_interleave(len(signs), dim=0)[:, :, None])
+        y.view(evaluations, -1, module.out_features).baddbmm_(along, rows)
         return y
 
     return forward

@@ -31,6 +31,9 @@ from hosl.split import ClientHalf
 TOKENS_AT_ONCE = 4096
 """How many tokens a client evaluates at once where `micro_batch_rows` does not say otherwise."""
 
+STACKED_TOKENS_AT_ONCE = 1024
+"""How many tokens low-rank probes fill a shared pass over the weights with: the fastest size (docs/benchmarks.md)."""
+
 
 class FrozenClient:
     """A client that only computes activations: the baseline that every comparison owes, and the base of the others."""
@@ -116,7 +119,7 @@ class ZerothOrderClient(FrozenClient):
 
     def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
         """For each seed f_c at theta_c + epsilon u(seed) and theta_c - epsilon u(seed), [rows, seq, width] each."""
-        for probes in self._groups(batch, seeds, epsilon):
+        for probes in self._groups(batch, seeds, epsilon, BOTH_SIDES):
             pairs = list(in_one(self._signed(batch, probes, BOTH_SIDES), len(batch.input_ids)))
             while pairs:  # what is handed out is not held here while the next is computed
                 yield _pair(pairs.pop(0))
@@ -131,14 +134,14 @@ class ZerothOrderClient(FrozenClient):
         activations' dtype: elements are taken to be off by r h each, independently. Rounding inside the half adds up
         to more: it is a floor.
         """
-        for probes in self._groups(batch, seeds, epsilon):
+        for probes in self._groups(batch, seeds, epsilon, BOTH_SIDES):
             yield from self._projected(batch, probes, BOTH_SIDES, gradient, None)
 
     def one_sided_projections(
         self, batch: Batch, clean: torch.Tensor, seeds: Sequence[int], epsilon: float, gradient: torch.Tensor
     ) -> Iterator[Projection]:
         """For each seed <gradient, h+ - clean> / epsilon, row by row. Source: methods.md (a)."""
-        for probes in self._groups(batch, seeds, epsilon):
+        for probes in self._groups(batch, seeds, epsilon, PLUS_SIDE):
             yield from self._projected(batch, probes, PLUS_SIDE, gradient, clean)
 
     def tangents(self, batch: Batch, seeds: Sequence[int], gradient: torch.Tensor) -> Iterator[Projection]:
@@ -155,9 +158,11 @@ class ZerothOrderClient(FrozenClient):
     def _probe_along(self, batch: Batch, seed: int, epsilon: float) -> Probe:
         return Probe(seed, epsilon, self.law)
 
-    def _groups(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[list[Probe]]:
-        """Probes that are evaluated at once: low-rank ones share a pass over the weights, as far as memory goes."""
-        together = max(TOKENS_AT_ONCE // (2 * batch.input_ids.size), 1)
+    def _groups(
+        self, batch: Batch, seeds: Sequence[int], epsilon: float, signs: Signs
+    ) -> Iterator[list[Probe]]:
+        """Probes that are evaluated at once: low-rank ones share a pass over the weights, as far as it pays."""
+        together = max(STACKED_TOKENS_AT_ONCE // (len(signs) * batch.input_ids.size), 1)
         probes = [self._probe_along(batch, seed, epsilon) for seed in seeds]
         for law, same in groupby(probes, key=lambda probe: probe.law):
             of_law = list(same)
