@@ -256,22 +256,28 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: if there is no such file, it is not YAML, or a setting is unknown or impossible.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"config {path}: no such file; `hosl train --help` lists the settings") from None
-    except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"config {path} cannot be read as text: {cause}") from cause
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as cause:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(cause).split())}") from cause
+    content = read_yaml(path, kind="config", instead="`hosl train --help` lists the settings")
     if content is None:
         raise ConfigError(
             f"config {path} is empty; a run needs at least one setting, such as `max_steps: 300`"
         )
     return parse_config(content, where=str(path))
+
+
+def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
+    """What a YAML file says; None for an empty one. `kind` names it in errors, `instead` says what helps without it.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{kind} {path}: no such file; {instead}") from None
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"{kind} {path} cannot be read as text: {cause}") from cause
+    except yaml.YAMLError as cause:
+        raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(cause).split())}") from cause
 
 
 def parse_config(content: object, *, where: str) -> Config:

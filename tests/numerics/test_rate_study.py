@@ -21,12 +21,14 @@ from hosl.run.rate_config import (
     ChainProblem,
     Middle,
     RateStudy,
-    load_rate_study,
+    is_rate_study,
+    parse_rate_study,
     step_size,
     tuning_cells,
 )
 from hosl.run.rate_fit import fit_slope, two_terms
 from hosl.run.rate_study import CutProblem, chosen_scale, run_rate_study
+from hosl.run.study_config import read_study
 
 CHAIN = ChainProblem(
     middle=Middle(steps=8, directions=2, cut=5), scales=(0.5, 1.0), size=12, rows=16, noise=2.0, batch_rows=3,
@@ -216,10 +218,9 @@ def test_hosl_study_recognises_a_rate_study(tmp_path, capsys):
 
 
 def test_the_shipped_study_is_valid_and_impossible_ones_are_refused(tmp_path):
-    shipped = load_rate_study(STUDIES / "rate.yaml")
-    assert shipped is not None
+    shipped = parse_rate_study(read_study(STUDIES / "rate.yaml"), where="rate.yaml")
     assert set(shipped.problems) == {"chain", "chain-even", "bert"}
-    assert load_rate_study(STUDIES / "quick.yaml") is None
+    assert not is_rate_study(read_study(STUDIES / "quick.yaml"))
     for change, named in (
         ({"steps": (4,)}, "steps"),
         ({"cuts": (5, 12)}, "cut 12"),

@@ -12,7 +12,7 @@ from msgspec import structs
 from hosl.errors import ConfigError, FolderError, NonFiniteError
 from hosl.run.record import cores
 from hosl.run.study import config_of_run
-from hosl.run.study_config import load_study, study_grid, study_groups
+from hosl.run.study_config import parse_study, read_study, study_grid, study_groups
 from hosl.run.study_files import Places, begun, read_summaries
 from hosl.run.study_grid import Grid, Row, merged
 from hosl.run.study_process import _DIVERGED
@@ -36,7 +36,7 @@ def study(tmp_path):
     def make(**settings):
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(STUDY | settings))
-        return load_study(path)
+        return parse_study(read_study(path), where=str(path))
 
     return make
 
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text, said):
     if text is not None:
         (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
-        load_study(tmp_path / "s.yaml")
+        parse_study(read_study(tmp_path / "s.yaml"), where="s.yaml")
 
 
 def test_two_rows_of_one_name_are_refused(study):

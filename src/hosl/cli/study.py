@@ -6,10 +6,10 @@ from typing import Any
 
 from hosl.cli.answers import answer, verb_parser
 from hosl.errors import ConfigError
-from hosl.run.rate_config import RateStudy, load_rate_study
+from hosl.run.rate_config import RateStudy, is_rate_study, parse_rate_study
 from hosl.run.rate_study import missing_cells, run_rate_study
 from hosl.run.study import check_runs, config_of_run, first_run, run_study
-from hosl.run.study_config import Study, load_study
+from hosl.run.study_config import Study, parse_study, read_study
 
 
 def run(words: list[str]) -> int:
@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
         help="make this one run again, in a new folder; a study's table names its runs",
     )
     known = parser.parse_args(words)
-    study = load_rate_study(known.study) or load_study(known.study)
+    study = _read(known.study)
     if known.dry_run:
         answer(_planned(study), as_json=known.json)
         return 0
@@ -48,6 +48,11 @@ def run(words: list[str]) -> int:
     if not known.json:
         sys.stdout.write("\n" + Path(done["table"]).read_text(encoding="utf-8"))
     return 0
+
+
+def _read(path: str) -> Study | RateStudy:
+    content = read_study(path)
+    return (parse_rate_study if is_rate_study(content) else parse_study)(content, where=path)
 
 
 def _one_run(study: Study | RateStudy, name: str, *, as_json: bool) -> int:

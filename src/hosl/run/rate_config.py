@@ -8,11 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import msgspec
-import yaml
 
 from hosl.core.directions import Law
 from hosl.errors import ConfigError
@@ -142,22 +140,21 @@ class Cell:
     seed: int
 
 
-def load_rate_study(path: str | Path) -> RateStudy | None:
-    """Read a study's YAML file; None if it is not of `kind: rate`, or no file at all: another reader will say what.
+def is_rate_study(content: object) -> bool:
+    """Whether a study's file says `kind: rate`."""
+    return isinstance(content, Mapping) and content.get("kind") == "rate"
+
+
+def parse_rate_study(content: object, *, where: str) -> RateStudy:
+    """Check what a study's file says; `where` names it in errors.
 
     Raises:
         ConfigError: if something in it is unknown or impossible.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    if not isinstance(content, Mapping) or content.get("kind") != "rate":
-        return None
-    try:
         return msgspec.convert(content, RateStudy)
     except msgspec.ValidationError as cause:
-        raise ConfigError(f"study {path}: {cause}") from cause
+        raise ConfigError(f"study {where}: {cause}") from cause
 
 
 def tuning_cells(study: RateStudy, name: str) -> list[Cell]:

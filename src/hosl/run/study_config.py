@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
-import yaml
 
-from hosl.config import Method, parse_config
+from hosl.config import Method, parse_config, read_yaml
 from hosl.errors import ConfigError
 from hosl.run.study_grid import Grid, Row, merged
 
@@ -144,23 +143,25 @@ class Group:
     """Method name -> row of the grid."""
 
 
-def load_study(path: str | Path) -> Study:
-    """Read a study's YAML file.
+def read_study(path: str | Path) -> object:
+    """What a study's YAML file says, of whichever kind the study is.
 
     Raises:
-        ConfigError: if there is no such file, it is not YAML, or something in it is unknown or impossible.
+        ConfigError: if there is no such file, or it is not YAML.
+    """
+    return read_yaml(path, kind="study", instead="examples/studies has some to start from")
+
+
+def parse_study(content: object, *, where: str) -> Study:
+    """Check what a study's file says; `where` names it in errors.
+
+    Raises:
+        ConfigError: if something in it is unknown or impossible.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         return msgspec.convert(content, Study)
-    except FileNotFoundError:
-        raise ConfigError(f"study {path}: no such file; examples/studies has some to start from") from None
-    except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"study {path} cannot be read as text: {cause}") from cause
-    except yaml.YAMLError as cause:
-        raise ConfigError(f"study {path} is not YAML: {' '.join(str(cause).split())}") from cause
     except msgspec.ValidationError as cause:
-        raise ConfigError(f"study {path}: {cause}{_hint(str(cause))}") from cause
+        raise ConfigError(f"study {where}: {cause}{_hint(str(cause))}") from cause
 
 
 def study_groups(study: Study) -> list[Group]:
