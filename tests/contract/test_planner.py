@@ -7,7 +7,7 @@ import torch
 from msgspec import structs
 from tests.conftest import MODELS, build
 
-from hosl.config import Config, ModelConfig
+from hosl.config import Config, ModelConfig, parse_config
 from hosl.errors import ConfigError
 from hosl.methods.made_up import NoServer, fixed_batch
 from hosl.methods.rows import ROWS
@@ -75,6 +75,17 @@ def test_memory_bytes_and_trained_numbers_are_predicted(family, way):
     assert abs(cost.peak_bytes - peak_bytes) <= 0.02 * peak_bytes + 15 * ID_BYTES
     assert traffic.bytes_up == pytest.approx(of_server.bytes_in, rel=0.02)
     assert traffic.bytes_down == pytest.approx(of_server.bytes_out, rel=0.02)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_authors_profile_is_planned_too():
+    settings = {"profile": "authors-head", "method": "hosl", "zo": {"law": "sphere", "directions": 2}}
+    settings |= {"model": {"cut": CUT}, "server": {"optimiser": {"name": "sgd", "momentum": 0.9}}}
+    model, config = build("bert"), parse_config(settings, where="test")
+    cost, _ = client_cost_at(config, shape_of("bert", model), ROWS_, TOKENS)
+    client, peak_bytes, _ = measured(config, split_model(model, CUT)[0])
+    assert cost.static_bytes == party_bytes(client)
+    assert abs(cost.peak_bytes - peak_bytes) <= 0.02 * peak_bytes + 15 * ID_BYTES
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -44,6 +44,16 @@ class NoServer:
         """As `losses`."""
         return NoServer.losses(self, activations, targets)
 
+    def loss_with_dropout(self, activations: Any, targets: Targets, dropout_seed: int) -> float:
+        """As `losses`."""
+        return self.losses([activations], targets)[0]
+
+    def step_with_dropout(
+        self, activations: Any, targets: Targets, *, step: int, dropout_seed: int
+    ) -> StepReply:
+        """As `step`, at activations that have crossed for `loss_with_dropout`."""
+        return StepReply(0.7)
+
     def gradient(self, activations: Any, targets: Targets) -> StepReply:
         """As `step`."""
         return self.step(activations, targets, step=0, want_gradient=True)

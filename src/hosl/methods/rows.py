@@ -45,7 +45,7 @@ class Row:
             ConfigError: if the method does not allow what `base` or the row asks.
         """
         settings: dict[str, Any] = msgspec.to_builtins(base)
-        settings["method"] = self.method
+        settings |= {"method": self.method, "profile": "paper"}
         plain = msgspec.to_builtins(Config())
         settings["zo"] |= {
             name: plain["zo"][name] for name in ("fo_point", "sides", "derivative", "guidance")

@@ -192,7 +192,7 @@ def clean_pass(config: Config) -> Config:
     plain = msgspec.structs.replace(
         config.zo, fo_point="clean", sides="two", derivative="difference", row_clip=None, guidance="none"
     )
-    return msgspec.structs.replace(config, method="frozen", zo=plain)
+    return msgspec.structs.replace(config, method="frozen", profile="paper", zo=plain)
 
 
 def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
