@@ -77,6 +77,20 @@ def test_memory_bytes_and_trained_numbers_are_predicted(family, way):
     assert traffic.bytes_down == pytest.approx(of_server.bytes_out, rel=0.02)
 
 
+@pytest.mark.parametrize("optimiser", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw"}])
+def test_a_server_whose_optimiser_has_state_is_planned_with_it(optimiser):
+    shape = shape_of("bert", build("bert"))
+    plain, stateful = (
+        server_cost(
+            parse_config({"model": {"cut": CUT}, "server": {"optimiser": how}}, where="test"), shape, 4, 24
+        )
+        for how in ({"name": "sgd"}, optimiser)
+    )
+    states = 2 if optimiser["name"] == "adamw" else 1
+    held = stateful.static_bytes - plain.static_bytes
+    assert held == pytest.approx(states * 4 * plain.trained, rel=0.01)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_the_authors_profile_is_planned_too():
     settings = {"profile": "authors-head", "method": "hosl", "zo": {"law": "sphere", "directions": 2}}

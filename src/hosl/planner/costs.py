@@ -265,7 +265,9 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
         dtype = DTYPES[config.model.dtype]
         h = torch.empty(rows, tokens, shape.width, dtype=dtype)
         if _has_state(server):
-            server.step(h, targets, step=1)
+            work_of(
+                lambda: server.step(h, targets, step=1), [*_alive(server), h]
+            )  # only there losses have no value
         alive = [*_alive(server), h]
         work = work_of(lambda: _serve(config, server, h, targets), alive)
         if config.method == "hosl":
