@@ -265,9 +265,7 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
         dtype = DTYPES[config.model.dtype]
         h = torch.empty(rows, tokens, shape.width, dtype=dtype)
         if _has_state(server):
-            work_of(
-                lambda: server.step(h, targets, step=1), [*_alive(server), h]
-            )  # only there losses have no value
+            server.step(h, targets, step=1)
         alive = [*_alive(server), h]
         work = work_of(lambda: _serve(config, server, h, targets), alive)
         if config.method == "hosl":

@@ -87,8 +87,11 @@ class Work:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Within this fence new tensors have no data. Models are given over by `empty_`; arrays come in as they are."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    """Within this fence new tensors have no data. Models are given over by `empty_`; arrays come in as they are.
+
+    Numbers that code reads out of tensors are made up (`_MadeUp`, `_Numbers`).
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _MadeUp(), _Numbers():
         yield
 
 
@@ -122,13 +125,13 @@ def work_of(code: Callable[[], Any], alive: Iterable[torch.Tensor]) -> Work:
     """Run `code` and count.
 
     Args:
-        code: may call any torch operation; numbers that it reads out of tensors are made up (`_MadeUp`).
+        code: may call any torch operation.
         alive: tensors that are there before: they are not counted.
 
     Requires: inside `without_data`.
     """
     work = Work()
-    with _MadeUp(), _Counting(work, alive):
+    with _Counting(work, alive):
         code()
     return work
 
@@ -152,7 +155,7 @@ class _Numbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Counting(_Numbers):
+class _Counting(TorchDispatchMode):
     """Follows every storage from its birth to its end, and what is computed between."""
 
     def __init__(self, work: Work, alive: Iterable[torch.Tensor]) -> None:
@@ -163,7 +166,7 @@ class _Counting(_Numbers):
             self._known[t.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **(kwargs or {}))
         outputs = [out] if isinstance(out, torch.Tensor) else _tensors(out)
         for t in outputs:
             for dense in _dense(t):
