@@ -1,6 +1,6 @@
 """Several devices with one client half: does each draw its own directions, or do all draw the same?
 
-    python benchmarks/several_clients.py [--clients 4] [--seeds 0 1 2] [--steps 60]     # resumes; about 3 minutes a run
+    python benchmarks/several_clients.py [--clients 4] [--seeds 0 1 2] [--steps 60]     # resumes
 
 Real processes over loopback: one server, N devices, each with its own quarter of the embedded task's training rows. A
 round has 2Q + 1 uploads of every device. With own directions a round knows N Q directions, each from one device's
@@ -11,7 +11,7 @@ import argparse
 import csv
 import json
 import os
-import statistics
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from hosl.run.study_table import of_seeds, spread_text
 from hosl.split.loading import EMBEDDED_MODEL
 from hosl.tasks.classification import LabelledText, carve
 from hosl.tasks.docstrings import standard_library_texts
@@ -34,7 +35,7 @@ HELD_OUT = 400
 def write_tasks(clients: int) -> None:
     """Test and dev for all, and each device's own training rows; labels are dealt out evenly."""
     labels, texts = standard_library_texts(Path(os.__file__).parent)
-    test, dev, train = carve(texts, [HELD_OUT / len(texts)] * 2, seed=0)
+    test, dev, train = carve(texts, [HELD_OUT] * 2, seed=0)
     by_label = sorted(train, key=lambda row: row[1])
     parts = {"test": test, "dev": dev} | {
         f"train-{place}": by_label[place::clients] for place in range(clients)
@@ -80,6 +81,7 @@ def made(folder: Path, settings: list[dict[str, object]], seed: int) -> dict[str
     done = folder / "summary.json"
     if done.exists():
         return json.loads(done.read_text("utf-8"))
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
     folder.mkdir(parents=True)
     _call("split", EMBEDDED_MODEL, folder / "halves", "--cut", 6, "--head", "classification", "--labels", 20,
           "--seed", seed)  # fmt: skip
@@ -94,7 +96,7 @@ def made(folder: Path, settings: list[dict[str, object]], seed: int) -> dict[str
             joined.append(_started(words))
         said = [process.communicate()[0] for process in joined]
         if any(process.returncode for process in joined):
-            raise SystemExit(f"a device failed; see what it wrote above, and remove {folder}")
+            raise SystemExit(f"a device failed; see what it wrote above, and {folder / 'server.log'}")
     summaries = [json.loads(text.splitlines()[-1]) for text in said]
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(summaries[0]), encoding="utf-8")
@@ -163,19 +165,12 @@ def main() -> None:
     print("| directions | client rate | test accuracy | test loss, nats | loss - frozen's, per seed |")
     print("|---|---|---|---|---|")
     for name, summaries in found.items():
-        accuracy, loss = ([s[key] for s in summaries] for key in ("test_accuracy", "test_loss_nats"))
-        apart = [
-            s["test_loss_nats"] - f["test_loss_nats"] for s, f in zip(summaries, found["frozen"], strict=True)
-        ]
+        accuracy, loss = 100 * of_seeds(summaries, "test_accuracy"), of_seeds(summaries, "test_loss_nats")
+        apart = loss - of_seeds(found["frozen"], "test_loss_nats")
         shown = "" if name == "frozen" else ", ".join(f"{value:+.4f}" for value in apart)
         print(
-            f"| {name} | {chosen[name]:g} | {_spread(accuracy, 100, 2)} | {_spread(loss, 1, 4)} | {shown} |"
+            f"| {name} | {chosen[name]:g} | {spread_text(accuracy, 2)} | {spread_text(loss, 4)} | {shown} |"
         )
-
-
-def _spread(values: list[float], scale: float, digits: int) -> str:
-    sd = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * sd:.{digits}f}"
 
 
 if __name__ == "__main__":
