@@ -14,9 +14,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -54,7 +56,7 @@ def _write_csv(file: Path, labels: tuple[str, ...], rows: list[LabelledText]) ->
 
 def config(
     place: int, *, directions: str, rate: float, seed: int, clients: int, steps: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One device's settings; rate 0 is the frozen client."""
     data = OUT / "data"
     return {
@@ -76,7 +78,7 @@ def config(
     }  # fmt: skip
 
 
-def made(folder: Path, settings: list[dict[str, object]], seed: int) -> dict[str, object]:
+def made(folder: Path, settings: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     """The first device's summary, from before or from a run of server and devices in processes of their own."""
     done = folder / "summary.json"
     if done.exists():
@@ -92,11 +94,11 @@ def made(folder: Path, settings: list[dict[str, object]], seed: int) -> dict[str
             file = folder / f"device-{place}.yaml"
             file.write_text(yaml.safe_dump(settings_of), encoding="utf-8")
             words = ["join", folder / "halves" / "client", "--to", to, "--config", file, "--json"]
-            words += ["--output-dir", folder / f"device-{place}"]
+            words += ["--output-dir", folder / f"device-{place}" / "run"]  # its name is what they share
             joined.append(_started(words))
-        said = [process.communicate()[0] for process in joined]
-        if any(process.returncode for process in joined):
-            raise SystemExit(f"a device failed; see what it wrote above, and {folder / 'server.log'}")
+        said = _all_said(joined)
+    if said is None:
+        raise SystemExit(f"a device failed; see what it wrote above, and {folder / 'server.log'}")
     summaries = [json.loads(text.splitlines()[-1]) for text in said]
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(summaries[0]), encoding="utf-8")
@@ -106,6 +108,17 @@ def made(folder: Path, settings: list[dict[str, object]], seed: int) -> dict[str
 
 def _started(words: list[object]) -> subprocess.Popen[str]:
     return subprocess.Popen([*HOSL, *map(str, words)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def _all_said(joined: list[subprocess.Popen[str]]) -> list[str] | None:
+    """What every device printed; None if one failed: the others, who would wait for it, are ended."""
+    while any(process.poll() is None for process in joined):
+        if any(process.returncode for process in joined):
+            for process in joined:
+                process.terminate()
+        time.sleep(0.2)
+    said = [process.communicate()[0] for process in joined]
+    return None if any(process.returncode for process in joined) else said
 
 
 def _call(*words: object) -> str:
@@ -150,7 +163,7 @@ def main() -> None:
     asked = words.parse_args()
     write_tasks(asked.clients)
 
-    def run(directions: str, rate: float, seed: int) -> dict[str, object]:
+    def run(directions: str, rate: float, seed: int) -> dict[str, Any]:
         name = f"{directions}-{rate:g}-seed{seed}"
         print(f"run {name}", file=sys.stderr, flush=True)
         of_all = {"directions": directions, "rate": rate, "seed": seed, "clients": asked.clients}
