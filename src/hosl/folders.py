@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written under another name, flushed, renamed."""
+"""A folder or a file that appears whole or not at all: written under another name, then renamed."""
 
 import os
 import shutil
@@ -37,6 +37,23 @@ def whole_folder(out: Path) -> Iterator[Path]:
         ) from cause
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def whole_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, in place of what was there.
+
+    Two processes may write the same file at once: one of them is the last.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
         raise
 
 

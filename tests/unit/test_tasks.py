@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 
 from hosl.errors import TaskError
-from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, load_task
+from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, docstrings, load_task
 from hosl.tasks.classification import carve
 from hosl.tasks.docstrings import standard_library_texts
 
@@ -203,3 +203,47 @@ def test_the_papers_tasks_read_their_real_files(hosl_data, name, tokenizer_folde
             for row, length in zip(example.rows, example.option_lengths, strict=True)
         ]
         assert answers == [label.lower() for label in task.labels]
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A made-up standard library of two packages, with a text of its own each."""
+    for package in ("alpha", "beta"):
+        (tmp_path / "lib" / package).mkdir(parents=True)
+        (tmp_path / "lib" / package / "mod.py").write_text(f'"""only {package} says this"""\n')
+    return tmp_path / "lib"
+
+
+def test_docstrings_are_parsed_once_and_again_when_the_library_changes(library, tmp_path, monkeypatch):
+    cache, parsed = tmp_path / "cache" / "docstrings.json", []
+
+    def counted(folder):
+        parsed.append(folder)
+        return standard_library_texts(folder)
+
+    monkeypatch.setattr(docstrings, "standard_library_texts", counted)
+    first = docstrings._kept_texts(library, cache)
+    assert first == standard_library_texts(library)
+    assert docstrings._kept_texts(library, cache) == first
+    assert len(parsed) == 1
+
+    (library / "beta" / "more.py").write_text('"""beta says one thing more"""\n')
+    assert ("beta says one thing more", 1) in docstrings._kept_texts(library, cache)[1]
+    assert len(parsed) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"made_from": 1}', b'["x"]', b"\xff\xfe"])
+def test_a_damaged_cache_of_docstrings_is_replaced(library, tmp_path, damage):
+    cache = tmp_path / "docstrings.json"
+    found = docstrings._kept_texts(library, cache)
+    whole = cache.read_bytes()
+    cache.write_bytes(damage)
+    assert docstrings._kept_texts(library, cache) == found
+    assert cache.read_bytes() == whole
+
+
+def test_docstrings_are_read_where_nothing_can_be_kept(library, tmp_path):
+    (tmp_path / "file").write_text("where a folder is needed")
+    found = standard_library_texts(library)
+    assert docstrings._kept_texts(library, tmp_path / "file" / "docstrings.json") == found
+    assert docstrings._kept_texts(library, None) == found

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from hosl.errors import FolderError
+from hosl.folders import whole_file
 from hosl.run import report_pictures as pictures
 from hosl.run import report_tables as tables
 from hosl.run import report_words as words
@@ -199,12 +200,9 @@ def _folded_table(title: str, content: str) -> str:
 
 def _written(text: str, path: Path) -> Path:
     """Write a page whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        whole_file(path, text.encode())
     except OSError as cause:
-        partial.unlink(missing_ok=True)
         raise FolderError(
             f"{path} cannot be written: {cause.strerror}; choose another file with -o"
         ) from cause

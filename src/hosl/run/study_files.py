@@ -10,6 +10,7 @@ import msgspec
 
 from hosl.config import Config, dump_config, load_config, parse_config
 from hosl.errors import ConfigError, FolderError
+from hosl.folders import whole_file
 from hosl.run.record import read_lines
 from hosl.run.study_grid import Grid, Summary, Try
 
@@ -125,9 +126,7 @@ def write_summary(run: Try, places: Places, said: Summary) -> Summary:
         "dev_curve": _dev_curve(folder),
     }  # fmt: skip
     places.summaries.mkdir(parents=True, exist_ok=True)
-    partial = places.summary_file(run).with_suffix(".partial")
-    partial.write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
-    partial.replace(places.summary_file(run))
+    whole_file(places.summary_file(run), json.dumps(summary, allow_nan=False).encode())
     return summary
 
 

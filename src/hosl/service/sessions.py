@@ -11,6 +11,7 @@ import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from hosl.errors import AgreementError, LimitError, SessionError, WireError
+from hosl.folders import whole_file
 from hosl.service.hosting import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.wire import hosl_pb2 as pb
@@ -110,9 +111,7 @@ class Sessions:
             facts: dict[str, Any] = {
                 "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
             }  # fmt: skip
-            partial = agreement.with_suffix(".partial")
-            partial.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
-            partial.replace(agreement)
+            whole_file(agreement, msgspec.json.format(msgspec.json.encode(facts), indent=1))
         elif saved := run.saved_steps():
             run.go_back(saved[-1])
         self.runs[request.run] = run

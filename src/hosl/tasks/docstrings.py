@@ -2,18 +2,25 @@
 
 Real text that is on every machine with Python: the first paragraphs of the docstrings of the standard library, label =
 top-level package or module, the 20 with most of them. Python 3.11.7: 4,373 rows. Texts that stand under two labels are
-dropped. Source files are parsed, never imported.
+dropped. Source files are parsed, never imported; what was found is kept in the user's cache folder, since parsing takes
+a second or two of every command.
 """
 
 import ast
+import hashlib
 import os
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+import msgspec
 
 from hosl.core.garbage import uncollected
 from hosl.errors import TaskError
+from hosl.folders import whole_file
 from hosl.tasks.classification import ClassificationTask, LabelledText, carve, encode_classes
 from hosl.tasks.configs import DocstringsConfig
 from hosl.tasks.tokenizer import TextTokenizer
@@ -42,8 +49,7 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
         TaskError: if this Python has no readable standard library.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    with uncollected():
-        labels, texts = standard_library_texts(library)
+    labels, texts = _kept_texts(library, _cache_file())
     if len(labels) < 2:
         raise TaskError(
             f"task docstrings: {library} holds no Python sources to read; use kind: files with your own text"
@@ -53,6 +59,48 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
         train = carve(train, [config.train_rows], seed)[0]
     encoded = [encode_classes(part, tokenizer, config.max_tokens) for part in (train, dev, test)]
     return ClassificationTask("docstrings", labels, *encoded, pad_id=tokenizer.pad_id)
+
+
+def _cache_file() -> Path | None:
+    """Where the found texts are kept between commands; None: this user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hosl", "docstrings.json")
+    except RuntimeError:
+        return None
+
+
+class _Kept(msgspec.Struct, forbid_unknown_fields=True):
+    """The cache's one file."""
+
+    made_from: str
+    labels: tuple[str, ...]
+    texts: list[LabelledText]
+
+
+def _kept_texts(library: Path, cache: Path | None) -> tuple[tuple[str, ...], list[LabelledText]]:
+    """`standard_library_texts`, parsed only when the library, or the way it is read, is not that of the cache."""
+    made_from = _digest(library)
+    if cache is not None:
+        with suppress(OSError, msgspec.DecodeError):  # none yet, or damaged: parsing replaces it
+            kept = msgspec.json.decode(cache.read_bytes(), type=_Kept)
+            if kept.made_from == made_from:
+                return kept.labels, kept.texts
+    with uncollected():
+        labels, texts = standard_library_texts(library)
+    if cache is not None:
+        with suppress(OSError):  # a read-only home or a full disk: the next command parses again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            whole_file(cache, msgspec.json.encode(_Kept(made_from, labels, texts)))
+    return labels, texts
+
+
+def _digest(library: Path) -> str:
+    """Of all that the texts depend on: Python, its library's files by name, size and time, and this module."""
+    digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
+    for path in sorted(_sources(library)):
+        stat = path.stat()
+        digest.update(f"{path}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def standard_library_texts(library: Path) -> tuple[tuple[str, ...], list[LabelledText]]:
