@@ -36,7 +36,6 @@ ROWS = (
     Row("hosl-guided", _method("hosl-guided"), SGD),
     Row("hosl-node", _method("hosl-node", zo={"directions": 16}), SGD),
     Row("fo-recompute-last-block", _method("fo-recompute", **LAST_BLOCK), SGD),
-    Row("hosl-gradient-last-block", _method("hosl-gradient", **LAST_BLOCK), ZO),
     Row("hosl-gradient", _method("hosl-gradient"), ZO),
     Row("hosl", _method("hosl"), ZO),
     Row("fo-fo-adamw", _method("fo-fo", client=ADAMW), (3e-5, 1e-4, 3e-4, 1e-3)),
@@ -44,8 +43,6 @@ ROWS = (
     Row("zo-zo", _method("zo-zo"), (1e-6, 1e-5, 1e-4, 1e-3), one_rate=True),
     Row("hosl-gradient-lora", _method("hosl-gradient", **ADAPTERS), (1e-4, 1e-3, 1e-2, 1e-1)),
     Row("fo-fo-lora", _method("fo-fo", client=ADAMW | {"trainable": "lora"}), (3e-4, 1e-3, 3e-3, 1e-2)),
-    Row("hosl-gradient-activation", _method("hosl-gradient", zo={"guidance": "activation"}), ZO),
-    Row("hosl-gradient-mixed", _method("hosl-gradient", zo={"guidance": "mixed"}), ZO),
     Row("hosl-gradient-gaussian", _method("hosl-gradient", zo={"law": "gaussian"}), ZO),
 )
 FIRST_ORDER = "fo-fo-sgd"
