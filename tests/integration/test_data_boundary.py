@@ -24,10 +24,12 @@ _SESSION = re.compile(r"[0-9a-f]{16}\.\d+")
 
 @pytest.fixture
 def captured(tiny_run, tmp_path):
-    """`captured(labels, method)`: the client's messages of a plaintext run, its task, and the raw bytes."""
+    """`captured(labels, method, zo)`: the client's messages of a plaintext run, its task, and the raw bytes."""
 
-    def run(labels, method):
-        config = tiny_run(method=method, max_steps=4, eval_steps=4, save_steps=4, wire={"labels": labels})
+    def run(labels, method, zo=None):
+        config = tiny_run(
+            method=method, zo=zo or {}, max_steps=4, eval_steps=4, save_steps=4, wire={"labels": labels}
+        )
         settings = yaml.safe_load(config.read_text())
         chance = random.Random(0)
         with (tmp_path / "data.csv").open("w", newline="") as file:
@@ -132,8 +134,9 @@ def test_a_run_with_labels_at_the_client_learns_as_the_ordinary_one(tiny_run, tm
     assert losses["client"] == pytest.approx(losses["server"], rel=1e-3)
 
 
-def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, capsys):
-    sent, _, _ = captured("server", "hosl")
+@pytest.mark.parametrize("point", ["clean", "first-plus"])
+def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, capsys, point):
+    sent, _, _ = captured("server", "hosl", {"fo_point": point})
     words = [
         "audit",
         str(tmp_path / "halves" / "client"),

@@ -325,10 +325,25 @@ def test_an_expired_certificate_is_named(halves, tmp_path):
         Channel(JoinLine.parse(server.line))
 
 
-def test_a_server_gradient_at_several_probes_is_not_for_a_network(tiny_run, tmp_path, capsys):
-    config = tiny_run(zo={"fo_point": "mean-plus"})
+AUTHORS = {
+    "profile": "authors-head",
+    "zo": {"law": "sphere"},
+    "server": {"optimiser": {"name": "sgd", "momentum": 0.9}},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"zo": {"fo_point": "mean-plus"}},
+            "zo.fo_point: mean-plus asks the server for a step at several activations",
+        ),
+        (AUTHORS, "profile authors-head asks the server for losses with dropout"),
+    ],
+)
+def test_what_only_one_process_can_do_is_not_for_a_network(tiny_run, tmp_path, capsys, settings, says):
+    config = tiny_run(**settings)
     line = JoinLine("127.0.0.1", 7070, "t" * 43, None)
     assert main(["join", str(tmp_path / "nowhere"), "--to", str(line), "--config", str(config)]) == 2
-    assert (
-        "zo.fo_point: mean-plus asks the server for a step at several activations" in capsys.readouterr().err
-    )
+    assert says in capsys.readouterr().err

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hosl.config import Config, Method, ZOConfig
+from hosl.core.directions import LAWS
 from hosl.core.parties import ClassTargets, OptionTargets
 from hosl.errors import HoslError, LimitError, WireError
 from hosl.parties.torch_wire import from_wire, to_wire
+from hosl.run.agreement import config_of, training_message
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 from hosl.wire.targets import targets_from_message, targets_to_message
@@ -148,3 +152,17 @@ def test_no_field_can_carry_text_or_token_ids():
         if field.type == FieldDescriptor.TYPE_STRING
     }
     assert found == allowed
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_law_of_directions_has_a_name_on_the_wire(law):
+    agreed = training_message(Config(zo=ZOConfig(law=law)))
+    assert config_of(pb.Model(family="bert", dtype=pb.FLOAT32), agreed, device="cpu").zo.law == law
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_server_knows_every_method_or_its_twin(method):
+    agreed = training_message(Config(method=method))
+    twins = {"fo-recompute": "fo-fo", "hosl-guided": "hosl-gradient", "hosl-node": "hosl-gradient"}
+    served = config_of(pb.Model(family="bert", dtype=pb.FLOAT32), agreed, device="cpu")
+    assert served.method == twins.get(method, method)

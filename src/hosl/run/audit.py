@@ -35,9 +35,9 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
         steps: how many batches to average over.
     """
     batches = [_batch(config, task, step) for step in range(1, steps + 1)]
-    uploads = {"hosl": 2 * config.zo.directions + 1, "zo-zo": 2 * config.zo.directions}.get(config.method, 1)
-    if config.method == "fo-zo":
-        uploads = 2 * config.zo.directions + 1
+    clean = config.zo.fo_point == "clean"  # else the server's step is at a probe that is sent anyway
+    probed = 2 * config.zo.directions
+    uploads = {"hosl": probed + clean, "zo-zo": probed, "fo-zo": probed + 1}.get(config.method, 1)
     questions = {"hosl": config.zo.directions + 1, "zo-zo": config.zo.directions}.get(config.method, 1)
     compression = config.wire.compression
     activation_bytes = [

@@ -204,11 +204,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     """
     check_trackers(config)
     config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
-    if config.zo.fo_point == "mean-plus":
-        raise ConfigError(
-            "zo.fo_point: mean-plus asks the server for a step at several activations, which only `hosl train` has; "
-            "use clean or first-plus"
-        )
+    _check_served(config)
     return_freed_memory()
     facts = half_facts(options.half, "client")
     runtime: Any = import_module("hosl.run.torch_device")
@@ -246,6 +242,20 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
         raise AgreementError(
             f"wire.labels is {config.wire.labels}, but {options.half} was split for labels at the "
             f"{facts.get('labels', 'server')}; split again with --labels-at {config.wire.labels}, or change the config"
+        )
+
+
+def _check_served(config: Config) -> None:
+    """Refuse what a server across a network is never asked for."""
+    if config.zo.fo_point == "mean-plus":
+        raise ConfigError(
+            "zo.fo_point: mean-plus asks the server for a step at several activations, which only `hosl train` has; "
+            "use clean or first-plus"
+        )
+    if config.profile != "paper":
+        raise ConfigError(
+            f"profile {config.profile} asks the server for losses with dropout, which only `hosl train` has; use "
+            "profile paper"
         )
 
 

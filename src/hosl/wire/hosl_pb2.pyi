@@ -36,6 +36,7 @@ class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GAUSSIAN: _ClassVar[Law]
     RADEMACHER: _ClassVar[Law]
     SPHERE: _ClassVar[Law]
+    LOW_RANK: _ClassVar[Law]
 
 class Trainable(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -87,6 +88,7 @@ LAW_UNSPECIFIED: Law
 GAUSSIAN: Law
 RADEMACHER: Law
 SPHERE: Law
+LOW_RANK: Law
 TRAINABLE_UNSPECIFIED: Trainable
 ALL: Trainable
 LORA: Trainable
