@@ -25,7 +25,6 @@ TRAINED = {
 }
 ADAMW = {"client": {"optimiser": {"name": "adamw"}}}
 ZO = {"full": (1e-6, 1e-5, 1e-4), "lora": (1e-3, 1e-2, 1e-1, 1.0)}
-SGD = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def _row(
@@ -41,8 +40,6 @@ ROWS = (
     _row("full", "fo-fo", (1e-5, 3e-5, 1e-4, 3e-4), ADAMW),
     _row("full", "hosl", ZO["full"]),
     _row("full", "hosl-gradient", ZO["full"]),
-    _row("full", "hosl-guided", SGD),
-    _row("full", "hosl-node", SGD, {"zo": {"directions": 16}}),
     # 1e-6 and 1e-5 were tried first: still at 10 nats (docs/log.md)
     _row("full", "zo-zo", (1e-4, 1e-3, 1e-2), one_rate=True),
     _row("lora", "frozen", server_rates=(1e-3, 3e-3, 1e-2, 3e-2)),

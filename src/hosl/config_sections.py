@@ -112,11 +112,13 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def usual_rate(self, method: str) -> float:
         """What worked for a method in docs/results.md, or for lack of that, a careful guess."""
-        if method in ("hosl", "hosl-gradient", "zo-zo"):  # slopes of random directions as long as all weights
-            return 1e-3 if self.trainable == "lora" else 1e-6
+        if method in ("hosl", "hosl-gradient"):  # slopes of random directions as long as all weights
+            return 1e-3 if self.trainable == "lora" else 1e-5
+        if method == "zo-zo":
+            return 1e-3
         if self.optimiser.name == "adamw":
             return 3e-4 if self.trainable == "lora" else 3e-5
-        return 1e-2 if method in ("hosl-guided", "hosl-node") else 3e-3
+        return 1e-2 if method in ("hosl-guided", "hosl-node") or self.trainable == "last-block" else 3e-3
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -67,7 +67,9 @@ def test_only_what_beats_a_client_that_stays_is_called_a_gain(tried, rate, why):
     ("method", "client", "rate"),
     [
         ("hosl-node", {}, 1e-2),
-        ("hosl", {}, 1e-6),
+        ("hosl", {}, 1e-5),
+        ("zo-zo", {}, 1e-3),
+        ("fo-recompute", {"trainable": "last-block"}, 1e-2),
         ("hosl", {"trainable": "lora"}, 1e-3),
         ("fo-fo", {}, 3e-3),
         ("fo-fo", {"optimiser": {"name": "adamw"}}, 3e-5),

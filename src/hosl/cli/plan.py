@@ -18,8 +18,8 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--device-memory", metavar="2GiB", help="what the client process may take; default: no limit"
     )
-    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: no limit")
-    parser.add_argument("--down", help="its downlink, such as 100mbit; default: no limit")
+    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: as --up")
+    parser.add_argument("--down", help="its downlink, such as 100mbit; default: as --up")
     parser.add_argument("--rtt", default="0ms", help="round trip to the server, such as 50ms")
     parser.add_argument("--batch", type=int, help="rows of a batch; default: the config's")
     parser.add_argument(
@@ -39,9 +39,10 @@ def run(words: list[str]) -> int:
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
     limit = float(parse_bytes(known.device_memory)) if known.device_memory else None
+    down = known.down or known.up
     link = LinkSpec(
         rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,
-        down_bits_per_s=parse_rate(known.down) if known.down else None,
+        down_bits_per_s=parse_rate(down) if down else None,
     )  # fmt: skip
     for name in ("batch", "tokens", "cores", "server_tflops"):
         value = getattr(known, name)

@@ -140,7 +140,7 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
             return (
                 row,
-                f"of the forward-only ways that fit, {name} closes most of the gap to first-order{lower}",
+                f"of the forward-only ways that fit, {name} stands first on BANKING77 (docs/results.md){lower}",
             )
     smallest = min(rows, key=lambda row: row.client_process_bytes)
     raise ConfigError(

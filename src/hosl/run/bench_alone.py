@@ -21,9 +21,9 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
 
     Returns:
         process_peak_bytes: the most the process has had resident, loading included. tensor_peak_bytes: of tensors
-        during a step, weights and optimiser state included; forward_peak_bytes: during a plain forward pass;
-        held_bytes: between steps. client_s: seconds of a step inside the client, the median of all steps but the first.
-        bytes_up, bytes_down: of a step, as `hosl.parties.metered` counts them.
+        during a step, weights and optimiser state included; forward_peak_bytes: during a plain forward pass, weights
+        included; held_bytes: between steps. client_s: seconds of a step inside the client, the median of all steps but
+        the first. bytes_up, bytes_down: of a step, as `hosl.parties.metered` counts them.
 
     Raises:
         FailureError: if the process fails, which is also what too little memory looks like.
@@ -56,12 +56,13 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     client = make_client(config, loaded)
     batch, server = fixed_batch(client, rows, tokens), NoServer()
     of_client, of_server, seconds = Meter(), Meter(), []
+    weights = party_bytes(client)  # later an optimiser's state is held, too
     for step in range(1, steps + 1):
         of_server.take()
         method_round(config, Metered(client, of_client), Metered(server, of_server), batch, step)
         seconds.append(of_client.take().seconds)
     process_peak, held = process_peak_bytes(), party_bytes(client)
-    forward, step_memory = TorchMemory(held), TorchMemory(held)
+    forward, step_memory = TorchMemory(weights), TorchMemory(held)
     forward.watch(client.forward, batch)
     step_memory.watch(method_round, config, client, server, batch, steps + 1)
     assert "grpc" not in sys.modules, "what is measured is a client without a network"
