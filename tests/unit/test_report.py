@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from hosl.config import parse_config
+from hosl.config_sections import ClientConfig
 from hosl.errors import FolderError
 from hosl.run.report import write_comparison, write_report, write_study_report
 from hosl.run.report_colours import looks
@@ -135,7 +136,12 @@ def test_a_label_does_not_say_what_most_have(made):
 
 
 def test_a_rate_that_is_left_out_is_the_usual_one(made):
-    assert len(_groups(made("a"), made("b", seed=1, client={"learning_rate": 1e-6}))) == 1
+    assert (
+        len(
+            _groups(made("a"), made("b", seed=1, client={"learning_rate": ClientConfig().usual_rate("hosl")}))
+        )
+        == 1
+    )
 
 
 def test_other_tasks_and_other_models_stand_apart(made):
