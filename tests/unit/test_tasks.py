@@ -247,3 +247,12 @@ def test_docstrings_are_read_where_nothing_can_be_kept(library, tmp_path):
     found = standard_library_texts(library)
     assert docstrings._kept_texts(library, tmp_path / "file" / "docstrings.json") == found
     assert docstrings._kept_texts(library, None) == found
+
+
+def test_texts_can_be_kept_ahead_of_the_first_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    docstrings.keep_texts()
+    whole = (tmp_path / "hosl" / "docstrings.json").read_bytes()
+    assert json.loads(whole)["labels"] == sorted(json.loads(whole)["labels"])
+    monkeypatch.setattr(docstrings, "standard_library_texts", None)  # not called again
+    docstrings.keep_texts()

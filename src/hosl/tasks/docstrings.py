@@ -48,7 +48,7 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
     Raises:
         TaskError: if this Python has no readable standard library.
     """
-    library = Path(sysconfig.get_paths()["stdlib"])
+    library = _library()
     labels, texts = _kept_texts(library, _cache_file())
     if len(labels) < 2:
         raise TaskError(
@@ -59,6 +59,15 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
         train = carve(train, [config.train_rows], seed)[0]
     encoded = [encode_classes(part, tokenizer, config.max_tokens) for part in (train, dev, test)]
     return ClassificationTask("docstrings", labels, *encoded, pad_id=tokenizer.pad_id)
+
+
+def keep_texts() -> None:
+    """Parse now, so that the first command starts as fast as later ones: for installations."""
+    _kept_texts(_library(), _cache_file())
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _cache_file() -> Path | None:
