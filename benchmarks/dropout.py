@@ -1,6 +1,6 @@
 """The authors' dropout, taken apart: what it does to the client's estimate, to training, and to the evaluation.
 
-    python benchmarks/dropout.py [--seeds 0 1 2] [--steps 60]     # resumes
+    python benchmarks/dropout.py     # resumes
 
 The setting of examples/studies/authors-head.yaml. Rows: hosl with the server's gradient at the first + probe (the
 authors' D1 alone), and their profile (dropout in L+, in the server's step and in evaluation), each at client rate
@@ -8,41 +8,38 @@ authors' D1 alone), and their profile (dropout in L+, in the server's step and i
 are (L+ - L-) / (2 epsilon), in nats.
 """
 
-import argparse
 import csv
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hosl.evaluation import evaluate
 from hosl.parties.torch_server import FirstOrderServer
 from hosl.run.local import load_run
+from hosl.run.record import read_lines
+from hosl.run.study import run_grid
+from hosl.run.study_files import Places, read_summaries
+from hosl.run.study_grid import Grid, Row, Summary, merged
 from hosl.run.study_table import of_seeds, spread_text
 
-OUT = Path("runs/dropout")
-HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
-ROWS = {"first-plus": ["--zo.fo_point", "first-plus"], "authors-head": ["--profile", "authors-head"]}
-RATES = (1e-6, 0.0)
-
-
-def trained(row: str, rate: float, seed: int, steps: int) -> Path:
-    """The run's folder; trained on the first call, gone on with where it was interrupted."""
-    folder = OUT / f"{row}-{rate:g}-{steps}-seed{seed}"
-    settings = [
-        "--output_dir", str(folder), "--profile", "paper", "--seed", str(seed), "--model.cut", "6",
-        "--zo.directions", "1",
-        "--client.trainable", "blocks", "--client.learning_rate", str(rate), "--server.learning_rate", "0.1",
-        "--max_steps", str(steps), "--eval_steps", str(steps), "--save_steps", str(steps), *ROWS[row],
-    ]  # fmt: skip
-    how = ["--resume", str(folder)] if folder.exists() else ["examples/authors-head.yaml", *settings]
-    subprocess.run([*HOSL, "train", *how], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return folder
+BASE = merged(
+    yaml.safe_load(Path("examples/authors-head.yaml").read_text()),
+    {
+        "profile": "paper", "model": {"cut": 6}, "zo": {"directions": 1}, "client": {"trainable": "blocks"},
+        "max_steps": 60, "eval_steps": 60, "save_steps": 60,
+    },
+)  # fmt: skip
+WAYS = {"first-plus": {"zo": {"fo_point": "first-plus"}}, "authors-head": {"profile": "authors-head"}}
+ROWS = tuple(
+    Row(name if rate else f"{name}-still", merged(BASE, way), (rate,), server_rates=(0.1,))
+    for name, way in WAYS.items()
+    for rate in (1e-6, 0.0)
+)
+GRID = Grid(ROWS, seeds=(0, 1, 2))
+PLACES = Places.below(Path("runs/dropout"))
 
 
 class _Quiet:
@@ -55,19 +52,20 @@ class _Quiet:
         return FirstOrderServer.scores(self._server, activations, targets)
 
 
-def measured(row: str, rate: float, seed: int, steps: int) -> Iterator[dict[str, Any]]:
+def measured(run: Summary) -> Iterator[dict[str, Any]]:
     """One line per way of evaluating; test accuracy in %, loss in nats."""
-    folder = trained(row, rate, seed, steps)
+    folder = Path(run["run"])
     session = load_run(folder)
-    ways = {"off": _Quiet(session.server)} | ({"on": session.server} if row == "authors-head" else {})
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    found = [c for line in lines for c in line.get("coefficients", ())]
+    ways: dict[str, Any] = {"off": _Quiet(session.server)}
+    if session.config.profile == "authors-head":
+        ways["on"] = session.server
+    found = [c for line in read_lines(folder / "metrics.jsonl") for c in line.get("coefficients", ())]
     for dropout, server in ways.items():
-        score = evaluate(session.client, server, session.task, session.task.test, rows_per_batch=64)  # type: ignore[arg-type]
+        score = evaluate(session.client, server, session.task, session.task.test, rows_per_batch=64)
         yield {
-            "row": row, "client_rate": rate, "seed": seed, "dropout_in_evaluation": dropout,
-            "test_accuracy": 100 * score.accuracy, "test_loss_nats": score.loss_nats,
-            "coefficient_rms_nats": float(np.sqrt(np.mean(np.square(found)))),
+            "row": run["row"].removesuffix("-still"), "client_rate": run["rate"], "seed": run["seed"],
+            "dropout_in_evaluation": dropout, "test_accuracy": 100 * score.accuracy,
+            "test_loss_nats": score.loss_nats, "coefficient_rms_nats": float(np.sqrt(np.mean(np.square(found)))),
         }  # fmt: skip
 
 
@@ -85,25 +83,11 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Train what is missing, score it, write runs.csv, print the table."""
-    parser = argparse.ArgumentParser(description="the authors' dropout, taken apart")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    known = parser.parse_args()
-    found = [
-        line
-        for row in ROWS
-        for rate in RATES
-        for seed in known.seeds
-        for line in measured(row, rate, seed, known.steps)
-    ]
-    with (OUT / "runs.csv").open("w", newline="", encoding="utf-8") as out:
-        lines = csv.DictWriter(out, list(found[0]))
-        lines.writeheader()
-        lines.writerows(found)
-    print(table(found))
-
-
 if __name__ == "__main__":
-    main()
+    made = GRID.chosen(run_grid(GRID, PLACES, done=read_summaries(GRID, PLACES), keep_models=True))
+    scored = [line for runs in made.values() for run in runs for line in measured(run)]
+    with (PLACES.runs.parent / "runs.csv").open("w", newline="", encoding="utf-8") as out:
+        lines = csv.DictWriter(out, list(scored[0]))
+        lines.writeheader()
+        lines.writerows(scored)
+    print(table(scored))

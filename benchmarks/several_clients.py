@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from hosl.folders import whole_file
 from hosl.run.study_table import of_seeds, spread_text
 from hosl.split.loading import EMBEDDED_MODEL
 from hosl.tasks.classification import LabelledText, carve
@@ -100,9 +101,7 @@ def made(folder: Path, settings: list[dict[str, Any]], seed: int) -> dict[str, A
     if said is None:
         raise SystemExit(f"a device failed; see what it wrote above, and {folder / 'server.log'}")
     summaries = [json.loads(text.splitlines()[-1]) for text in said]
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(summaries[0]), encoding="utf-8")
-    partial.replace(done)
+    whole_file(done, json.dumps(summaries[0]).encode())
     return summaries[0]
 
 

@@ -50,7 +50,8 @@ ROWS = (
 )
 
 GRID = Grid(ROWS, seeds=(0, 1, 2))
-RESULTS = Path(__file__).parent / "results" / "sst2"
+RESULTS = Path("benchmarks/results/sst2")
+"""From the root, as is everything here: a summary's command holds for every checkout."""
 PLACES = Places(summaries=RESULTS, configs=RESULTS / "configs", runs=Path("runs/sst2-study"))
 
 

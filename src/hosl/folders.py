@@ -1,4 +1,4 @@
-"""A folder or a file that appears whole or not at all: written under another name, then renamed."""
+"""A folder or a file that appears whole or not at all: written under another name, flushed, renamed."""
 
 import os
 import shutil
@@ -40,8 +40,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def whole_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, in place of what was there.
+def whole_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Write `content` to `path`, in place of what was there, with the rights of `mode` less the process's umask.
 
     Two processes may write the same file at once: one of them is the last.
 
@@ -50,7 +50,10 @@ def whole_file(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)

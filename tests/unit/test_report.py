@@ -136,12 +136,8 @@ def test_a_label_does_not_say_what_most_have(made):
 
 
 def test_a_rate_that_is_left_out_is_the_usual_one(made):
-    assert (
-        len(
-            _groups(made("a"), made("b", seed=1, client={"learning_rate": ClientConfig().usual_rate("hosl")}))
-        )
-        == 1
-    )
+    usual = ClientConfig().usual_rate("hosl")
+    assert len(_groups(made("a"), made("b", seed=1, client={"learning_rate": usual}))) == 1
 
 
 def test_other_tasks_and_other_models_stand_apart(made):

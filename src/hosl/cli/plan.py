@@ -18,7 +18,7 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--device-memory", metavar="2GiB", help="what the client process may take; default: no limit"
     )
-    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: as --up")
+    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: no limit")
     parser.add_argument("--down", help="its downlink, such as 100mbit; default: as --up")
     parser.add_argument("--rtt", default="0ms", help="round trip to the server, such as 50ms")
     parser.add_argument("--batch", type=int, help="rows of a batch; default: the config's")

@@ -10,7 +10,6 @@
 import datetime
 import hmac
 import json
-import os
 import re
 import secrets
 from hashlib import sha256
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl.errors import AccessError, ConfigError
+from hosl.folders import whole_file
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _CERTIFICATE_DAYS = 825
@@ -106,12 +106,7 @@ class Access:
             self._seen = seen
 
     def _write(self, clients: dict[str, dict[str, Any]]) -> None:
-        partial = self._file.with_suffix(".partial")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(clients, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._file)
+        whole_file(self._file, json.dumps(clients, indent=2).encode(), mode=0o600)
         self._refresh()
 
 
@@ -130,8 +125,7 @@ def certificate(folder: Path) -> tuple[bytes, bytes, bytes]:
     files = folder / "certificate.pem", folder / "key.pem"
     if not all(file.is_file() for file in files):
         for file, content, mode in zip(files, _new_certificate(), (0o644, 0o600), strict=True):
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as out:
-                out.write(content)
+            whole_file(file, content, mode=mode)
     pem, key = (file.read_bytes() for file in files)
     import ssl
 
