@@ -1,0 +1,75 @@
+"""Own or common directions of K devices: what the theory's two variances are on a model in training.
+
+    python benchmarks/direction_variance.py
+
+The variance of a round's estimate, Q = 1, is d times |mean g_k|^2 with common directions and mean |g_k|^2 / K with own
+ones (docs/methods.md, d); g_k is device k's exact gradient over 16 rows of the embedded task that no other has, by
+autograd. One client half, frozen, while the server trains for 60 steps.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from hosl.config import parse_config
+from hosl.methods.schedule import batch_indices
+from hosl.run.local import LocalSession, new_session
+from hosl.run.study_table import spread_text
+
+CLIENTS = (2, 4, 8)
+AT = (0, 30, 60)
+SEEDS = (0, 1, 2)
+ROWS = 16
+CONFIG = {
+    "method": "frozen", "model": {"name": "all-MiniLM-L6-v2", "cut": 6},
+    "task": {"kind": "docstrings", "max_tokens": 48}, "per_device_train_batch_size": ROWS,
+    "server": {"learning_rate": 3e-3, "optimiser": {"name": "adamw"}},
+}  # fmt: skip
+
+
+def gradients(session: LocalSession, seed: int) -> np.ndarray:
+    """[clients, d] in float64: dL/dtheta_c of as many batches, each of rows that no other has."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(session.task.train))
+    trained = [p for name, p in session.client.half.model.named_parameters() if "embeddings" not in name]
+    for p in trained:
+        p.requires_grad_(True)
+    found = []
+    for client in range(max(CLIENTS)):
+        rows = order[client * ROWS : (client + 1) * ROWS]
+        batch = session.task.collate([session.task.train[i] for i in rows])
+        h = session.client.half(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets.mask))
+        of_h = session.server.gradient(h.detach(), batch.targets).gradient
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(h, trained, of_h)]).double().numpy())
+    return np.stack(found)
+
+
+def train(session: LocalSession, until: int) -> None:
+    """Steps of the server alone."""
+    for step in range(session.step + 1, until + 1):
+        indices = batch_indices(session.config.seed, step, ROWS, len(session.task.train))
+        session.round(session.task.collate([session.task.train[i] for i in indices]), step)
+        session.done(step)
+
+
+def ratios(seed: int) -> Iterator[tuple[int, int, float]]:
+    """(step, K, own variance / common variance)."""
+    session = new_session(parse_config(CONFIG | {"seed": seed}, where=__file__))
+    for step in AT:
+        train(session, step)
+        found = gradients(session, seed)
+        for clients in CLIENTS:
+            g = found[:clients]
+            yield step, clients, float((g**2).sum(1).mean() / clients / (g.mean(0) ** 2).sum())
+
+
+if __name__ == "__main__":
+    by_place: dict[tuple[int, int], list[float]] = {}
+    for seed in SEEDS:
+        for step, clients, ratio in ratios(seed):
+            by_place.setdefault((step, clients), []).append(ratio)
+    print("| server steps | " + " | ".join(f"K = {clients}" for clients in CLIENTS) + " |")
+    print("|---|" + "---|" * len(CLIENTS))
+    for step in AT:
+        cells = [spread_text(np.array(by_place[step, clients]), 2) for clients in CLIENTS]
+        print(f"| {step} | {' | '.join(cells)} |")
