@@ -4,10 +4,22 @@ import json
 
 import pytest
 import yaml
+from msgspec.structs import replace
 
 from hosl.cli import main
 from hosl.config import Config, load_config
-from hosl.run.rate_sweep import DESCENDED, PROBED, Tried, _chosen, sweep, with_rate
+from hosl.run.local import new_session
+from hosl.run.rate_sweep import (
+    DESCENDED,
+    HELD_OUT_BATCHES,
+    PROBED,
+    Tried,
+    _batches,
+    _chosen,
+    _tried,
+    sweep,
+    with_rate,
+)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -40,7 +52,7 @@ def test_a_sweep_repeats_itself_and_reads_rows_that_no_step_saw(tiny_run):
     assert len(said) == 2 * (len(DESCENDED) + 1)
 
 
-def _of(rate, gain, error=0.01):
+def _of(rate, gain, error: float | None = 0.01):
     return Tried(rate, None if gain is None else 1.0 - gain, gain, None if gain is None else error)
 
 
@@ -50,17 +62,42 @@ def _of(rate, gain, error=0.01):
         (
             [_of(1e-3, 0.1), _of(1e-2, 0.3), _of(1e-1, None)],
             1e-2,
-            "lowest held-out loss after 20 steps, 0.3000 ± 0.0100",
+            "the largest gain that is no noise, after 20 steps 0.3000 ± 0.0100",
         ),
+        # the largest gain is noise, a smaller one is none
+        ([_of(1e-3, 0.1), _of(1e-2, 0.3, 0.2), _of(1e-1, -0.05, 0.1)], 1e-3, "0.1000 ± 0.0100"),
+        # one held-out batch has no error: nothing is called a gain
+        ([_of(1e-3, 0.1, None), _of(1e-2, 0.3, None)], 1e-2, "no rate can be told to beat"),
+        # the noisiest rate is not harmless for its noise
+        ([_of(1e-2, 0.3, 0.2), _of(1e-1, -0.05, 0.1)], 1e-2, "the largest that did no harm"),
         ([_of(1e-3, 0.0), _of(1e-2, 0.015), _of(1e-1, -0.2)], 1e-2, "the largest that did no harm"),
-        ([_of(1e-3, -0.1), _of(1e-2, None)], 1e-3, "all tried did harm"),
-        ([_of(1e-3, None), _of(1e-2, None)], 1e-3, "all tried did harm"),
+        ([_of(1e-3, -0.1), _of(1e-2, None)], 1e-3, "all tried raised the held-out loss"),
+        ([_of(1e-3, None), _of(1e-2, None)], 1e-3, "all tried raised the held-out loss"),
     ],
 )
 def test_only_what_beats_a_client_that_stays_is_called_a_gain(tried, rate, why):
     found = _chosen(tried, 20)
     assert found.rate == rate
     assert why in found.why
+
+
+def test_one_held_out_batch_shows_no_gain():
+    assert _tried(1e-3, [0.9], [1.0]).gain_nats == pytest.approx(0.1)
+    assert not _tried(1e-3, [0.9], [1.0]).gained
+    assert _tried(1e-3, [0.9, 0.8], [1.0, 0.9]).gained
+
+
+def test_few_rows_are_held_out_in_batches_small_enough_for_an_error(tiny_run):
+    """A fifth of them fits into one batch of the run's own size."""
+    config = load_config(tiny_run(client={"learning_rate": "auto"}, per_device_train_batch_size=64))
+    session = new_session(replace(config.with_client_rate(0.0), max_steps=2))
+    seen, held_out = _batches(session, 2)
+    rows = len(session.task.train) // 5
+    assert rows < 64
+    sizes = [len(batch.input_ids) for batch in held_out]
+    assert (len(sizes), sum(sizes)) == (min(HELD_OUT_BATCHES, rows), rows)
+    assert max(sizes) - min(sizes) <= 1
+    assert [len(batch.input_ids) for batch in seen] == [64, 64]
 
 
 @pytest.mark.parametrize(

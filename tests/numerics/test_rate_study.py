@@ -1,6 +1,8 @@
 """A rate study: the chain's gradient, its parties through the round, the fit of exponents, going on after a stop."""
 
+import csv
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from hosl.cli import main
 from hosl.core.directions import direction, direction_seed
 from hosl.core.parties import FirstOrderServerSide, ZerothOrderClientSide
 from hosl.core.rounds import hosl_gradient_round, hosl_round
-from hosl.errors import ConfigError, NonFiniteError
+from hosl.errors import ConfigError, FolderError, NonFiniteError
+from hosl.run import rate_study
 from hosl.run.rate_bert import CutBert
 from hosl.run.rate_chain import CutChain, row_noise
 from hosl.run.rate_config import (
@@ -193,6 +196,34 @@ def test_a_study_cut_off_anywhere_goes_on_to_the_same_files(tmp_path, kept_bytes
     assert run_rate_study(_study(resumed))["made"] == 0
 
 
+@pytest.mark.parametrize("garbled", [b"{\n", b"[1]\n", b'{"problem": "chain"}\n', b"\xff\n"])
+def test_a_garbled_line_among_the_cells_is_named(tmp_path, capsys, garbled):
+    run_rate_study(_study(tmp_path))
+    cells = tmp_path / "cells.jsonl"
+    first, *others = cells.read_bytes().splitlines(keepends=True)
+    cells.write_bytes(b"".join([first, garbled, *others]))
+    with pytest.raises(FolderError, match=r"cells\.jsonl, line 2 is no measured cell: .*; delete the line"):
+        run_rate_study(_study(tmp_path))
+    cells.write_bytes(b"".join([first, *others]))
+    assert run_rate_study(_study(tmp_path))["made"] == 0
+
+
+def test_the_table_names_the_scale_that_the_grid_was_measured_at_also_of_equals(tmp_path, monkeypatch):
+    measured = rate_study.measure
+
+    def measured_alike(study, cell, stopped):
+        line = measured(study, cell, stopped)
+        assert line is not None
+        return line | {"mean_square": 1.0} if cell.steps == 8 else line
+
+    monkeypatch.setattr(rate_study, "measure", measured_alike)
+    falling = msgspec.structs.replace(CHAIN, scales=(1.0, 0.5))
+    run_rate_study(RateStudy(kind="rate", output_dir=str(tmp_path), problems={"chain": falling}))
+    assert "c = 1, tuned once" in (tmp_path / "rate.md").read_text()
+    with (tmp_path / "rate.csv").open(newline="") as file:
+        assert {row["scale"] for row in csv.DictReader(file)} == {"1.0"}
+
+
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     made = run_rate_study(_study(tmp_path))["made"]
     louder = msgspec.structs.replace(CHAIN, noise=3.0)
@@ -214,7 +245,9 @@ def test_hosl_study_recognises_a_rate_study(tmp_path, capsys):
     assert main(["study", str(file), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"cells": 11, "problems": "chain"}
     assert main(["study", str(file)]) == 0
-    assert "| chain | T | 4 to 8 | -0.5 |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| chain | T | 4 to 8 | -0.5 |" in said.out
+    assert re.search(r"^study .*  work (\d+)/\1  cells left 0 ", said.err, re.MULTILINE)
 
 
 def test_the_shipped_study_is_valid_and_impossible_ones_are_refused(tmp_path):
@@ -228,3 +261,43 @@ def test_the_shipped_study_is_valid_and_impossible_ones_are_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=named):
             msgspec.structs.replace(CHAIN, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"measure_every": 100}, r"measure_every must lie in 1\.\.4, the fewest steps of a cell, got 100"),
+        (
+            {"measure_every": 5, "steps": (), "directions": (2, 8), "middle": {"steps": 16, "directions": 2}},
+            "measure_every must lie in 1..4, the fewest steps of a cell, got 5",
+        ),
+        ({"measure_every": 0}, "measure_every must lie in 1..4"),
+        ({"middle": {"steps": 0}}, "middle.steps must be >= 1, got 0"),
+        ({"middle": {"directions": 0}}, "middle.directions must be >= 1, got 0"),
+        ({"batch_rows": 0}, "batch_rows must be >= 1, got 0"),
+        ({"scales": [0.0]}, "scales must be different positive numbers"),
+        ({"scales": [-1.0, 0.5]}, "scales must be different positive numbers"),
+        ({"scales": [0.5, 0.5]}, "scales must be different positive numbers"),
+        ({"scales": [float("nan")]}, "scales must be different positive numbers"),
+        ({"seeds": [-1]}, r"seeds must be different whole numbers from 0 to 2\^63 - 1, got \[-1\]"),
+        ({"seeds": [0, 0]}, "seeds must be different whole numbers"),
+        ({"rows": 1}, "rows must be >= 2, got 1"),
+        ({"noise": -1.0}, "noise must be >= 0"),
+        ({"noisy_coordinates": 0}, "noisy_coordinates must lie in 1..12 or be null, got 0"),
+    ],
+)
+def test_settings_that_could_only_crash_later_are_refused_with_their_place(tmp_path, change, said):
+    content = msgspec.to_builtins(_study(tmp_path))
+    chain = content["problems"]["chain"]
+    chain |= change | {"middle": chain["middle"] | change.get("middle", {})}
+    with pytest.raises(ConfigError, match=rf"study rate\.yaml: {said}.* - at `\$\.problems"):
+        parse_rate_study(content, where="rate.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"width": 7}, "width must be even, got 7"), ({"rows": 0}, "rows must be >= 1, got 0")],
+)
+def test_a_transformer_that_cannot_be_built_is_refused(change, said):
+    with pytest.raises(ConfigError, match=said):
+        BertProblem(middle=Middle(steps=2, directions=1, cut=1), scales=(1.0,), batch_rows=4, **change)

@@ -5,7 +5,7 @@ What a cell measures: `rate_study`. The problems themselves: `rate_chain`, `rate
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, TypeAlias
@@ -28,6 +28,9 @@ class Middle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     directions: int
     cut: int
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "directions", prefix="middle.")
+
 
 class RateProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """What every problem has: a grid of three axes through one point, and step sizes to choose from."""
@@ -46,11 +49,18 @@ class RateProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     batch_rows: int
     """Rows of a mini-batch, drawn with replacement: gradients are unbiased, their noise independent over steps."""
     measure_every: int = 1
-    """The full gradient is evaluated at every so-manieth step, at the middle of its stretch."""
+    """The full gradient is evaluated at every so-manieth step, at the middle of its stretch; T of a cell at most."""
 
     def __post_init__(self) -> None:
         if not self.scales or not self.seeds:
             raise ConfigError("scales and seeds need one entry each at least")
+        if _repeat(self.scales) or not all(0 < c < math.inf for c in self.scales):
+            raise ConfigError(f"scales must be different positive numbers, got {list(self.scales)}")
+        if _repeat(self.seeds) or not all(0 <= seed < 2**63 for seed in self.seeds):
+            raise ConfigError(
+                f"seeds must be different whole numbers from 0 to 2^63 - 1, got {list(self.seeds)}"
+            )
+        _check_positive(self, "batch_rows")
         for name in ("steps", "directions", "cuts"):
             axis, middle = (
                 getattr(self, name),
@@ -58,12 +68,17 @@ class RateProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
             if axis and middle not in axis:
                 raise ConfigError(f"{name} must hold the middle's {middle}, got {list(axis)}")
-            if len(set(axis)) < len(axis) or any(value < (name != "cuts") for value in axis):
+            if _repeat(axis) or any(value < (name != "cuts") for value in axis):
                 raise ConfigError(f"{name} must be different positive numbers, got {list(axis)}")
         product = self.middle.steps * self.middle.directions
         for q in self.directions:
             if product % q:
                 raise ConfigError(f"directions: {q} does not divide the middle's Q T = {product}")
+        fewest = min([self.middle.steps, *self.steps, *(product // q for q in self.directions)])
+        if not 1 <= self.measure_every <= fewest:
+            raise ConfigError(
+                f"measure_every must lie in 1..{fewest}, the fewest steps of a cell, got {self.measure_every}"
+            )
 
 
 class ChainProblem(RateProblem, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="chain"):
@@ -84,8 +99,14 @@ class ChainProblem(RateProblem, frozen=True, kw_only=True, forbid_unknown_fields
         for cut in (*self.cuts, self.middle.cut):
             if not 0 < cut < self.size:
                 raise ConfigError(f"cut {cut} is outside 1..{self.size - 1}: a chain of {self.size} angles")
-        if not 0 < (self.noisy_coordinates or self.size) <= self.size:
-            raise ConfigError(f"noisy_coordinates must lie in 1..{self.size}, got {self.noisy_coordinates}")
+        if self.rows < 2:
+            raise ConfigError(f"rows must be >= 2, got {self.rows}: their noise sums to zero")
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise must be >= 0 and finite, got {self.noise}")
+        if self.noisy_coordinates is not None and not 1 <= self.noisy_coordinates <= self.size:
+            raise ConfigError(
+                f"noisy_coordinates must lie in 1..{self.size} or be null, got {self.noisy_coordinates}"
+            )
 
 
 class BertProblem(RateProblem, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="bert"):
@@ -108,6 +129,9 @@ class BertProblem(RateProblem, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ConfigError(
                     f"cut {cut} is outside 0..{self.blocks}: the model has {self.blocks} blocks"
                 )
+        _check_positive(self, "width", "vocabulary", "tokens", "rows")
+        if self.width % 2:
+            raise ConfigError(f"width must be even, got {self.width}: the model has two heads")
 
 
 class RateStudy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +209,16 @@ def axes(problem: RateProblem) -> dict[AxisName, list[tuple[int, int, int]]]:
 def step_size(scale: float, steps: int, directions: int, client_size: int) -> float:
     """eta = c sqrt(Q / (d_c T)), of both halves. Source: paper.md section 5, step 4."""
     return scale * math.sqrt(directions / (client_size * steps))
+
+
+def _check_positive(settings: msgspec.Struct, *names: str, prefix: str = "") -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{prefix}{name} must be >= 1, got {getattr(settings, name)}")
+
+
+def _repeat(values: Sequence[object]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def _point(middle: Middle) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ import numpy as np
 from hosl.core.directions import Law, direction_seed
 from hosl.core.parties import Batch, FirstOrderServerSide, ZerothOrderClientSide
 from hosl.core.rounds import hosl_round
-from hosl.errors import NonFiniteError
+from hosl.errors import FolderError, NonFiniteError
 from hosl.run.progress import open_view
 from hosl.run.rate_config import (
     BertProblem,
@@ -74,12 +74,12 @@ def run_rate_study(study: RateStudy) -> dict[str, Any]:
     """Measure what is missing, then write rate.csv, rate.md and rate.svg; returns what was done.
 
     Raises:
-        FolderError: if another process is at work in the study's folder.
+        FolderError: if another process is at work in the study's folder, or a line of its cells.jsonl is garbled.
     """
     out = Path(study.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     with RunLock(out), Stop() as stop:
-        done = read_lines(out / "cells.jsonl")
+        done = read_cells(out / "cells.jsonl")
         before = len(done)
         finished = _measure_missing(study, out / "cells.jsonl", done, stop)
         answer: dict[str, Any] = {"study": str(out), "finished": finished, "made": len(done) - before}
@@ -93,7 +93,7 @@ def run_rate_study(study: RateStudy) -> dict[str, Any]:
             of_grid += lines
         tried = {name: [done[cell] for cell in tuning_cells(study, name)] for name in study.problems}
         draw_rates(found, out / "rate.svg")
-        table = write_rates(study, found, of_grid, tried, out)
+        table = write_rates(study, found, of_grid, scales, tried, out)
         return answer | {"cells": len(of_grid), "table": str(table), "csv": str(out / "rate.csv")}
 
 
@@ -110,7 +110,7 @@ def missing_cells(study: RateStudy, done: Lines) -> list[Cell]:
 
 
 def chosen_scale(study: RateStudy, name: str, done: Lines) -> float:
-    """c with the lowest average at the middle of the grid, among those that did not diverge.
+    """c with the lowest average at the middle of the grid, among those that did not diverge; of equals the first.
 
     Raises:
         NonFiniteError: if all have.
@@ -163,8 +163,12 @@ def measure(
     return line | dict(zip(("mean_square", "client_mean_square", "loss_end"), finite, strict=True))
 
 
-def read_lines(path: Path) -> Lines:
-    """The measured cells; a last line that a killed process left unfinished is cut off, in the file too."""
+def read_cells(path: Path) -> Lines:
+    """The measured cells; a last line that a killed process left unfinished is cut off, in the file too.
+
+    Raises:
+        FolderError: naming the line that holds no cell.
+    """
     if not path.exists():
         return {}
     content = path.read_bytes()
@@ -172,8 +176,16 @@ def read_lines(path: Path) -> Lines:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    lines = [json.loads(text) for text in whole.splitlines()]
-    return {Cell(**{name: line[name] for name in Cell.__dataclass_fields__}): line for line in lines}
+    found: Lines = {}
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            found[Cell(**{name: line[name] for name in Cell.__dataclass_fields__})] = line
+        except (ValueError, KeyError, TypeError) as cause:
+            raise FolderError(
+                f"{path}, line {number} is no measured cell: {cause!r}; delete the line, and its cell is measured again"
+            ) from cause
+    return found
 
 
 def _measure_missing(study: RateStudy, path: Path, done: Lines, stop: Stop) -> bool:
@@ -183,7 +195,10 @@ def _measure_missing(study: RateStudy, path: Path, done: Lines, stop: Stop) -> b
         return True
     spent = _cost(study, list(done))
     total = spent + _cost(study, missing)
-    with open_view(f"study {path.parent}", spent, total) as view, path.open("a", encoding="utf-8") as file:
+    with (
+        open_view(f"study {path.parent}", spent, total, unit="work") as view,
+        path.open("a", encoding="utf-8") as file,
+    ):
         while missing := missing_cells(study, done):
             cell = missing[0]
             line = measure(study, cell, lambda: stop.asked)

@@ -1,13 +1,15 @@
 """`client.learning_rate: auto`: a short sweep before the run, on halves of its own; the run itself starts untouched.
 
 Each rate gets the same fresh halves and the same few steps; then the loss is read on training rows that no step saw.
-A rate of 0, a client that stays as it is, runs beside them: only what beats it is called learning.
+A rate of 0, a client that stays as it is, runs beside them: only what beats it by two standard errors is called
+learning, and the largest such gain is taken. If nothing is, it is the largest rate that did no harm.
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
@@ -42,6 +44,14 @@ class Tried:
     gain_nats: float | None
     """How far below the loss of rate 0, mean of the batches' differences."""
     gain_standard_error: float | None
+    """None: it diverged, or there is one held-out batch, whose gain nothing tells from noise."""
+
+    @property
+    def gained(self) -> bool:
+        """Whether the gain can be told from none."""
+        if self.gain_nats is None or self.gain_standard_error is None:
+            return False
+        return self.gain_nats > _STANDARD_ERRORS * self.gain_standard_error
 
 
 @dataclass(frozen=True)
@@ -89,29 +99,30 @@ def sweep(config: Config, say: Callable[[str], None], *, steps: int = STEPS) -> 
 
 
 def _chosen(tried: list[Tried], steps: int) -> Sweep:
-    """The largest gain, if there is one; if none can be told from 0, the largest rate that did no harm."""
-    finite = [t for t in tried if t.gain_nats is not None]
-    best = max(finite, key=lambda t: _number(t.gain_nats), default=None)
-    if best is not None and _number(best.gain_nats) > _STANDARD_ERRORS * _number(best.gain_standard_error):
+    """The largest gain that can be told from none; if there is no such, the largest rate that did no harm.
+
+    Harm is a loss above that of rate 0, by however little: a margin of its own error would let the noisiest rate pass.
+    """
+    best = max((t for t in tried if t.gained), key=lambda t: _number(t.gain_nats), default=None)
+    if best is not None:
         gain = f"{best.gain_nats:.4f} ± {best.gain_standard_error:.4f} nats"
-        why = f"lowest held-out loss after {steps} steps, {gain} below a client that stays as it is"
+        why = f"the largest gain that is no noise, after {steps} steps {gain} below a client that stays as it is"
         return Sweep(best.rate, why, tuple(tried))
-    harmless = [
-        t for t in finite if _number(t.gain_nats) >= -_STANDARD_ERRORS * _number(t.gain_standard_error)
-    ]
-    why = f"after {steps} steps no rate can be told from a client that stays as it is; "
+    finite = [t for t in tried if t.gain_nats is not None]
+    harmless = [t for t in finite if _number(t.gain_nats) >= 0]
+    why = f"after {steps} steps no rate can be told to beat a client that stays as it is; "
     if harmless:
-        return Sweep(
-            harmless[-1].rate, f"{why}the largest that did no harm, a longer run may use it", tuple(tried)
-        )
-    return Sweep(tried[0].rate, f"{why}all tried did harm: the smallest, look at the data", tuple(tried))
+        why += "the largest that did no harm, a longer run may use it"
+        return Sweep(harmless[-1].rate, why, tuple(tried))
+    why += "all tried raised the held-out loss: the smallest, look at the data"
+    return Sweep((finite or tried)[0].rate, why, tuple(tried))
 
 
 def _tried(rate: float, losses: list[float] | None, stays: list[float]) -> Tried:
     if losses is None:
         return Tried(rate, None, None, None)
     gains = [before - after for before, after in zip(stays, losses, strict=True)]
-    error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
     return Tried(rate, mean(losses), mean(gains), error)
 
 
@@ -132,19 +143,21 @@ def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | N
 
 
 def _batches(session: LocalSession, steps: int) -> tuple[list[Batch], list[Batch]]:
-    """Batches for the steps, and held-out ones of other rows."""
+    """Batches for the steps, and held-out ones of other rows: smaller ones rather than fewer, for the error's sake."""
     config, task = session.config, session.task
     size, rows = config.per_device_train_batch_size, len(task.train)
     order = batch_indices(config.seed, 1, rows, rows)
     held = max(min(HELD_OUT_BATCHES * size, rows // 5), 1)
     trained, kept = order[:-held] or order, order[-held:]
+    batches = min(HELD_OUT_BATCHES, held)
+    ends = [held * place // batches for place in range(batches + 1)]
 
     def batch(indices: list[int]) -> Batch:
         return task.collate([task.train[i] for i in indices])
 
     return (
         [batch([trained[(step * size + i) % len(trained)] for i in range(size)]) for step in range(steps)],
-        [batch(kept[start : start + size]) for start in range(0, held, size)],
+        [batch(kept[start:end]) for start, end in pairwise(ends)],
     )
 
 

@@ -20,16 +20,17 @@ def write_rates(
     study: RateStudy,
     found: Sequence[Axis],
     lines: Sequence[Line],
+    scales: Mapping[str, float],
     tried: Mapping[str, Sequence[Line]],
     out: Path,
 ) -> Path:
-    """Write both files below `out`; returns the table's."""
+    """Write both files below `out`; returns the table's. By problem: `scales`, c that was chosen, and all `tried`."""
     with (out / "rate.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.DictWriter(file, list[str](_COLUMNS), extrasaction="ignore")
         rows.writeheader()
         rows.writerows(lines)
     table = out / "rate.md"
-    parts = [slope_table(found), _tuning_text(study, tried), _terms_text(lines), point_table(found)]
+    parts = [slope_table(found), _tuning_text(study, scales, tried), _terms_text(lines), point_table(found)]
     table.write_text("\n".join(parts), encoding="utf-8")
     return table
 
@@ -67,16 +68,15 @@ def point_table(found: Sequence[Axis]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _tuning_text(study: RateStudy, tried: Mapping[str, Sequence[Line]]) -> str:
+def _tuning_text(study: RateStudy, scales: Mapping[str, float], tried: Mapping[str, Sequence[Line]]) -> str:
     """How c was chosen, problem by problem."""
     texts = []
     for name, lines in tried.items():
-        middle = study.problems[name].middle
+        middle, chosen = study.problems[name].middle, scales[name]
         values = [(line["scale"], line["mean_square"]) for line in lines]
-        kept = min((value, c) for c, value in values if value is not None)[1]
         shown = ", ".join(f"{c:g}: {'diverged' if value is None else f'{value:.4g}'}" for c, value in values)
         texts.append(
-            f"{name}: eta = c sqrt(Q / (d_c T)) for both halves; c = {kept:g}, tuned once at T = {middle.steps}, "
+            f"{name}: eta = c sqrt(Q / (d_c T)) for both halves; c = {chosen:g}, tuned once at T = {middle.steps}, "
             f"Q = {middle.directions}, cut {middle.cut}, seed {study.problems[name].seeds[0]} "
             f"(average by c: {shown}); {len(study.problems[name].seeds)} seeds.\n"
         )
