@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from hosl.cli import main
@@ -43,15 +43,6 @@ def tiny_study(tiny_run, tmp_path):
     return make
 
 
-@pytest.fixture
-def one_thread():
-    """As the study's own runs: sums of floats depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _lines(folder):
     with (folder / "runs.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -62,8 +53,9 @@ def _written(folder):
 
 
 def test_a_killed_study_ends_as_its_commands_do_and_then_only_renders(
-    tiny_study, tmp_path, capsys, one_thread
+    tiny_study, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # sums of floats depend on it; every command says its own
     file, folder = tiny_study("killed"), tmp_path / "killed"
     study = subprocess.Popen([*_HOSL, "study", file], stderr=subprocess.DEVNULL)
     while study.poll() is None and not list(folder.glob("runs/*/checkpoints/step-*")):
@@ -81,15 +73,16 @@ def test_a_killed_study_ends_as_its_commands_do_and_then_only_renders(
     }  # gone on, not begun anew
     assert not [path for path in folder.glob("runs/*/*") if path.name in ("model", "checkpoints")]
 
-    for line in _lines(folder):
-        _, verb, config = line["command"].split()
-        again = tmp_path / "again" / Path(config).stem
-        assert main([verb, config, "--output-dir", str(again)]) == 0
-        first = folder / "runs" / Path(config).stem / "metrics.jsonl"
-        assert (again / "metrics.jsonl").read_bytes() == first.read_bytes()
-    assert main(["study", str(file), "--run", Path(config).stem]) == 0
-    again = folder / "again" / Path(config).stem
-    assert (again / "metrics.jsonl").read_bytes() == first.read_bytes()
+    *_, line = _lines(folder)
+    threads, _, verb, config = line["command"].split()
+    name, again = Path(config).stem, tmp_path / "again"
+    words = [*_HOSL, verb, config, "--output-dir", again]
+    subprocess.run(words, env=os.environ | dict([threads.split("=")]), check=True, stderr=subprocess.DEVNULL)
+    assert main(["study", str(file), "--run", name]) == 0
+    first = (folder / "runs" / name / "metrics.jsonl").read_bytes()
+    for made in (again, folder / "again" / name):
+        assert (made / "metrics.jsonl").read_bytes() == first
+        assert json.loads((made / "record.json").read_text())["machine"]["threads"] == 1
     assert f"hosl study {file} --run " in (folder / "table.md").read_text()
 
     written = _written(folder)
@@ -117,9 +110,7 @@ def test_a_study_that_is_asked_to_stop_leaves_runs_to_go_on_with(tiny_study, tmp
 def test_a_rate_that_diverges_is_recorded_and_never_chosen(tiny_study, tmp_path, capsys):
     study = tiny_study("diverging", seeds=[0], methods={"frozen": {}, "fo-fo": {"rates": [1.0e30]}})
     assert main(["study", str(study)]) == 0
-    text = capsys.readouterr().out
-    assert "| fo-fo | 1e+30 | 0.01 | diverged at every rate |" in text
-    assert "n/a (first-order diverged)" in text
+    assert "| fo-fo | 1e+30 | 0.01 | diverged at every rate |" in capsys.readouterr().out
     (line,) = [line for line in _lines(tmp_path / "diverging") if line["row"] == "fo-fo"]
     assert (line["diverged"], line["dev_loss_nats"]) == ("True", "")
 
@@ -142,7 +133,34 @@ def test_every_example_dry_runs(example, capsys, monkeypatch):
         assert said["cells"] > 0
         return
     assert said["runs"] > 0
-    assert said["first_command"].startswith("hosl train runs/studies/")
+    assert said["first_command"].startswith(f"hosl study {example} --run ")
+
+
+def test_the_first_command_can_be_pasted_before_the_study_has_run(tiny_study, tmp_path, capsys):
+    file = tiny_study("plain").rename(tmp_path / "my study.yaml")
+    assert main(["study", str(file), "--dry-run", "--json"]) == 0
+    command = json.loads(capsys.readouterr().out)["first_command"]
+    assert shlex.split(command) == ["hosl", "study", str(file), "--run", "colours-fo-fo-0.01-0.01-seed0"]
+
+
+def test_a_run_without_a_name_is_none_of_the_study(tiny_study, tmp_path, capsys):
+    assert main(["study", str(tiny_study("nameless")), "--run", ""]) == 2
+    assert "the study has no run of that name" in capsys.readouterr().err
+    assert not (tmp_path / "nameless").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [([], "go on with the same `hosl study`"), (["--run", "x"], "go on with `hosl train --resume RUN`")],
+)
+def test_a_second_ctrl_c_says_how_a_study_goes_on(tiny_study, capsys, monkeypatch, more, said):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    for made in ("run_study", "config_of_run"):
+        monkeypatch.setattr(f"hosl.cli.study.{made}", interrupted)
+    assert main(["study", str(tiny_study("interrupted")), *more]) == 130
+    assert capsys.readouterr().err == f"hosl: interrupted; {said}\n"
 
 
 def test_help_and_dry_run_import_no_torch():

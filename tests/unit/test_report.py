@@ -1,7 +1,7 @@
 """A report's groups, labels, numbers and page, from the files of runs that nobody had to train."""
 
-import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,12 +16,10 @@ import yaml
 from hosl.config import parse_config
 from hosl.config_sections import ClientConfig
 from hosl.errors import FolderError
-from hosl.run.report import write_comparison, write_report, write_study_report
+from hosl.run.report import write_comparison, write_report
 from hosl.run.report_colours import looks
 from hosl.run.report_costs import step_parts
 from hosl.run.report_groups import PlannedLine, comparisons
-from hosl.run.report_labels import Label, spread_apart
-from hosl.run.report_page import amount, duration
 from hosl.run.report_runs import read_run, run_folders
 from hosl.run.report_tables import results
 from hosl.run.study_grid import merged
@@ -31,8 +29,9 @@ VERBS = {
     "hosl": (["probes", "forward", "descend"], ["losses", "step"]),
     "hosl-node": (["forward_for_guides", "guide", "slope", "node_slopes", "descend_nodes"], ["step"]),
     "fo-fo": (["forward_for_backward", "backward"], ["step"]),
+    "fo-recompute": (["forward", "backward"], ["step"]),
 }
-REACHED = {"frozen": 0.5, "hosl": 0.55, "hosl-node": 0.6, "fo-fo": 0.8}
+REACHED = {"frozen": 0.5, "hosl": 0.55, "hosl-node": 0.6, "fo-fo": 0.8, "fo-recompute": 0.8}
 
 
 @pytest.fixture
@@ -147,6 +146,42 @@ def test_other_tasks_and_other_models_stand_apart(made):
 
 
 MODEL = {"source": "other", "family": "bert"}
+
+
+def test_a_seed_that_ran_twice_is_one_run_whichever_is_named_last(made, tmp_path):
+    old, new = made("old", seed=5), made("new", seed=5)
+    begun = made("begun", seed=5, steps=3, finished=False)
+    for day, folder in enumerate((old, new, begun)):
+        os.utime(folder / "config.yaml", (86400 * day, 86400 * day))
+    for named in ((old, new, begun), (begun, new, old)):
+        (group,) = _groups(*named)
+        assert [run.folder for run in group.runs] == [new]
+    assert [run.folder for run in _groups(old, begun)[0].runs] == [old]  # an unfinished one has no test
+    text = _checked(write_comparison([old, new, begun], tmp_path / "page.html"))
+    assert "2 left out" in text
+    assert ">runs in 1 group<" in text.replace("<b>1</b>", ">")
+    assert text.count("<code>hosl train") == 1
+
+
+def test_a_folder_that_is_named_twice_is_one_run(made, tmp_path, monkeypatch):
+    run = made("a")
+    monkeypatch.chdir(tmp_path)
+    assert run_folders([Path("runs/a"), run, Path("runs/../runs/a")]) == [Path("runs/a")]
+
+
+def test_runs_of_changed_data_stand_apart_and_say_so(made, tmp_path):
+    def of(digest):
+        return {"task": {"name": "docstrings", "digest": digest}}
+
+    folders = [made(f"{d}{s}", seed=s, record=of(d * 9)) for d in "AB" for s in (0, 1)]
+    text = _checked(write_comparison(folders, tmp_path / "page.html"))
+    assert text.count("docstrings, tiny (bert), data with digest") == 2
+    longer = made("longer", record=of("C"), task={"kind": "docstrings", "max_tokens": 128})
+    assert len(comparisons(map(read_run, [*folders[:2], longer]))) == 1  # max_tokens changes the digest
+    few = {"kind": "docstrings", "train_rows": 50}
+    drawn = [made(f"drawn{s}", seed=s, record=of(f"D{s}"), task=few) for s in (0, 1)]
+    assert len(comparisons(map(read_run, drawn))) == 1  # so does a seed that draws the rows
+    assert len(comparisons(map(read_run, [*drawn, made("E", record=of("E"), task=few)]))) == 2
 
 
 def test_gap_closure_stands_where_both_ends_share_two_seeds(made):
@@ -265,6 +300,38 @@ def test_names_are_text_wherever_they_stand(made, tmp_path):
         assert not re.search("<i>|<b>&|q<k", text)
 
 
+def test_settings_are_told_beside_the_defaults_of_their_own_kind_of_task(made):
+    task = {"kind": "files", "train": "rows.csv", "label_column": "intent"}
+    text = _checked(write_report(made("a", task=task)))
+    rows = re.findall(r"<tr><td>(task\.\w+)</td><td>(.*?)</td><td>(.*?)</td></tr>", text)
+    assert rows == [
+        ("task.kind", "files", "docstrings"), ("task.train", "rows.csv", ""), ("task.label_column", "intent", "label"),
+    ]  # fmt: skip
+
+
+def test_names_of_settings_versions_and_verbs_are_text(made, tmp_path):
+    folders = [made(name, record={"versions": {"<i>v": name, "machine": "L"}}) for name in ("a", "b")]
+    for folder in folders:  # of a version with other settings and verbs
+        with (folder / "config.yaml").open("a") as file:
+            file.write(f"<i>new: {folder.name}\n")
+        timings = (folder / "timings.jsonl").read_text()
+        (folder / "timings.jsonl").write_text(timings.replace('"probes"', '"<i>verb"'))
+    for page in (write_report(folders[0]), write_comparison(folders, tmp_path / "page.html")):
+        text = _checked(page)
+        assert "<i>" not in text
+        assert all(f"&lt;i&gt;{name}" in text for name in ("new", "v", "verb"))
+
+
+def test_a_run_on_one_thread_is_made_again_on_one(made):
+    one = made("one", finished=False, record={"machine": {"system": "Linux", "threads": 1}})
+    (one / "checkpoints").mkdir()
+    text = _checked(write_report(one))
+    assert f"<code>OMP_NUM_THREADS=1 hosl train {one}/config.yaml</code>" in text
+    assert f"<code>OMP_NUM_THREADS=1 hosl train --resume {one}</code>" in text
+    two = made("two", record={"machine": {"system": "Linux", "threads": 2}})
+    assert f"<code>hosl train {two}/config.yaml</code>" in _checked(write_report(two))
+
+
 def test_a_page_without_matplotlib_keeps_its_tables(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folders = [made("a"), made("b", "frozen")]
@@ -288,21 +355,6 @@ def test_a_joined_run_under_way_gets_no_page_where_join_would_take_it_for_finish
     with pytest.raises(FolderError, match="is under way"):
         write_report(run)
     assert "hosl join tiny --to JOIN_LINE --config" in _checked(write_report(run, out=tmp_path / "page.html"))
-
-
-def test_a_study_shows_its_chosen_runs(made, tmp_path):
-    for name, method in (("a-0.1-seed0", "hosl"), ("a-0.2-seed0", "hosl"), ("b-seed0", "frozen")):
-        made(name, method, seed=2 if "0.2" in name else 0)
-    assert len(run_folders([tmp_path])) == 3
-    assert "The study is not finished" in _checked(write_study_report(tmp_path))
-    lines = [
-        "chosen,command",
-        "True,hosl train x/configs/a-0.2-seed0.yaml",
-        "False,hosl train x/configs/a-0.1-seed0.yaml",
-    ]
-    (tmp_path / "runs.csv").write_text("\n".join([*lines, "True,hosl train x/configs/b-seed0.yaml", ""]))
-    assert [folder.name for folder in run_folders([tmp_path, tmp_path])] == ["a-0.2-seed0", "b-seed0"]
-    assert "chosen by dev loss on the first seed" in _checked(write_study_report(tmp_path))
 
 
 def test_what_is_no_run_is_refused_with_what_was_found(made, tmp_path):
@@ -329,31 +381,6 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(made, tmp_path):
     with pytest.raises(FolderError, match="cannot be written: Is a directory"):
         write_report(made("b"), out=tmp_path / "taken")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "taken"]
-
-
-def test_labels_do_not_lie_on_each_other():
-    labels = [Label(10.0, y, "frozen, cut 3", "ink") for y in (5.0, 5.1, 5.2)] + [
-        Label(200.0, 5.0, "far", "ink")
-    ]
-    lifts = {(label.x, label.y): lift for label, lift in spread_apart(labels, lambda x, y: (x, 10 * y))}
-    heights = sorted(10 * y + lift for (x, y), lift in lifts.items() if x == 10.0)
-    assert all(high - low >= 11 for low, high in itertools.pairwise(heights))
-    assert lifts[200.0, 5.0] == 0
-
-
-@pytest.mark.parametrize(
-    ("size", "said"),
-    [(4, "4 B"), (1023, "1023 B"), (2048, "2 KiB"), (1.5 * 2**20, "1.5 MiB"), (1000 * 2**20, "1000 MiB")],
-)
-def test_amounts_are_short(size, said):
-    assert amount(size) == said
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.0004, "0.4 ms"), (0.0351, "35 ms"), (1.0, "1.00 s"), (62.5, "62.50 s")]
-)
-def test_durations_are_short(seconds, said):
-    assert duration(seconds) == said
 
 
 def test_a_report_needs_no_torch():

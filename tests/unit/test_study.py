@@ -1,25 +1,24 @@
 """A study's file, the runs it stands for in their order, and the tables, without making one run."""
 
-import ast
+import csv
 import json
+import math
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from msgspec import structs
 
-from hosl.errors import ConfigError, FolderError, NonFiniteError
+from hosl.errors import ConfigError, NonFiniteError
+from hosl.run import study as study_module
 from hosl.run.record import cores
-from hosl.run.study import config_of_run
+from hosl.run.study import config_of_run, run_study
 from hosl.run.study_config import parse_study, read_study, study_grid, study_groups
-from hosl.run.study_files import Places, begun, read_summaries
+from hosl.run.study_files import Places
 from hosl.run.study_grid import Grid, Row, merged
-from hosl.run.study_process import _DIVERGED
 from hosl.run.study_runs import run_lines
 from hosl.run.study_table import caption, group_table, latex, markdown
 
-SOURCES = Path(__file__).parents[2] / "src"
 STUDY = {
     "output_dir": "out",
     "base": {"max_steps": 10, "server": {"learning_rate": 0.5}},
@@ -27,6 +26,13 @@ STUDY = {
     "methods": {"frozen": {}, "fo-fo": {"rates": [0.1, 0.2]}, "hosl": {"rates": [0.01, 0.02]}},
     "seeds": [4, 5],
 }
+
+
+OWN_SERVER = {"server": {"learning_rate": 9.0}}
+
+
+def _hosl(**changes):
+    return STUDY["methods"] | {"hosl": STUDY["methods"]["hosl"] | changes}
 
 
 @pytest.fixture
@@ -51,10 +57,17 @@ def _play(grid, loss_of):
         done[run.name] = {
             "row": run.row.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed,
             "command": f"hosl train {run.name}.yaml", "config": _config(run), "dev_loss_nats": loss,
-            "versions": {"hosl": "1", "torch": "2", "machine": "m"},
+            "versions": {"hosl": "1", "torch": "2", "machine": "m"}, "dev_curve": [],
             **({"diverged": "it must be finite"} if loss is None else _metrics(loss, run.seed)),
         }  # fmt: skip
     return done, asked
+
+
+def _keep(done, places):
+    """Write summaries where a study finds them."""
+    places.summaries.mkdir(parents=True, exist_ok=True)
+    for name, summary in done.items():
+        (places.summaries / f"{name}.json").write_text(json.dumps(summary))
 
 
 def _config(run):
@@ -139,6 +152,7 @@ def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the
         ({"first_order": "hosl"}, "first_order: row `hosl` has method hosl; it must be fo-fo or fo-recompute"),
         ({"methods": STUDY["methods"] | {"zo-zo": {"rates": [0.1]}}}, "equally many rates, or the best-tuned wins"),
         ({"methods": STUDY["methods"] | {"frozen": {"rates": [0.1]}}}, "a frozen client has no rate"),
+        ({"methods": STUDY["methods"] | {"frozen": {"one_rate": True}}}, "methods.frozen.one_rate: a frozen client"),
         ({"seedz": [1]}, "unknown field `seedz`; did you mean `seeds`?"),
         ({"methods": {"frozen": {"rate": 1}}}, "unknown field `rate` - at `$.methods[...]`; did you mean `rates`?"),
         ({"base": {"seed": 3}}, "base.seed: `seeds` has them; leave it out here"),
@@ -146,7 +160,24 @@ def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the
         ({"cuts": [1], "tasks": {"b": {"model": {"cut": 2}}}}, "tasks.b.model.cut: `cuts` has them"),
         ({"tasks": {"a/b": {}}}, "`a/b` names files"),
         ({"tasks": {}}, "tasks is empty"),
+        ({"server_rates": [0.1], "tasks": {"a": OWN_SERVER}}, "tasks.a.server.learning_rate: `server_rates` has them"),
+        (
+            {"server_rates": [0.1], "methods": _hosl(settings=OWN_SERVER)},
+            "methods.hosl.settings.server.learning_rate: `server_rates` has them",
+        ),
+        (
+            {"methods": _hosl(settings=OWN_SERVER, one_rate=True)},
+            "methods.hosl.settings.server.learning_rate: by `one_rate` it is the client's",
+        ),
+        ({"tasks": {"a": {"method": "hosl"}}}, "tasks.a.method: each row of `methods` has its own"),
         ({"seeds": [1, 1]}, "seeds names one twice"),
+        ({"seeds": [0, -1]}, "seeds must be >= 0, got [0, -1]"),
+        ({"server_rates": [0.1, 0.1]}, "server_rates names one twice"),
+        ({"cuts": [3, 3]}, "cuts names one twice"),
+        ({"directions": [2, 2]}, "directions names one twice"),
+        ({"methods": _hosl(rates=[0.1, math.inf])}, "methods.hosl.rates must be finite numbers >= 0, got [0.1, inf]"),
+        ({"server_rates": [math.nan]}, "server_rates must be finite numbers >= 0"),
+        ({"methods": _hosl(rates=[0.01, 0.01000001])}, "different numbers, in their first six digits"),
         ({"at_once": 0}, "at_once must be >= 1 or null, got 0"),
         ({"server_rates": ["1e-3"]}, "YAML reads 1e-3 as text"),
     ],
@@ -164,6 +195,11 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text, said):
         (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         parse_study(read_study(tmp_path / "s.yaml"), where="s.yaml")
+
+
+def test_a_section_that_is_none_is_refused_by_its_row(study):
+    with pytest.raises(ConfigError, match=r"config a-fo-fo: Expected `object`, got `int` - at `\$.client`"):
+        study_grid(study(base={"client": 3}))
 
 
 def test_two_rows_of_one_name_are_refused(study):
@@ -224,38 +260,48 @@ def test_every_run_that_is_needed_has_a_config_by_its_name(study):
         config_of_run(made, "a-hosl-0.01-0.5-seed99")
 
 
-def test_runs_made_with_other_settings_are_refused(study, tmp_path):
-    places = Places.below(tmp_path)
-    places.summaries.mkdir()
-    before = study_grid(study())
-    (run, *_) = before.needed({})
-    summary = {"row": run.row.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed}
-    places.summary_file(run).write_text(json.dumps(summary | {"config": _config(run)}))
-    assert list(read_summaries(before, places)) == [run.name]
-    after = study_grid(study(base={"max_steps": 11, "server": {"learning_rate": 0.5}}))
-    with pytest.raises(FolderError, match="was made with max_steps: 10, the study now says max_steps: 11"):
-        read_summaries(after, places)
+def test_a_row_may_have_its_own_server_rate_where_the_study_gives_none(study):
+    grid = study_grid(study(methods=_hosl(settings=OWN_SERVER), tasks={"a": {}}))
+    assert {row.server_rates for row in grid.rows} == {(0.5,), (9.0,)}
 
 
-def test_what_a_kill_left_before_the_first_step_is_begun_anew(study, tmp_path):
-    (run, *_) = study_grid(study()).needed({})
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("max_ste")
-    assert not begun(folder, run.config("x"))
-    assert not folder.exists()
+@pytest.fixture
+def stopped(monkeypatch):
+    """A study that is asked to stop before it makes a run."""
+    monkeypatch.setattr(study_module, "run_grid", lambda grid, places, *, done, **_: done)
 
 
-def test_every_message_of_a_non_finite_error_is_known_as_divergence():
-    messages = []
-    for path in SOURCES.rglob("*.py"):
-        if path.name == "study_grid.py":  # a study's own, no run says it
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NonFiniteError":
-                messages.append((path.name, ast.unparse(node.args[0])))
-    assert len(messages) > 5
-    assert [where for where, text in messages if not any(words in text for words in _DIVERGED)] == []
+def test_a_finished_study_that_grows_no_longer_looks_finished(study, tmp_path, stopped):
+    done, _ = _play(study_grid(study()), _loss)
+    _keep(done, Places.below(tmp_path / "out"))
+    (tmp_path / "out" / "runs.csv").write_text("of two seeds")
+    grown = study(output_dir=str(tmp_path / "out"), seeds=[4, 5, 6])
+    answer = run_study(grown, file="study.yaml", command="hosl study study.yaml")
+    assert not answer["finished"]
+    assert not (tmp_path / "out" / "runs.csv").exists()
+
+
+def test_runs_of_a_row_that_is_gone_are_not_counted(study, tmp_path, stopped):
+    wild = _hosl() | {"wild": {"rates": [8.0, 9.0], "settings": {"method": "hosl"}}}
+    grid = study_grid(study(methods=wild))
+    done, _ = _play(grid, lambda run: None if "wild" in run.row.name else _loss(run))
+    _keep(done, Places.below(tmp_path / "out"))
+    without = study(output_dir=str(tmp_path / "out"), seeds=[4, 5, 6])
+    assert run_study(without, file="study.yaml", command="")["diverged"] == 0
+
+
+def test_commands_are_those_of_now_where_summaries_are_of_an_earlier_version(
+    study, tmp_path, stopped, monkeypatch
+):
+    done, _ = _play(study_grid(study()), _loss)  # their commands name no number of threads
+    _keep(done, Places.below(tmp_path / "out"))
+    monkeypatch.setattr(study_module, "draw_study", lambda *_: {})
+    made = study(output_dir=str(tmp_path / "out"))
+    assert run_study(made, file="study.yaml", command="hosl study study.yaml")["finished"]
+    with (tmp_path / "out" / "runs.csv").open(newline="") as file:
+        commands = [line["command"] for line in csv.DictReader(file)]
+    assert len(commands) == len(done)
+    assert all(command.startswith("OMP_NUM_THREADS=1 hosl train ") for command in commands)
 
 
 def test_there_is_a_core():

@@ -56,11 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HoslError as error:
         return _refuse(str(error), status=error.exit_status)
     except KeyboardInterrupt:
-        return _refuse(
-            "interrupted; go on with `hosl train --resume RUN`, or the same `hosl join`", status=130
-        )
+        return _refuse(f"interrupted; go on with {_again(words)}", status=130)
     except OSError as error:
         return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}", status=1)
+
+
+def _again(words: list[str]) -> str:
+    one_run = words[0] == "train" or any(word.partition("=")[0] == "--run" for word in words)
+    return "`hosl train --resume RUN`" if one_run else f"the same `hosl {words[0]}`"
 
 
 def _refuse(message: str, status: int = 2) -> int:

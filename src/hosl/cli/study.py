@@ -1,5 +1,6 @@
 """`hosl study STUDY.yaml`: many runs as one resumable queue, and the tables and pictures of them."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hosl.run.rate_config import RateStudy, is_rate_study, parse_rate_study
 from hosl.run.rate_study import missing_cells, run_rate_study
 from hosl.run.study import check_runs, config_of_run, first_run, run_study
 from hosl.run.study_config import Study, parse_study, read_study
+from hosl.run.study_process import make_alone
 
 
 def run(words: list[str]) -> int:
@@ -28,22 +30,22 @@ def run(words: list[str]) -> int:
         help="make this one run again, in a new folder; a study's table names its runs",
     )
     known = parser.parse_args(words)
-    study = _read(known.study)
+    study, command = _read(known.study), f"hosl study {shlex.quote(known.study)}"
     if known.dry_run:
-        answer(_planned(study), as_json=known.json)
+        answer(_planned(study, command), as_json=known.json)
         return 0
-    if known.run:
+    if known.run is not None:
         return _one_run(study, known.run, as_json=known.json)
     if isinstance(study, Study):
         check_runs(study)
     done = (
         run_rate_study(study)
         if isinstance(study, RateStudy)
-        else run_study(study, command=f"hosl study {known.study}")
+        else run_study(study, file=known.study, command=command)
     )
     answer(done, as_json=known.json)
     if not done["finished"]:
-        sys.stderr.write(f"stopped; go on with: hosl study {known.study}\n")
+        sys.stderr.write(f"stopped; go on with: {command}\n")
         return 130
     if not known.json:
         sys.stdout.write("\n" + Path(done["table"]).read_text(encoding="utf-8"))
@@ -59,25 +61,19 @@ def _one_run(study: Study | RateStudy, name: str, *, as_json: bool) -> int:
     """An ordinary run with the settings of one of the study's; 130 after Ctrl-C."""
     if isinstance(study, RateStudy):
         raise ConfigError("--run is for studies of runs; this one's cells are no runs: leave --run out")
-    config = config_of_run(study, name)
-
-    from hosl.run.train import start  # torch and transformers, only now
-
-    summary = start(config)
-    answer(summary, as_json=as_json)
-    return 0 if summary["finished"] else 130
+    return make_alone(config_of_run(study, name), as_json=as_json)
 
 
-def _planned(study: Study | RateStudy) -> dict[str, Any]:
+def _planned(study: Study | RateStudy, command: str) -> dict[str, Any]:
     """What a study would make, its settings checked."""
     if isinstance(study, RateStudy):
         return {"cells": len(missing_cells(study, {})), "problems": ", ".join(study.problems)}
     runs = check_runs(study)
-    first, places = first_run(study)
-    config = places.config(first)
+    first = first_run(study)
+    config = first.config(study.output_dir)
     return {
         "runs": runs,
-        "first_command": places.command(first),
+        "first_command": f"{command} --run {first.name}",
         "method": config.method,
         "model": config.model.name,
     }

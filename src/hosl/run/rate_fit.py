@@ -1,5 +1,6 @@
-"""Exponents of a rate study: log-log slopes with bootstrap intervals over seeds. Pure functions of records."""
+"""Exponents of a rate study: log-log slopes with intervals over seeds. Pure functions of records."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -7,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from hosl.run.rate_config import THEORY, AxisName, RateProblem, axes
-from hosl.run.statistics import Estimate, resampled_seeds
+from hosl.run.statistics import Estimate, jackknife_interval
 
 Line: TypeAlias = Mapping[str, Any]
 """What one cell came to; see `rate_study`."""
@@ -17,7 +18,8 @@ class Slope(Estimate):
     """An exponent."""
 
     def __str__(self) -> str:
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]".replace("-0.00", "+0.00")
+        interval = "one seed" if math.isnan(self.low) else f"{self.low:+.2f}, {self.high:+.2f}"
+        return f"{self.value:+.2f} [{interval}]".replace("-0.00", "+0.00")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Axis:
 
 
 def fit_slope(x: np.ndarray, values: np.ndarray) -> Slope:
-    """b of log(mean over seeds) = a + b log x by least squares; whole seeds are resampled, every point's with them.
+    """b of log(mean over seeds) = a + b log x by least squares; its interval leaves out whole seeds in turn.
 
     Args:
         x: [points], positive.
@@ -64,9 +66,10 @@ def fit_slope(x: np.ndarray, values: np.ndarray) -> Slope:
     centred = np.log(np.asarray(x, float))
     centred -= centred.mean()
     weights = centred / (centred @ centred)
-    drawn = resampled_seeds(len(values))
-    low, high = np.quantile(np.log(values[drawn].mean(1)) @ weights, (0.025, 0.975))
-    return Slope(float(np.log(values.mean(0)) @ weights), float(low), float(high))
+    slope = float(np.log(values.mean(0)) @ weights)
+    seeds = range(len(values)) if len(values) > 1 else ()
+    left_out = np.array([np.log(np.delete(values, seed, axis=0).mean(0)) @ weights for seed in seeds])
+    return Slope(slope, *jackknife_interval(slope, left_out))
 
 
 def two_terms(lines: Sequence[Line]) -> tuple[float, float, float]:

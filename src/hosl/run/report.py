@@ -20,11 +20,13 @@ from hosl.run.report_colours import Look, looks
 from hosl.run.report_costs import overlap, traffic, waterfall
 from hosl.run.report_groups import Comparison, PlannedLine, comparisons
 from hosl.run.report_page import Section, cards, commands, folded, page, picture
-from hosl.run.report_runs import CHOSEN_RUNS, Run, read_run, run_folders
+from hosl.run.report_runs import Ends, Run, chosen_runs, read_run, run_folders, study_ends
 
 Planner = Callable[[Comparison], Sequence[PlannedLine]]
 """What memory would be at other cuts: `report_plan.planned_lines`, for who has torch."""
 
+_REFERENCE = "reference_rows.json"
+"""Of a study: which of its rows are 0 and 1 of gap closure, as its own file names them."""
 _NO_PICTURES = (
     "<p class=\"note\">No curves: matplotlib is not installed (<code>pip install 'hosl[report]'</code>).</p>"
 )
@@ -63,17 +65,50 @@ def write_comparison(
     return _written(_comparison_page([read_run(folder) for folder in folders], title, chosen, planner), out)
 
 
-def write_study_report(study: Path, *, out: Path | None = None, planner: Planner | None = None) -> Path:
+def write_study_report(
+    study: Path,
+    *,
+    out: Path | None = None,
+    planner: Planner | None = None,
+    reference_rows: tuple[str, str] | None = None,
+) -> Path:
     """Write the page of a study's chosen runs, by default as `study`/report.html; returns its path.
 
+    Args:
+        study: its folder.
+        out: the file.
+        planner: as in `write_comparison`.
+        reference_rows: of a finished study: which rows are 0 and 1 of gap closure, kept in its folder; None: those
+            that were kept.
+
     Raises:
-        FolderError: if no run has begun, or `out` cannot be written.
+        FolderError: if no run has begun, its runs.csv is not whole, or `out` cannot be written.
     """
-    folders, chosen = run_folders([study]), words.how_chosen(finished=(study / CHOSEN_RUNS).is_file())
-    path = out or study / "report.html"
-    return write_comparison(
-        folders, path, title=f"Study {study.resolve().name}", chosen=chosen, planner=planner
+    chosen = chosen_runs(study)
+    folders = run_folders([study]) if chosen is None else [one.folder for one in chosen]
+    runs = [read_run(folder) for folder in folders]
+    if reference_rows is not None:
+        kept = dict(zip(("frozen", "first_order"), reference_rows, strict=True))
+        whole_file(study / _REFERENCE, json.dumps(kept).encode())
+    rows = reference_rows or _kept_rows(study)
+    ends = study_ends(runs, chosen, rows) if chosen and rows else None
+    text = _comparison_page(
+        runs, f"Study {study.resolve().name}", words.how_chosen(finished=chosen is not None), planner, ends
     )
+    return _written(text, out or study / "report.html")
+
+
+def _kept_rows(study: Path) -> tuple[str, str] | None:
+    """What `hosl study` said of its references when it wrote the page; None: nothing, as versions before did."""
+    try:
+        kept = json.loads((study / _REFERENCE).read_text(encoding="utf-8"))
+        return kept["frozen"], kept["first_order"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as cause:
+        raise FolderError(
+            f"{study / _REFERENCE} cannot be read: {cause}; call `hosl study` again, which writes it"
+        ) from cause
 
 
 def _run_page(run: Run, planner: Planner | None) -> str:
@@ -101,17 +136,21 @@ def _run_page(run: Run, planner: Planner | None) -> str:
     return page(f"{run.method} on {words.task(run)}", str(run.folder), words.run_sentence(run), content)
 
 
-def _comparison_page(runs: Sequence[Run], title: str, chosen: str, planner: Planner | None) -> str:
-    found = comparisons(runs)
+def _comparison_page(
+    asked: Sequence[Run], title: str, chosen: str, planner: Planner | None, ends: Ends | None = None
+) -> str:
+    found = comparisons(asked)
+    groups = [group for comparison in found for group in comparison.groups]
+    runs = [run for group in groups for run in group.runs]
     planned = [list(planner(comparison)) if planner else [] for comparison in found]
     look = _looks(found, [line for lines in planned for line in lines])
     content: list[object] = [cards(words.comparison_cards(found, len(runs)))]
-    for place, (comparison, lines) in enumerate(zip(found, planned, strict=True)):
+    for place, (comparison, lines, heading) in enumerate(
+        zip(found, planned, words.headings(found), strict=True)
+    ):
         if len(found) > 1:
-            heading = html.escape(f"{words.task(comparison.first)}, {words.model(comparison.first)}")
-            content.append(f'<section class="part"><h2>{heading}</h2></section>')
-        content += _comparison_sections(comparison, lines, look, chosen, f"{place}")
-    groups = [group for comparison in found for group in comparison.groups]
+            content.append(f'<section class="part"><h2>{html.escape(heading)}</h2></section>')
+        content += _comparison_sections(comparison, lines, look, chosen, f"{place}", ends)
     again = [
         (f"{group.label}, seed {run.seed}", words.again(run)[0]) for group in groups for run in group.runs
     ]
@@ -120,18 +159,23 @@ def _comparison_page(runs: Sequence[Run], title: str, chosen: str, planner: Plan
         Section("Versions and machines", tables.versions(runs)),
     ]
     return page(
-        title or words.title(found), words.place(runs), words.comparison_sentence(runs, found), content
+        title or words.title(found), words.place(runs), words.comparison_sentence(asked, found), content
     )
 
 
 def _comparison_sections(
-    comparison: Comparison, planned: Sequence[PlannedLine], look: Mapping[str, Look], chosen: str, name: str
+    comparison: Comparison,
+    planned: Sequence[PlannedLine],
+    look: Mapping[str, Look],
+    chosen: str,
+    name: str,
+    ends: Ends | None,
 ) -> list[Section]:
     """What stands of one task and one model; pictures of several groups only where there are several."""
     groups, draws = comparison.groups, pictures.can_draw()
-    table, with_gaps = tables.results(comparison, look)
+    table, gap_ends = tables.results(comparison, look, ends)
     timed_on = tables.machine([run for group in groups for run in group.runs])
-    compared = draws and sum(bool(group.finished) for group in groups) > 1
+    compared = draws and sum(bool(group.finished) and group.timed for group in groups) > 1
     scatter = pictures.accuracy_against_memory(comparison, look, f"pareto{name}") if compared else ""
     stepped = draws and any(run.steps for group in groups for run in group.runs)
     curves = picture(pictures.curves(comparison, look, f"curves{name}")) if stepped else ""
@@ -140,7 +184,7 @@ def _comparison_sections(
     return [
         Section(
             "What they reach and cost", table,
-            html.escape(words.results_note(comparison, chosen, timed_on, with_gaps=with_gaps), quote=False), long=True,
+            html.escape(words.results_note(comparison, chosen, timed_on, gap_ends), quote=False), long=True,
         ),
         Section(
             "Accuracy against client memory", picture(scatter),
@@ -164,7 +208,9 @@ def _cost_sections(
     """Memory against cut, bytes, and the waterfall of a step."""
     groups = [group for group in comparison.groups if group.timed]
     if not groups:
-        return [Section("What a step costs", '<p class="note">No step was made.</p>')]
+        made = any(run.steps for group in comparison.groups for run in group.runs)
+        said = "No step was timed." if made else "No step was made."
+        return [Section("What a step costs", f'<p class="note">{said}</p>')]
     runs = [run for group in groups for run in group.runs]
     memory, steps = "", sum(len(run.timings) for run in runs)
     if pictures.can_draw() and (planned or len(comparison.cuts) > 1):

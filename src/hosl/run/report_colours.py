@@ -73,8 +73,10 @@ def looks(methods: Mapping[str, str]) -> dict[str, Look]:
     found: dict[str, Look] = {}
     used: dict[str, int] = {}
     for way, method in methods.items():
-        place = used.get(method, 0)
-        used[method] = place + 1
+        name = method if method in _COLOURS else "quiet"
+        place = used.get(name, 0)
+        used[name] = place + 1
         dashes = _DASHES[(place + (method == "frozen")) % len(_DASHES)]
-        found[way] = Look(method if method in _COLOURS else "quiet", dashes, _MARKERS[place % len(_MARKERS)])
+        marker = _MARKERS[(place + place // len(_DASHES)) % len(_MARKERS)]  # another pair after each five
+        found[way] = Look(name, dashes, marker)
     return found

@@ -73,7 +73,8 @@ def waterfall(groups: Sequence[Group], looks: Mapping[str, Look]) -> str:
             rows.append(_heading(group, looks, f"median step {duration(group.median_step_s)}"))
         for part in parts:
             rows.append(
-                f'<tr><th><span class="party" style="color:var(--{part.party})">{part.party}</span> {part.name}</th>'
+                f'<tr><th><span class="party" style="color:var(--{part.party})">{part.party}</span> '
+                f"{html.escape(part.name)}</th>"
                 f"<td class=track>{_bar(begin / longest, part.seconds / longest, part.party)}</td>"
                 f"<td class=n>{duration(part.seconds)}</td><td class=n>{_percent(part.seconds / total)}</td></tr>"
             )

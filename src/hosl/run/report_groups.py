@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -35,6 +36,7 @@ class Group:
     label: str
     """The way, and the cut where there are several."""
     runs: tuple[Run, ...]
+    """One per seed, ascending."""
 
     @property
     def method(self) -> str:
@@ -43,8 +45,8 @@ class Group:
 
     @cached_property
     def finished(self) -> dict[int, Run]:
-        """The last finished run of every seed, by seed: a seed that ran twice is no second sample."""
-        return {run.seed: run for run in sorted(self.runs, key=lambda run: run.seed) if run.test}
+        """Its finished runs, by seed."""
+        return {run.seed: run for run in self.runs if run.test}
 
     @property
     def timed(self) -> bool:
@@ -110,9 +112,10 @@ class PlannedLine:
 
 def comparisons(runs: Iterable[Run]) -> list[Comparison]:
     """Runs as groups of the same settings, these by task and model."""
-    places: dict[tuple[str, str], list[Run]] = {}
+    runs = list(runs)
+    data, places = _data(runs), dict[tuple[str, str, int], list[Run]]()
     for run in runs:
-        places.setdefault(run.place, []).append(run)
+        places.setdefault((*run.place, data[run.folder]), []).append(run)
     return [Comparison(tuple(_groups(of_place))) for of_place in places.values()]
 
 
@@ -146,8 +149,31 @@ def _groups(runs: list[Run]) -> list[Group]:
     for same in found:
         way = _way(same[0], [other[0] for other in found if other[0].method == same[0].method])
         label = f"{way}, cut {same[0].cut}" if several_cuts else way
-        groups.append(Group(way, same[0].cut, label, tuple(sorted(same, key=lambda run: run.seed))))
+        groups.append(Group(way, same[0].cut, label, _one_per_seed(same)))
     return groups
+
+
+def _one_per_seed(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """A seed that ran twice is no second sample: of its finished runs, or else of all, the last that was begun."""
+    in_time = sorted(runs, key=lambda run: (run.test is not None, run.begun_ns, str(run.folder)))
+    by_seed = {run.seed: run for run in in_time}
+    return tuple(by_seed[seed] for seed in sorted(by_seed))
+
+
+def _data(runs: Iterable[Run]) -> dict[Path, int]:
+    """Folder -> 0, or 1, 2, ... where a run has other rows than an earlier one that should have had the same.
+
+    A task's digest is of every encoded row, so that settings such as max_tokens, and a seed that draws rows, change it
+    too: it is compared between runs that are alike in both.
+    """
+    digests: dict[str, list[str]] = {}
+    found = {}
+    for run in sorted(runs, key=lambda run: (run.begun_ns, str(run.folder))):
+        alike = _key([*run.place, run.config["task"], run.seed if run.draws_rows else None])
+        known, digest = digests.setdefault(alike, []), run.record["task"].get("digest", "")
+        known += [] if digest in known else [digest]
+        found[run.folder] = known.index(digest)
+    return found
 
 
 def _way(run: Run, of_method: list[Run]) -> str:

@@ -28,7 +28,7 @@ _STRETCHES = 30
 _MOST_STEPS = 3000
 """Of a run, for each step's loss to be drawn behind them."""
 _HEADROOM = 1.5
-"""A loss axis ends at so many times the first loss: a run that diverges leaves the others readable."""
+"""A loss axis ends at so many times the loss at the start: a run that diverges leaves the others readable."""
 
 
 def can_draw() -> bool:
@@ -55,7 +55,7 @@ def curves(comparison: Comparison, looks: Looks, name: str) -> str:
         for place, title in enumerate(("training loss, nats", "dev loss, nats", "dev accuracy, %")):
             axes[0][place].set_title(title)
             axes[-1][place].set_xlabel("step")
-        _limit_losses(axes[:, :2], comparison)
+        _limit_losses(axes, comparison)
         return _inline(figure, name, "Training loss, dev loss and dev accuracy over steps")
 
 
@@ -80,7 +80,9 @@ def run_curves(group: Group, looks: Looks, name: str) -> str:
 def accuracy_against_memory(comparison: Comparison, looks: Looks, name: str) -> str:
     """Mean test accuracy and one sd over seeds, at the client's peak memory; a thin line is the Pareto front."""
     points = [
-        (group, *_accuracy(group), group.peak_bytes / 2**20) for group in comparison.groups if group.finished
+        (group, *_accuracy(group), group.peak_bytes / 2**20)
+        for group in comparison.groups
+        if group.finished and group.timed
     ]
     labels = [Label(peak, mean, group.label, looks[group.way].name) for group, mean, _, peak in points]
     with _style():
@@ -171,10 +173,19 @@ def _band(axes: Any, curve: tuple[np.ndarray, np.ndarray], look: Look) -> None:
 
 
 def _limit_losses(axes: np.ndarray, comparison: Comparison) -> None:
-    first = [run.steps[0]["loss_nats"] for group in comparison.groups for run in group.runs if run.steps]
-    for one in axes.flat:
-        bottom, top = one.get_ylim()
-        one.set_ylim(max(bottom, 0.0), min(top, _HEADROOM * max(first, default=top)))
+    runs = [run for group in comparison.groups for run in group.runs]
+    at_start = max((run.steps[0]["loss_nats"] for run in runs if run.steps), default=0.0)
+    # dev is first evaluated when a run may have diverged already: the least of them says what dev looks like
+    first_dev = min((run.dev[0]["loss_nats"] for run in runs if run.dev), default=0.0)
+    _limit(axes[:, 0], _HEADROOM * at_start)
+    _limit(axes[:, 1], _HEADROOM * max(at_start, first_dev))
+
+
+def _limit(column: np.ndarray, limit: float) -> None:
+    """End axes that share their y at `limit`, unless it lies above all curves anyway, or below them."""
+    bottom, top = column[0].get_ylim()
+    bottom, lowest = max(bottom, 0.0), min(one.dataLim.y0 for one in column)
+    column[0].set_ylim(bottom, limit if max(bottom, lowest) < limit < top else top)
 
 
 def _accuracy(group: Group) -> tuple[float, float | None]:

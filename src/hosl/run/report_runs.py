@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from hosl.run.record import read_lines
 
 CHOSEN_RUNS = "runs.csv"
 """Of a finished study: which of its runs have the rates that were chosen."""
+_COMMAND = re.compile(r"(?:\w+=\S* )*hosl train .*/([^/]+)\.yaml'?")
+"""Of a run of a study, maybe behind variables of the environment; its config has the run's name."""
 
 _FILES = ("metrics.jsonl", "timings.jsonl", "config.yaml", "record.json")
 _OWN = ("seed", "output_dir", "report_to")
@@ -42,6 +45,8 @@ class Run:
     test: dict[str, Any] | None
     """None: the run is not finished."""
     timings: list[dict[str, Any]]
+    begun_ns: int
+    """When it was made, by its config: a run writes that once, whatever happens to it later."""
 
     @property
     def method(self) -> str:
@@ -75,6 +80,27 @@ class Run:
         task = {name: value for name, value in self.config["task"].items() if name not in _TEST_ROWS}
         return json.dumps([self.record["task"]["name"], task], sort_keys=True), self.record["model"]["digest"]
 
+    @property
+    def draws_rows(self) -> bool:
+        """Whether its seed chose the rows of train or dev: then the task's digest is another for every seed."""
+        task = self.config["task"]
+        return task.get("kind") == "prompts" or task.get("train_rows") is not None
+
+
+@dataclass(frozen=True)
+class ChosenRun:
+    """A line of a finished study's runs.csv."""
+
+    folder: Path
+    task: str
+    """As the study calls it."""
+    row: str
+    """Of the study's table."""
+
+
+Ends = Mapping[Path, tuple[Run | None, Run | None]]
+"""Folder of a study's run -> runs of the rows that are 0 and 1 of gap closure beside it."""
+
 
 def read_run(folder: Path) -> Run:
     """Read what a run wrote.
@@ -100,19 +126,51 @@ def read_run(folder: Path) -> Run:
         folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
         dev=[line for line in metrics if line.get("split") == "dev"],
         test=next((line for line in metrics if line.get("split") == "test"), None), timings=timings,
+        begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
     )  # fmt: skip
 
 
 def run_folders(asked: Sequence[Path]) -> list[Path]:
-    """Folders of runs; of a study its chosen runs, each folder once.
+    """Folders of runs; of a study its chosen runs, each folder once, however it was written.
 
     Raises:
-        FolderError: if one is neither.
+        FolderError: if a study's folder has no run yet, or no whole runs.csv.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for folder in asked:
-        found += _of_study(folder) if is_study(folder) else [folder]
-    return list(dict.fromkeys(found))
+        for of_run in _of_study(folder) if is_study(folder) else [folder]:
+            found.setdefault(of_run.resolve(), of_run)
+    return list(found.values())
+
+
+def chosen_runs(study: Path) -> list[ChosenRun] | None:
+    """The chosen runs of a finished study; None: it is not finished.
+
+    Raises:
+        FolderError: if its runs.csv is cut short, or has runs that are not there.
+    """
+    file = study / CHOSEN_RUNS
+    try:
+        with file.open(newline="", encoding="utf-8") as text:
+            lines = list(csv.DictReader(text))
+    except FileNotFoundError:
+        return None
+    except (ValueError, csv.Error) as cause:
+        raise _no_list(file, f"cannot be read: {cause}") from cause
+    found = [_chosen_run(file, place, line) for place, line in enumerate(lines, start=2)]
+    if not any(found):
+        raise _no_list(file, "has no chosen run")
+    return list(dict.fromkeys(run for run in found if run))
+
+
+def study_ends(runs: Sequence[Run], chosen: Sequence[ChosenRun], rows: tuple[str, str]) -> Ends:
+    """For every chosen run the two of the same task at the same cut; None: the study has none such."""
+    both = list(zip(chosen, runs, strict=True))
+    of_row = {(one.task, run.cut, one.row): run for one, run in both}
+    return {
+        run.folder: (of_row.get((one.task, run.cut, rows[0])), of_row.get((one.task, run.cut, rows[1])))
+        for one, run in both
+    }
 
 
 def is_study(folder: Path) -> bool:
@@ -151,16 +209,35 @@ def _config(path: Path) -> tuple[Any, Config | None]:
 
 def _of_study(folder: Path) -> list[Path]:
     """The chosen runs of a finished study; of another, all that have begun."""
-    try:
-        with (folder / CHOSEN_RUNS).open(newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file) if line["chosen"] == "True"]
-        found = [folder / "runs" / Path(line["command"].removeprefix("hosl train ")).stem for line in lines]
-    except FileNotFoundError:
-        found = sorted(path for path in (folder / "runs").iterdir() if path.is_dir())
-    found = [path for path in found if (path / "metrics.jsonl").is_file()]
+    chosen = chosen_runs(folder)
+    if chosen is not None:
+        return [run.folder for run in chosen]
+    found = [path for path in sorted((folder / "runs").iterdir()) if (path / "metrics.jsonl").is_file()]
     if not found:
         raise FolderError(f"{folder} is a study's folder, but no run has begun in {folder / 'runs'}")
     return found
+
+
+def _chosen_run(file: Path, place: int, line: dict[Any, Any]) -> ChosenRun | None:
+    """The run of a line of runs.csv; None: it was only tried."""
+    if None in line or not all(line.get(name) for name in ("task", "row", "chosen", "command")):
+        raise _no_list(file, f"lacks a part of line {place}")
+    command = _COMMAND.fullmatch(line["command"])
+    if command is None:
+        raise _no_list(file, f"has no whole command in line {place}")
+    if line["chosen"] != "True":
+        return None
+    folder = file.parent / "runs" / command[1]
+    if not (folder / "metrics.jsonl").is_file():
+        raise _no_list(file, f"has {command[1]} as chosen, which is not in {folder.parent}")
+    return ChosenRun(folder, line["task"], line["row"])
+
+
+def _no_list(file: Path, found: str) -> FolderError:
+    return FolderError(
+        f"{file} {found}: it was cut short, or is of other runs than are there; call `hosl study` again, which writes "
+        "it anew, or remove it for a page of all runs that have begun"
+    )
 
 
 def _found(folder: Path, missing: list[str]) -> str:

@@ -3,7 +3,7 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -12,19 +12,32 @@ from hosl.config import Config
 from hosl.run.report_colours import Look
 from hosl.run.report_groups import Comparison, Group, differing
 from hosl.run.report_page import amount, duration, facts_list, table
-from hosl.run.report_runs import Run, flat, told
-from hosl.run.statistics import gap_closure, mean_interval, spread
+from hosl.run.report_runs import Ends, Run, flat, told
+from hosl.run.statistics import NoGap, gap_closure, mean_interval, spread
+from hosl.tasks import TaskConfig
 
 _SAME_WORK = ("max_steps", "per_device_train_batch_size", "task.")
 """Settings that a method must share with the two ends for its gap closure to mean anything."""
+_ENDS = ("frozen", "fo-fo")
+"""Methods that are 0 and 1 of gap closure where no study names its rows."""
 _NO_SEEDS = 2
 """Gap closure of fewer has no interval."""
 
 
-def results(comparison: Comparison, looks: Mapping[str, Look]) -> tuple[str, bool]:
-    """A line per group; and whether gap closure could be formed for any."""
-    gaps = {group.label: _gaps(comparison, group) for group in comparison.groups}
-    with_gaps = any(cell != "-" for of_group in gaps.values() for cell in of_group)
+def results(
+    comparison: Comparison, looks: Mapping[str, Look], ends: Ends | None = None
+) -> tuple[str, list[str]]:
+    """A line per group; and what is 0 and what is 1 of gap closure, empty if it could be formed for none.
+
+    `ends` are a study's own; without them these are the frozen and the fo-fo group.
+    """
+    gaps, zeros, ones = dict[str, tuple[str, str]](), dict[str, None](), dict[str, None]()
+    for group in comparison.groups:
+        zero, one = (_end(comparison, group, place, ends) for place in (0, 1))
+        gaps[group.label] = (_gap(group, zero, one, "accuracy"), _gap(group, zero, one, "loss_nats"))
+        if zero and one and gaps[group.label] != ("-", "-"):
+            zeros[zero.way] = ones[one.way] = None
+    with_gaps = bool(zeros)
     several = len(comparison.cuts) > 1
     head = ["way to train"] + (["cut"] if several else []) + ["seeds", "test accuracy, %", "test loss, nats"]
     head += (["G (accuracy)", "G (loss)"] if with_gaps else []) + [
@@ -37,7 +50,7 @@ def results(comparison: Comparison, looks: Mapping[str, Look]) -> tuple[str, boo
         row += [_seeds(group), _spread(group, "accuracy", 100.0, 2), _spread(group, "loss_nats", 1.0, 4)]
         row += list(gaps[group.label]) if with_gaps else []
         rows.append(row + _costs(group))
-    return table(head, rows, words=1), with_gaps
+    return table(head, rows, words=1), [" or ".join(ways) for ways in (zeros, ones)] if with_gaps else []
 
 
 def evaluations(groups: Sequence[Group]) -> str:
@@ -73,18 +86,19 @@ def differences(comparison: Comparison) -> str:
     names = [html.escape(group.label) for group in groups]
     if not paths:
         return ""
+    heads = [html.escape(path) for path in paths]
     if len(paths) <= len(groups):
-        return table(["", *paths], [[n, *row] for n, row in zip(names, values, strict=True)], words=99)
-    turned = [[path, *column] for path, column in zip(paths, zip(*values, strict=True), strict=True)]
+        return table(["", *heads], [[n, *row] for n, row in zip(names, values, strict=True)], words=99)
+    turned = [[head, *column] for head, column in zip(heads, zip(*values, strict=True), strict=True)]
     return table(["", *names], turned, words=99)
 
 
 def changed_settings(run: Run) -> str:
     """Settings that are not at their defaults."""
-    plain = flat(msgspec.to_builtins(Config()))
-    here = flat(run.config if run.parsed is None else msgspec.to_builtins(run.parsed))
+    config = run.config if run.parsed is None else msgspec.to_builtins(run.parsed)
+    plain, here = _defaults(config["task"].get("kind")), flat(config)
     rows = [
-        [path, html.escape(told(value)), html.escape(told(plain[path])) if path in plain else ""]
+        [html.escape(path), html.escape(told(value)), html.escape(told(plain[path])) if path in plain else ""]
         for path, value in here.items()
         if path != "output_dir" and (path not in plain or plain[path] != value)
     ]
@@ -104,7 +118,7 @@ def versions(runs: Sequence[Run]) -> str:
     if len(found) == 1:
         return facts_list(found[0][0])
     names = list(dict.fromkeys(name for facts, _ in found for name in facts))
-    rows = [[name, *(html.escape(str(facts.get(name, ""))) for facts, _ in found)] for name in names]
+    rows = [[html.escape(n), *(html.escape(str(facts.get(n, ""))) for facts, _ in found)] for n in names]
     return table(["", *(f"{count} runs" for _, count in found)], rows, words=99)
 
 
@@ -123,18 +137,34 @@ def machine(runs: Sequence[Run]) -> str:
     return "; ".join(dict.fromkeys(found))
 
 
-def _gaps(comparison: Comparison, group: Group) -> tuple[str, str]:
-    ends = [_end(comparison, group, method) for method in ("frozen", "fo-fo")]
-    return _gap(group, ends, "accuracy"), _gap(group, ends, "loss_nats")
+def _defaults(kind: str) -> dict[str, Any]:
+    """Dotted path -> default; of the task's settings, those that its own kind has."""
+    plain = msgspec.to_builtins(Config())
+    for task in get_args(TaskConfig):
+        if task.__struct_config__.tag == kind:
+            fields = [f for f in msgspec.structs.fields(task) if f.default is not msgspec.NODEFAULT]
+            plain["task"] = {"kind": plain["task"]["kind"]} | {f.encode_name: f.default for f in fields}
+    return flat(plain)
 
 
-def _end(comparison: Comparison, group: Group, method: str) -> Group | None:
-    """The group of a method at the same cut that did the same work; of several the one with the lowest dev loss."""
+def _end(comparison: Comparison, group: Group, place: int, ends: Ends | None) -> Group | None:
+    """What is 0 (place 0) or 1 (place 1) of a group's gap closure, at the same cut and after the same work.
+
+    A study says which; else it is the group of its method, of several the one with the lowest dev loss.
+    """
     settings = group.runs[0].settings
+
+    def is_end(other: Group) -> bool:
+        if ends is None:
+            return other.method == _ENDS[place]
+        end = ends[group.runs[0].folder][place]
+        return end is not None and other.runs[0].settings == end.settings
+
     found = [
         other
         for other in comparison.groups
-        if (other.method, other.cut) == (method, group.cut)
+        if is_end(other)
+        and other.cut == group.cut
         and other.finished
         and all(
             value == other.runs[0].settings.get(path)
@@ -149,18 +179,18 @@ def _last_dev_loss(group: Group) -> float:
     return float(np.mean([run.dev[-1]["loss_nats"] for run in group.finished.values() if run.dev]))
 
 
-def _gap(group: Group, ends: Sequence[Group | None], key: str) -> str:
-    if None in ends:
+def _gap(group: Group, zero: Group | None, one: Group | None, key: str) -> str:
+    if zero is None or one is None:
         return "-"
-    by_seed = [one.tested(key) for one in (group, *ends) if one]
+    by_seed = [of.tested(key) for of in (group, zero, one)]
     seeds = sorted(set.intersection(*(set(values) for values in by_seed)))
     if len(seeds) < _NO_SEEDS:
         return "-"
-    found = gap_closure(*(np.array([values[seed] for seed in seeds]) for values in by_seed))
-    if found is None:
-        return "n/a<small>not resolved</small>"
+    found = gap_closure(
+        *(np.array([values[seed] for seed in seeds]) for values in by_seed), lower_is_better=key != "accuracy"
+    )
     value, _, interval = str(found).partition(" ")
-    return f"{value}<small>{interval}</small>"
+    return f"{value}<small>{interval.strip('()') if isinstance(found, NoGap) else interval}</small>"
 
 
 def _seeds(group: Group) -> str:

@@ -56,7 +56,26 @@ def comparison_sentence(runs: Sequence[Run], found: Sequence[Comparison]) -> str
         for name in ("max_steps", "per_device_train_batch_size")
     )
     said_seeds = f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}"
-    return f"{listed(list(methods))}; the client has {_blocks(cuts)}; {steps} steps of {rows} examples; {said_seeds}."
+    kept = sum(len(group.runs) for comparison in found for group in comparison.groups)
+    dropped = (
+        f" Of a seed that ran more than once the last finished run counts: {len(runs) - kept} left out."
+        if kept < len(runs)
+        else ""
+    )
+    return (
+        f"{listed(list(methods))}; the client has {_blocks(cuts)}; {steps} steps of {rows} examples; {said_seeds}."
+        f"{dropped}"
+    )
+
+
+def headings(found: Sequence[Comparison]) -> list[str]:
+    """Of the parts of a page: task and model, and the data where that tells them apart."""
+    names = [f"{task(comparison.first)}, {model(comparison.first)}" for comparison in found]
+    digests = [comparison.first.record["task"].get("digest", "")[:8] for comparison in found]
+    return [
+        f"{name}, data with digest {digest}" if names.count(name) > 1 else name
+        for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, str]]:
@@ -89,21 +108,25 @@ def comparison_cards(found: Sequence[Comparison], runs: int) -> list[tuple[str, 
     finished = [group for group in groups if group.finished]
     if len(found) > 1 or not finished:
         return shown
-    best, least = max(finished, key=_accuracy), min(finished, key=lambda group: group.peak_bytes)
+    best = max(finished, key=_accuracy)
     shown.append((f"{100 * _accuracy(best):.2f} %", f"highest mean test accuracy: {best.label}"))
-    shown.append((amount(least.peak_bytes), f"least client memory: {least.label}"))
+    measured = [group for group in finished if group.timed]
+    if measured:
+        least = min(measured, key=lambda group: group.peak_bytes)
+        shown.append((amount(least.peak_bytes), f"least client memory: {least.label}"))
     return shown
 
 
-def results_note(comparison: Comparison, chosen: str, timed_on: str, *, with_gaps: bool) -> str:
-    """How to read the table of results."""
+def results_note(comparison: Comparison, chosen: str, timed_on: str, gap_ends: Sequence[str]) -> str:
+    """How to read the table of results; `gap_ends` are what is 0 and what is 1 of gap closure, if there is any."""
     said = [chosen] if chosen else []
     if any(len(group.finished) > 1 for group in comparison.groups):
         said.append("Mean ± standard deviation over seeds [95 % interval of the mean, Student's t].")
-    if with_gaps:
+    if gap_ends:
+        zero, one = gap_ends
         said.append(
-            "G: gap closure, (method - frozen) / (fo-fo - frozen) over the same seeds at the same cut [95 % bootstrap "
-            "interval over whole seeds]; not resolved: the gap is under two standard errors."
+            f"G: gap closure, (method - {zero}) / ({one} - {zero}) over the same seeds at the same cut [95 % "
+            "interval, delta method with Student's t]; gap not resolved: it is under two standard errors."
         )
     said += [f"Client peak: tensors of the client's half. {MEASURED}", f"Steps were timed on {timed_on}."]
     return " ".join(said)
@@ -115,9 +138,11 @@ def again(run: Run) -> list[str]:
     if run.joined:
         half = shlex.quote(run.record["model"]["source"])
         return [f"hosl join {half} --to JOIN_LINE --config {config}"]
-    found = [f"hosl train {config}"]
+    # sums are rounded by how many threads share them: the same bits want as many
+    train = f"{'OMP_NUM_THREADS=1 ' * (run.record.get('machine', {}).get('threads') == 1)}hosl train"
+    found = [f"{train} {config}"]
     if (run.folder / "checkpoints").is_dir():
-        found += [] if run.test else [f"hosl train --resume {folder}"]
+        found += [] if run.test else [f"{train} --resume {folder}"]
         found += [f"hosl eval {folder} --split test", f"hosl export {folder} OUT"]
     return found
 

@@ -4,6 +4,7 @@ Every argument is one number per seed, in the order of the seeds; two of them ar
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
@@ -15,13 +16,11 @@ _T_975 = (
 """Student's t at 0.975 for 1 to 30 degrees of freedom: numpy has no quantiles, scipy is no dependency."""
 _EXACT_SEEDS = 16
 """Up to so many seeds all 2^n sign patterns are counted; beyond, as many are drawn."""
-_DRAWS = 10_000
-"""Of the bootstrap."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % bootstrap interval over seeds."""
+    """A figure and its 95 % interval over seeds."""
 
     value: float
     low: float
@@ -33,6 +32,16 @@ class GapClosure(Estimate):
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-0.00", "0.00")
+
+
+class NoGap(StrEnum):
+    """Why there is no G; how tables say it."""
+
+    ONE_SEED = "n/a (one seed)"
+    UNRESOLVED = "n/a (gap not resolved)"
+    """Under two standard errors."""
+    REVERSED = "n/a (first-order is not better)"
+    """Resolved, and the first-order client is the worse one: a G near 1 would be no praise."""
 
 
 def spread(values: np.ndarray) -> tuple[float, float]:
@@ -59,7 +68,7 @@ def paired_p(values: np.ndarray, others: np.ndarray) -> float:
     """Two-sided p of the sign-flip permutation test: the share of sign patterns with a mean at least as far from 0.
 
     Under the null a seed's difference is as likely to be its negative. Exact up to 16 seeds, and never under 2 / 2^n:
-    0.25 for three seeds, 0.0625 for five.
+    0.25 for three seeds, 0.0625 for five. Beyond, 2^16 patterns are drawn; the one that was seen is one more.
     """
     differences = np.asarray(values, float) - np.asarray(others, float)
     seeds = len(differences)
@@ -69,27 +78,43 @@ def paired_p(values: np.ndarray, others: np.ndarray) -> float:
         patterns = np.random.Generator(np.random.Philox(0)).integers(0, 2, (2**_EXACT_SEEDS, seeds))
     means = np.abs((1 - 2 * patterns) @ differences)
     # the pattern that was seen must count as itself, whatever the order of the sum has rounded
-    return float(np.mean(means >= abs(differences.sum()) * (1 - 1e-9)))
+    as_far = means >= abs(differences.sum()) * (1 - 1e-9)
+    if seeds <= _EXACT_SEEDS:
+        return float(np.mean(as_far))
+    return float((as_far.sum() + 1) / (len(as_far) + 1))
 
 
-def resampled_seeds(seeds: int) -> np.ndarray:
-    """[draws, seeds]: whole seeds, drawn with replacement, for a bootstrap; always the same."""
-    return np.random.Generator(np.random.Philox(0)).integers(0, seeds, (_DRAWS, seeds))
+def gap_closure(
+    method: np.ndarray, frozen: np.ndarray, first_order: np.ndarray, *, lower_is_better: bool
+) -> GapClosure | NoGap:
+    """G = mean(method - frozen) / mean(first_order - frozen), a ratio of means; or why there is none.
 
-
-def gap_closure(method: np.ndarray, frozen: np.ndarray, first_order: np.ndarray) -> GapClosure | None:
-    """G = mean(method - frozen) / mean(first_order - frozen), a ratio of means; None: the gap is not resolved.
-
-    That is when it is under two standard errors, or there is one seed. The interval resamples whole seeds, paired.
-    Source: methods.md section 2.
+    The interval is G -+ t sd(r) / sqrt(n) / |mean gap|, r the seeds' residuals (method - frozen) - G (first_order -
+    frozen): the delta method with Student's t. Requires: seeds about normal. Source: docs/adr/0010-intervals.md.
     """
     frozen = np.asarray(frozen, float)
     of_gap, of_method = np.asarray(first_order, float) - frozen, np.asarray(method, float) - frozen
-    seeds = len(of_gap)
-    if seeds < 2 or not abs(of_gap.mean()) >= 2 * of_gap.std(ddof=1) / seeds**0.5 or not of_gap.mean():
-        return None
-    drawn = resampled_seeds(seeds)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may hold only seeds without a gap
-        ratios = of_method[drawn].mean(1) / of_gap[drawn].mean(1)
-    low, high = np.quantile(ratios[np.isfinite(ratios)], (0.025, 0.975))
-    return GapClosure(float(of_method.mean() / of_gap.mean()) + 0.0, float(low), float(high))
+    gap, seeds = float(of_gap.mean()), len(of_gap)
+    if seeds < 2:
+        return NoGap.ONE_SEED
+    if not abs(gap) >= 2 * of_gap.std(ddof=1) / seeds**0.5 or not gap:
+        return NoGap.UNRESOLVED
+    if (gap < 0) != lower_is_better:
+        return NoGap.REVERSED
+    value = float(of_method.mean()) / gap + 0.0
+    residuals = of_method - value * of_gap
+    half = t_quantile(seeds - 1) * float(residuals.std(ddof=1)) / seeds**0.5 / abs(gap)
+    return GapClosure(value, value - half, value + half)
+
+
+def jackknife_interval(whole: float, left_out: np.ndarray) -> tuple[float, float]:
+    """whole -+ t se, se from the same figure with each seed left out in turn; 95 %, NaN for one seed.
+
+    For figures of the mean over seeds that are smooth in it, such as the logarithm's slope. Source: Tukey 1958.
+    """
+    seeds = len(left_out)
+    if seeds < 2:
+        return float("nan"), float("nan")
+    variance = (seeds - 1) / seeds * float(((left_out - left_out.mean()) ** 2).sum())
+    half = t_quantile(seeds - 1) * variance**0.5
+    return whole - half, whole + half

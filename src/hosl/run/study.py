@@ -15,9 +15,10 @@ from hosl.run.progress import open_view
 from hosl.run.record import RunLock, cores
 from hosl.run.report import write_study_report
 from hosl.run.report_plan import planned_lines
+from hosl.run.report_runs import CHOSEN_RUNS
 from hosl.run.stopping import Stop
 from hosl.run.study_config import Study, study_grid, study_groups
-from hosl.run.study_files import Places, drop_weights, read_summaries
+from hosl.run.study_files import Places, check_same_inputs, check_same_study, drop_weights, read_summaries
 from hosl.run.study_grid import Grid, Summary, Try, dev_loss
 from hosl.run.study_pictures import draw_study
 from hosl.run.study_process import RunProcess
@@ -27,13 +28,14 @@ from hosl.run.study_table import write_tables
 _POLL_S = 0.1
 
 
-def run_study(study: Study, *, command: str) -> dict[str, Any]:
+def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
     """Make the runs that are missing, then write tables, runs and pictures; returns what was done.
 
-    `command` is what makes the study; with `--run NAME` after it, one run.
+    `file` has the study. `command` is what makes it; with `--run NAME` after it, one run.
 
     Raises:
-        FolderError: if another process is at work in the study's folder, or it holds runs with other settings.
+        FolderError: if another process is at work in the study's folder, or it is another study's, or it holds runs
+            with other settings or data.
         RequestError, FailureError: with the line of a run that failed for another reason than divergence.
     """
     out, grid = Path(study.output_dir), study_grid(study)
@@ -41,28 +43,34 @@ def run_study(study: Study, *, command: str) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with RunLock(out):
         before = read_summaries(grid, places)
+        check_same_study(out, file)
+        if grid.needed(before):  # a list of fewer runs would make the study look finished
+            (out / CHOSEN_RUNS).unlink(missing_ok=True)
         done = run_grid(grid, places, done=before, at_once=study.at_once, keep_models=study.keep_models)
         missing = len(grid.needed(done))
+        made = _made(grid, done)
         answer: dict[str, Any] = {
             "study": str(out), "finished": not missing, "runs": grid.total(done),
             "made": len(done.keys() - before.keys()),
-            "diverged": sum("diverged" in summary for summary in done.values()),
+            "diverged": sum("diverged" in done[run.name] for run in made),
         }  # fmt: skip
         if missing:
             return answer
         chosen = grid.chosen(done)
         pictures = draw_study(study, study_groups(study), chosen, out)
-        made = [done[run.name] for run in grid.known(done)]
-        write_runs(study_groups(study), made, chosen, out)
+        # the command of now: summaries of an earlier version say one that runs on all cores
+        lines = [done[run.name] | {"command": places.command(run)} for run in made]
+        write_runs(study_groups(study), lines, chosen, out)
         answer |= write_tables(study, study_groups(study), chosen, pictures, out, command)
         with contextlib.suppress(FolderError):  # tables need the summaries alone, a page the runs' own files
-            answer["report"] = str(write_study_report(out, planner=planned_lines))
+            rows = study.frozen, study.first_order
+            answer["report"] = str(write_study_report(out, planner=planned_lines, reference_rows=rows))
         return answer
 
 
-def first_run(study: Study) -> tuple[Try, Places]:
-    """The run that a study begins with, and where."""
-    return study_grid(study).needed({})[0], Places.below(Path(study.output_dir))
+def first_run(study: Study) -> Try:
+    """The run that a study begins with."""
+    return study_grid(study).needed({})[0]
 
 
 def check_runs(study: Study) -> int:
@@ -105,13 +113,20 @@ def run_grid(
     """Make the runs that `done` lacks, `at_once` at a time, by default one per core; returns all summaries.
 
     Some are missing if the process was asked to stop meanwhile; what was under way goes on when asked again.
+
+    Raises:
+        FolderError: if the data or the model of two runs differ though their settings say the same.
     """
     done, working = dict(done), list[RunProcess]()
-    runs = [run for run in grid.known(done) if run.name in done]
+    runs = _made(grid, done)
+    check_same_inputs(runs, done, places)
     if not keep_models:
         for run in runs:  # of a study that was killed between a run's summary and this
             drop_weights(run, places)
-    with Stop() as stop, open_view(f"study {places.runs.parent}", len(runs), grid.total(done)) as view:
+    with (
+        Stop() as stop,
+        open_view(f"study {places.runs.parent}", len(runs), grid.total(done), unit="run") as view,
+    ):
         try:
             while _start(grid, places, done, working, at_once or cores(), stop):
                 time.sleep(_POLL_S)
@@ -121,15 +136,21 @@ def run_grid(
                     if summary is None:
                         continue
                     done[process.run.name] = summary
+                    check_same_inputs(_made(grid, done), done, places)
                     view.say(f"{process.run.name}: {_told(summary)}, {process.seconds:.0f} s")
                     if not keep_models:
                         drop_weights(process.run, places)
-                made = len(grid.known(done)) - len(grid.needed(done))
-                view.step(made, {"at work": ", ".join(process.run.name for process in working)})
+                at_work = ", ".join(process.run.name for process in working)
+                view.step(len(_made(grid, done)), {"at work": at_work})
         finally:
             for process in working:
                 process.kill()
     return done
+
+
+def _made(grid: Grid, done: dict[str, Summary]) -> list[Try]:
+    """The grid's own runs that are there; `done` may have others, of rows that it had once."""
+    return [run for run in grid.known(done) if run.name in done]
 
 
 def _start(

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ _OWN = {
     "seed": "`seeds` has them",
     "client.learning_rate": "`rates` of each method has them",
 }
-_WITHOUT_DIRECTIONS = ("frozen", "fo-fo", "fo-recompute")
+WITHOUT_DIRECTIONS = ("frozen", "fo-fo", "fo-recompute")
 """Methods that draw no directions: one run serves every entry of `directions`."""
 
 
@@ -66,8 +67,12 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         for what in ("tasks", "methods", "seeds"):
             if not getattr(self, what):
                 raise ConfigError(f"{what} is empty; a study needs one at least")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds names one twice: {list(self.seeds)}; give each once")
+        for what in ("seeds", "server_rates", "cuts", "directions"):
+            values = getattr(self, what)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{what} names one twice: {list(values)}; give each once")
+        if min(self.seeds) < 0:
+            raise ConfigError(f"seeds must be >= 0, got {list(self.seeds)}")
         if self.at_once is not None and self.at_once < 1:
             raise ConfigError(f"at_once must be >= 1 or null, got {self.at_once}")
         for name in (*self.tasks, *self.methods):
@@ -105,29 +110,31 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         for name in self.methods.keys() - moving.keys():
             if self.methods[name].rates:
                 raise ConfigError(f"methods.{name}.rates: a frozen client has no rate; leave it out")
+            if self.methods[name].one_rate:
+                raise ConfigError(
+                    f"methods.{name}.one_rate: a frozen client has no rate that the server could share; leave it out"
+                )
         if 0 in moving.values() or len(set(moving.values())) > 1:
             found = ", ".join(f"{name} {count}" for name, count in moving.items())
             raise ConfigError(
                 f"methods: every row but the frozen one needs equally many rates, or the best-tuned wins; found {found}"
             )
+        _check_numbers("server_rates", self.server_rates)
         for name, method in self.methods.items():
-            if len(set(method.rates)) < len(method.rates) or any(not rate >= 0 for rate in method.rates):
-                raise ConfigError(
-                    f"methods.{name}.rates must be different numbers >= 0, got {list(method.rates)}"
-                )
+            _check_numbers(f"methods.{name}.rates", method.rates)
 
     def _check_own_settings(self) -> None:
-        above = {f"tasks.{name}": settings for name, settings in self.tasks.items()}
-        above |= {f"methods.{name}.settings": method.settings for name, method in self.methods.items()}
-        own = dict(_OWN)
-        for place, content in ({"base": self.base} | above).items():
-            if place != "base":  # an axis replaces what base says; over the rest it would quietly win or lose
-                own |= {"model.cut": "`cuts` has them"} if self.cuts else {}
-                own |= {"zo.directions": "`directions` has them"} if self.directions else {}
-            for path, why in own.items():
-                section, _, name = path.rpartition(".")
-                if name in (content.get(section) or {} if section else content):
-                    raise ConfigError(f"{place}.{path}: {why}; leave it out here")
+        _check_left_out("base", self.base, _OWN)
+        # an axis replaces what base says; over the rest it would quietly win or lose
+        axes = dict(_OWN)
+        axes |= {"model.cut": "`cuts` has them"} if self.cuts else {}
+        axes |= {"zo.directions": "`directions` has them"} if self.directions else {}
+        axes |= {"server.learning_rate": "`server_rates` has them"} if self.server_rates else {}
+        for name, settings in self.tasks.items():
+            _check_left_out(f"tasks.{name}", settings, axes | {"method": "each row of `methods` has its own"})
+        for name, method in self.methods.items():
+            one = {"server.learning_rate": "by `one_rate` it is the client's"} if method.one_rate else {}
+            _check_left_out(f"methods.{name}.settings", method.settings, axes | one)
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,24 @@ def parse_study(content: object, *, where: str) -> Study:
         raise ConfigError(f"study {where}: {cause}{_hint(str(cause))}") from cause
 
 
+def _check_numbers(what: str, rates: tuple[float, ...]) -> None:
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise ConfigError(f"{what} must be finite numbers >= 0, got {list(rates)}")
+    if len({f"{rate:g}" for rate in rates}) < len(rates):  # as runs are named
+        raise ConfigError(
+            f"{what} must be different numbers, in their first six digits, by which runs are named; got {list(rates)}"
+        )
+
+
+def _check_left_out(place: str, settings: dict[str, Any], own: dict[str, str]) -> None:
+    """Refuse the settings of `own`, dotted path -> where the study says them."""
+    for path, why in own.items():
+        section, _, name = path.rpartition(".")
+        found = settings.get(section) if section else settings
+        if isinstance(found, dict) and name in found:
+            raise ConfigError(f"{place}.{path}: {why}; leave it out here")
+
+
 def study_groups(study: Study) -> list[Group]:
     """Every task at every cut and Q, with the rows of each method."""
     found = []
@@ -173,7 +198,7 @@ def study_groups(study: Study) -> list[Group]:
         place = task if cut is None else f"{task}-cut{cut}"
         rows = {}
         for name in study.methods:
-            probes = directions is not None and study.method_of(name) not in _WITHOUT_DIRECTIONS
+            probes = directions is not None and study.method_of(name) not in WITHOUT_DIRECTIONS
             rows[name] = f"{place}-q{directions}-{name}" if probes else f"{place}-{name}"
         of_group = place if directions is None else f"{place}-q{directions}"
         found.append(Group(of_group, task, cut, directions, rows))
@@ -189,7 +214,7 @@ def study_grid(study: Study) -> Grid:
     rows: dict[str, tuple[tuple[Any, ...], Row]] = {}
     for group in study_groups(study):
         for name, row_name in group.rows.items():
-            probes = group.directions is not None and study.method_of(name) not in _WITHOUT_DIRECTIONS
+            probes = group.directions is not None and study.method_of(name) not in WITHOUT_DIRECTIONS
             key = (group.task, group.cut, group.directions if probes else None, name)
             if rows.setdefault(row_name, (key, _row(study, group, name)))[0] != key:
                 raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hosl.run.statistics import gap_closure
+from hosl.run.statistics import NoGap, gap_closure
 from hosl.run.study_config import Group, Study
 from hosl.run.study_grid import Summary
 from hosl.run.study_table import of_seeds
@@ -110,10 +110,13 @@ def _labels(shown: Mapping[str, list[Summary]], frozen: str, first_order: str, k
     if frozen not in shown or first_order not in shown:
         return {}
     found = {
-        name: gap_closure(*(of_seeds(of, key) for of in (runs, shown[frozen], shown[first_order])))
+        name: gap_closure(
+            *(of_seeds(of, key) for of in (runs, shown[frozen], shown[first_order])),
+            lower_is_better="loss" in key,
+        )
         for name, runs in shown.items()
     }
-    return {name: f"{name}  G {'n/a' if gap is None else gap}" for name, gap in found.items()}
+    return {name: f"{name}  G {'n/a' if isinstance(gap, NoGap) else gap}" for name, gap in found.items()}
 
 
 def _style(name: str, place: int, frozen: str, first_order: str) -> tuple[str, str]:

@@ -8,9 +8,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
+from hosl.config import Config, dump_config
 from hosl.errors import FailureError, FolderError, RequestError
 from hosl.run.record import RunLock
+from hosl.run.stopping import Stop
 from hosl.run.study_files import Places, begun, write_config, write_summary
 from hosl.run.study_grid import Summary, Try
 
@@ -22,6 +25,7 @@ _HOSL = (
     "sys.exit(main())\n"
 )
 _ORPHANS_END_S = 30.0
+_POLL_S = 0.1
 _DIVERGED = ("must be finite", "the model has diverged", "the server diverged within")
 """What every message of a NonFiniteError says; a test reads them all."""
 
@@ -42,14 +46,8 @@ class RunProcess:
         places.runs.mkdir(parents=True, exist_ok=True)
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `take` or `kill`)
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _HOSL, "train", *words, "--json"],
-                stdin=subprocess.PIPE,
-                stdout=self._out,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},  # runs share the cores by their number alone
-                start_new_session=True,  # Ctrl-C reaches it once, by `stop`
-            )
+            self._earlier_bytes = log.tell()  # what attempts before this one said
+            self._process = _hosl_train([*words, "--json"], out=self._out, err=log)
 
     @property
     def ended(self) -> bool:
@@ -74,7 +72,10 @@ class RunProcess:
         if status in (130, -signal.SIGTERM):
             return None
         if status == 0:
-            return write_summary(self.run, self._places, json.loads(out))
+            return write_summary(self.run, self._places, json.loads(out.splitlines()[-1]))
+        if status < 0:
+            advice = "; perhaps memory ran out: lower at_once" if status == -signal.SIGKILL else ""
+            raise FailureError(f"run {self.run.name} {_ended_by(-status)}{advice}; all it said: {self._log}")
         said = self._last_words()
         if status == 1 and any(words in said for words in _DIVERGED):
             # a rate so high that it diverges is a result of the study, not of the program
@@ -99,7 +100,8 @@ class RunProcess:
         return self._places.runs / f"{self.run.name}.log"
 
     def _last_words(self) -> str:
-        lines = self._log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing was said"]
+        text = self._log.read_bytes()[self._earlier_bytes :].decode(errors="replace")
+        lines = text.strip().splitlines() or ["nothing was said"]
         own = [line for line in lines if line.startswith("hosl: ")]
         return (own or lines)[-1].removeprefix("hosl: ")
 
@@ -107,6 +109,50 @@ class RunProcess:
         self._out.close()
         if self._process.stdin is not None:
             self._process.stdin.close()
+
+
+def make_alone(config: Config, *, as_json: bool) -> int:
+    """Make a run in the foreground, to the bits that it has in a study; returns its exit status.
+
+    In a process of its own: threads are counted when numpy and torch are loaded.
+
+    Raises:
+        FailureError: if a signal ended it.
+    """
+    with tempfile.TemporaryDirectory() as folder, Stop() as stop:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+        with _hosl_train([str(file), *(["--json"] if as_json else [])]) as process:
+            try:
+                while process.poll() is None and not stop.asked:
+                    time.sleep(_POLL_S)
+                if stop.asked:
+                    process.terminate()
+                status = process.wait()
+            finally:  # a second Ctrl-C does not wait
+                process.kill()
+    if status == -signal.SIGTERM:  # asked before it could listen
+        return 130
+    if status < 0:
+        raise FailureError(f"the run {_ended_by(-status)}")
+    return status
+
+
+def _hosl_train(
+    words: list[str], *, out: IO[bytes] | None = None, err: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _HOSL, "train", *words],
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=err,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # runs share the cores by their number alone
+        start_new_session=True,  # Ctrl-C reaches it once, when it is asked to stop
+    )
+
+
+def _ended_by(number: int) -> str:
+    return f"was ended by signal {number} ({signal.strsignal(number)})"
 
 
 def _wait_until_free(folder: Path) -> None:

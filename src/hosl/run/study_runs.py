@@ -1,10 +1,13 @@
 """runs.csv of a study, one line per run: for whoever draws tables of their own. Parquet too where pyarrow is there."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hosl.folders import whole_file
+from hosl.run.report_runs import CHOSEN_RUNS
 from hosl.run.study_config import Group
 from hosl.run.study_grid import Summary
 
@@ -22,10 +25,11 @@ def write_runs(
 ) -> None:
     """Write runs.csv, and runs.parquet if pyarrow can be imported."""
     lines = run_lines(groups, made, chosen)
-    with (out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.DictWriter(file, list(lines[0]))
-        rows.writeheader()
-        rows.writerows(lines)
+    text = io.StringIO(newline="")
+    rows = csv.DictWriter(text, list(lines[0]))
+    rows.writeheader()
+    rows.writerows(lines)
+    whole_file(out / CHOSEN_RUNS, text.getvalue().encode())
     try:
         import pyarrow
         import pyarrow.parquet

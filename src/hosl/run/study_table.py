@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hosl.run.statistics import gap_closure, mean_interval, paired_p, spread
+from hosl.run.statistics import NoGap, gap_closure, mean_interval, paired_p, spread
 from hosl.run.study_config import Group, Study
 from hosl.run.study_grid import Summary, run_name
 
@@ -19,6 +19,8 @@ _HEAD = (
     "method", "client rate", "server rate", "test accuracy, %", "p", "G (accuracy)", "test loss, nats", "p", "G (loss)",
     "client peak MiB", "up KiB/step", "down KiB/step", "s/step",
 )  # fmt: skip
+_SAME_WORK = ("max_steps", "per_device_train_batch_size", "task")
+"""Settings that a row must share with its references for a comparison to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,18 @@ def caption(seeds: int, study: Study) -> str:
         if study.server_rates
         else ""
     )
-    return (
+    statistics = (
         f"Mean ± sd over {seeds} seeds [95 % interval of the mean, Student's t]. p: paired against {study.frozen}, "
-        "exact two-sided sign-flip permutation test over seeds, never under "
+        "two-sided sign-flip permutation test over seeds, never under "
         f"{max(2 / 2**seeds, 2 / 2**16):.2g} with so many "
         f"seeds. G: (method - {study.frozen}) / ({study.first_order} - {study.frozen}), ratio of means over paired "
-        "seeds [95 % bootstrap interval over whole seeds]; n/a (gap not resolved): the gap is under two standard "
+        "seeds [95 % interval, delta method with Student's t]; n/a (gap not resolved): the gap is under two standard "
         "errors. "
+        if seeds > 1
+        else "One seed: no spread, no p, no gap closure. "
+    )
+    return (
+        f"{statistics}"
         f"Client rates: {tries} per method tried on seed {study.seeds[0]}, the lowest dev loss chosen. {server}"
         "Test was read from the chosen runs only. Client peak: tensors of the client's half. s/step: median, on a "
         "machine that did other runs at the same time."
@@ -96,9 +103,9 @@ def of_seeds(runs: list[Summary], key: str) -> np.ndarray:
 
 
 def gap_text(runs: list[Summary], frozen: list[Summary], first: list[Summary], key: str) -> str:
-    """G with its interval, or why there is none."""
-    found = gap_closure(of_seeds(runs, key), of_seeds(frozen, key), of_seeds(first, key))
-    return "n/a (gap not resolved)" if found is None else str(found)
+    """G with its interval, or why there is none; `key` is of a loss, or of an accuracy."""
+    values = (of_seeds(of_row, key) for of_row in (runs, frozen, first))
+    return str(gap_closure(*values, lower_is_better="loss" in key))
 
 
 def spread_text(values: np.ndarray, digits: int) -> str:
@@ -185,14 +192,21 @@ def _compared(
     )
     if diverged(frozen):
         return value, "n/a (frozen diverged)", "n/a (frozen diverged)"
-    p = (
-        ""
-        if runs is frozen or len(values) < 2
-        else f"{paired_p(of_seeds(runs, key), of_seeds(frozen, key)):.3g}"
-    )
+    if len(values) < 2:
+        return value, "", NoGap.ONE_SEED
+    if not _same_work(runs, frozen):
+        other = "n/a (other steps, batches or task)"
+        return value, other, other
+    p = "" if runs is frozen else f"{paired_p(of_seeds(runs, key), of_seeds(frozen, key)):.3g}"
     if diverged(first):
         return value, p, "n/a (first-order diverged)"
+    if not _same_work(first, frozen):
+        return value, p, "n/a (first-order: other steps, batches or task)"
     return value, p, gap_text(runs, frozen, first, key)
+
+
+def _same_work(runs: list[Summary], others: list[Summary]) -> bool:
+    return all(runs[0]["config"].get(what) == others[0]["config"].get(what) for what in _SAME_WORK)
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,102 @@
+"""How one run of a study ends: with a summary, by diverging, by a signal; and a run without its study."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from tests.unit import test_study
+
+from hosl.errors import FailureError
+from hosl.run import study_process
+from hosl.run.study_config import study_grid
+from hosl.run.study_files import Places
+from hosl.run.study_process import _DIVERGED, RunProcess, make_alone
+
+SOURCES = Path(__file__).parents[2] / "src"
+study = test_study.study
+
+
+@pytest.fixture
+def ended(study, tmp_path, monkeypatch):
+    """`ended(status, out, err)`: a run's process that has ended; its log holds an attempt that diverged."""
+
+    class Process:
+        stdin = None
+
+        def __init__(self, status):
+            self.returncode = status
+
+    def make(status, out="", err=""):
+        (run, *_), places = study_grid(study()).needed({}), Places.below(tmp_path)
+        places.runs.mkdir()
+        (places.runs / f"{run.name}.log").write_text("hosl: the loss is nan; it must be finite: lower it\n")
+
+        def play(words, *, out, err):
+            out.write(said[0].encode())
+            err.write(said[1].encode())
+            return Process(status)
+
+        said = (out, err)
+        monkeypatch.setattr(study_process, "_hosl_train", play)
+        process = RunProcess(run, places)
+        folder = places.run_folder(run)
+        folder.mkdir()
+        facts = {"versions": {}, "task": {"digest": "of rows"}, "model": {"digest": "of weights"}}
+        (folder / "record.json").write_text(json.dumps(facts))
+        (folder / "metrics.jsonl").touch()
+        return process
+
+    return make
+
+
+def test_a_summary_is_the_last_line_that_a_run_says_and_knows_its_data(ended):
+    summary = ended(0, out='a library says hello\n{"dev_loss_nats": 0.5}\n').take()
+    assert summary["dev_loss_nats"] == 0.5
+    assert (summary["task_digest"], summary["model_digest"]) == ("of rows", "of weights")
+
+
+def test_what_an_earlier_attempt_said_is_not_said_again(ended):
+    with pytest.raises(FailureError, match=r"failed: RuntimeError: no; all it said"):
+        ended(1, err="Traceback (most recent call last):\nRuntimeError: no\n").take()
+
+
+def test_a_run_that_a_signal_ended_is_not_a_run_that_diverged(ended):
+    with pytest.raises(FailureError, match=r"was ended by signal 9 .*perhaps memory ran out: lower at_once"):
+        ended(-9).take()
+
+
+def test_a_run_that_diverges_is_recorded(ended):
+    said = "the loss is inf; it must be finite"
+    assert ended(1, err=f"hosl: {said}\n").take()["diverged"] == said
+
+
+@pytest.mark.parametrize(
+    ("child", "status"),
+    [
+        ("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)", 130),
+        ("import os, sys\nsys.exit(7 if os.environ['OMP_NUM_THREADS'] == '1' else 0)", 7),
+    ],
+)
+def test_a_run_alone_is_one_thread_that_stops_when_asked(study, monkeypatch, child, status):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(study_process, "_HOSL", child)
+    assert make_alone(study_grid(study()).needed({})[0].config("x"), as_json=False) == status
+
+
+def test_a_run_alone_that_a_signal_ended_says_so(study, monkeypatch):
+    monkeypatch.setattr(study_process, "_HOSL", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(FailureError, match="the run was ended by signal 9"):
+        make_alone(study_grid(study()).needed({})[0].config("x"), as_json=False)
+
+
+def test_every_message_of_a_non_finite_error_is_known_as_divergence():
+    messages = []
+    for path in SOURCES.rglob("*.py"):
+        if path.name == "study_grid.py":  # a study's own, no run says it
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NonFiniteError":
+                messages.append((path.name, ast.unparse(node.args[0])))
+    assert len(messages) > 5
+    assert [where for where, text in messages if not any(words in text for words in _DIVERGED)] == []
