@@ -21,6 +21,8 @@ from hosl.tasks import DocstringsConfig, TaskConfig
 Method = Literal[
     "hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"
 ]
+WITHOUT_DIRECTIONS = ("frozen", "fo-fo", "fo-recompute")
+"""Methods that draw none: `zo.directions` changes nothing of them."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

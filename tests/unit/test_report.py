@@ -159,7 +159,7 @@ def test_a_seed_that_ran_twice_is_one_run_whichever_is_named_last(made, tmp_path
     assert [run.folder for run in _groups(old, begun)[0].runs] == [old]  # an unfinished one has no test
     text = _checked(write_comparison([old, new, begun], tmp_path / "page.html"))
     assert "2 left out" in text
-    assert ">runs in 1 group<" in text.replace("<b>1</b>", ">")
+    assert "<b>1</b>run in 1 group<" in text
     assert text.count("<code>hosl train") == 1
 
 
@@ -181,7 +181,6 @@ def test_runs_of_changed_data_stand_apart_and_say_so(made, tmp_path):
     few = {"kind": "docstrings", "train_rows": 50}
     drawn = [made(f"drawn{s}", seed=s, record=of(f"D{s}"), task=few) for s in (0, 1)]
     assert len(comparisons(map(read_run, drawn))) == 1  # so does a seed that draws the rows
-    assert len(comparisons(map(read_run, [*drawn, made("E", record=of("E"), task=few)]))) == 2
 
 
 def test_gap_closure_stands_where_both_ends_share_two_seeds(made):

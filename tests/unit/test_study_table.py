@@ -1,9 +1,13 @@
 """What a study's table says where a row cannot be compared with the two it is measured by."""
 
+from dataclasses import replace
+
 import yaml
 from msgspec import structs
 
 from hosl.run.study_config import parse_study, study_grid, study_groups
+from hosl.run.study_grid import merged
+from hosl.run.study_pictures import _labels
 from hosl.run.study_table import caption, group_table
 
 STUDY = """
@@ -19,18 +23,23 @@ methods:
 LOSS = {"frozen": 1.0, "long": 0.5, "fo-fo": 0.8}
 
 
-def _cells(losses, seeds=(0, 1, 2)):
+def _cells(losses, changes=None, seeds=(0, 1, 2)):
     """Method -> its cells by heading; a row's test loss is its own, a little apart from seed to seed."""
     study = structs.replace(parse_study(yaml.safe_load(STUDY), where="here"), seeds=seeds)
     (group,) = study_groups(study)
-    chosen = {
-        row.name: [_summary(row, losses[row.name.removeprefix("a-")], seed) for seed in seeds]
-        for row in study_grid(study).rows
-    }
+    chosen = {}
+    for name, row in _rows().items():
+        changed = replace(row, settings=merged(row.settings, (changes or {}).get(name, {})))
+        chosen[row.name] = [_summary(changed, losses[name], seed) for seed in seeds]
     table = group_table(study, group, chosen, "hosl study s.yaml")
     return {line[0]: dict(zip(table.head, line, strict=True)) for line in table.lines}, caption(
         len(seeds), study
     )
+
+
+def _rows():
+    rows = study_grid(parse_study(yaml.safe_load(STUDY), where="here")).rows
+    return {row.name.removeprefix("a-"): row for row in rows}
 
 
 def _summary(row, loss, seed):
@@ -46,6 +55,20 @@ def test_a_row_of_other_steps_is_not_compared():
     assert cells["long"]["G (loss)"] == cells["long"]["p"] == "n/a (other steps, batches or task)"
     assert cells["fo-fo"]["G (loss)"] == "1.00 [1.00, 1.00]"
     assert cells["frozen"]["G (accuracy)"] == "n/a (gap not resolved)"
+
+
+def test_a_first_order_row_of_other_steps_is_no_yardstick():
+    cells, _ = _cells(LOSS, {"fo-fo": {"max_steps": 5}})
+    assert cells["frozen"]["G (loss)"] == "n/a (first-order: other steps, batches or task)"
+    assert cells["fo-fo"]["G (loss)"] == "n/a (other steps, batches or task)"
+
+
+def test_a_picture_has_no_gap_closure_where_the_table_has_none():
+    runs = {name: [_summary(row, LOSS[name], seed) for seed in (0, 1, 2)] for name, row in _rows().items()}
+    labels = _labels(runs, "frozen", "fo-fo", "test_loss_nats")
+    assert labels == {
+        "frozen": "frozen  G 0.00 [0.00, 0.00]", "long": "long  G n/a", "fo-fo": "fo-fo  G 1.00 [1.00, 1.00]"
+    }  # fmt: skip
 
 
 def test_where_first_order_is_the_worse_there_is_no_gap_closure():

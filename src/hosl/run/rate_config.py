@@ -69,7 +69,8 @@ class RateProblem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             if axis and middle not in axis:
                 raise ConfigError(f"{name} must hold the middle's {middle}, got {list(axis)}")
             if _repeat(axis) or any(value < (name != "cuts") for value in axis):
-                raise ConfigError(f"{name} must be different positive numbers, got {list(axis)}")
+                least = "different, and >= 0" if name == "cuts" else "different positive numbers"
+                raise ConfigError(f"{name} must be {least}, got {list(axis)}")
         product = self.middle.steps * self.middle.directions
         for q in self.directions:
             if product % q:

@@ -163,14 +163,14 @@ def _one_per_seed(runs: Sequence[Run]) -> tuple[Run, ...]:
 def _data(runs: Iterable[Run]) -> dict[Path, int]:
     """Folder -> 0, or 1, 2, ... where a run has other rows than an earlier one that should have had the same.
 
-    A task's digest is of every encoded row, so that settings such as max_tokens, and a seed that draws rows, change it
-    too: it is compared between runs that are alike in both.
+    A task's digest is of every encoded row, so that settings such as max_tokens change it too: it is compared between
+    runs that are alike in them. Where the seed draws rows it tells nothing about other seeds, and all are 0.
     """
     digests: dict[str, list[str]] = {}
     found = {}
     for run in sorted(runs, key=lambda run: (run.begun_ns, str(run.folder))):
-        alike = _key([*run.place, run.config["task"], run.seed if run.draws_rows else None])
-        known, digest = digests.setdefault(alike, []), run.record["task"].get("digest", "")
+        known = digests.setdefault(_key([*run.place, run.config["task"]]), [])
+        digest = "" if run.draws_rows else run.record["task"].get("digest", "")
         known += [] if digest in known else [digest]
         found[run.folder] = known.index(digest)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from hosl.config import Config, load_config
+from hosl.config import WITHOUT_DIRECTIONS, Config, load_config
 from hosl.errors import ConfigError, FolderError
 from hosl.run.record import read_lines
 
@@ -24,6 +24,7 @@ _COMMAND = re.compile(r"(?:\w+=\S* )*hosl train .*/([^/]+)\.yaml'?")
 _FILES = ("metrics.jsonl", "timings.jsonl", "config.yaml", "record.json")
 _OWN = ("seed", "output_dir", "report_to")
 """Settings in which the runs of one group may differ."""
+_SAME_WORK = ("max_steps", "per_device_train_batch_size", "task.")
 _TEST_ROWS = ("max_tokens", "train_rows", "dev_rows")
 """Of a task's settings: those that leave the test rows as they are."""
 
@@ -72,6 +73,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted path -> value, without what the runs of a group may differ in."""
         found = flat({name: value for name, value in self.config.items() if name not in _OWN})
+        if self.method in WITHOUT_DIRECTIONS:
+            found.pop(
+                "zo.directions", None
+            )  # a study's order of `directions` must not tear its frozen row apart
         return found | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
 
     @property
@@ -82,9 +87,8 @@ class Run:
 
     @property
     def draws_rows(self) -> bool:
-        """Whether its seed chose the rows of train or dev: then the task's digest is another for every seed."""
-        task = self.config["task"]
-        return task.get("kind") == "prompts" or task.get("train_rows") is not None
+        """As `seed_draws_rows`."""
+        return seed_draws_rows(self.config["task"])
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,16 @@ def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def same_work(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether runs made the same steps of the same task, by dotted paths; else their gap closure means nothing."""
+    return all(value == others.get(path) for path, value in settings.items() if path.startswith(_SAME_WORK))
+
+
+def seed_draws_rows(task: Mapping[str, Any]) -> bool:
+    """Whether the seed chooses the rows of train or dev: then the task's digest is another for every seed."""
+    return task.get("kind") not in ("docstrings", "files") or task.get("train_rows") is not None
+
+
 def told(value: Any) -> str:
     """A value of a config, short."""
     if isinstance(value, float):
@@ -229,7 +243,10 @@ def _chosen_run(file: Path, place: int, line: dict[Any, Any]) -> ChosenRun | Non
         return None
     folder = file.parent / "runs" / command[1]
     if not (folder / "metrics.jsonl").is_file():
-        raise _no_list(file, f"has {command[1]} as chosen, which is not in {folder.parent}")
+        raise FolderError(
+            f"{file} has {command[1]} as chosen, which is not in {folder.parent}; put it back, or remove "
+            f"{file.parent}/summaries/{command[1]}.json and call `hosl study` again, which makes it anew"
+        )
     return ChosenRun(folder, line["task"], line["row"])
 
 

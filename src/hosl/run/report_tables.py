@@ -12,12 +12,10 @@ from hosl.config import Config
 from hosl.run.report_colours import Look
 from hosl.run.report_groups import Comparison, Group, differing
 from hosl.run.report_page import amount, duration, facts_list, table
-from hosl.run.report_runs import Ends, Run, flat, told
+from hosl.run.report_runs import Ends, Run, flat, same_work, told
 from hosl.run.statistics import NoGap, gap_closure, mean_interval, spread
 from hosl.tasks import TaskConfig
 
-_SAME_WORK = ("max_steps", "per_device_train_batch_size", "task.")
-"""Settings that a method must share with the two ends for its gap closure to mean anything."""
 _ENDS = ("frozen", "fo-fo")
 """Methods that are 0 and 1 of gap closure where no study names its rows."""
 _NO_SEEDS = 2
@@ -166,11 +164,7 @@ def _end(comparison: Comparison, group: Group, place: int, ends: Ends | None) ->
         if is_end(other)
         and other.cut == group.cut
         and other.finished
-        and all(
-            value == other.runs[0].settings.get(path)
-            for path, value in settings.items()
-            if path.startswith(_SAME_WORK)
-        )
+        and same_work(settings, other.runs[0].settings)
     ]
     return min(found, key=_last_dev_loss, default=None)
 

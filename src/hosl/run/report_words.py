@@ -104,7 +104,7 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
 def comparison_cards(found: Sequence[Comparison], runs: int) -> list[tuple[str, str]]:
     """How many runs, and of one task and model the two ends of what they reach and cost."""
     groups = [group for comparison in found for group in comparison.groups]
-    shown = [(f"{runs}", f"runs in {len(groups)} group{'s' * (len(groups) > 1)}")]
+    shown = [(f"{runs}", f"run{'s' * (runs > 1)} in {len(groups)} group{'s' * (len(groups) > 1)}")]
     finished = [group for group in groups if group.finished]
     if len(found) > 1 or not finished:
         return shown

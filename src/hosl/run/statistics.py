@@ -64,6 +64,11 @@ def t_quantile(degrees: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
+def p_floor(seeds: int) -> float:
+    """The least that `paired_p` can be with so many seeds."""
+    return 2 / 2**seeds if seeds <= _EXACT_SEEDS else 1 / (2**_EXACT_SEEDS + 1)
+
+
 def paired_p(values: np.ndarray, others: np.ndarray) -> float:
     """Two-sided p of the sign-flip permutation test: the share of sign patterns with a mean at least as far from 0.
 

@@ -3,7 +3,6 @@
 Which runs: `study_grid`. One run: `study_process`. What they amount to: `study_table`, `study_pictures`, `study_runs`.
 """
 
-import contextlib
 import difflib
 import time
 from pathlib import Path
@@ -18,7 +17,13 @@ from hosl.run.report_plan import planned_lines
 from hosl.run.report_runs import CHOSEN_RUNS
 from hosl.run.stopping import Stop
 from hosl.run.study_config import Study, study_grid, study_groups
-from hosl.run.study_files import Places, check_same_inputs, check_same_study, drop_weights, read_summaries
+from hosl.run.study_files import (
+    Places,
+    check_same_study,
+    check_unchanged_inputs,
+    drop_weights,
+    read_summaries,
+)
 from hosl.run.study_grid import Grid, Summary, Try, dev_loss
 from hosl.run.study_pictures import draw_study
 from hosl.run.study_process import RunProcess
@@ -42,8 +47,8 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
     places = Places.below(out)
     out.mkdir(parents=True, exist_ok=True)
     with RunLock(out):
-        before = read_summaries(grid, places)
         check_same_study(out, file)
+        before = read_summaries(grid, places)
         if grid.needed(before):  # a list of fewer runs would make the study look finished
             (out / CHOSEN_RUNS).unlink(missing_ok=True)
         done = run_grid(grid, places, done=before, at_once=study.at_once, keep_models=study.keep_models)
@@ -62,9 +67,12 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
         lines = [done[run.name] | {"command": places.command(run)} for run in made]
         write_runs(study_groups(study), lines, chosen, out)
         answer |= write_tables(study, study_groups(study), chosen, pictures, out, command)
-        with contextlib.suppress(FolderError):  # tables need the summaries alone, a page the runs' own files
+        try:
             rows = study.frozen, study.first_order
             answer["report"] = str(write_study_report(out, planner=planned_lines, reference_rows=rows))
+        except FolderError as cause:  # tables need the summaries alone, a page the runs' own files
+            (out / "report.html").unlink(missing_ok=True)
+            answer["no_report"] = str(cause)
         return answer
 
 
@@ -119,7 +127,7 @@ def run_grid(
     """
     done, working = dict(done), list[RunProcess]()
     runs = _made(grid, done)
-    check_same_inputs(runs, done, places)
+    check_unchanged_inputs(runs, done, places)
     if not keep_models:
         for run in runs:  # of a study that was killed between a run's summary and this
             drop_weights(run, places)
@@ -136,7 +144,7 @@ def run_grid(
                     if summary is None:
                         continue
                     done[process.run.name] = summary
-                    check_same_inputs(_made(grid, done), done, places)
+                    check_unchanged_inputs(_made(grid, done), done, places)
                     view.say(f"{process.run.name}: {_told(summary)}, {process.seconds:.0f} s")
                     if not keep_models:
                         drop_weights(process.run, places)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from hosl.config import Method, parse_config, read_yaml
+from hosl.config import WITHOUT_DIRECTIONS, Method, parse_config, read_yaml
 from hosl.errors import ConfigError
 from hosl.run.study_grid import Grid, Row, merged
 
@@ -20,8 +20,6 @@ _OWN = {
     "seed": "`seeds` has them",
     "client.learning_rate": "`rates` of each method has them",
 }
-WITHOUT_DIRECTIONS = ("frozen", "fo-fo", "fo-recompute")
-"""Methods that draw no directions: one run serves every entry of `directions`."""
 
 
 class StudyMethod(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,12 +12,11 @@ from typing import Any
 import msgspec
 
 from hosl.checkpoint import newest_checkpoint
-from hosl.config import Config, dump_config, parse_config, read_yaml
+from hosl.config import WITHOUT_DIRECTIONS, Config, dump_config, parse_config, read_yaml
 from hosl.errors import ConfigError, FolderError
 from hosl.folders import whole_file
 from hosl.run.record import read_lines
-from hosl.run.report_runs import flat
-from hosl.run.study_config import WITHOUT_DIRECTIONS
+from hosl.run.report_runs import flat, seed_draws_rows
 from hosl.run.study_grid import Grid, Summary, Try
 
 _ALWAYS_KEPT = ("rate", "server_rate", "command")
@@ -101,7 +100,7 @@ def read_summaries(grid: Grid, places: Places) -> dict[str, Summary]:
     return found
 
 
-def check_same_inputs(runs: Sequence[Try], done: Mapping[str, Summary], places: Places) -> None:
+def check_unchanged_inputs(runs: Sequence[Try], done: Mapping[str, Summary], places: Places) -> None:
     """Refuse runs of one task or model whose content changed in between; older summaries do not tell.
 
     Raises:
@@ -170,6 +169,9 @@ def begun(folder: Path, config: Config) -> bool:
         ) from cause
     check_same_settings(config, content, folder)
     if newest_checkpoint(folder / "checkpoints") is None:
+        (
+            folder / "record.json"
+        ).unlink()  # first: a kill in between leaves what the next call takes for no run
         shutil.rmtree(folder)
         return False
     return True
@@ -205,8 +207,7 @@ def drop_weights(run: Try, places: Places) -> None:
 def _of_task(config: dict[str, Any]) -> list[Any]:
     """What the digest of the encoded rows is a function of, their files apart; the tokenizer is the model's."""
     task = config["task"]
-    drawn = task["kind"] not in ("docstrings", "files") or task["train_rows"] is not None
-    return [task, config["model"]["name"], config["seed"] if drawn else None]
+    return [task, config["model"]["name"], config["seed"] if seed_draws_rows(task) else None]
 
 
 def _of_model(config: dict[str, Any]) -> str:

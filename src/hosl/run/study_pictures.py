@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hosl.run.statistics import NoGap, gap_closure
 from hosl.run.study_config import Group, Study
 from hosl.run.study_grid import Summary
-from hosl.run.study_table import of_seeds
+from hosl.run.study_table import gap_text
 
 _TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 
@@ -109,14 +108,8 @@ def _labels(shown: Mapping[str, list[Summary]], frozen: str, first_order: str, k
     """Names with gap closure beside them: a picture that compares methods says how much of the gap they close."""
     if frozen not in shown or first_order not in shown:
         return {}
-    found = {
-        name: gap_closure(
-            *(of_seeds(of, key) for of in (runs, shown[frozen], shown[first_order])),
-            lower_is_better="loss" in key,
-        )
-        for name, runs in shown.items()
-    }
-    return {name: f"{name}  G {'n/a' if isinstance(gap, NoGap) else gap}" for name, gap in found.items()}
+    found = {name: gap_text(runs, shown[frozen], shown[first_order], key) for name, runs in shown.items()}
+    return {name: f"{name}  G {text.partition(' (')[0]}" for name, text in found.items()}
 
 
 def _style(name: str, place: int, frozen: str, first_order: str) -> tuple[str, str]:

@@ -6,9 +6,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from hosl.run.statistics import NoGap, gap_closure, mean_interval, paired_p, spread
+from hosl.config import parse_config
+from hosl.run.report_runs import flat, same_work
+from hosl.run.statistics import NoGap, gap_closure, mean_interval, p_floor, paired_p, spread
 from hosl.run.study_config import Group, Study
 from hosl.run.study_grid import Summary, run_name
 
@@ -19,8 +22,7 @@ _HEAD = (
     "method", "client rate", "server rate", "test accuracy, %", "p", "G (accuracy)", "test loss, nats", "p", "G (loss)",
     "client peak MiB", "up KiB/step", "down KiB/step", "s/step",
 )  # fmt: skip
-_SAME_WORK = ("max_steps", "per_device_train_batch_size", "task")
-"""Settings that a row must share with its references for a comparison to mean anything."""
+_OTHER_WORK = "n/a (other steps, batches or task)"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def caption(seeds: int, study: Study) -> str:
     statistics = (
         f"Mean ± sd over {seeds} seeds [95 % interval of the mean, Student's t]. p: paired against {study.frozen}, "
         "two-sided sign-flip permutation test over seeds, never under "
-        f"{max(2 / 2**seeds, 2 / 2**16):.2g} with so many "
+        f"{p_floor(seeds):.2g} with so many "
         f"seeds. G: (method - {study.frozen}) / ({study.first_order} - {study.frozen}), ratio of means over paired "
         "seeds [95 % interval, delta method with Student's t]; n/a (gap not resolved): the gap is under two standard "
         "errors. "
@@ -104,6 +106,10 @@ def of_seeds(runs: list[Summary], key: str) -> np.ndarray:
 
 def gap_text(runs: list[Summary], frozen: list[Summary], first: list[Summary], key: str) -> str:
     """G with its interval, or why there is none; `key` is of a loss, or of an accuracy."""
+    if not _same_work(runs, frozen):
+        return _OTHER_WORK
+    if not _same_work(first, frozen):
+        return "n/a (first-order: other steps, batches or task)"
     values = (of_seeds(of_row, key) for of_row in (runs, frozen, first))
     return str(gap_closure(*values, lower_is_better="loss" in key))
 
@@ -195,18 +201,21 @@ def _compared(
     if len(values) < 2:
         return value, "", NoGap.ONE_SEED
     if not _same_work(runs, frozen):
-        other = "n/a (other steps, batches or task)"
-        return value, other, other
+        return value, _OTHER_WORK, _OTHER_WORK
     p = "" if runs is frozen else f"{paired_p(of_seeds(runs, key), of_seeds(frozen, key)):.3g}"
     if diverged(first):
         return value, p, "n/a (first-order diverged)"
-    if not _same_work(first, frozen):
-        return value, p, "n/a (first-order: other steps, batches or task)"
     return value, p, gap_text(runs, frozen, first, key)
 
 
 def _same_work(runs: list[Summary], others: list[Summary]) -> bool:
-    return all(runs[0]["config"].get(what) == others[0]["config"].get(what) for what in _SAME_WORK)
+    """By their configs; summaries without one are of studies in which all rows do the same."""
+    if "config" not in runs[0]:
+        return True
+    settings = (
+        flat(msgspec.to_builtins(parse_config(of[0]["config"], where=of[0]["row"]))) for of in (runs, others)
+    )
+    return same_work(*settings)
 
 
 def _escaped(text: str) -> str:
