@@ -7,7 +7,9 @@ ones (docs/methods.md, d); g_k is device k's exact gradient over 16 rows of the 
 autograd. One client half, frozen, while the server trains for 60 steps.
 """
 
+import csv
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from hosl.methods.schedule import batch_indices
 from hosl.run.local import LocalSession, new_session
 from hosl.run.study_table import spread_text
 
+OUT = Path("runs/direction-variance")
 CLIENTS = (2, 4, 8)
 AT = (0, 30, 60)
 SEEDS = (0, 1, 2)
@@ -64,12 +67,12 @@ def ratios(seed: int) -> Iterator[tuple[int, int, float]]:
 
 
 if __name__ == "__main__":
-    by_place: dict[tuple[int, int], list[float]] = {}
-    for seed in SEEDS:
-        for step, clients, ratio in ratios(seed):
-            by_place.setdefault((step, clients), []).append(ratio)
+    found = [(seed, *place) for seed in SEEDS for place in ratios(seed)]
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "ratios.csv").open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("seed", "server_steps", "clients", "own_over_common"), *found])
     print("| server steps | " + " | ".join(f"K = {clients}" for clients in CLIENTS) + " |")
     print("|---|" + "---|" * len(CLIENTS))
     for step in AT:
-        cells = [spread_text(np.array(by_place[step, clients]), 2) for clients in CLIENTS]
-        print(f"| {step} | {' | '.join(cells)} |")
+        cells = [[ratio for _, at, k, ratio in found if (at, k) == (step, clients)] for clients in CLIENTS]
+        print(f"| {step} | {' | '.join(spread_text(np.array(cell), 2) for cell in cells)} |")

@@ -118,7 +118,7 @@ def check_unchanged_inputs(runs: Sequence[Try], done: Mapping[str, Summary], pla
                 raise FolderError(
                     f"runs {other.name} and {run.name} name the same {what}, but what is in its files changed between "
                     f"them (digests {before[:12]} and {digest[:12]}), and a table would mix the two; choose another "
-                    "output_dir, or put back the files of one of them and remove, of the other and all runs like it, "
+                    "output_dir, or put back the files of one of them and remove, of every run made with the others, "
                     f"{places.summaries}/NAME.json and {places.runs}/NAME"
                 )
 
