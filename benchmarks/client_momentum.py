@@ -16,7 +16,7 @@ from typing import Any, cast
 from hosl.config import parse_config, read_yaml
 from hosl.evaluation import evaluate
 from hosl.folders import whole_file
-from hosl.methods.schedule import batch_indices
+from hosl.methods.schedule import batch_of_step
 from hosl.parties.torch_client import ZerothOrderClient
 from hosl.run.local import LocalSession, new_session
 from hosl.run.study_grid import merged
@@ -24,9 +24,7 @@ from hosl.run.study_table import of_seeds, spread_text
 
 STUDY = Path("examples/studies/open-questions.yaml")
 OUT = Path("runs/client-momentum")
-SETTINGS = {
-    "method": "hosl", "model": {"cut": 6}, "server": {"learning_rate": 3e-3}
-}  # fmt: skip
+SETTINGS = {"method": "hosl", "model": {"cut": 6}, "server": {"learning_rate": 3e-3}}
 ROWS = ((0.0, 1e-6), (0.9, 1e-6), (0.0, 1e-5), (0.9, 1e-5), (0.0, 1e-4))
 SEEDS = (0, 1, 2)
 
@@ -64,9 +62,7 @@ def made(momentum: float, rate: float, seed: int) -> dict[str, Any]:
     session = new_session(parse_config(settings, where=str(STUDY)))
     session.client = cast(Any, ReplayedMomentum(cast(ZerothOrderClient, session.client), momentum))
     for step in range(1, session.config.max_steps + 1):
-        rows = session.config.per_device_train_batch_size
-        indices = batch_indices(seed, step, rows, len(session.task.train))
-        session.round(session.task.collate([session.task.train[i] for i in indices]), step)
+        session.round(batch_of_step(session.config, session.task, step), step)
         session.done(step)
     summary = {"momentum": momentum, "client_rate": rate, "seed": seed} | scored(session)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hosl.config import parse_config
-from hosl.methods.schedule import batch_indices
+from hosl.methods.schedule import batch_of_step
 from hosl.run.local import LocalSession, new_session
 from hosl.run.study_table import spread_text
 
@@ -50,8 +50,7 @@ def gradients(session: LocalSession, seed: int) -> np.ndarray:
 def train(session: LocalSession, until: int) -> None:
     """Steps of the server alone."""
     for step in range(session.step + 1, until + 1):
-        indices = batch_indices(session.config.seed, step, ROWS, len(session.task.train))
-        session.round(session.task.collate([session.task.train[i] for i in indices]), step)
+        session.round(batch_of_step(session.config, session.task, step), step)
         session.done(step)
 
 

@@ -130,8 +130,7 @@ def test_the_jackknife_covers_the_truth_as_often_as_it_says(seeds):
 
     def covered(generator: np.random.Generator) -> bool:
         values = 1 + 0.1 * generator.normal(size=seeds)
-        left_out = np.array([np.log(np.delete(values, seed).mean()) for seed in range(seeds)])
-        low, high = jackknife_interval(float(np.log(values.mean())), left_out)
+        low, high = jackknife_interval(lambda kept: float(np.log(kept.mean())), values)
         return low <= 0 <= high
 
     assert 0.935 <= _share_covered(2000, covered) <= 0.97
@@ -139,6 +138,5 @@ def test_the_jackknife_covers_the_truth_as_often_as_it_says(seeds):
 
 def test_the_jackknife_of_a_mean_is_students_interval():
     values = np.array([1.2, 2.4, 1.3, 0.0])
-    left_out = np.array([np.delete(values, seed).mean() for seed in range(4)])
-    assert jackknife_interval(float(values.mean()), left_out) == pytest.approx(mean_interval(values))
-    assert np.isnan(jackknife_interval(1.0, np.empty(0))).all()
+    assert jackknife_interval(np.mean, values) == pytest.approx(mean_interval(values))
+    assert np.isnan(jackknife_interval(np.mean, values[:1])).all()

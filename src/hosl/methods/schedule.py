@@ -8,6 +8,14 @@ from hashlib import blake2b
 import numpy as np
 
 from hosl.config import Config
+from hosl.core.parties import Batch
+from hosl.tasks import Task
+
+
+def batch_of_step(config: Config, task: Task, step: int) -> Batch:
+    """The training batch of `step` (from 1)."""
+    indices = batch_indices(config.seed, step, config.per_device_train_batch_size, len(task.train))
+    return task.collate([task.train[i] for i in indices])
 
 
 def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:

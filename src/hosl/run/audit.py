@@ -7,7 +7,7 @@ import numpy as np
 from hosl.config import Config
 from hosl.core.parties import Batch, ClassTargets
 from hosl.core.positions import positions_of
-from hosl.methods.schedule import batch_indices
+from hosl.methods.schedule import batch_of_step
 from hosl.tasks import Task
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_to_message, targets_to_message
@@ -34,7 +34,7 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
         width: of the model's hidden state.
         steps: how many batches to average over.
     """
-    batches = [_batch(config, task, step) for step in range(1, steps + 1)]
+    batches = [batch_of_step(config, task, step) for step in range(1, steps + 1)]
     clean = config.zo.fo_point == "clean"  # else the server's step is at a probe that is sent anyway
     probed = 2 * config.zo.directions
     uploads = {"hosl": probed + clean, "zo-zo": probed, "fo-zo": probed + 1}.get(config.method, 1)
@@ -90,8 +90,3 @@ def _row(field: str, when: str, shape: str, bytes_per_step: float) -> dict[str, 
         "field": field, "sent": when, "shape": shape, "bytes_per_step": round(bytes_per_step),
         "a curious server learns": LEARNS[field],
     }  # fmt: skip
-
-
-def _batch(config: Config, task: Task, step: int) -> Batch:
-    indices = batch_indices(config.seed, step, config.per_device_train_batch_size, len(task.train))
-    return task.collate([task.train[i] for i in indices])

@@ -9,7 +9,7 @@ from typing import Any
 from hosl.core.rounds import RoundResult
 from hosl.errors import OverBudgetError, StepMoved
 from hosl.evaluation import Evaluation, evaluate
-from hosl.methods.schedule import batch_indices, learning_rate
+from hosl.methods.schedule import batch_of_step, learning_rate
 from hosl.run.budget import over_budget
 from hosl.run.progress import View, open_view
 from hosl.run.record import Record, process_peak_bytes, read_lines
@@ -90,9 +90,7 @@ def _one_step(
 ) -> None:
     config, step, begin = session.config, session.step + 1, perf_counter()
     session.measure_memory(on=step < first + 2 or step % MEMORY_STEPS == 0)
-    indices = batch_indices(config.seed, step, config.per_device_train_batch_size, len(session.task.train))
-    batch = session.task.collate([session.task.train[i] for i in indices])
-    result = session.round(batch, step)
+    result = session.round(batch_of_step(config, session.task, step), step)
     session.measure_memory(on=False)
     session.done(step)
     seconds = perf_counter() - begin

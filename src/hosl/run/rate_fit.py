@@ -66,10 +66,11 @@ def fit_slope(x: np.ndarray, values: np.ndarray) -> Slope:
     centred = np.log(np.asarray(x, float))
     centred -= centred.mean()
     weights = centred / (centred @ centred)
-    slope = float(np.log(values.mean(0)) @ weights)
-    seeds = range(len(values)) if len(values) > 1 else ()
-    left_out = np.array([np.log(np.delete(values, seed, axis=0).mean(0)) @ weights for seed in seeds])
-    return Slope(slope, *jackknife_interval(slope, left_out))
+
+    def slope(of_seeds: np.ndarray) -> float:
+        return float(np.log(of_seeds.mean(0)) @ weights)
+
+    return Slope(slope(values), *jackknife_interval(slope, values))
 
 
 def two_terms(lines: Sequence[Line]) -> tuple[float, float, float]:

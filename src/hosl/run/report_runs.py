@@ -73,10 +73,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted path -> value, without what the runs of a group may differ in."""
         found = flat({name: value for name, value in self.config.items() if name not in _OWN})
-        if self.method in WITHOUT_DIRECTIONS:
-            found.pop(
-                "zo.directions", None
-            )  # a study's order of `directions` must not tear its frozen row apart
+        if (
+            self.method in WITHOUT_DIRECTIONS
+        ):  # a study's order of `directions` must not tear its frozen row apart
+            found.pop("zo.directions", None)
         return found | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
 
     @property

@@ -3,6 +3,7 @@
 Every argument is one number per seed, in the order of the seeds; two of them are paired by that order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -112,14 +113,17 @@ def gap_closure(
     return GapClosure(value, value - half, value + half)
 
 
-def jackknife_interval(whole: float, left_out: np.ndarray) -> tuple[float, float]:
-    """whole -+ t se, se from the same figure with each seed left out in turn; 95 %, NaN for one seed.
+def jackknife_interval(figure: Callable[[np.ndarray], float], values: np.ndarray) -> tuple[float, float]:
+    """figure(values) -+ t se, se from the figure with each seed left out in turn; 95 %, NaN for one seed.
 
-    For figures of the mean over seeds that are smooth in it, such as the logarithm's slope. Source: Tukey 1958.
+    `values` has a seed per row. For figures that are smooth in the mean over seeds, such as its logarithm's slope.
+    Source: Tukey 1958.
     """
-    seeds = len(left_out)
+    seeds = len(values)
     if seeds < 2:
         return float("nan"), float("nan")
+    whole = figure(values)
+    left_out = np.array([figure(np.delete(values, seed, axis=0)) for seed in range(seeds)])
     variance = (seeds - 1) / seeds * float(((left_out - left_out.mean()) ** 2).sum())
     half = t_quantile(seeds - 1) * variance**0.5
     return whole - half, whole + half

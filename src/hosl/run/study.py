@@ -26,11 +26,9 @@ from hosl.run.study_files import (
 )
 from hosl.run.study_grid import Grid, Summary, Try, dev_loss
 from hosl.run.study_pictures import draw_study
-from hosl.run.study_process import RunProcess
+from hosl.run.study_process import POLL_S, RunProcess
 from hosl.run.study_runs import write_runs
 from hosl.run.study_table import write_tables
-
-_POLL_S = 0.1
 
 
 def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
@@ -137,7 +135,7 @@ def run_grid(
     ):
         try:
             while _start(grid, places, done, working, at_once or cores(), stop):
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
                 for process in [process for process in working if process.ended]:
                     working.remove(process)
                     summary = process.take()

@@ -154,10 +154,9 @@ def begun(folder: Path, config: Config) -> bool:
     Raises:
         FolderError: if it was begun with other settings, or nobody can tell with which.
     """
+    record = folder / "record.json"  # what the folder gets last before its first step
     try:
-        json.loads(
-            (folder / "record.json").read_text("utf-8")
-        )  # what the folder gets last before its first step
+        json.loads(record.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         shutil.rmtree(folder, ignore_errors=True)
         return False
@@ -169,9 +168,7 @@ def begun(folder: Path, config: Config) -> bool:
         ) from cause
     check_same_settings(config, content, folder)
     if newest_checkpoint(folder / "checkpoints") is None:
-        (
-            folder / "record.json"
-        ).unlink()  # first: a kill in between leaves what the next call takes for no run
+        record.unlink()  # first: a kill in between leaves what the next call takes for no run
         shutil.rmtree(folder)
         return False
     return True

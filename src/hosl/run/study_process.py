@@ -25,7 +25,8 @@ _HOSL = (
     "sys.exit(main())\n"
 )
 _ORPHANS_END_S = 30.0
-_POLL_S = 0.1
+POLL_S = 0.1
+"""Between two looks at a run."""
 _DIVERGED = ("must be finite", "the model has diverged", "the server diverged within")
 """What every message of a NonFiniteError says; a test reads them all."""
 
@@ -125,7 +126,7 @@ def make_alone(config: Config, *, as_json: bool) -> int:
         with _hosl_train([str(file), *(["--json"] if as_json else [])]) as process:
             try:
                 while process.poll() is None and not stop.asked:
-                    time.sleep(_POLL_S)
+                    time.sleep(POLL_S)
                 if stop.asked:
                     process.terminate()
                 status = process.wait()
