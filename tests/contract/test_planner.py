@@ -5,22 +5,22 @@ import dataclasses
 import pytest
 import torch
 from msgspec import structs
-from tests.conftest import MODELS, build
 
 from hosl.config import Config, ModelConfig, parse_config
 from hosl.errors import ConfigError
-from hosl.methods.made_up import NoServer, fixed_batch
 from hosl.methods.rows import ROWS
 from hosl.methods.step import method_round
+from hosl.methods.synthetic import NoServer, fixed_batch
 from hosl.methods.torch_parties import DTYPES, make_client, party_bytes, trained_elements
+from hosl.parties.engine.memory import TorchMemory
 from hosl.parties.metered import Meter, Metered
-from hosl.parties.torch_memory import TorchMemory
 from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
 from hosl.planner.dry_run import empty_, without_data, work_of
 from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PLANNED, Demand, Question, most_needed, nearest_that_fits, plan, recommended
 from hosl.split import split_model
+from tests.conftest import MODELS, build
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
 BY_NAME = {row.name: row for row in ROWS}

@@ -5,12 +5,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from tests.contract.test_adapters import _targets
 
-from hosl.core.parties import Batch, ClassTargets
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient
+from hosl.core.targets import Batch, ClassTargets
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.split import LoraSpec, add_lora, set_trainable, split_model
+from tests.contract.test_adapters import _targets
 
 ROWS, ETA = 5, 0.5
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -5,6 +5,7 @@ import csv
 import pytest
 import tokenizers
 import yaml
+
 from tests.conftest import build
 from tests.integration.network import split
 

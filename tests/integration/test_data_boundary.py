@@ -8,15 +8,15 @@ import re
 import numpy as np
 import pytest
 import yaml
-from tests.integration.conftest import WORDS
-from tests.integration.network import Server, finished, join
-from tests.integration.recorder import Recorder, messages
 
 from hosl.cli import main
 from hosl.config import load_config
 from hosl.tasks import TextTokenizer, load_task
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
+from tests.integration.conftest import WORDS
+from tests.integration.network import Server, finished, join
+from tests.integration.recorder import Recorder, messages
 
 REQUESTS = (pb.Upload, pb.HelloRequest, pb.SaveRequest, pb.JournalRequest, pb.DescendRequest)
 _SESSION = re.compile(r"[0-9a-f]{16}\.\d+")

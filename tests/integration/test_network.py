@@ -5,12 +5,12 @@ from typing import get_args
 import pytest
 import safetensors.torch
 import torch
-from tests.integration.network import Server, finished, join, newest, server_state, split
 
 from hosl.cli import main
 from hosl.config import Method
-from hosl.run.record import read_lines
 from hosl.split import load_half, load_model, split_folder
+from hosl.system.run_folder import read_lines
+from tests.integration.network import Server, finished, join, newest, server_state, split
 
 METHODS = get_args(Method)
 

@@ -6,9 +6,9 @@ import sys
 from contextlib import suppress
 
 import pytest
-from tests.integration.network import ENVIRONMENT, Server, enrol, finished, join, newest, split, wait_until
 
 from hosl.core.journal import Journal
+from tests.integration.network import ENVIRONMENT, Server, enrol, finished, join, newest, split, wait_until
 
 
 def journal_of(run):

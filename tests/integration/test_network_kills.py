@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.integration.network import ENVIRONMENT, HOSL, Server, finished, join, newest, split, wait_until
 
 HERE = Path(__file__).parent

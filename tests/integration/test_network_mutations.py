@@ -5,10 +5,10 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.integration.network import Server, enrol
-from tests.integration.peers import Peer, model_of, refused_as
 
 from hosl.wire import hosl_pb2 as pb
+from tests.integration.network import Server, enrol
+from tests.integration.peers import Peer, model_of, refused_as
 
 
 def _mutated(chance, frames):

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from tests.integration.certificates import issue
-from tests.integration.network import Server
-from tests.integration.peers import SEQ, WIDTH, Peer, model_of, refused_as
 
 from hosl.cli import main
 from hosl.errors import AccessError, ConfigError, LinkError
 from hosl.transport.channel import Channel, Patience, Proof
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
+from tests.integration.certificates import issue
+from tests.integration.network import Server
+from tests.integration.peers import SEQ, WIDTH, Peer, model_of, refused_as
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from tests.integration.browser import browse, needs_chromium
 
 from hosl.cli import main
-from hosl.run.record import read_lines
+from hosl.system.run_folder import read_lines
+from tests.integration.browser import browse, needs_chromium
 
 PAGE_WHITE, PAGE_DARK = (255, 255, 255), (17, 22, 28)
 

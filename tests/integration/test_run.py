@@ -12,7 +12,7 @@ import yaml
 import hosl
 from hosl.cli import main
 from hosl.config import Method
-from hosl.run.record import read_lines
+from hosl.system.run_folder import read_lines
 
 METHODS = get_args(Method)
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+
+from hosl.core.directions import direction, low_rank_factors
+from hosl.parties.clients.activation_guided import ActivationGuidedClient, MixedClient, leading_direction
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.split import set_trainable, split_model
 from tests.conftest import BLOCKS
 from tests.numerics.slopes import slope
 from tests.numerics.test_guided import _batch, _gradient, _weights
-
-from hosl.core.directions import direction, low_rank_factors
-from hosl.parties.activation_guided_client import ActivationGuidedClient, MixedClient, leading_direction
-from hosl.parties.torch_client import ZerothOrderClient
-from hosl.split import set_trainable, split_model
 
 EPSILON = 1e-5
 FAMILIES = ["bert", "opt", "gpt_neox", "gpt2"]

@@ -8,7 +8,7 @@ from hosl.core.directions import direction_seed
 from hosl.core.rounds import authors_head_round
 from hosl.errors import ConfigError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
-from hosl.parties.torch_client import ZerothOrderClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.split import split_model
 
 

@@ -6,12 +6,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from tests.conftest import BLOCKS
 
-from hosl.core.parties import Batch, ClassTargets, StepReply
 from hosl.core.rounds import hosl_guided_round
-from hosl.parties.guided_client import GuidedClient
+from hosl.core.targets import Batch, ClassTargets, StepReply
+from hosl.parties.clients.guided import GuidedClient
 from hosl.split import split_model
+from tests.conftest import BLOCKS
 
 ROWS, ETA, EPSILON = 5, 0.3, 1e-3
 PRE_NORM = {"opt", "opt-projections", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "phi3"}

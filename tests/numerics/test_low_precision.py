@@ -10,10 +10,11 @@ from hosl.core.directions import direction, direction_seed
 from hosl.core.journal import Journal
 from hosl.core.rounds import hosl_round
 from hosl.errors import ConfigError, ModelError
-from hosl.parties.probing import trained_parameters
-from hosl.parties.torch_client import FirstOrderClient, ZerothOrderClient
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
-from hosl.parties.torch_server import FirstOrderServer
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
+from hosl.parties.engine.perturbation import trained_parameters
+from hosl.parties.servers.basic import FirstOrderServer
 from hosl.split import (
     ClientHalf,
     LoraSpec,

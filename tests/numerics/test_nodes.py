@@ -5,14 +5,14 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from tests.conftest import BLOCKS
-from tests.numerics.test_guided import FLOAT32_NORMS, ROUNDING, _batch, _gradient, _Linear
 
 from hosl.core.directions import tile
 from hosl.core.rounds import hosl_guided_round, hosl_node_round
 from hosl.errors import NonFiniteError
-from hosl.parties.node_client import NodeClient
+from hosl.parties.clients.node import NodeClient
 from hosl.split import split_model
+from tests.conftest import BLOCKS
+from tests.numerics.test_guided import FLOAT32_NORMS, ROUNDING, _batch, _gradient, _Linear
 
 ETA, EPSILON = 0.3, 1e-4
 SEEDS = [11, 12, 13]

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tests.numerics.slopes import slope
 from torch.func import functional_call, jvp
 
 from hosl.core.directions import LAWS, direction
-from hosl.parties.probing import SCRATCH_ELEMENTS, Probe, stacked, trained_parameters
-from hosl.parties.torch_client import ZerothOrderClient
-from hosl.parties.torch_server import FirstOrderServer
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.perturbation import SCRATCH_ELEMENTS, Probe, stacked, trained_parameters
+from hosl.parties.servers.basic import FirstOrderServer
 from hosl.split import split_model
+from tests.numerics.slopes import slope
 
 _PROBE = Probe(seed=3, epsilon=1e-3, law="gaussian")
 
@@ -43,7 +43,9 @@ def test_a_probe_equals_two_forwards_with_the_weights_written(
     model_name, tiny, padded, law, scratch, monkeypatch
 ):
     """Every family, every weight trained, embeddings too. float64: only the order of sums may differ."""
-    monkeypatch.setattr("hosl.parties.probing.SCRATCH_ELEMENTS", scratch)  # 100: three rows at a time
+    monkeypatch.setattr(
+        "hosl.parties.engine.perturbation.SCRATCH_ELEMENTS", scratch
+    )  # 100: three rows at a time
     ids, mask = padded("right")
     probe = Probe(7, 1e-2, law)
     client, _ = split_model(tiny(model_name, torch.float64), 2)

@@ -3,21 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from tests.conftest import BLOCKS
-from tests.numerics.slopes import slope
-from tests.numerics.test_guided import FLOAT32_NORMS, _batch, _gradient, _Linear
 
 from hosl.core.directions import direction
-from hosl.core.parties import Batch, ClassTargets
 from hosl.core.rounds import (
     hosl_gradient_forward_mode_round,
     hosl_gradient_one_sided_round,
     hosl_gradient_round,
 )
+from hosl.core.targets import Batch, ClassTargets
 from hosl.errors import NonFiniteError
-from hosl.parties.torch_client import TOKENS_AT_ONCE, ZerothOrderClient, row_slices
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
+from hosl.parties.clients.frozen import TOKENS_AT_ONCE, row_slices
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
 from hosl.split import set_trainable, split_model
+from tests.conftest import BLOCKS
+from tests.numerics.slopes import slope
+from tests.numerics.test_guided import FLOAT32_NORMS, _batch, _gradient, _Linear
 
 SEEDS = [5, 6, 7]
 
@@ -72,7 +73,9 @@ def test_low_rank_probes_of_a_step_share_their_forwards(tiny, padded, monkeypatc
     list(client.probes(batch, SEEDS, 1e-3))
     assert seen == [2 * len(SEEDS) * 5]  # one forward for all
     seen.clear()
-    monkeypatch.setattr("hosl.parties.torch_client.STACKED_TOKENS_AT_ONCE", 2 * 2 * batch.input_ids.size)
+    monkeypatch.setattr(
+        "hosl.parties.clients.zeroth_order.STACKED_TOKENS_AT_ONCE", 2 * 2 * batch.input_ids.size
+    )
     list(client.probes(batch, SEEDS, 1e-3))
     assert seen == [
         2 * 2 * 5,

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers as hf
 
-from hosl.core.parties import Batch, ClassTargets
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
+from hosl.core.targets import Batch, ClassTargets
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
 from hosl.split import set_trainable, split_model
 
 BLOCKS, WIDTH, VOCABULARY, ROWS, SEQ = 6, 128, 4000, 8, 32

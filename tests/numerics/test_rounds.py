@@ -17,10 +17,12 @@ from hosl.core.rounds import (
     zo_round,
 )
 from hosl.errors import NonFiniteError
-from hosl.parties.optimisers import OptimiserSpec
-from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
-from hosl.parties.torch_loss import row_losses
-from hosl.parties.torch_server import FirstOrderServer, ZerothOrderServer
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.loss import row_losses
+from hosl.parties.engine.optimisers import OptimiserSpec
+from hosl.parties.servers.basic import FirstOrderServer, ZerothOrderServer
 from hosl.split import split_model
 
 ETA_C, ETA_S, EPSILON, Q = 3e-3, 5e-2, 1e-3, 3

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 from hosl.config import parse_config
-from hosl.config_sections import ClientConfig
+from hosl.config.sections import ClientConfig
 from hosl.errors import FolderError
-from hosl.run.report import write_comparison, write_report
-from hosl.run.report_colours import looks
-from hosl.run.report_costs import step_parts
-from hosl.run.report_groups import PlannedLine, comparisons
-from hosl.run.report_runs import read_run, run_folders
-from hosl.run.report_tables import results
-from hosl.run.study_grid import merged
+from hosl.report.build import write_comparison, write_report
+from hosl.report.costs import step_parts
+from hosl.report.groups import PlannedLine, comparisons
+from hosl.report.runs import read_run, run_folders
+from hosl.report.style import looks
+from hosl.report.tables import results
+from hosl.study.grid import merged
 
 VERBS = {
     "frozen": (["forward"], ["step"]),
@@ -383,7 +383,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(made, tmp_path):
 
 
 def test_a_report_needs_no_torch():
-    script = "import sys, hosl.run.report, hosl.run.report_plan; print('torch' in sys.modules)"
+    script = "import sys, hosl.report.build, hosl.report.planned; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
 

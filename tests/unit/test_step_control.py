@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hosl.core.step_control import PLAIN, WARM_UP, WINDOW, StepControl
+from hosl.core.clipping import PLAIN, WARM_UP, WINDOW, StepControl
 from hosl.errors import NonFiniteError
 
 _finite = st.floats(-1e6, 1e6).map(lambda c: 0.0 if abs(c) < 1e-9 else c)

@@ -10,14 +10,14 @@ import yaml
 from msgspec import structs
 
 from hosl.errors import ConfigError, NonFiniteError
-from hosl.run import study as study_module
-from hosl.run.record import cores
-from hosl.run.study import config_of_run, run_study
-from hosl.run.study_config import parse_study, read_study, study_grid, study_groups
-from hosl.run.study_files import Places
-from hosl.run.study_grid import Grid, Row, merged
-from hosl.run.study_runs import run_lines
-from hosl.run.study_table import caption, group_table, latex, markdown
+from hosl.study import run as study_module
+from hosl.study.config import parse_study, read_study, study_grid, study_groups
+from hosl.study.files import Places
+from hosl.study.grid import Grid, Row, merged
+from hosl.study.run import config_of_run, run_study
+from hosl.study.runs_csv import run_lines
+from hosl.study.tables import caption, group_table, latex, markdown
+from hosl.system.machine import cores
 
 STUDY = {
     "output_dir": "out",

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.unit import test_study
 
 from hosl.errors import FailureError
-from hosl.run import study_process
-from hosl.run.study_config import study_grid
-from hosl.run.study_files import Places
-from hosl.run.study_process import _DIVERGED, RunProcess, make_alone
+from hosl.study import process as study_process
+from hosl.study.config import study_grid
+from hosl.study.files import Places
+from hosl.study.process import _DIVERGED, RunProcess, make_alone
+from tests.unit import test_study
 
 SOURCES = Path(__file__).parents[2] / "src"
 study = test_study.study

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from hosl.config import Config, Method, ZOConfig
 from hosl.core.directions import LAWS
-from hosl.core.parties import ClassTargets, OptionTargets
+from hosl.core.targets import ClassTargets, OptionTargets
 from hosl.errors import HoslError, LimitError, WireError
-from hosl.parties.torch_wire import from_wire, to_wire
-from hosl.run.agreement import config_of, training_message
+from hosl.network.handshake import config_of, training_message
+from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 from hosl.wire.targets import targets_from_message, targets_to_message

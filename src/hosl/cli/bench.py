@@ -38,8 +38,8 @@ def _step(words: list[str]) -> int:
     parser.add_argument("--memory-repeats", type=int, default=1, help="each in a process of its own; 0: none")
     known = parser.parse_args(words)
 
+    from hosl.bench.step import StepBench, bench_step
     from hosl.methods.rows import rows_called
-    from hosl.run.bench_step import StepBench, bench_step
 
     bench = StepBench(
         shape=known.shape, cut=known.cut, rows=known.batch, tokens=known.tokens, directions=known.directions,
@@ -58,8 +58,8 @@ def _memory(words: list[str]) -> int:
     )
     known = parser.parse_args(words)
 
+    from hosl.bench.memory import bench_memory
     from hosl.methods.rows import rows_called
-    from hosl.run.bench_memory import bench_memory
 
     rows = rows_called(known.methods)
     steps = 0 if known.once else 1
@@ -76,7 +76,7 @@ def _plan(words: list[str]) -> int:
     )
     known = parser.parse_args(words)
 
-    from hosl.run.bench_plan import bench_plan
+    from hosl.bench.plan_accuracy import bench_plan
 
     return _show(bench_plan(say=_say, probe_s=known.probe_seconds), known.json)
 
@@ -123,7 +123,7 @@ def _link(words: list[str]) -> int:
     parser.add_argument("--down", help="such as 100mbit; default: no limit")
     known = parser.parse_args(words)
 
-    from hosl.run.bench_link import LinkBench, bench_link
+    from hosl.bench.link import LinkBench, bench_link
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
     config = Config(

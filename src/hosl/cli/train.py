@@ -32,7 +32,7 @@ def run(words: list[str]) -> int:
         )
     config = None if known.resume else overridden(load_config(known.config), overrides)
 
-    from hosl.run.train import resume, start  # torch and transformers, only now
+    from hosl.training.train import resume, start  # torch and transformers, only now
 
     summary = start(config) if config is not None else resume(Path(known.resume))
     answer(summary, as_json=known.json)

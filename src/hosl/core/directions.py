@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 
-from hosl.core.shapes import Float
+from hosl.core.array_types import Float
 
 Law: TypeAlias = Literal["gaussian", "rademacher", "sphere", "low-rank"]
 """gaussian: N(0, 1) (the paper). rademacher: +-1, cheaper. sphere: gaussian rescaled per tensor to norm sqrt(numel)

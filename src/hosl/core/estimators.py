@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hosl.core.shapes import Float
+from hosl.core.array_types import Float
 from hosl.errors import NonFiniteError
 
 

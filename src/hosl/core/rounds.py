@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hosl.core.clipping import PLAIN, StepControl
 from hosl.core.estimators import central_difference, difference_quotient, loss_noise
-from hosl.core.parties import (
-    Batch,
+from hosl.core.protocols import (
     ClientSide,
     FirstOrderClientSide,
     FirstOrderServerSide,
@@ -25,7 +25,7 @@ from hosl.core.parties import (
     ZerothOrderClientSide,
     ZerothOrderServerSide,
 )
-from hosl.core.step_control import PLAIN, StepControl
+from hosl.core.targets import Batch
 
 
 @dataclass(frozen=True, slots=True)

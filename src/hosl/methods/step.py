@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hosl.config import Config
+from hosl.core.clipping import StepControl
 from hosl.core.directions import direction_seed
-from hosl.core.parties import Batch
 from hosl.core.rounds import (
     RoundResult,
     authors_head_round,
@@ -25,7 +25,7 @@ from hosl.core.rounds import (
     hosl_round,
     zo_round,
 )
-from hosl.core.step_control import StepControl
+from hosl.core.targets import Batch
 from hosl.methods.schedule import learning_rate
 
 

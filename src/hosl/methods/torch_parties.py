@@ -7,16 +7,19 @@ import torch
 
 from hosl.config import Config
 from hosl.methods.schedule import learning_rate
-from hosl.parties.activation_guided_client import ActivationGuidedClient, MixedClient
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
-from hosl.parties.guided_client import GuidedClient
-from hosl.parties.headed_server import HeadedServer, Trunk
-from hosl.parties.node_client import NodeClient
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
-from hosl.parties.torch_memory import resident_bytes
-from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, TorchServer, ZerothOrderServer
-from hosl.parties.torch_trunk import TrunkServer
+from hosl.parties.clients.activation_guided import ActivationGuidedClient, MixedClient
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.guided import GuidedClient
+from hosl.parties.clients.node import NodeClient
+from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.memory import resident_bytes
+from hosl.parties.servers.basic import FirstOrderServer, TorchServer, ZerothOrderServer
+from hosl.parties.servers.headed import HeadedServer, Trunk
+from hosl.parties.servers.synchronous import SynchronousServer
+from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,12 +12,12 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from hosl.core.array_types import Float
 from hosl.core.journal import Journal
-from hosl.core.parties import Batch, Pair, StepReply, Targets
-from hosl.core.shapes import Float
-from hosl.parties.probing import Probe, descend_, stacked
-from hosl.parties.torch_client import ZerothOrderClient
-from hosl.parties.torch_server import FirstOrderServer
+from hosl.core.targets import Batch, Pair, StepReply, Targets
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.perturbation import Probe, descend_, stacked
+from hosl.parties.servers.basic import FirstOrderServer
 
 
 @contextmanager

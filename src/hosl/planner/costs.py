@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from hosl.config import Config
-from hosl.core.parties import ClassTargets, OptionTargets, Targets
-from hosl.methods.made_up import fixed_batch
+from hosl.core.targets import ClassTargets, OptionTargets, Targets
 from hosl.methods.step import method_round
+from hosl.methods.synthetic import fixed_batch
 from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_client_half_
-from hosl.parties.torch_client import TOKENS_AT_ONCE, ZerothOrderClient
-from hosl.planner.doubles import CountingServer, InOnePart, Still, Traffic, Unformed
+from hosl.parties.clients.frozen import TOKENS_AT_ONCE
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
+from hosl.planner.fakes import CountingServer, InOnePart, Still, Traffic, Unformed
 from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf
 from hosl.split.quantised import Int8Linear

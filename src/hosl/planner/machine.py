@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hosl.core.directions import Law, drawn
-from hosl.parties.probing import Scratch, descend_
+from hosl.parties.engine.perturbation import Scratch, descend_
 from hosl.planner.dry_run import Attention, Product, Work
 
 _TOO_LARGE_BYTES = 1 << 30

@@ -12,7 +12,7 @@ import msgspec
 from hosl.config import Config
 from hosl.errors import ConfigError
 from hosl.methods.rows import ROWS, Row
-from hosl.parties.torch_client import TOKENS_AT_ONCE
+from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.planner.costs import (
     PartyCost,
     Traffic,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.core.journal import Journal
-from hosl.core.parties import PositionTargets, Targets
+from hosl.core.targets import PositionTargets, Targets
 from hosl.errors import AgreementError, SessionError, StepError
 from hosl.service.hosting import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round

@@ -11,9 +11,9 @@ import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from hosl.errors import AgreementError, LimitError, SessionError, WireError
-from hosl.folders import whole_file
 from hosl.service.hosting import OpenHalf
 from hosl.service.runs import ServedRun
+from hosl.system.atomic import whole_file
 from hosl.wire import hosl_pb2 as pb
 
 PROTOCOL = 1

@@ -1,6 +1,6 @@
 """One connection to a server: pinned TLS, the token on every call, errors as hosl's own, and when to try again.
 
-Timeouts are three in all (`Patience`). What the calls say: `hosl.wire`; what they mean: `hosl.parties.remote_server`.
+Timeouts are three in all (`Patience`). What the calls say: `hosl.wire`; what they mean: `hosl.parties.remote.server`.
 """
 
 import ipaddress
