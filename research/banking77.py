@@ -31,7 +31,7 @@ def _method(name: str, **settings: dict) -> dict:
 
 
 ROWS = (
-    Row("frozen", _method("frozen"), server_rates=(3e-4, 1e-3, 3e-3, 1e-2)),
+    Row("frozen", _method("frozen"), server_learning_rates=(3e-4, 1e-3, 3e-3, 1e-2)),
     # the lowest of four was the best: one more below it, here and in the next two rows of backprop
     Row("fo-fo-sgd", _method("fo-fo"), (1e-3, *SGD)),
     Row("hosl-guided", _method("hosl-guided"), SGD),
@@ -40,11 +40,11 @@ ROWS = (
     Row("hosl-gradient", _method("hosl-gradient"), ZO),
     Row("hosl", _method("hosl"), ZO),
     Row("fo-fo-adamw", _method("fo-fo", client=ADAMW), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
-    Row("hosl-gradient-low-rank", _method("hosl-gradient", zo={"law": "low-rank"}), ZO),
+    Row("hosl-gradient-low-rank", _method("hosl-gradient", zo={"distribution": "low-rank"}), ZO),
     Row("zo-zo", _method("zo-zo"), (1e-6, 1e-5, 1e-4, 1e-3), one_rate=True),
     Row("hosl-gradient-lora", _method("hosl-gradient", **ADAPTERS), (1e-4, 1e-3, 1e-2, 1e-1)),
     Row("fo-fo-lora", _method("fo-fo", client=ADAMW | {"trainable": "lora"}), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    Row("hosl-gradient-gaussian", _method("hosl-gradient", zo={"law": "gaussian"}), ZO),
+    Row("hosl-gradient-gaussian", _method("hosl-gradient", zo={"distribution": "gaussian"}), ZO),
 )
 FIRST_ORDER = "fo-fo-sgd"
 """The row that gap closure takes for 1: the same update rule as the forward-only rows, plain SGD on the client."""

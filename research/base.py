@@ -48,16 +48,16 @@ def cost(base: str, *, blocks: int, width: int, batch: int, tokens: int, repeats
         "probe": [(probed.probe, rows, 3, 1e-3)],
         "backprop": [(first_order.forward_for_backward, rows), (first_order.backward, gradient, 0.0)],
     }
-    for name, verbs in steps.items():
+    for name, calls in steps.items():
         times = []
         for _ in range(repeats + 1):  # the first warms up
             start = time.perf_counter()
-            for verb, *args in verbs:
-                verb(*args)
+            for call, *args in calls:
+                call(*args)
             times.append(time.perf_counter() - start)
         memory = TorchMemory(weights_bytes)
-        for verb, *args in verbs:
-            memory.watch(verb, *args)
+        for call, *args in calls:
+            memory.watch(call, *args)
         found[f"{name}_s"] = statistics.median(times[1:])
         found[f"{name}_peak_mib"] = (memory.peak_bytes - weights_bytes) / 2**20
     return found

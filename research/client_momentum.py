@@ -37,8 +37,8 @@ class ReplayedMomentum:
         self._seeds: list[int] = []
         self._coefficients: list[float] = []
 
-    def __getattr__(self, verb: str) -> Any:
-        return getattr(self._client, verb)
+    def __getattr__(self, call: str) -> Any:
+        return getattr(self._client, call)
 
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float

@@ -32,9 +32,12 @@ BASE = merged(
         "max_steps": 60, "eval_steps": 60, "save_steps": 60,
     },
 )  # fmt: skip
-WAYS = {"first-plus": {"zo": {"fo_point": "first-plus"}}, "authors-head": {"profile": "authors-head"}}
+WAYS = {
+    "first-plus": {"zo": {"server_gradient_at": "first-plus"}},
+    "authors-head": {"profile": "authors-head"},
+}
 ROWS = tuple(
-    Row(name if rate else f"{name}-still", merged(BASE, way), (rate,), server_rates=(0.1,))
+    Row(name if rate else f"{name}-still", merged(BASE, way), (rate,), server_learning_rates=(0.1,))
     for name, way in WAYS.items()
     for rate in (1e-6, 0.0)
 )

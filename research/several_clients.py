@@ -68,7 +68,7 @@ def config(
             "kind": "files", "train": str(data / f"train-{place}.csv"), "dev": str(data / "dev.csv"),
             "test": str(data / "test.csv"), "max_tokens": 48,
         },
-        "zo": {"directions": 2, "epsilon": 1e-3, "law": "rademacher"},
+        "zo": {"directions": 2, "epsilon": 1e-3, "distribution": "rademacher"},
         "client": {"learning_rate": rate} if rate else {},
         "server": {"learning_rate": 3e-3, "optimiser": {"name": "adamw"}},
         "clients": {

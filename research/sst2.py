@@ -35,14 +35,14 @@ def _row(
 
 
 ROWS = (
-    _row("full", "frozen", server_rates=(3e-5, 1e-4, 3e-4)),
+    _row("full", "frozen", server_learning_rates=(3e-5, 1e-4, 3e-4)),
     # 3e-5 was the lowest and the best of three: one more below it
     _row("full", "fo-fo", (1e-5, 3e-5, 1e-4, 3e-4), ADAMW),
     _row("full", "hosl", ZO["full"]),
     _row("full", "hosl-gradient", ZO["full"]),
     # 1e-6 and 1e-5 were tried first: still at 10 nats (docs/log.md)
     _row("full", "zo-zo", (1e-4, 1e-3, 1e-2), one_rate=True),
-    _row("lora", "frozen", server_rates=(1e-3, 3e-3, 1e-2, 3e-2)),
+    _row("lora", "frozen", server_learning_rates=(1e-3, 3e-3, 1e-2, 3e-2)),
     _row("lora", "fo-fo", (1e-3, 3e-3, 1e-2, 3e-2), ADAMW),
     _row("lora", "hosl", ZO["lora"]),
     _row("lora", "hosl-gradient", ZO["lora"]),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hosl.core.directions import Law
+from hosl.core.directions import Distribution
 from hosl.core.targets import Batch, ClassTargets
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.loss import row_losses
@@ -24,7 +24,12 @@ class CutBert:
     """The model at one cut and seed, as `rate_study` measures it."""
 
     def __init__(
-        self, problem: BertProblem, cut: int, seed: int, learning_rate: Callable[[int], float], law: Law
+        self,
+        problem: BertProblem,
+        cut: int,
+        seed: int,
+        learning_rate: Callable[[int], float],
+        distribution: Distribution,
     ) -> None:
         """The dataset is the same for every cut and seed; the weights are drawn by the seed."""
         self._problem, self._seed = problem, seed
@@ -35,7 +40,7 @@ class CutBert:
         self._of_server = list(server_half.parameters())
         self.client_size = sum(p.numel() for p in self._of_client)
         eta = learning_rate(self.client_size)
-        self.client = ZerothOrderClient(client_half, law=law)
+        self.client = ZerothOrderClient(client_half, distribution=distribution)
         self.server = FirstOrderServer(server_half, learning_rate=lambda step: eta)
 
     def batch(self, step: int) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hosl.core.directions import Law, direction
+from hosl.core.directions import Distribution, direction
 from hosl.core.estimators import Projection, mean_scales
 from hosl.core.targets import Batch, ClassTargets, Pair, StepReply, Targets
 from research.convergence_rate.config import ChainProblem
@@ -22,12 +22,17 @@ class ChainClient:
     """ZerothOrderClientSide: the first angles, and the rows."""
 
     def __init__(
-        self, theta: np.ndarray, field: np.ndarray, rows: np.ndarray, coupling: float, law: Law = "gaussian"
+        self,
+        theta: np.ndarray,
+        field: np.ndarray,
+        rows: np.ndarray,
+        coupling: float,
+        distribution: Distribution = "gaussian",
     ) -> None:
         """Take over `theta` [d_c] with its `field` a [d_c] and its part of the `rows` x [rows, d_c]; float64."""
         self.theta = theta
         self._field, self._rows, self._coupling = field, rows, coupling
-        self._law: Law = law
+        self._distribution: Distribution = distribution
 
     def forward(self, batch: Batch) -> np.ndarray:
         """h [rows, 1, 2]: the energy of these angles for each row, and the last angle."""
@@ -54,7 +59,7 @@ class ChainClient:
             self.theta -= scale * self._direction(seed)
 
     def _direction(self, seed: int) -> np.ndarray:
-        return direction(seed, "theta_c", self.theta.shape, self._law).astype(np.float64)
+        return direction(seed, "theta_c", self.theta.shape, self._distribution).astype(np.float64)
 
     def _at(self, theta: np.ndarray, batch: Batch) -> np.ndarray:
         h = np.empty((len(batch.input_ids), 1, 2))
@@ -126,7 +131,12 @@ class CutChain:
     """The chain at one cut and seed, as `rate_study` measures it."""
 
     def __init__(
-        self, problem: ChainProblem, cut: int, seed: int, learning_rate: Callable[[int], float], law: Law
+        self,
+        problem: ChainProblem,
+        cut: int,
+        seed: int,
+        learning_rate: Callable[[int], float],
+        distribution: Distribution,
     ) -> None:
         """The field and the rows are the same for every cut and seed; the start is drawn by the seed."""
         self.client_size = cut
@@ -136,7 +146,7 @@ class CutChain:
         theta = self._field + stream(1, seed).uniform(-np.pi, np.pi, problem.size)
         first, last = slice(0, cut), slice(cut, None)
         self.client = ChainClient(
-            theta[first].copy(), self._field[first], rows[:, first], problem.coupling, law
+            theta[first].copy(), self._field[first], rows[:, first], problem.coupling, distribution
         )
         self.server = ChainServer(
             theta[last].copy(), self._field[last], rows[:, last], problem.coupling, learning_rate(cut)

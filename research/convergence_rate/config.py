@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from hosl.core.directions import Law
+from hosl.core.directions import Distribution
 from hosl.errors import ConfigError
 
 AxisName: TypeAlias = Literal["T", "Q", "d_c", "Q at constant QT"]
@@ -142,7 +142,7 @@ class RateStudy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     output_dir: str
     problems: dict[str, ChainProblem | BertProblem]
     epsilon: float = 1e-3
-    law: Law = "gaussian"
+    distribution: Distribution = "gaussian"
 
     def __post_init__(self) -> None:
         if not self.problems:
@@ -225,5 +225,5 @@ def _cell(study: RateStudy, name: str, point: tuple[int, int, int], scale: float
     what: dict[str, Any] = msgspec.to_builtins(study.problems[name])
     for of_grid in ("middle", "seeds", "scales", "steps", "directions", "cuts"):
         what.pop(of_grid)
-    text = json.dumps([what, study.epsilon, study.law], sort_keys=True)
+    text = json.dumps([what, study.epsilon, study.distribution], sort_keys=True)
     return Cell(name, blake2b(text.encode(), digest_size=6).hexdigest(), *point, scale, seed)

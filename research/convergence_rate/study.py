@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from hosl.core.directions import Law, direction_seed
+from hosl.core.directions import Distribution, direction_seed
 from hosl.core.protocols import FirstOrderServerSide, ZerothOrderClientSide
 from hosl.core.rounds import hosl_round
 from hosl.core.targets import Batch
@@ -135,7 +135,7 @@ def measure(
     def eta_of(client_size: int) -> float:
         return step_size(cell.scale, cell.steps, cell.directions, client_size)
 
-    cut = _cut_problem(problem, cell, eta_of, study.law)
+    cut = _cut_problem(problem, cell, eta_of, study.distribution)
     eta, loss_start = eta_of(cut.client_size), cut.loss()
     line = {**asdict(cell), "client_size": cut.client_size, "learning_rate": eta, "loss_start": loss_start}
     every = problem.measure_every
@@ -231,14 +231,17 @@ def _cost(study: RateStudy, cells: Sequence[Cell]) -> int:
 
 
 def _cut_problem(
-    problem: ChainProblem | BertProblem, cell: Cell, eta_of: Callable[[int], float], law: Law
+    problem: ChainProblem | BertProblem,
+    cell: Cell,
+    eta_of: Callable[[int], float],
+    distribution: Distribution,
 ) -> CutProblem:
     if isinstance(problem, ChainProblem):
         from research.convergence_rate.chain import CutChain
 
-        return CutChain(problem, cell.cut, cell.seed, eta_of, law)
+        return CutChain(problem, cell.cut, cell.seed, eta_of, distribution)
     from research.convergence_rate.bert import (
         CutBert,  # torch and transformers: not for a chain, nor for rendering
     )
 
-    return CutBert(problem, cell.cut, cell.seed, eta_of, law)
+    return CutBert(problem, cell.cut, cell.seed, eta_of, distribution)

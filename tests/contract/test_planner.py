@@ -93,7 +93,11 @@ def test_a_server_whose_optimiser_has_state_is_planned_with_it(optimiser):
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_authors_profile_is_planned_too():
-    settings = {"profile": "authors-head", "method": "hosl", "zo": {"law": "sphere", "directions": 2}}
+    settings = {
+        "profile": "authors-head",
+        "method": "hosl",
+        "zo": {"distribution": "sphere", "directions": 2},
+    }
     settings |= {"model": {"cut": CUT}, "server": {"optimiser": {"name": "sgd", "momentum": 0.9}}}
     model, config = build("bert"), parse_config(settings, where="test")
     cost, _ = client_cost_at(config, shape_of("bert", model), ROWS_, TOKENS)
@@ -179,12 +183,12 @@ def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
     shape, base = model_shape("tiny"), BY_NAME[way].applied(Config(model=ModelConfig(name="tiny")), cut=3)
     takes = takes_of(shape, 16, 48, 64)
     needed = most_needed(takes(base))
-    least = most_needed(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
+    least = most_needed(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_size=1))))
     for limit in (0.95 * needed, (needed + least) / 2, least):
         found = nearest_that_fits(base, 64, takes, limit)
         assert found.model.cut == 3
         assert most_needed(takes(found)) <= limit
-    assert found.client.micro_batch_rows < 48
+    assert found.client.micro_batch_size < 48
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -192,7 +196,7 @@ def test_below_one_row_at_a_time_a_lower_cut_is_named():
     shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
     takes = takes_of(shape, 32, 48, 256)
     row_by_row = most_needed(
-        takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1)))
+        takes(structs.replace(base, client=structs.replace(base.client, micro_batch_size=1)))
     )
     lower = nearest_that_fits(base, 256, takes, row_by_row - 1)
     assert lower.model.cut == 4

@@ -136,7 +136,7 @@ def test_a_run_with_labels_at_the_client_learns_as_the_ordinary_one(tiny_run, tm
 
 @pytest.mark.parametrize("point", ["clean", "first-plus"])
 def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, capsys, point):
-    sent, _, _ = captured("server", "hosl", {"fo_point": point})
+    sent, _, _ = captured("server", "hosl", {"server_gradient_at": point})
     words = [
         "audit",
         str(tmp_path / "halves" / "client"),

@@ -27,9 +27,9 @@ def client_files(run):
     [
         *((m, {}) for m in METHODS),
         ("hosl-gradient", {"guidance": "mixed"}),
-        ("hosl", {"fo_point": "first-plus"}),
-        ("hosl", {"law": "low-rank"}),
-        ("zo-zo", {"law": "sphere"}),
+        ("hosl", {"server_gradient_at": "first-plus"}),
+        ("hosl", {"distribution": "low-rank"}),
+        ("zo-zo", {"distribution": "sphere"}),
     ],
 )
 def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, zo):

@@ -119,8 +119,8 @@ def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, t
     config = tiny_run(client=settings, per_device_train_batch_size=64)
     assert main(["train", str(config)]) == 2
     said = capsys.readouterr().err
-    assert "nearest setting that fits: client.micro_batch_rows: " in said, said
-    rows = int(said.partition("client.micro_batch_rows: ")[2].split(",")[0])
+    assert "nearest setting that fits: client.micro_batch_size: " in said, said
+    rows = int(said.partition("client.micro_batch_size: ")[2].split(",")[0])
     assert main(["train", str(config), "--client.micro-batch-rows", str(rows)]) == 0
     peaks = [line["client_peak_bytes"] for line in read_lines(tmp_path / "run" / "timings.jsonl")]
     assert max(peaks) <= 1.05 * parse_bytes("0.28MB")

@@ -20,7 +20,7 @@ FAMILIES = ["bert", "opt", "gpt_neox", "gpt2"]
 def _client(model, kind=ActivationGuidedClient):
     half, _ = split_model(model, BLOCKS)
     set_trainable(half, "blocks")
-    return kind(half, law="rademacher")
+    return kind(half, distribution="rademacher")
 
 
 def _inputs(client, batch):
@@ -39,7 +39,7 @@ def _inputs(client, batch):
 
 
 def _direction(client, batch, seed):
-    """u by tensor, formed anew: a b^T where there is a b, the low-rank law elsewhere."""
+    """u by tensor, formed anew: a b^T where there is a b, the low-rank distribution elsewhere."""
     columns = {name: leading_direction(x) for name, x in _inputs(client, batch).items()}
     found = {}
     for name, p in client.trained.items():

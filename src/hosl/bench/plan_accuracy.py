@@ -81,7 +81,7 @@ def _line(case: Case, shape: ModelShape, folder: Path, base_bytes: float, probe_
         runtime_base_bytes=base_bytes,
     )  # fmt: skip
     planned = of_config(question)
-    machine = probed(planned.client.work, config.zo.law, base=question.client, budget_s=probe_s)
+    machine = probed(planned.client.work, config.zo.distribution, base=question.client, budget_s=probe_s)
     predicted_s = machine.seconds(
         planned.client.work, formed=planned.client.formed, updated=planned.client.updated
     )

@@ -46,7 +46,7 @@ PHASES = {
     "backward_s": ("backward",),
     "update_s": ("descend", "descend_along", "descend_nodes"),
 }
-"""A client's verbs by what they do. A first-order update is part of its backward pass."""
+"""A client's calls by what they do. A first-order update is part of its backward pass."""
 
 _PIECE_ELEMENTS = 1 << 16
 
@@ -117,7 +117,7 @@ def _timed(config: Config, client: Any, batch: Batch, step: int) -> dict[str, An
     of_client, of_server = Meter(), Meter()
     method_round(config, Metered(client, of_client), Metered(NoServer(), of_server), batch, step)
     phases = {
-        phase: sum(of_client.by_verb.get(verb, 0.0) for verb in verbs) for phase, verbs in PHASES.items()
+        phase: sum(of_client.by_call.get(call, 0.0) for call in calls) for phase, calls in PHASES.items()
     }
     directions_s = _drawing_s(config, client, step)
     probes = 2 * config.zo.directions
@@ -145,10 +145,10 @@ def _drawing_s(config: Config, client: Any, step: int) -> float:
     for q in range(config.zo.directions):
         seed = direction_seed(config.seed, step, q)
         for name, p in client.trained.items():
-            if client.law == "low-rank" and p.dim() > 1:
+            if client.distribution == "low-rank" and p.dim() > 1:
                 low_rank_factors(seed, name, tuple(p.shape))
                 continue
-            u, elements = drawn(seed, name, tuple(p.shape), client.law, config.zo.epsilon), p.numel()
+            u, elements = drawn(seed, name, tuple(p.shape), client.distribution, config.zo.epsilon), p.numel()
             for _ in range(sides):
                 for start in range(0, elements, _PIECE_ELEMENTS):
                     stop = min(start + _PIECE_ELEMENTS, elements)

@@ -115,7 +115,7 @@ def _link(words: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
     parser.add_argument("--method", default="hosl", choices=get_args(Method))
     parser.add_argument("--directions", type=int, default=2)
-    parser.add_argument("--law", default="rademacher", choices=("gaussian", "rademacher"))
+    parser.add_argument("--distribution", default="rademacher", choices=("gaussian", "rademacher"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compression", default="none", choices=("none", "bf16", "int8"))
     parser.add_argument("--rtt", default="0ms", help="such as 50ms")
@@ -128,7 +128,8 @@ def _link(words: list[str]) -> int:
 
     config = Config(
         method=known.method, model=ModelConfig(cut=known.cut, dtype=known.dtype),
-        zo=ZOConfig(directions=known.directions, law=known.law), wire=WireConfig(compression=known.compression),
+        zo=ZOConfig(directions=known.directions, distribution=known.distribution),
+        wire=WireConfig(compression=known.compression),
     )  # fmt: skip
     link = LinkSpec(
         rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,

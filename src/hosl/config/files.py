@@ -9,12 +9,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
+from hosl.config.former_names import with_new_names
 from hosl.config.schema import Config
 from hosl.errors import ConfigError
 
 
-def load_config(path: str | Path) -> Config:
-    """Read a YAML file into a checked `Config`.
+def load_config(path: str | Path, *, warn: bool = True) -> Config:
+    """A checked `Config` from a YAML file; `warn` as in `parse_config`.
 
     Raises:
         ConfigError: if there is no such file, it is not YAML, or a setting is unknown or impossible.
@@ -24,7 +25,7 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(
             f"config {path} is empty; a run needs at least one setting, such as `max_steps: 300`"
         )
-    return parse_config(content, where=str(path))
+    return parse_config(content, where=str(path), warn=warn)
 
 
 def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
@@ -43,8 +44,18 @@ def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
         raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(cause).split())}") from cause
 
 
-def parse_config(content: object, *, where: str) -> Config:
-    """Check plain data (as YAML gives it) against the schema; `where` names it in errors."""
+def parse_config(content: object, *, where: str, warn: bool = True) -> Config:
+    """A checked `Config` from plain data, as YAML gives it.
+
+    Args:
+        content: a mapping; former names are read, too.
+        where: names it in errors.
+        warn: whether former names are warned of; False for what hosl itself wrote, in an earlier version.
+
+    Raises:
+        ConfigError: if a setting is unknown or impossible.
+    """
+    content = with_new_names(content, where=where, warn=warn)
     try:
         return msgspec.convert(content, Config)
     except msgspec.ValidationError as cause:

@@ -109,9 +109,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _check_recomputing(self) -> None:
         client = self.client
-        if self.method in ("fo-fo", "fo-zo") and client.micro_batch_rows is not None:
+        if self.method in ("fo-fo", "fo-zo") and client.micro_batch_size is not None:
             raise ConfigError(
-                f"client.micro_batch_rows: method {self.method} keeps the graph of the whole batch; leave it out, or "
+                f"client.micro_batch_size: method {self.method} keeps the graph of the whole batch; leave it out, or "
                 "use fo-recompute"
             )
         if self.method == "fo-recompute" and client.optimiser != OptimiserSpec():
@@ -121,15 +121,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
     def _check_fo_point(self) -> None:
-        point = self.zo.fo_point
+        point = self.zo.server_gradient_at
         if point != "clean" and (self.method != "hosl" or self.profile != "paper"):
             raise ConfigError(
-                f"zo.fo_point: {point} is for method hosl, profile paper, got method {self.method}, profile "
-                f"{self.profile}; leave zo.fo_point out"
+                f"zo.server_gradient_at: {point} is for method hosl, profile paper, got method {self.method}, profile "
+                f"{self.profile}; leave zo.server_gradient_at out"
             )
         if point == "mean-plus" and self.clients.count > 1:
             raise ConfigError(
-                "zo.fo_point: mean-plus is for one client in the server's own process, clients.count is "
+                "zo.server_gradient_at: mean-plus is for one client in the server's own process, clients.count is "
                 f"{self.clients.count}; use clean or first-plus"
             )
 
@@ -229,7 +229,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def _check_authors_head(self) -> None:
         wanted = {
             "method": "hosl",
-            "zo.law": "sphere",
+            "zo.distribution": "sphere",
             "server.optimiser.name": "sgd",
             "server.optimiser.momentum": 0.9,
         }
@@ -242,7 +242,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     f"profile authors-head wants {path}: {value}, got {found}; examples/authors-head.yaml has all of it"
                 )
         if self.zo.clip is not None or self.zo.normalise != "none":
-            raise ConfigError("profile authors-head has no step control; leave out zo.clip and zo.normalise")
+            raise ConfigError(
+                "profile authors-head has no coefficient control; leave out zo.clip and zo.normalise"
+            )
         if self.wire.compression != "none":
             raise ConfigError("profile authors-head has no compression; leave out wire.compression")
 

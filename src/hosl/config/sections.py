@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from hosl.core.clipping import Normalise
-from hosl.core.directions import Law
+from hosl.core.directions import Distribution
 from hosl.errors import ConfigError
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.split.specs import LoraSpec
@@ -39,10 +39,10 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Q, the directions per step: pairs of forward passes, for hosl-node single evaluations of one block."""
     epsilon: float = 1e-3
     """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
-    law: Law = "rademacher"
+    distribution: Distribution = "rademacher"
     """Of random directions: gaussian (the paper), rademacher (cheaper, as good), sphere (the authors' code), low-rank
     (rank one, of signs)."""
-    fo_point: Literal["clean", "first-plus", "mean-plus"] = "clean"
+    server_gradient_at: Literal["clean", "first-plus", "mean-plus"] = "clean"
     """Of hosl: where the server takes its gradient, l.6. clean: at the unperturbed client, the paper. first-plus: at
     the first + probe, the authors' code. mean-plus: of the mean over all + probes, `hosl train` only."""
     sides: Literal["two", "one"] = "two"
@@ -52,8 +52,8 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     guidance: Literal["none", "activation", "mixed"] = "none"
     """activation: directions lie along each linear layer's own inputs (AGZO); biased. mixed: every other one does."""
     guided_blocks: int = 1
-    """Of hosl-guided and hosl-node: in how many of the client's last blocks writers are trained. The guess gets worse
-    with every block below."""
+    """Of hosl-guided and hosl-node: in how many of the client's last blocks output projections are
+    trained. The guess gets worse with every block below."""
     clip: float | None = None
     """Limit of a coefficient: this multiple of the running median of |c|, such as 5.0; none by default."""
     row_clip: float | None = None
@@ -90,7 +90,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     the run, `hosl train` only."""
     optimiser: OptimiserSpec = OptimiserSpec()
     """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
-    micro_batch_rows: int | None = None
+    micro_batch_size: int | None = None
     """Rows of a batch that are evaluated at once; null: as many as take no more memory than the batch's forward pass.
     Not of fo-fo and fo-zo, whose graph is of the whole batch."""
     lora: LoraSpec = LoraSpec()
@@ -107,8 +107,8 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             parse_bytes(self.memory_budget)
         if isinstance(self.learning_rate, float | int) and not self.learning_rate >= 0:
             raise ConfigError(f"client.learning_rate must be >= 0, auto or null, got {self.learning_rate}")
-        if self.micro_batch_rows is not None and self.micro_batch_rows < 1:
-            raise ConfigError(f"client.micro_batch_rows must be >= 1 or null, got {self.micro_batch_rows}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(f"client.micro_batch_size must be >= 1 or null, got {self.micro_batch_size}")
 
     def usual_rate(self, method: str) -> float:
         """What worked for a method in docs/results.md, or for lack of that, a careful guess."""

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A step's probes after step control."""
+    """A step's probes after coefficient control."""
 
     accepted: tuple[int, ...]
     """Which of the step's directions contribute: their places q."""
@@ -47,7 +47,7 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class StepControl:
+class CoefficientControl:
     """How the coefficients of a step are treated. The default only rejects what is no number."""
 
     clip: float | None = None
@@ -94,7 +94,7 @@ class StepControl:
             return None
         return self.clip * median(self.recent)
 
-    def after(self, measured: Sequence[float]) -> "StepControl":
+    def after(self, measured: Sequence[float]) -> "CoefficientControl":
         """The control of the next step, once these coefficients have been applied."""
         if self.clip is None:
             return self
@@ -104,12 +104,12 @@ class StepControl:
         """What a checkpoint must keep; empty where there is nothing to remember."""
         return {} if self.clip is None else {"recent_coefficients": list(self.recent)}
 
-    def restored(self, state: Mapping[str, Any]) -> "StepControl":
+    def restored(self, state: Mapping[str, Any]) -> "CoefficientControl":
         """This control with the memory of a checkpoint; without one, it starts anew."""
         return replace(self, recent=tuple(state.get("recent_coefficients", ())))
 
 
-PLAIN = StepControl()
+PLAIN = CoefficientControl()
 """Rejects what is no number, and nothing else."""
 
 

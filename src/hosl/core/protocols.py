@@ -123,7 +123,7 @@ class FirstOrderClientSide(ClientSide, Protocol):
 
 @runtime_checkable
 class ServerSide(Protocol):
-    """The half that holds the compute. It answers; it never drives. These verbs change nothing."""
+    """The half that holds the compute. It answers; it never drives. These calls change nothing."""
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
         """The mean loss in nats of each activation. Inference; safe to repeat. Reading them may wait for a wire."""
@@ -147,7 +147,7 @@ class FirstOrderServerSide(ServerSide, Protocol):
 
 @runtime_checkable
 class MeanStepServerSide(FirstOrderServerSide, Protocol):
-    """A server that can also take its gradient at several activations of one batch; for zo.fo_point: mean-plus."""
+    """A server that can also take its gradient at several activations of one batch (mean-plus)."""
 
     def step_at_mean(
         self, activations: Sequence[Activations], targets: Targets, *, step: int

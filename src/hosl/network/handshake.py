@@ -35,12 +35,12 @@ def training_message(config: Config) -> pb.Training:
     lora = pb.Lora(r=server.lora.r, alpha=server.lora.alpha, target_modules=server.lora.target_modules or ())
     method = _SERVED_AS.get(config.method, config.method)
     return pb.Training(
-        method=to_enum(pb.Method, method), seed=config.seed, law=to_enum(pb.Law, config.zo.law),
-        trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate, optimiser=optimiser,
-        lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type), warmup_steps=config.warmup_steps,
-        max_steps=config.max_steps, compression=to_enum(pb.Compression, config.wire.compression),
-        clients=clients.count, halves=to_enum(pb.Halves, clients.halves), order=to_enum(pb.Order, clients.schedule),
-        grace_s=clients.grace_s,
+        method=to_enum(pb.Method, method), seed=config.seed, distribution=to_enum(pb.Distribution,
+        config.zo.distribution), trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate,
+        optimiser=optimiser, lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type),
+        warmup_steps=config.warmup_steps, max_steps=config.max_steps, compression=to_enum(pb.Compression,
+        config.wire.compression), clients=clients.count, halves=to_enum(pb.Halves, clients.halves),
+        order=to_enum(pb.Order, clients.schedule), grace_s=clients.grace_s,
     )  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def config_of(model: pb.Model, training: pb.Training, *, device: str) -> Config:
         schedule=_name(pb.Order, training.order), grace_s=training.grace_s,
     )  # fmt: skip
     base = Config(
-        method=_name(pb.Method, training.method), seed=training.seed, zo=ZOConfig(law=_name(pb.Law, training.law)),
-        server=ServerConfig(
+        method=_name(pb.Method, training.method), seed=training.seed, zo=ZOConfig(distribution=_name(pb.Distribution,
+        training.distribution)), server=ServerConfig(
             trainable=_name(pb.Trainable, training.trainable), learning_rate=training.learning_rate,
             optimiser=optimiser, lora=lora, device=device,
         ),

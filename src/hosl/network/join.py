@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from hosl.config import Config, dump_config
-from hosl.errors import AgreementError, ConfigError
+from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import JoinedSession
 from hosl.parties.remote.server import RemoteServer, WatchedServer
@@ -51,7 +51,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
 
     Raises:
         ConfigError: if the config asks for what only `hosl train` has.
-        AccessError, AgreementError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
+        AccessError, HandshakeError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
     """
     check_trackers(config)
     config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
@@ -85,12 +85,12 @@ def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
 
 def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> None:
     if task.head != facts["head"]:
-        raise AgreementError(
+        raise HandshakeError(
             f"task {task.name} needs a {task.head} head, the half in {options.half} was split with a {facts['head']} "
             f"one; split again with --head {task.head}"
         )
     if facts.get("labels", "server") != config.wire.labels:
-        raise AgreementError(
+        raise HandshakeError(
             f"wire.labels is {config.wire.labels}, but {options.half} was split for labels at the "
             f"{facts.get('labels', 'server')}; split again with --labels-at {config.wire.labels}, or change the config"
         )
@@ -98,10 +98,10 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
 
 def _check_served(config: Config) -> None:
     """Refuse what a server across a network is never asked for."""
-    if config.zo.fo_point == "mean-plus":
+    if config.zo.server_gradient_at == "mean-plus":
         raise ConfigError(
-            "zo.fo_point: mean-plus asks the server for a step at several activations, which only `hosl train` has; "
-            "use clean or first-plus"
+            "zo.server_gradient_at: mean-plus asks the server for a step at several activations, which only "
+            "`hosl train` has; use clean or first-plus"
         )
     if config.profile != "paper":
         raise ConfigError(

@@ -56,7 +56,7 @@ class JoinedSession(Session):
         self.remote.at(step)
 
     def measure_memory(self, *, on: bool) -> None:
-        """Start or stop measuring the memory of the client's verbs; the server measures its own."""
+        """Start or stop measuring the memory of the client's calls; the server measures its own."""
         self.meters.client.memory = self.runtime.memory_meter(self._own_client) if on else None
 
     def client_bytes(self) -> float:
@@ -98,7 +98,7 @@ class JoinedSession(Session):
         checkpoint.state |= {
             "model_digest": self.facts["model"]["digest"],
             "task_digest": self.facts["task"]["digest"],
-            "law": self.config.zo.law,
+            "distribution": self.config.zo.distribution,
             **facts,
         }
         write_checkpoint(run / "checkpoints", checkpoint, keep=2)

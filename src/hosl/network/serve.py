@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hosl.errors import AgreementError, ConfigError
+from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.folder_facts import half_facts
 from hosl.system.run_folder import RunLock
@@ -218,7 +218,7 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
         for field_ in ours.DESCRIPTOR.fields:
             mine, theirs = getattr(ours, field_.name), getattr(model, field_.name)
             if mine != theirs:
-                raise AgreementError(
+                raise HandshakeError(
                     f"the halves do not fit: {field_.name} is {str(mine)[:16]} on the server and {str(theirs)[:16]} on "
                     "the client; use both folders of one `hosl split`"
                 )

@@ -149,11 +149,11 @@ class TorchHosted:
         )
         return server
 
-    def _able(self, verb: str) -> Any:
-        able = getattr(self.party, verb, None)
+    def _able(self, call: str) -> Any:
+        able = getattr(self.party, call, None)
         if able is None:
             raise WireError(
-                f"a server of method {self._config.method} has no verb {verb}; the two sides disagree"
+                f"a server of method {self._config.method} has no call {call}; the two sides disagree"
             )
         return able
 

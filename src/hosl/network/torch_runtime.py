@@ -45,5 +45,5 @@ def trained_digest(client: Any) -> str:
 
 
 def memory_meter(client: Any) -> TorchMemory | CudaMemory:
-    """Measures the memory of this client's verbs."""
+    """Measures the memory of this client's calls."""
     return memory_of(client, party_bytes(client))

@@ -1,7 +1,7 @@
 """The two parties with the authors' published defects D1-D3, D6, for the profile authors-head and nothing else.
 
 They exist so that a difference between our numbers and the published ones can be attributed (docs/algorithm.md).
-Dropout is torch's own, from a seed, inside a fence that puts the global random state back.
+Dropout is torch's own, from a seed, inside a context manager that puts the global random state back.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from hosl.parties.servers.basic import FirstOrderServer
 
 @contextmanager
 def dropout(half: Any, seed: int) -> Iterator[None]:
-    """Within this fence `half` drops as its config says, drawing from `seed`; afterwards it is in eval mode again."""
+    """Within this context `half` drops as its config says, drawing from `seed`; afterwards it is in eval mode again."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         half.train()
@@ -38,7 +38,7 @@ class NoisyZerothOrderClient(ZerothOrderClient):
     def probe_with_dropout(self, batch: Batch, seed: int, epsilon: float, dropout_seed: int) -> Pair:
         """h+ with dropout, h- without, [rows, seq, width] each."""
         ids, mask = self._inputs(batch)
-        probe = Probe(seed, epsilon, self.law)
+        probe = Probe(seed, epsilon, self.distribution)
         with torch.no_grad(), stacked(self.half.model, [probe], 2 * len(ids)):
             with dropout(self.half, dropout_seed):
                 h_plus, _ = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
@@ -49,7 +49,7 @@ class NoisyZerothOrderClient(ZerothOrderClient):
         """Apply the journal's updates one direction at a time, as they were made (D6)."""
         for _, seeds, scales in journal.updates(after=after):
             for seed, scale in zip(seeds, scales, strict=True):
-                descend_(self.trained, [seed], [scale], self.law)
+                descend_(self.trained, [seed], [scale], self.distribution)
         self.journal = journal
 
 

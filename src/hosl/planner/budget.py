@@ -122,7 +122,7 @@ def _asked(limit: float) -> str:
 
 
 def _told(nearest: Config, config: Config) -> str:
-    changed = [f"client.micro_batch_rows: {nearest.client.micro_batch_rows}"]
+    changed = [f"client.micro_batch_size: {nearest.client.micro_batch_size}"]
     if nearest.model.cut != config.model.cut:
         changed.append(f"model.cut: {nearest.model.cut}")
     return ", ".join(changed)

@@ -34,7 +34,7 @@ class Unformed(Scratch):
     """Formed so far, by all of a step's probes."""
 
     def emptied(self) -> "Unformed":
-        """Itself, as a new fence finds it: without memory."""
+        """Itself, as a new context finds it: without memory."""
         self.__init__()
         return self
 
@@ -85,8 +85,8 @@ class Still:
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    def __getattr__(self, verb: str) -> Any:
-        return getattr(self._client, verb)
+    def __getattr__(self, call: str) -> Any:
+        return getattr(self._client, call)
 
     def descend(self, *args: Any, **kwargs: Any) -> None:
         """Left out."""

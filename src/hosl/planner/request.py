@@ -156,7 +156,7 @@ def _question(asked: Planning, say: Callable[[str], None]) -> Question:
 
 
 def _with_machine(question: Question, work: Work) -> Question:
-    return replace(question, client=probed(work, question.base.zo.law, base=question.client))
+    return replace(question, client=probed(work, question.base.zo.distribution, base=question.client))
 
 
 def _spread(blocks: int, wanted: int) -> list[int]:
@@ -166,7 +166,7 @@ def _spread(blocks: int, wanted: int) -> list[int]:
 
 
 def _cells(row: PlanRow, chosen: bool) -> list[str]:
-    at_once = row.config.client.micro_batch_rows
+    at_once = row.config.client.micro_batch_size
     traffic = row.traffic
     return [
         "->" if chosen else "+" if row.fits else "", str(row.cut), row.name,
@@ -186,7 +186,7 @@ def _told_traffic(count: int) -> str:
 def _facts(row: PlanRow) -> dict[str, Any]:
     return {
         "cut": row.cut, "way": row.name, "method": row.config.method, "fits": row.fits,
-        "micro_batch_rows": row.config.client.micro_batch_rows,
+        "micro_batch_size": row.config.client.micro_batch_size,
         "client_static_bytes": round(row.client.static_bytes),
         "client_tensor_peak_bytes": round(row.client.peak_bytes),
         "client_process_bytes": round(row.client_process_bytes),

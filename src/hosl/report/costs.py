@@ -11,10 +11,10 @@ from hosl.report.groups import Group
 from hosl.report.html import amount, duration
 from hosl.report.style import Look
 
-_VERBS = {
+_CALLS = {
     ("client", "probes"): "probes", ("client", "probe_with_dropout"): "first probe",
     ("server", "loss_with_dropout"): "loss of the first probe", ("server", "losses"): "losses of the probes",
-    ("client", "forward"): "forward", ("client", "forward_for_guides"): "forward, inputs of writers kept",
+    ("client", "forward"): "forward", ("client", "forward_for_guides"): "forward, inputs of output projections kept",
     ("client", "forward_for_backward"): "forward, kept for backward",
     ("server", "states"): "forward to the head", ("server", "step"): "forward, backward, update",
     ("server", "step_with_dropout"): "forward, backward, update",
@@ -22,11 +22,11 @@ _VERBS = {
     ("server", "probe"): "probes", ("server", "descend"): "update",
     ("client", "projections"): "probes, projected", ("client", "one_sided_projections"): "one-sided probes",
     ("client", "tangents"): "forward-mode probes", ("client", "guide"): "directions from the gradient",
-    ("client", "slope"): "slopes of the writers", ("client", "node_slopes"): "slopes of the tokens",
+    ("client", "slope"): "slopes of the output projections", ("client", "node_slopes"): "slopes of the tokens",
     ("client", "descend"): "update along directions", ("client", "descend_nodes"): "update of the queries",
-    ("client", "descend_along"): "update of the writers", ("client", "backward"): "backward, update",
+    ("client", "descend_along"): "update of the output projections", ("client", "backward"): "backward, update",
 }  # fmt: skip
-"""What every verb of `hosl.core.rounds` does, in the order in which a step of any method begins them."""
+"""What every call of `hosl.core.rounds` does, in the order in which a step of any method begins them."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Part:
 
 
 def step_parts(group: Group) -> list[Part]:
-    """Medians over the steps of all runs, each verb on its own, in the order of a step."""
+    """Medians over the steps of all runs, each call on its own, in the order of a step."""
     lines = [line for run in group.runs for line in run.timings]
     found = []
     for party in ("client", "server"):
-        verbs = {(party, verb): None for line in lines for verb in line.get(f"{party}_verbs_s", ())}
-        for _, verb in verbs:
-            times = [line[f"{party}_verbs_s"].get(verb, 0.0) for line in lines if f"{party}_verbs_s" in line]
-            found.append((party, verb, median(times)))
-        if not verbs:  # a run of a version that did not tell verbs apart
+        calls = {(party, call): None for line in lines for call in line.get(f"{party}_calls_s", ())}
+        for _, call in calls:
+            times = [line[f"{party}_calls_s"].get(call, 0.0) for line in lines if f"{party}_calls_s" in line]
+            found.append((party, call, median(times)))
+        if not calls:  # a run of a version that did not tell calls apart
             found.append((party, "", _median(line[f"{party}_s"] for line in lines)))
-    order = list(_VERBS)
-    known = [part for part in found if part[:2] in _VERBS]
+    order = list(_CALLS)
+    known = [part for part in found if part[:2] in _CALLS]
     known.sort(key=lambda part: order.index(part[:2]))
-    parts = [Part(p, _VERBS[p, verb], s) for p, verb, s in known]
-    parts += [Part(p, verb.replace("_", " "), s) for p, verb, s in found if (p, verb) not in _VERBS]
+    parts = [Part(p, _CALLS[p, call], s) for p, call, s in known]
+    parts += [Part(p, call.replace("_", " "), s) for p, call, s in found if (p, call) not in _CALLS]
     wire = [line["wire_s"] for line in lines if "wire_s" in line]
     if wire:
         parts.append(Part("wire", "sending, receiving, waiting for a turn", median(wire)))

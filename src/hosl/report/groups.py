@@ -19,7 +19,7 @@ _ORDER = (
 )  # fmt: skip
 """Of methods in tables and pictures: the two ends of gap closure are first and last."""
 _TELLING = (
-    "zo.directions", "client.trainable", "client.learning_rate", "server.learning_rate", "zo.law",
+    "zo.directions", "client.trainable", "client.learning_rate", "server.learning_rate", "zo.distribution",
     "per_device_train_batch_size", "max_steps",
 )  # fmt: skip
 """Settings that are named first where several tell two groups apart."""

@@ -120,7 +120,7 @@ def read_run(folder: Path) -> Run:
         )
     try:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        metrics, timings = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timings.jsonl")
+        metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / "timings.jsonl")
         config, parsed = _config(folder / "config.yaml")
     except (ValueError, yaml.YAMLError) as cause:
         raise FolderError(f"{folder}: its files cannot be read: {cause}") from cause
@@ -210,9 +210,17 @@ def told(value: Any) -> str:
     return "none" if value is None else ", ".join(map(told, value)) if isinstance(value, list) else str(value)
 
 
+def _timings(path: Path) -> list[dict[str, Any]]:
+    """The lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
+    return [
+        {name.replace("_verbs_s", "_calls_s"): value for name, value in line.items()}
+        for line in read_lines(path)
+    ]
+
+
 def _config(path: Path) -> tuple[Any, Config | None]:
     try:
-        config = load_config(path)
+        config = load_config(path, warn=False)
     except ConfigError:  # of another version: what it says can still be shown
         return yaml.safe_load(path.read_text(encoding="utf-8")), None
     plain = msgspec.to_builtins(config)

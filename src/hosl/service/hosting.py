@@ -87,4 +87,4 @@ class HostedHalf(Protocol):
 
 
 OpenHalf = Callable[[pb.Model, pb.Training], HostedHalf]
-"""Makes the half that a Hello asks for, at its base weights; raises AgreementError if this server has another one."""
+"""Makes the half that a Hello asks for, at its base weights; raises HandshakeError if this server has another one."""

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 
 from hosl.config import WITHOUT_DIRECTIONS, Method, parse_config, read_yaml
+from hosl.config.former_names import with_new_name, with_new_names
 from hosl.errors import ConfigError
 from hosl.study.grid import Grid, Row, merged
 
@@ -50,7 +51,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The row whose client is trained by backprop: 1 of gap closure."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Rates are chosen by dev loss on the first; every method's chosen rate then runs on all."""
-    server_rates: tuple[float, ...] = ()
+    server_learning_rates: tuple[float, ...] = ()
     """Tried on the frozen row, the best kept for all others; none: server.learning_rate of `base`."""
     cuts: tuple[int, ...] = ()
     """Of the model; none: model.cut of the settings."""
@@ -65,7 +66,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         for what in ("tasks", "methods", "seeds"):
             if not getattr(self, what):
                 raise ConfigError(f"{what} is empty; a study needs one at least")
-        for what in ("seeds", "server_rates", "cuts", "directions"):
+        for what in ("seeds", "server_learning_rates", "cuts", "directions"):
             values = getattr(self, what)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{what} names one twice: {list(values)}; give each once")
@@ -117,7 +118,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ConfigError(
                 f"methods: every row but the frozen one needs equally many rates, or the best-tuned wins; found {found}"
             )
-        _check_numbers("server_rates", self.server_rates)
+        _check_numbers("server_learning_rates", self.server_learning_rates)
         for name, method in self.methods.items():
             _check_numbers(f"methods.{name}.rates", method.rates)
 
@@ -127,7 +128,9 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         axes = dict(_OWN)
         axes |= {"model.cut": "`cuts` has them"} if self.cuts else {}
         axes |= {"zo.directions": "`directions` has them"} if self.directions else {}
-        axes |= {"server.learning_rate": "`server_rates` has them"} if self.server_rates else {}
+        axes |= (
+            {"server.learning_rate": "`server_learning_rates` has them"} if self.server_learning_rates else {}
+        )
         for name, settings in self.tasks.items():
             _check_left_out(f"tasks.{name}", settings, axes | {"method": "each row of `methods` has its own"})
         for name, method in self.methods.items():
@@ -163,6 +166,11 @@ def parse_study(content: object, *, where: str) -> Study:
     Raises:
         ConfigError: if something in it is unknown or impossible.
     """
+    content = with_new_name(content, "server_rates", "server_learning_rates", where=where)
+    if isinstance(content, dict):
+        content = content | {
+            name: _renamed(name, content[name], where) for name in _RENAMED_IN if name in content
+        }
     try:
         return msgspec.convert(content, Study)
     except msgspec.ValidationError as cause:
@@ -229,12 +237,30 @@ def _row(study: Study, group: Group, name: str) -> Row:
     if group.directions is not None:
         settings = merged(settings, {"zo": {"directions": group.directions}})
     settings = merged(settings, {"method": study.method_of(name), **method.settings})
-    server_rates = study.server_rates if name == study.frozen else ()
-    if not (study.server_rates or method.one_rate):
-        server_rates = (parse_config(settings, where=group.rows[name]).server.learning_rate,)
+    server_learning_rates = study.server_learning_rates if name == study.frozen else ()
+    if not (study.server_learning_rates or method.one_rate):
+        server_learning_rates = (parse_config(settings, where=group.rows[name]).server.learning_rate,)
     return Row(
-        group.rows[name], settings, method.rates or (0.0,), server_rates, group.rows[study.frozen], method.one_rate
+        group.rows[name], settings, method.rates or (0.0,), server_learning_rates, group.rows[study.frozen],
+        method.one_rate,
     )  # fmt: skip
+
+
+_RENAMED_IN = ("base", "tasks", "methods")
+
+
+def _renamed(part: str, settings: Any, where: str) -> Any:
+    """A part of a study with the settings of runs in it by their new names."""
+    if part == "base" or not isinstance(settings, dict):
+        return with_new_names(settings, where=where)
+    if part == "tasks":
+        return {name: with_new_names(task, where=where) for name, task in settings.items()}
+    return {
+        name: method | {"settings": with_new_names(method["settings"], where=where)}
+        if isinstance(method, dict) and "settings" in method
+        else method
+        for name, method in settings.items()
+    }
 
 
 def _hint(message: str) -> str:

@@ -14,7 +14,7 @@ import msgspec
 from hosl.config import WITHOUT_DIRECTIONS, Config, dump_config, parse_config, read_yaml
 from hosl.errors import ConfigError, FolderError
 from hosl.report.runs import flat, seed_draws_rows
-from hosl.study.grid import Grid, Summary, Try
+from hosl.study.grid import Grid, Summary, Trial
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import newest_checkpoint
 from hosl.system.run_folder import read_lines
@@ -41,23 +41,23 @@ class Places:
         """All three in a folder of their own."""
         return cls(folder / "summaries", folder / "configs", folder / "runs")
 
-    def summary_file(self, run: Try) -> Path:
+    def summary_file(self, run: Trial) -> Path:
         """Of a finished run."""
         return self.summaries / f"{run.name}.json"
 
-    def config_file(self, run: Try) -> Path:
+    def config_file(self, run: Trial) -> Path:
         """Of a run; its output_dir is `run_folder`."""
         return self.configs / f"{run.name}.yaml"
 
-    def run_folder(self, run: Try) -> Path:
+    def run_folder(self, run: Trial) -> Path:
         """What `hosl train` makes."""
         return self.runs / run.name
 
-    def config(self, run: Try) -> Config:
+    def config(self, run: Trial) -> Config:
         """A run's complete config, its folder included."""
         return run.config(str(self.run_folder(run)))
 
-    def command(self, run: Try) -> str:
+    def command(self, run: Trial) -> str:
         """What makes the run again, bit for bit, in a new folder."""
         return f"OMP_NUM_THREADS=1 hosl train {shlex.quote(str(self.config_file(run)))}"
 
@@ -95,18 +95,18 @@ def read_summaries(grid: Grid, places: Places) -> dict[str, Summary]:
         _check_whole(summary, file)
         row = rows.get(summary.get("row", ""))
         if row is not None:
-            run = Try(row, summary["rate"], summary["server_rate"], summary["seed"])
+            run = Trial(row, summary["rate"], summary["server_rate"], summary["seed"])
             check_same_settings(places.config(run), summary["config"], file)
     return found
 
 
-def check_unchanged_inputs(runs: Sequence[Try], done: Mapping[str, Summary], places: Places) -> None:
+def check_unchanged_inputs(runs: Sequence[Trial], done: Mapping[str, Summary], places: Places) -> None:
     """Refuse runs of one task or model whose content changed in between; older summaries do not tell.
 
     Raises:
         FolderError: naming two that differ.
     """
-    first: dict[str, Try] = {}
+    first: dict[str, Trial] = {}
     for run in runs:
         for what, settings in (("task", _of_task), ("model", _of_model)):
             digest = done[run.name].get(f"{what}_digest")
@@ -130,7 +130,7 @@ def check_same_settings(config: Config, content: object, where: Path) -> None:
         FolderError: naming the first setting that differs.
     """
     try:
-        before = parse_config(content, where=str(where))
+        before = parse_config(content, where=str(where), warn=False)
     except ConfigError:
         raise FolderError(
             f"{where} was made by a version of hosl whose settings this one does not know; choose another output_dir, "
@@ -174,13 +174,13 @@ def begun(folder: Path, config: Config) -> bool:
     return True
 
 
-def write_config(run: Try, places: Places) -> None:
+def write_config(run: Trial, places: Places) -> None:
     """Complete YAML, for the run and for whoever makes it again."""
     places.configs.mkdir(parents=True, exist_ok=True)
     places.config_file(run).write_text(dump_config(places.config(run)), encoding="utf-8")
 
 
-def write_summary(run: Try, places: Places, said: Summary) -> Summary:
+def write_summary(run: Trial, places: Places, said: Summary) -> Summary:
     """`said` with what makes the run again, written whole or not at all; returns it."""
     folder = places.run_folder(run)
     record = json.loads((folder / "record.json").read_text("utf-8"))
@@ -195,7 +195,7 @@ def write_summary(run: Try, places: Places, said: Summary) -> Summary:
     return summary
 
 
-def drop_weights(run: Try, places: Places) -> None:
+def drop_weights(run: Trial, places: Places) -> None:
     """Remove what of a finished run is large: its model and its checkpoints."""
     for name in ("model", "checkpoints"):
         shutil.rmtree(places.run_folder(run) / name, ignore_errors=True)

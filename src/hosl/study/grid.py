@@ -25,22 +25,22 @@ class Row:
     """Of a run, as its YAML has them, without rates, seed and folder."""
     rates: tuple[float, ...] = (0.0,)
     """Of the client."""
-    server_rates: tuple[float, ...] = ()
+    server_learning_rates: tuple[float, ...] = ()
     """Of the server, each tried with each of `rates`; empty: the one that was chosen for `server_of`."""
     server_of: str = "frozen"
     """The row whose server rate this one takes over."""
     one_rate: bool = False
     """Both halves have the client's rate."""
 
-    def pairs(self, server_rates: Sequence[float]) -> list[tuple[float, float]]:
+    def pairs(self, server_learning_rates: Sequence[float]) -> list[tuple[float, float]]:
         """What is tried, given the server's rates: (client's, server's)."""
         if self.one_rate:
             return [(rate, rate) for rate in self.rates]
-        return [(rate, of_server) for rate in self.rates for of_server in server_rates]
+        return [(rate, of_server) for rate in self.rates for of_server in server_learning_rates]
 
 
 @dataclass(frozen=True)
-class Try:
+class Trial:
     """One run: a row at two rates and a seed."""
 
     row: Row
@@ -66,27 +66,27 @@ class Try:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows and seeds; `done` is always every summary that is there, by the name of its `Try`."""
+    """Rows and seeds; `done` is always every summary that is there, by the name of its `Trial`."""
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
 
     @property
-    def conceivable(self) -> list[Try]:
+    def conceivable(self) -> list[Trial]:
         """Every run that the study could come to need, whichever rates are chosen."""
-        rates = {row.name: row.server_rates for row in self.rows}
+        rates = {row.name: row.server_learning_rates for row in self.rows}
         found = []
         for row in self.rows:
-            pairs = row.pairs(row.server_rates or rates[row.server_of])
-            found += [Try(row, *pair, seed) for pair in pairs for seed in self.seeds]
+            pairs = row.pairs(row.server_learning_rates or rates[row.server_of])
+            found += [Trial(row, *pair, seed) for pair in pairs for seed in self.seeds]
         return found
 
-    def known(self, done: Mapping[str, Summary]) -> list[Try]:
+    def known(self, done: Mapping[str, Summary]) -> list[Trial]:
         """The runs whose rates are known by now, made or not; all of them, once nothing is needed."""
-        found = [t for row in self.rows for t in (*self._tries(row, done), *self._chosen(row, done))]
+        found = [t for row in self.rows for t in (*self._trials(row, done), *self._chosen(row, done))]
         return list({t.name: t for t in found}.values())
 
-    def needed(self, done: Mapping[str, Summary]) -> list[Try]:
+    def needed(self, done: Mapping[str, Summary]) -> list[Trial]:
         """Of these, the ones that are still to be made."""
         return [t for t in self.known(done) if t.name not in done]
 
@@ -107,14 +107,14 @@ class Grid:
         runs = 0
         for row in self.rows:
             chosen = self._chosen(row, done)
-            tries = len(row.rates) * max(len(row.server_rates), 1)
+            tries = len(row.rates) * max(len(row.server_learning_rates), 1)
             runs += tries + (len(chosen) if chosen else len(self.seeds)) - 1
         return runs
 
-    def _tries(self, row: Row, done: Mapping[str, Summary]) -> list[Try]:
+    def _trials(self, row: Row, done: Mapping[str, Summary]) -> list[Trial]:
         """All on the first seed; empty while the server's rate is unknown."""
-        if row.one_rate or row.server_rates:
-            pairs = row.pairs(row.server_rates)
+        if row.one_rate or row.server_learning_rates:
+            pairs = row.pairs(row.server_learning_rates)
         else:
             (source,) = (other for other in self.rows if other.name == row.server_of)
             best = self._best(source, done)
@@ -122,26 +122,26 @@ class Grid:
                 return []
             if math.isinf(dev_loss(done[best.name])):
                 raise NonFiniteError(
-                    f"row {source.name} diverged at every server rate tried, {list(source.server_rates)}, and row "
-                    f"{row.name} takes its rate over; try lower server_rates"
+                    f"row {source.name} diverged at every server rate tried, {list(source.server_learning_rates)}, and "
+                    f"row {row.name} takes its rate over; try lower server_learning_rates"
                 )
             pairs = row.pairs((best.server_rate,))
-        return [Try(row, *pair, self.seeds[0]) for pair in pairs]
+        return [Trial(row, *pair, self.seeds[0]) for pair in pairs]
 
-    def _best(self, row: Row, done: Mapping[str, Summary]) -> Try | None:
+    def _best(self, row: Row, done: Mapping[str, Summary]) -> Trial | None:
         """The try with the lowest dev loss; None while one is missing."""
-        tries = self._tries(row, done)
+        tries = self._trials(row, done)
         if not tries or any(t.name not in done for t in tries):
             return None
         return min(tries, key=lambda t: dev_loss(done[t.name]))
 
-    def _chosen(self, row: Row, done: Mapping[str, Summary]) -> list[Try]:
+    def _chosen(self, row: Row, done: Mapping[str, Summary]) -> list[Trial]:
         """The best try on every seed; only itself if it diverged, empty while it is unknown."""
         best = self._best(row, done)
         if best is None:
             return []
         seeds = self.seeds[:1] if math.isinf(dev_loss(done[best.name])) else self.seeds
-        return [Try(row, best.rate, best.server_rate, seed) for seed in seeds]
+        return [Trial(row, best.rate, best.server_rate, seed) for seed in seeds]
 
 
 def run_name(row: str, rate: float, server_rate: float, seed: int) -> str:

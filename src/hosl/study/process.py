@@ -13,7 +13,7 @@ from typing import IO
 from hosl.config import Config, dump_config
 from hosl.errors import FailureError, FolderError, RequestError
 from hosl.study.files import Places, begun, write_config, write_summary
-from hosl.study.grid import Summary, Try
+from hosl.study.grid import Summary, Trial
 from hosl.system.interrupts import Stop
 from hosl.system.run_folder import RunLock
 
@@ -34,7 +34,7 @@ _DIVERGED = ("must be finite", "the model has diverged", "the server diverged wi
 class RunProcess:
     """A run that has been started, or taken up again where a killed study left it."""
 
-    def __init__(self, run: Try, places: Places) -> None:
+    def __init__(self, run: Trial, places: Places) -> None:
         self.run, self._places = run, places
         config, folder = places.config(run), places.run_folder(run)
         self._begin, self._stopped = time.monotonic(), False

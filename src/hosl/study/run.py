@@ -16,7 +16,7 @@ from hosl.report.runs import CHOSEN_RUNS
 from hosl.study.config import Study, study_grid, study_groups
 from hosl.study.figures import draw_study
 from hosl.study.files import Places, check_same_study, check_unchanged_inputs, drop_weights, read_summaries
-from hosl.study.grid import Grid, Summary, Try, dev_loss
+from hosl.study.grid import Grid, Summary, Trial, dev_loss
 from hosl.study.process import POLL_S, RunProcess
 from hosl.study.runs_csv import write_runs
 from hosl.study.tables import write_tables
@@ -69,7 +69,7 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
         return answer
 
 
-def first_run(study: Study) -> Try:
+def first_run(study: Study) -> Trial:
     """The run that a study begins with."""
     return study_grid(study).needed({})[0]
 
@@ -149,7 +149,7 @@ def run_grid(
     return done
 
 
-def _made(grid: Grid, done: dict[str, Summary]) -> list[Try]:
+def _made(grid: Grid, done: dict[str, Summary]) -> list[Trial]:
     """The grid's own runs that are there; `done` may have others, of rows that it had once."""
     return [run for run in grid.known(done) if run.name in done]
 

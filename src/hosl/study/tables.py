@@ -63,9 +63,9 @@ def caption(seeds: int, study: Study) -> str:
     """How the numbers were made; what a reader of one row must know."""
     tries = max(len(method.rates) for method in study.methods.values())
     server = (
-        f"The server's rate: {len(study.server_rates)} tried on {study.frozen}, the best then kept for all rows "
-        "that have no single rate. "
-        if study.server_rates
+        f"The server's rate: {len(study.server_learning_rates)} tried on {study.frozen}, the best then kept for all "
+        "rows that have no single rate. "
+        if study.server_learning_rates
         else ""
     )
     statistics = (
@@ -213,7 +213,8 @@ def _same_work(runs: list[Summary], others: list[Summary]) -> bool:
     if "config" not in runs[0]:
         return True
     settings = (
-        flat(msgspec.to_builtins(parse_config(of[0]["config"], where=of[0]["row"]))) for of in (runs, others)
+        flat(msgspec.to_builtins(parse_config(of[0]["config"], where=of[0]["row"], warn=False)))
+        for of in (runs, others)
     )
     return same_work(*settings)
 

@@ -1,7 +1,7 @@
 """Both halves at one step, on disk: written whole or not at all, read back bit for bit.
 
     checkpoints/step-00000200/
-      state.json                   step, law, where the metrics end, digest of every other file
+      state.json                   step, distribution, where the metrics end, digest of every other file
       client/journal.bin           zeroth-order client: every update since the base weights
       client/trained.safetensors   first-order client: always; zeroth-order: a snapshot (may be of an earlier step)
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors

@@ -5,7 +5,7 @@ from types import FrameType, TracebackType
 
 
 class Stop:
-    """Whether somebody has asked the run to end. Takes the signals within its fence and gives them back."""
+    """Whether somebody has asked the run to end. Takes the signals within its context and gives them back."""
 
     def __init__(self) -> None:
         self.asked = False

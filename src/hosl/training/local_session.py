@@ -70,7 +70,7 @@ class LocalSession(Session):
         return self.server.half
 
     def measure_memory(self, *, on: bool) -> None:
-        """Start or stop measuring the memory of the parties' verbs."""
+        """Start or stop measuring the memory of the parties' calls."""
         parties = (
             (self.meters.client, self.client, self.server),
             (self.meters.server, self.server, self.client),
@@ -96,7 +96,7 @@ class LocalSession(Session):
         checkpoint.state |= {
             "model_digest": self.facts["model"]["digest"],
             "task_digest": self.facts["task"]["digest"],
-            "law": self.config.zo.law,
+            "distribution": self.config.zo.distribution,
             **facts,
         }
         write_checkpoint(run / "checkpoints", checkpoint)

@@ -128,14 +128,14 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         client_peak_bytes=client.peak_bytes,
         server_peak_bytes=server.peak_bytes,
         process_peak_bytes=process_peak_bytes(),
-        client_verbs_s=_rounded(client.by_verb),
-        server_verbs_s=_rounded(server.by_verb),
+        client_calls_s=_rounded(client.by_call),
+        server_calls_s=_rounded(server.by_call),
         **session.costs(),
     )
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {verb: round(of_verb, 6) for verb, of_verb in seconds.items()}
+    return {call: round(of_call, 6) for call, of_call in seconds.items()}
 
 
 def _probes(result: RoundResult) -> dict[str, float | int]:

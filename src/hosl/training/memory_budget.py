@@ -24,7 +24,7 @@ def over_budget(session: Any) -> str | None:
     return (
         f"client.memory_budget is {told_bytes(limit)}, but after step {session.step} the client has taken "
         f"{told_bytes(taken)}; the state is saved: go on with a larger budget, or start again with a smaller "
-        "client.micro_batch_rows, per_device_eval_batch_size or model.cut"
+        "client.micro_batch_size, per_device_eval_batch_size or model.cut"
     )
 
 

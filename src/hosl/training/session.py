@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config
-from hosl.core.clipping import StepControl
+from hosl.core.clipping import CoefficientControl
 from hosl.core.rounds import RoundResult
 from hosl.core.targets import Batch
-from hosl.methods.step import method_round, step_control
+from hosl.methods.step import coefficient_control, method_round
 from hosl.parties.metered import Meter, Metered
 from hosl.tasks import Task
 
@@ -31,7 +31,7 @@ class Session:
     config: Config
     task: Task
     client: Any
-    """A `ClientSide` that has the verbs of the config's method."""
+    """A `ClientSide` that has the calls of the config's method."""
     server: Any
     """A `ServerSide` likewise."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class Session:
     step: int = 0
     """Steps done."""
     meters: Meters = field(default_factory=Meters)
-    control: StepControl = field(init=False)
+    control: CoefficientControl = field(init=False)
     """Of the steps after `step`; its memory goes into checkpoints."""
 
     def __post_init__(self) -> None:
-        self.control = step_control(self.config)
+        self.control = coefficient_control(self.config)
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method between the two parties, under their meters."""
@@ -58,7 +58,7 @@ class Session:
         return Metered(self.server, self.meters.server) if metered else self.server
 
     def measure_memory(self, *, on: bool) -> None:
-        """Start or stop measuring the memory of the parties' verbs."""
+        """Start or stop measuring the memory of the parties' calls."""
         raise NotImplementedError
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:

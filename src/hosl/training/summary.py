@@ -1,4 +1,4 @@
-"""A run in few words: the summary that a verb answers with, and what a person reads at the ends. No torch."""
+"""A run in few words: the summary that a call answers with, and what a person reads at the ends. No torch."""
 
 from pathlib import Path
 from typing import Any

@@ -72,24 +72,24 @@ class Channel:
         """Let go of the connection."""
         self._channel.close()
 
-    def ask(self, verb: str, question: Any, answer: type[_Answer]) -> _Answer:
+    def ask(self, name: str, question: Any, answer: type[_Answer]) -> _Answer:
         """One message there, one back."""
         stub = self._channel.unary_unary(
-            f"/{SERVICE}/{verb}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
         )
         return self._answered(lambda: stub(question, metadata=self._metadata))
 
-    def upload(self, verb: str, frames: Iterable[pb.Upload], answer: type[_Answer]) -> _Answer:
+    def upload(self, name: str, frames: Iterable[pb.Upload], answer: type[_Answer]) -> _Answer:
         """Many messages there, one back."""
         stub = self._channel.stream_unary(
-            f"/{SERVICE}/{verb}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
         )
         return self._answered(lambda: stub(iter(frames), metadata=self._metadata))
 
-    def converse(self, verb: str, frames: Iterable[Any], answer: type[_Answer]) -> Iterator[_Answer]:
+    def converse(self, name: str, frames: Iterable[Any], answer: type[_Answer]) -> Iterator[_Answer]:
         """Many messages either way; ends the call when the caller stops reading."""
         stub = self._channel.stream_stream(
-            f"/{SERVICE}/{verb}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
         )
         call = stub(iter(frames), metadata=self._metadata)
         try:

@@ -26,7 +26,7 @@ POWER_ITERATIONS = 3
 class ActivationGuidedClient(ZerothOrderClient):
     """Implements `ZerothOrderClientSide`; every direction is guided. One forward pass more per step, for the inputs.
 
-    What is no linear layer's weight (biases, norms, Conv1D) has directions of the low-rank law.
+    What is no linear layer's weight (biases, norms, Conv1D) has directions of the low-rank distribution.
     """
 
     _batch: Batch | None = None
@@ -53,7 +53,12 @@ class ActivationGuidedClient(ZerothOrderClient):
         guided = [(seed, scale) for seed, scale in updates if self.guided(seed)]
         full_space = [(seed, scale) for seed, scale in updates if not self.guided(seed)]
         self._descend_along(guided)
-        descend_(self.trained, [seed for seed, _ in full_space], [scale for _, scale in full_space], self.law)
+        descend_(
+            self.trained,
+            [seed for seed, _ in full_space],
+            [scale for _, scale in full_space],
+            self.distribution,
+        )
         self._batch = None  # the inputs are others now
 
     def _descend_along(self, updates: Sequence[tuple[int, float]]) -> None:
@@ -100,7 +105,7 @@ class ActivationGuidedClient(ZerothOrderClient):
 
 
 class MixedClient(ActivationGuidedClient):
-    """Half of the directions guided, the other half of the full-space law: biased on average, but blind to nothing."""
+    """Half of the directions guided, the other half of the full space: biased on average, but blind to nothing."""
 
     def guided(self, seed: int) -> bool:
         """A coin that the seed tosses."""

@@ -11,23 +11,23 @@ from hosl.core.targets import Batch
 from hosl.split import ClientHalf
 
 TOKENS_AT_ONCE = 4096
-"""How many tokens a client evaluates at once where `micro_batch_rows` does not say otherwise."""
+"""How many tokens a client evaluates at once where `micro_batch_size` does not say otherwise."""
 
 
 class FrozenClient:
     """A client that only computes activations: the baseline that every comparison owes, and the base of the others."""
 
-    def __init__(self, half: ClientHalf, *, micro_batch_rows: int | None = None, device: str = "cpu") -> None:
+    def __init__(self, half: ClientHalf, *, micro_batch_size: int | None = None, device: str = "cpu") -> None:
         """Take over `half`.
 
         Args:
             half: the client's.
-            micro_batch_rows: how many rows of a batch are evaluated at once; None: as many as memory suggests
+            micro_batch_size: how many rows of a batch are evaluated at once; None: as many as memory suggests
                 (`row_slices`). Rows do not see each other, so this changes rounding and memory only.
             device: a torch device.
         """
         self.half = half
-        self.micro_batch_rows = micro_batch_rows
+        self.micro_batch_size = micro_batch_size
         self.device = torch.device(device)
         half.to(self.device)
         half.eval()
@@ -42,14 +42,14 @@ class FrozenClient:
             return self.half(ids, mask)
 
     def _slices(self, ids: torch.Tensor, *, evaluations: int = 1) -> list[slice]:
-        return row_slices(ids.shape, evaluations, self.micro_batch_rows)
+        return row_slices(ids.shape, evaluations, self.micro_batch_size)
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.from_numpy(batch.input_ids).to(self.device)
         return ids, torch.from_numpy(batch.targets.mask).to(self.device, torch.int64)
 
 
-def row_slices(shape: Sequence[int], evaluations: int, micro_batch_rows: int | None = None) -> list[slice]:
+def row_slices(shape: Sequence[int], evaluations: int, micro_batch_size: int | None = None) -> list[slice]:
     """The micro-batches of a batch [rows, seq] of which each row is evaluated so many times at once.
 
     By default they take no more rows in all than the batch has, so that no step needs more memory than the forward
@@ -57,7 +57,7 @@ def row_slices(shape: Sequence[int], evaluations: int, micro_batch_rows: int | N
     """
     rows, seq = shape
     by_memory = min(-(-rows // evaluations), TOKENS_AT_ONCE // (seq * evaluations))
-    at_once = max(micro_batch_rows or by_memory, 1)
+    at_once = max(micro_batch_size or by_memory, 1)
     return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
 

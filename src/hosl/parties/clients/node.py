@@ -23,16 +23,16 @@ from hosl.split import ClientHalf
 
 
 class NodeClient(GuidedClient):
-    """Implements `NodeClientSide`: the writers of the last blocks as guided, the last block's queries by nodes.
+    """Implements `NodeClientSide`: the last blocks' output projections as guided, the last block's queries by nodes.
 
     Holds, beside what a `GuidedClient` does, one estimate of the query weights' size while it descends.
     """
 
     def __init__(
-        self, half: ClientHalf, *, blocks: int = 1, micro_batch_rows: int | None = None, device: str = "cpu"
+        self, half: ClientHalf, *, blocks: int = 1, micro_batch_size: int | None = None, device: str = "cpu"
     ) -> None:
         """As `GuidedClient`; a fused projection's keys and values stay as they are."""
-        super().__init__(half, blocks=blocks, micro_batch_rows=micro_batch_rows, device=device)
+        super().__init__(half, blocks=blocks, micro_batch_size=micro_batch_size, device=device)
         self._query: Any = self._blocks[-1].get_submodule(half.query)
         self._name = f"{half.blocks_name}.{half.cut - 1}.{half.query}"
         self._query.requires_grad_(True)

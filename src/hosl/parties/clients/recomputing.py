@@ -1,6 +1,6 @@
 """A first-order client that holds one block's gradients at a time: recomputation, micro-batches, the update inside.
 
-The gradient is that of `FirstOrderClient`, the update plain SGD. What is kept between the two verbs is each block's
+The gradient is that of `FirstOrderClient`, the update plain SGD. What is kept between the two calls is each block's
 input. Backward takes the blocks from last to first: each is computed again, its gradients summed over micro-batches
 of rows, its weights updated at once, and its gradients let go (LOMO, arXiv 2306.09782). Memory: methods.md section 3.
 """
@@ -46,16 +46,16 @@ class RecomputingClient(FrozenClient):
     first argument and only answer, and no trained tensor in two blocks: the upper one would change the lower one's.
     """
 
-    def __init__(self, half: ClientHalf, *, micro_batch_rows: int | None = None, device: str = "cpu") -> None:
+    def __init__(self, half: ClientHalf, *, micro_batch_size: int | None = None, device: str = "cpu") -> None:
         """Train what requires a gradient in `half`.
 
         Args:
             half: the client's.
-            micro_batch_rows: how many rows of a batch go forward and are recomputed at once; None: as many as memory
+            micro_batch_size: how many rows of a batch go forward and are recomputed at once; None: as many as memory
                 suggests (`row_slices`).
             device: a torch device.
         """
-        super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
+        super().__init__(half, micro_batch_size=micro_batch_size, device=device)
         self.trained = trained_parameters(half.model)
         blocks: Any = half.model.get_submodule(half.blocks_name)
         self._blocks: list[nn.Module] = list(blocks)
@@ -151,7 +151,7 @@ def _descend_(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
 
 @contextmanager
 def _sparse_lookups(model: nn.Module) -> Iterator[None]:
-    """Within this fence, the gradient of an embedding table has only the rows that were looked up.
+    """Within this context, the gradient of an embedding table has only the rows that were looked up.
 
     A dense one would be as large as the table: at OPT-1.3B two blocks' worth (methods.md section 3).
     """

@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from hosl.core.directions import Law
+from hosl.core.directions import Distribution
 from hosl.core.estimators import Projection, mean_scales
 from hosl.core.journal import Journal
 from hosl.core.targets import Batch, Pair
@@ -36,12 +36,12 @@ class ZerothOrderClient(FrozenClient):
         self,
         half: ClientHalf,
         *,
-        law: Law = "gaussian",
-        micro_batch_rows: int | None = None,
+        distribution: Distribution = "gaussian",
+        micro_batch_size: int | None = None,
         device: str = "cpu",
     ) -> None:
-        super().__init__(half, micro_batch_rows=micro_batch_rows, device=device)
-        self.law: Law = law
+        super().__init__(half, micro_batch_size=micro_batch_size, device=device)
+        self.distribution: Distribution = distribution
         self.trained = trained_parameters(half.model)
         self.journal = Journal()
         self.new_scratch: Callable[[], Scratch] = Scratch
@@ -84,13 +84,13 @@ class ZerothOrderClient(FrozenClient):
         for seed in seeds:
             slopes = np.empty(len(ids))
             for rows in self._slices(ids, evaluations=2):
-                with torch.no_grad(), along(self.half.model, seed, self.law) as tangent_of:
+                with torch.no_grad(), along(self.half.model, seed, self.distribution) as tangent_of:
                     jvp = tangent_of(self.half(ids[rows], mask[rows]))
                 slopes[rows] = _row_sums(jvp, gradient[rows])
             yield Projection(slopes, noise=0.0)
 
     def _probe_along(self, batch: Batch, seed: int, epsilon: float) -> Probe:
-        return Probe(seed, epsilon, self.law)
+        return Probe(seed, epsilon, self.distribution)
 
     def _groups(
         self, batch: Batch, seeds: Sequence[int], epsilon: float, signs: Signs
@@ -98,10 +98,12 @@ class ZerothOrderClient(FrozenClient):
         """Probes that are evaluated at once: low-rank ones share a pass over the weights, as far as it pays."""
         together = max(STACKED_TOKENS_AT_ONCE // (len(signs) * batch.input_ids.size), 1)
         probes = [self._probe_along(batch, seed, epsilon) for seed in seeds]
-        for law, same in groupby(probes, key=lambda probe: probe.law):
-            of_law = list(same)
-            at_once = together if law == "low-rank" else 1
-            yield from (of_law[start : start + at_once] for start in range(0, len(of_law), at_once))
+        for distribution, same in groupby(probes, key=lambda probe: probe.distribution):
+            of_distribution = list(same)
+            at_once = together if distribution == "low-rank" else 1
+            yield from (
+                of_distribution[start : start + at_once] for start in range(0, len(of_distribution), at_once)
+            )
 
     def _signed(
         self, batch: Batch, probes: Sequence[Probe], signs: Signs
@@ -151,12 +153,12 @@ class ZerothOrderClient(FrozenClient):
     def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
         """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` with the scales at hand."""
         self.journal.append(step, seeds, scales)
-        descend_(self.trained, seeds, scales, self.law)
+        descend_(self.trained, seeds, scales, self.distribution)
 
     def replay(self, journal: Journal, *, after: int = 0) -> None:
         """Apply the updates of `journal` later than step `after`; the weights must be those of that step."""
         for _, seeds, scales in journal.updates(after=after):
-            descend_(self.trained, seeds, scales, self.law)
+            descend_(self.trained, seeds, scales, self.distribution)
         self.journal = journal
 
 

@@ -23,7 +23,7 @@ class BlockCall:
 
 @contextmanager
 def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[BlockCall]]:
-    """Within this fence, every call of one of `blocks` is added to the list, in order. Tensors are not copied."""
+    """Within this context, every call of one of `blocks` is added to the list, in order. Tensors are not copied."""
     calls: list[BlockCall] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

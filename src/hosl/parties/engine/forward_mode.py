@@ -14,14 +14,16 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hosl.core.directions import Law, direction
+from hosl.core.directions import Distribution, direction
 
 
 @contextmanager
-def along(model: nn.Module, seed: int, law: Law) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Within this fence, what `model` returns carries its derivative along u(seed); the function given reads it off.
+def along(
+    model: nn.Module, seed: int, distribution: Distribution
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Within this context, what `model` returns carries its derivative along u(seed); the function given reads it off.
 
-    Requires: that it is read before the fence ends.
+    Requires: that it is read before the context ends.
     """
     covered: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
@@ -34,7 +36,7 @@ def along(model: nn.Module, seed: int, law: Law) -> Iterator[Callable[[torch.Ten
                 }
                 if names:
                     covered.append((module, module.__dict__.get("forward")))
-                    module.forward = _dual_forward(module, names, seed, law)
+                    module.forward = _dual_forward(module, names, seed, distribution)
             yield _tangent_of
     finally:
         for module, previous in covered:
@@ -44,7 +46,7 @@ def along(model: nn.Module, seed: int, law: Law) -> Iterator[Callable[[torch.Ten
 
 
 def _dual_forward(
-    module: nn.Module, names: dict[str, str], seed: int, law: Law
+    module: nn.Module, names: dict[str, str], seed: int, distribution: Distribution
 ) -> Callable[..., torch.Tensor]:
     own_forward = module.forward
 
@@ -52,7 +54,7 @@ def _dual_forward(
         weights = {key: p for key in names if (p := module._parameters[key]) is not None}
         try:
             for key, p in weights.items():
-                u = torch.from_numpy(direction(seed, names[key], tuple(p.shape), law)).to(p)
+                u = torch.from_numpy(direction(seed, names[key], tuple(p.shape), distribution)).to(p)
                 module._parameters[key] = forward_ad.make_dual(p.detach(), u)  # pyright: ignore[reportArgumentType]
             return own_forward(*args, **kwargs)
         finally:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hosl.core.directions import Drawn, Law, direction_rows, direction_sum, drawn, low_rank_factors
+from hosl.core.directions import Distribution, Drawn, direction_rows, direction_sum, drawn, low_rank_factors
 
 SCRATCH_ELEMENTS = 1 << 22
 """Largest part of a linear layer that is perturbed at once: 16 MiB in float32. Products with less are slower."""
@@ -32,9 +32,9 @@ class Probe:
 
     seed: int
     epsilon: float
-    law: Law
+    distribution: Distribution
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By name of a linear layer's weight: b of u = a b^T [in], in place of the low-rank law's own."""
+    """By name of a linear layer's weight: b of u = a b^T [in], in place of the low-rank distribution's own."""
 
 
 Signs: TypeAlias = tuple[int, ...]
@@ -57,9 +57,9 @@ def stacked(
     signs: Signs = BOTH_SIDES,
     scratch: "Scratch | None" = None,
 ) -> Iterator[None]:
-    """Within this fence, `model` maps batches of `rows` rows: for each probe, for each sign, as many rows.
+    """Within this context, `model` maps batches of `rows` rows: for each probe, for each sign, as many rows.
 
-    Requires: batches of exactly `rows` rows, no autograd. The fence must not span a call to the other party.
+    Requires: batches of exactly `rows` rows, no autograd. The context must not span a call to the other party.
     """
     scratch = scratch or Scratch()
     covered: list[tuple[nn.Module, Callable[..., Any] | None]] = []
@@ -82,7 +82,10 @@ def stacked(
 
 
 def descend_(
-    trained: Mapping[str, nn.Parameter], seeds: Sequence[int], scales: Sequence[float], law: Law
+    trained: Mapping[str, nn.Parameter],
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    distribution: Distribution,
 ) -> None:
     """theta -= sum_q scale_q u(seed_q), in place, tile by tile; no buffer of the weights' size.
 
@@ -92,7 +95,7 @@ def descend_(
         for name, p in trained.items():
             flat = p.view(-1)
             for start, stop, total in direction_sum(
-                name, tuple(p.shape), seeds, scales, law, _numpy_compute(p)
+                name, tuple(p.shape), seeds, scales, distribution, _numpy_compute(p)
             ):
                 shift = torch.from_numpy(total).to(p.device)
                 tile = flat[start:stop]
@@ -113,7 +116,7 @@ def _perturbed_forward(
     if isinstance(module, nn.Embedding):
         return _signed_lookup(module, names, probes, signs, rows, scratch)
     if type(module) is nn.Linear and "weight" in names:
-        if all(probe.law == "low-rank" for probe in probes):
+        if all(probe.distribution == "low-rank" for probe in probes):
             return _low_rank_linear(module, names, probes, signs)
         return _signed_linear(module, names, probes, signs, scratch)
     return _signed_rows(module, names, probes, signs, rows, scratch)
@@ -277,7 +280,7 @@ def _looked_up(
     found = found.to(torch.promote_types(weight.dtype, torch.float32))
     sides = zip(found.chunk(len(probes)), place.chunk(len(probes)), strict=True)
     for probe, (found_sides, place_sides) in zip(probes, sides, strict=True):
-        u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.law)
+        u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.distribution)
         shift = torch.from_numpy(u).to(found)[place_sides] * probe.epsilon
         for sign, part in zip(signs, shift.chunk(len(signs)), strict=True):
             part.mul_(sign)
@@ -286,7 +289,7 @@ def _looked_up(
 
 
 class Scratch:
-    """Memory in which shifted weights are formed: one module's at a time, kept until the fence ends.
+    """Memory in which shifted weights are formed: one module's at a time, kept until the context ends.
 
     A plan has one of its own, which takes each layer in one part and only counts what it would form.
     """
@@ -334,7 +337,7 @@ class Scratch:
 def _drawn(weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int] | None = None) -> Drawn:
     """epsilon u of one tensor, or of a span of its elements."""
     return drawn(
-        probe.seed, name, tuple(weight.shape), probe.law, probe.epsilon, _numpy_compute(weight), span
+        probe.seed, name, tuple(weight.shape), probe.distribution, probe.epsilon, _numpy_compute(weight), span
     )
 
 

@@ -1,4 +1,4 @@
-"""ServerSide that asks over a connection. Every verb is safe to repeat, so a lost connection is simply tried again.
+"""ServerSide that asks over a connection. Every call is safe to repeat, so a lost connection is simply tried again.
 
 What a round sees is a server; what it does not see is here: the greeting, the session, and that a server which was
 restarted may be at another step (`StepMoved`). No torch: `Arrays` turns the runtime's tensors into the wire's.
@@ -47,7 +47,7 @@ class RemoteServer(Packing):
     """The server half behind a connection.
 
     One question may be on its way while the client computes the next: `losses` returns at once, so at most one pair of
-    activations is alive beyond the client's own compute. Every other verb waits for that one first.
+    activations is alive beyond the client's own compute. Every other call waits for that one first.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RemoteServer(Packing):
         """Greet the server; returns the step after which both sides go on.
 
         Raises:
-            AgreementError: if the two sides do not fit, naming both values.
+            HandshakeError: if the two sides do not fit, naming both values.
             AccessError: if the token is unknown or revoked.
         """
         reply = self.channel.ask("Hello", self._greeting(self.current), pb.HelloReply)
@@ -276,14 +276,14 @@ class RemoteServer(Packing):
             self._pending.exception()
             self._pending = None
 
-    def _stepped(self, verb: str, question: pb.Upload, packed: list[Packed]) -> StepReply:
-        parts = self.channel.converse(verb, upload_frames(question, packed), pb.StepReply)
+    def _stepped(self, call: str, question: pb.Upload, packed: list[Packed]) -> StepReply:
+        parts = self.channel.converse(call, upload_frames(question, packed), pb.StepReply)
         done, gradient = next(parts, pb.StepReply()).done, None
         if done.HasField("gradient"):
             gradient = self._unpacked(done.gradient, packed[0].header, (part.chunk for part in parts))
         for _ in parts:
-            raise WireError(f"{verb} was answered by more than was announced")
-        self._count_down(verb.lower(), done.server_s, StepReply(done.loss, gradient))
+            raise WireError(f"{call} was answered by more than was announced")
+        self._count_down(call.lower(), done.server_s, StepReply(done.loss, gradient))
         return StepReply(done.loss, gradient)
 
     def _unpacked(self, header: pb.Tensor, like: pb.Tensor, chunks: Iterator[bytes]) -> Any:
@@ -309,9 +309,9 @@ class RemoteServer(Packing):
     def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
-    def _count_down(self, verb: str, server_s: float, answer: Any) -> None:
+    def _count_down(self, call: str, server_s: float, answer: Any) -> None:
         self.meter.seconds += server_s
-        self.meter.by_verb[verb] = self.meter.by_verb.get(verb, 0.0) + server_s
+        self.meter.by_call[call] = self.meter.by_call.get(call, 0.0) + server_s
         self.meter.bytes_out += payload_bytes(answer)
 
 

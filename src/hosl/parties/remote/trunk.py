@@ -1,4 +1,4 @@
-"""The trunk behind a connection, for a client that keeps its labels; a `RemoteServer` with two more verbs."""
+"""The trunk behind a connection, for a client that keeps its labels; a `RemoteServer` with two more calls."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hosl.core.array_types import Float
-from hosl.core.directions import Law
+from hosl.core.directions import Distribution
 from hosl.core.estimators import mean_scales
 from hosl.core.targets import Pair, StepReply, Targets
 from hosl.errors import NonFiniteError
@@ -97,7 +97,7 @@ class FirstOrderServer(TorchServer):
     ) -> list[float]:
         """One update of theta_s on the mean of the activations' losses; each one's loss before it, in nats.
 
-        One activation's graph is alive at a time. Source: paper.md section 11, fo_point.
+        One activation's graph is alive at a time. Source: paper.md section 11, server_gradient_at.
 
         Raises:
             NonFiniteError: if a loss is NaN or infinite; theta_s is then unchanged.
@@ -128,17 +128,22 @@ class ZerothOrderServer(TorchServer):
     """A server trained by probes, as the client is: ZO-ZO's, and FO-ZO's."""
 
     def __init__(
-        self, half: ServerHalf, *, learning_rate: LearningRate, law: Law = "gaussian", device: str = "cpu"
+        self,
+        half: ServerHalf,
+        *,
+        learning_rate: LearningRate,
+        distribution: Distribution = "gaussian",
+        device: str = "cpu",
     ) -> None:
         super().__init__(half, learning_rate=learning_rate, device=device)
-        self.law: Law = law
+        self.distribution: Distribution = distribution
 
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed), in nats."""
         h = torch.cat([side.to(self.device) for side in pair])
         mask = torch.from_numpy(targets.mask).to(self.device, torch.int64).repeat(2, 1)
         positions = wanted_positions(targets)
-        with torch.no_grad(), stacked(self.half.model, [Probe(seed, epsilon, self.law)], len(h)):
+        with torch.no_grad(), stacked(self.half.model, [Probe(seed, epsilon, self.distribution)], len(h)):
             logits = self.half(h, mask, None if positions is None else positions.to(self.device))
         logits_plus, logits_minus = logits.chunk(2)
         return (
@@ -148,4 +153,4 @@ class ZerothOrderServer(TorchServer):
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """theta_s -= eta_s / Q sum_q c_q u(seed_q), at the learning rate of `step`."""
-        descend_(self.trained, seeds, mean_scales(coefficients, self.learning_rate(step)), self.law)
+        descend_(self.trained, seeds, mean_scales(coefficients, self.learning_rate(step)), self.distribution)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hosl.core.clipping import PLAIN, WARM_UP, WINDOW, StepControl
+from hosl.core.clipping import PLAIN, WARM_UP, WINDOW, CoefficientControl
 from hosl.errors import NonFiniteError
 
 _finite = st.floats(-1e6, 1e6).map(lambda c: 0.0 if abs(c) < 1e-9 else c)
@@ -43,7 +43,7 @@ def test_a_step_without_any_number_is_an_error_that_says_what_to_do(coefficients
 
 @given(st.lists(_step, min_size=1, max_size=60), st.floats(0.5, 10))
 def test_clipping_is_at_a_multiple_of_the_running_median_of_what_was_measured(steps, multiple):
-    control, seen = StepControl(clip=multiple), []
+    control, seen = CoefficientControl(clip=multiple), []
     for coefficients in steps:
         judged = control.judge(coefficients)
         limit = multiple * np.median(np.abs(seen[-WINDOW:])) if len(seen) >= WARM_UP else np.inf
@@ -51,7 +51,7 @@ def test_clipping_is_at_a_multiple_of_the_running_median_of_what_was_measured(st
         assert judged.measured == tuple(coefficients)
         control = control.after(judged.measured)
         seen += coefficients
-    again = StepControl(clip=multiple).restored(control.state())
+    again = CoefficientControl(clip=multiple).restored(control.state())
     assert again == control
 
 
@@ -59,17 +59,17 @@ def test_clipping_is_at_a_multiple_of_the_running_median_of_what_was_measured(st
 def test_a_normalised_step_is_divided_by_the_spread_of_its_coefficients(coefficients):
     spread = np.std(coefficients, ddof=1)
     assume(spread == 0 or spread > 1e-6 * np.abs(coefficients).max())
-    found = StepControl(normalise="spread").judge(coefficients).coefficients
+    found = CoefficientControl(normalise="spread").judge(coefficients).coefficients
     if spread == 0:
         assert found == (0.0,) * len(coefficients)
     else:
         np.testing.assert_allclose(found, np.array(coefficients) / spread, rtol=1e-6)
-        scaled = StepControl(normalise="spread").judge([1000 * c for c in coefficients]).coefficients
+        scaled = CoefficientControl(normalise="spread").judge([1000 * c for c in coefficients]).coefficients
         np.testing.assert_allclose(scaled, found, rtol=1e-6)  # the scale of the loss cancels
 
 
 def test_clipping_comes_before_normalising():
-    control = StepControl(clip=2.0, normalise="spread", recent=(1.0,) * WARM_UP)
+    control = CoefficientControl(clip=2.0, normalise="spread", recent=(1.0,) * WARM_UP)
     found = control.judge([0.5, 1.5, 50.0]).coefficients
     np.testing.assert_allclose(found, np.array([0.5, 1.5, 2.0]) / np.std([0.5, 1.5, 2.0], ddof=1))
 
@@ -79,10 +79,10 @@ def test_rows_are_limited_to_a_multiple_of_their_batchs_median(rows, multiple):
     rows = np.array(rows)
     limit = multiple * np.median(np.abs(rows))
     expected = math.fsum(np.clip(rows, -limit, limit))
-    assert StepControl(row_clip=multiple).total(rows) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert CoefficientControl(row_clip=multiple).total(rows) == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert PLAIN.total(rows) == pytest.approx(math.fsum(rows), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_row_rejects_its_direction(bad):
-    assert math.isnan(StepControl(row_clip=3.0).total(np.array([1.0, bad, 2.0])))
+    assert math.isnan(CoefficientControl(row_clip=3.0).total(np.array([1.0, bad, 2.0])))
