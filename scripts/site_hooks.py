@@ -1,7 +1,8 @@
 """Hooks of the documentation's site (mkdocs.yml): a relative link that leaves docs/ becomes one to the repository.
 
 So pages can link to sources as they do on any host of the repository, `[rounds.py](../../src/hosl/core/rounds.py)`, and
-a link to a file that is gone fails a strict build.
+a link to a file that is gone fails a strict build. A page without parts has no table of contents: its tables take the
+place.
 """
 
 import logging
@@ -17,6 +18,8 @@ log = logging.getLogger("mkdocs.hooks.site")
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """Called by mkdocs with each page's source; fenced code stays as it is."""
+    if not re.search(r"^##", markdown, re.MULTILINE):
+        page.meta.setdefault("hide", ["toc"])
     docs = Path(config.docs_dir)
     folder = Path(page.file.abs_src_path).parent
 
