@@ -1,4 +1,4 @@
-.PHONY: help run test test-slow check bench study proto clean
+.PHONY: help run test test-slow check docs bench study proto clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -22,6 +22,10 @@ help:            ## what there is to make
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,lora,data,report,serve]'
 	@touch $@
 
+.venv/docs-installed: .venv/run-installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
 run: .venv/run-installed      ## fine-tune a split model on real text, in one process
 	$(BIN)/hosl train examples/docstrings.yaml
 
@@ -37,6 +41,10 @@ check: .venv/dev-installed    ## format, lint, types, layers, links
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_links.py
+
+docs: .venv/docs-installed    ## the documentation's site, in site/: dead links and anchors fail
+	$(BIN)/python scripts/reference_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/dev-installed    ## what a step of every method costs, against plain forwards
 	$(BIN)/hosl bench step

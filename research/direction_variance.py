@@ -3,8 +3,8 @@
     python research/direction_variance.py
 
 The variance of a round's estimate, Q = 1, is d times |mean g_k|^2 with common directions and mean |g_k|^2 / K with own
-ones (docs/methods.md, d); g_k is device k's exact gradient over 16 rows of the embedded task that no other has, by
-autograd. One client half, frozen, while the server trains for 60 steps.
+ones (docs/concepts/methods.md, d); g_k is device k's exact gradient over 16 rows of the embedded task that no other
+has, by autograd. One client half, frozen, while the server trains for 60 steps.
 """
 
 import csv

@@ -2,9 +2,9 @@
 
     HOSL_DATA=... python research/paper_memory.py
 
-Lengths are counted with OPT's tokenizer in $HOSL_DATA/data; memory is the planner's (docs/memory.md says how well that
-agrees with measurements). Both ways of counting: the client half alone, and, as the authors' client did, with the
-server half's weights and a second embedding in the same process.
+Lengths are counted with OPT's tokenizer in $HOSL_DATA/data; memory is the planner's (docs/concepts/memory.md says how
+well that agrees with measurements). Both ways of counting: the client half alone, and, as the authors' client did,
+with the server half's weights and a second embedding in the same process.
 """
 
 import os

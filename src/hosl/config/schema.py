@@ -30,7 +30,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     along directions formed from it. hosl-node: as hosl-guided, and the last block's queries by node perturbation.
     Baselines: fo-fo, fo-recompute (fo-fo in little memory), zo-zo, fo-zo, frozen."""
     profile: Literal["paper", "authors-head"] = "paper"
-    """paper: as written. authors-head: as the authors' published code runs (docs/algorithm.md)."""
+    """paper: as written. authors-head: as the authors' published code runs (docs/concepts/algorithm.md)."""
     seed: int = 0
     """Of the data order, the directions, new heads and adapters."""
     model: ModelConfig = ModelConfig()

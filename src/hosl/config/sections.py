@@ -100,7 +100,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "cpu"
     """A torch device."""
     memory_budget: str | None = None
-    """What the client process may take, such as 600MiB: checked before the run and at every step (docs/memory.md)."""
+    """What the client process may take, such as 600MiB: checked before the run and at every step (docs/concepts/memory.md)."""
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
@@ -111,7 +111,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"client.micro_batch_size must be >= 1 or null, got {self.micro_batch_size}")
 
     def usual_rate(self, method: str) -> float:
-        """What worked for a method in docs/results.md, or for lack of that, a careful guess."""
+        """What worked for a method in docs/results/index.md, or for lack of that, a careful guess."""
         if method in ("hosl", "hosl-gradient"):  # slopes of random directions as long as all weights
             return 1e-3 if self.trainable == "lora" else 1e-5
         if method == "zo-zo":

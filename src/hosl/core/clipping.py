@@ -2,7 +2,7 @@
 
 Pure: `judge` decides about one step, `after` is the control of the next one. The only state is the last coefficients'
 magnitudes, for their running median; a checkpoint keeps it (`state`, `restored`). Source: methods.md (k). When to use
-what: docs/step-control.md.
+what: docs/concepts/step-control.md.
 """
 
 import math

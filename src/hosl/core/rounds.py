@@ -1,8 +1,8 @@
 """Every algorithm as one function of two parties, one statement per line of the paper.
 
-Start here. Labels l.N, I-N, D-N are those of docs/algorithm.md (arXiv 2601.10940, Alg. 1-3). A round never looks inside
-an activation and never asks where the server is: in this process or across a network is the party's business.
-A new method is a new function here, never a flag on an old one.
+Start here. Labels l.N, I-N, D-N are those of docs/concepts/algorithm.md (arXiv 2601.10940, Alg. 1-3). A round never
+looks inside an activation and never asks where the server is: in this process or across a network is the party's
+business. A new method is a new function here, never a flag on an old one.
 """
 
 import math

@@ -35,7 +35,7 @@ PLANNED = (
 """The rows of `hosl.methods.rows` that a plan compares where it is not told otherwise."""
 
 _LEARNS = ("hosl-node", "hosl-guided", "hosl-gradient", "hosl-gradient, int8 + LoRA", "hosl", "frozen")
-"""Forward-only ways, the one that closed most of the gap first (docs/results.md)."""
+"""Forward-only ways, the one that closed most of the gap first (docs/results/index.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
             return (
                 row,
-                f"of the forward-only ways that fit, {name} stands first on BANKING77 (docs/results.md){lower}",
+                f"of the forward-only ways that fit, {name} stands first on BANKING77 (docs/results/index.md){lower}",
             )
     smallest = min(rows, key=lambda row: row.client_process_bytes)
     raise ConfigError(
