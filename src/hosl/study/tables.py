@@ -210,7 +210,7 @@ def _compared(
 
 def _same_work(runs: list[Summary], others: list[Summary]) -> bool:
     """By their configs; summaries without one are of studies in which all rows do the same."""
-    if "config" not in runs[0]:
+    if "config" not in runs[0] or "config" not in others[0]:
         return True
     settings = (
         flat(msgspec.to_builtins(parse_config(of[0]["config"], where=of[0]["row"], warn=False)))
