@@ -1,9 +1,11 @@
 """The `hosl` command: finds the verb, runs it, and turns errors into one line and an exit status.
 
-0 done, 1 the work failed, 2 the request was wrong, 130 interrupted. Nothing heavy is imported before a verb needs it.
+0 done, 1 the work failed, 2 the request was wrong, 3 the run diverged, 130 interrupted. Nothing heavy is imported
+before a verb needs it.
 """
 
 import gc
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +43,7 @@ def command() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Every verb takes --json: its result on standard output."""
+    """Run one command; returns the exit status. Every verb takes --json: its result or its error on standard output."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         lines = [f"  {verb:<8}{text}" for verb, text in _VERBS.items()]
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return verb(words[1:])
     except HoslError as error:
+        if "--json" in words:
+            said = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
+            sys.stdout.write(json.dumps({"error": said}) + "\n")
         return _refuse(str(error), status=error.exit_status)
     except KeyboardInterrupt:
         return _refuse(f"interrupted; go on with {_again(words)}", status=130)
