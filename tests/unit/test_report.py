@@ -18,10 +18,10 @@ from hosl.config.sections import ClientConfig
 from hosl.errors import FolderError
 from hosl.report.build import write_comparison, write_report
 from hosl.report.costs import step_parts
-from hosl.report.groups import PlannedLine, comparisons
+from hosl.report.groups import PlannedLine, by_task_and_model
 from hosl.report.runs import read_run, run_folders
-from hosl.report.style import looks
-from hosl.report.tables import results
+from hosl.report.statistics import NoGap
+from hosl.report.tables import Cell, compared
 from hosl.study.grid import merged
 
 CALLS = {
@@ -88,8 +88,8 @@ def _evaluation(split, step, config):
 
 
 def _groups(*folders):
-    (comparison,) = comparisons(read_run(folder) for folder in folders)
-    return comparison.groups
+    (part,) = by_task_and_model(read_run(folder) for folder in folders)
+    return part.groups
 
 
 def test_runs_that_differ_by_seed_and_folder_are_one_group(made):
@@ -146,7 +146,7 @@ def test_a_rate_that_is_left_out_is_the_usual_one(made):
 def test_other_tasks_and_other_models_stand_apart(made):
     words = {"kind": "files", "train": "words.csv"}
     folders = [made("a"), made("b", task=words), made("c", record={"model": {"digest": "e"} | MODEL})]
-    assert len(comparisons(read_run(folder) for folder in folders)) == 3
+    assert len(by_task_and_model(read_run(folder) for folder in folders)) == 3
 
 
 MODEL = {"source": "other", "family": "bert"}
@@ -181,26 +181,29 @@ def test_runs_of_changed_data_stand_apart_and_say_so(made, tmp_path):
     text = _checked(write_comparison(folders, tmp_path / "page.html"))
     assert text.count("docstrings, tiny (bert), data with digest") == 2
     longer = made("longer", record=of("C"), task={"kind": "docstrings", "max_tokens": 128})
-    assert len(comparisons(map(read_run, [*folders[:2], longer]))) == 1  # max_tokens changes the digest
+    assert len(by_task_and_model(map(read_run, [*folders[:2], longer]))) == 1  # max_tokens changes the digest
     few = {"kind": "docstrings", "train_rows": 50}
     drawn = [made(f"drawn{s}", seed=s, record=of(f"D{s}"), task=few) for s in (0, 1)]
-    assert len(comparisons(map(read_run, drawn))) == 1  # so does a seed that draws the rows
+    assert len(by_task_and_model(map(read_run, drawn))) == 1  # so does a seed that draws the rows
 
 
 def test_gap_closure_stands_where_both_ends_share_two_seeds(made):
     def cells(*folders):
-        (comparison,) = comparisons(read_run(folder) for folder in folders)
-        return results(comparison, looks({way: comparison.method_of(way) for way in comparison.ways}))
+        (part,) = by_task_and_model(read_run(folder) for folder in folders)
+        table = compared(part.comparison())
+        return [dict(zip(table.head, line, strict=True)) for line in table.lines], part.comparison()
 
     ends = [made(f"{m}{s}", m, seed=s) for m in ("frozen", "fo-fo") for s in (0, 1)]
-    table, with_gaps = cells(*ends, made("a", "hosl-node", seed=0), made("b", "hosl-node", seed=1))
-    assert with_gaps
-    assert "0.33<small>[0.33, 0.33]</small>" in table  # (0.6 - 0.5) / (0.8 - 0.5)
-    _, with_gaps = cells(*ends[:2], made("c", "hosl-node", seed=2), made("d", "fo-fo", seed=2))
-    assert not with_gaps
+    (_, node, _), _ = cells(*ends, made("a", "hosl-node", seed=0), made("b", "hosl-node", seed=1))
+    assert node["G (accuracy)"] == Cell("0.33", "[0.33, 0.33]")  # (0.6 - 0.5) / (0.8 - 0.5)
+    (frozen, *_), comparison = cells(*ends[:2], made("c", "hosl-node", seed=2), made("d", "fo-fo", seed=2))
+    assert frozen["G (accuracy)"] == Cell("n/a", "(under two seeds in common)")
     longer = {"max_steps": 7}  # what had more steps is no end of a scale
-    _, with_gaps = cells(*ends[:2], made("e", "fo-fo", **longer), made("f", "fo-fo", seed=1, **longer))
-    assert not with_gaps
+    _, comparison = cells(*ends[:2], made("e", "fo-fo", **longer), made("f", "fo-fo", seed=1, **longer))
+    assert comparison.reasons == [NoGap.FIRST_ORDER_OTHER_WORK, NoGap.OTHER_WORK]
+    (frozen, *_), comparison = cells(*ends[:2])
+    assert comparison.reasons == [NoGap.NO_FIRST_ORDER]
+    assert "G (accuracy)" not in frozen  # the note says why
 
 
 def test_a_step_is_told_in_the_order_in_which_it_happens(made):
@@ -217,9 +220,9 @@ def test_a_step_is_told_in_the_order_in_which_it_happens(made):
     ]  # fmt: skip
 
 
-def _planner(comparison):
-    found = {way: comparison.method_of(way) for way in comparison.ways} | {"fo-fo": "fo-fo"}
-    return [PlannedLine(way, method, {1: 2.0**24, 3: 2.0**25}) for way, method in found.items()]
+def _planner(part):
+    methods = part.methods | {"fo-fo": "fo-fo"}
+    return [PlannedLine(way, method, {1: 2.0**24, 3: 2.0**25}) for way, method in methods.items()]
 
 
 def _checked(page):

@@ -61,7 +61,9 @@ def run(words: list[str]) -> int:
     if known.write:
         found.write(Path(known.write))
     if known.picture:
-        found.draw(Path(known.picture))
+        from hosl.report.planned import draw_plan
+
+        draw_plan(found, Path(known.picture))
     if known.json:
         answer(found.facts(), as_json=True)
     else:

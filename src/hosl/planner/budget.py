@@ -10,8 +10,9 @@ from hosl.config import Config
 from hosl.errors import BudgetError
 from hosl.methods.schedule import longest_batch
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
-from hosl.system.byte_sizes import parse_bytes, told_bytes
+from hosl.system.byte_sizes import parse_bytes
 from hosl.system.gc_paused import uncollected
+from hosl.system.readable import readable_bytes as told_bytes
 from hosl.tasks import Task
 
 if TYPE_CHECKING:

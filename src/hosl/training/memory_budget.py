@@ -7,7 +7,8 @@ the client would take alone is its tensors' peak and what Python with torch take
 from typing import Any
 
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
-from hosl.system.byte_sizes import parse_bytes, told_bytes
+from hosl.system.byte_sizes import parse_bytes
+from hosl.system.readable import readable_bytes as told_bytes
 
 _LEEWAY = 1.05
 """How far over its budget a run may be seen before it is stopped: pages of a file, an allocator's fragments."""
