@@ -94,7 +94,7 @@ def dev_losses(curves: Mapping[str, Curve], labels: Mapping[str, str], title: st
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-        figure.legend(loc="outside right upper", title="and the last value", frameon=False, fontsize=8)
+        figure.legend(loc="outside right upper", title="arm, and its last value", frameon=False, fontsize=8)
         return figure
 
 
