@@ -100,7 +100,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "cpu"
     """A torch device."""
     memory_budget: str | None = None
-    """What the client process may take, such as 600MiB: checked before the run and at every step (docs/concepts/memory.md)."""
+    """What the client process may take, such as 600MiB: checked before a run and at every step."""
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:

@@ -26,7 +26,7 @@ from hosl.parties.engine.perturbation import (
 from hosl.split import ClientHalf
 
 STACKED_TOKENS_AT_ONCE = 1024
-"""How many tokens low-rank probes fill a shared pass over the weights with: the fastest (docs/results/benchmarks.md)."""
+"""Tokens with which low-rank probes fill a shared pass over the weights: the fastest (docs/results/benchmarks.md)."""
 
 
 class ZerothOrderClient(FrozenClient):
