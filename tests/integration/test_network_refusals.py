@@ -335,10 +335,6 @@ AUTHORS = {
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (
-            {"zo": {"server_gradient_at": "mean-plus"}},
-            "zo.server_gradient_at: mean-plus asks the server for a step at several activations",
-        ),
         (AUTHORS, "profile authors-head asks the server for losses with dropout"),
     ],
 )

@@ -122,13 +122,13 @@ def test_a_label_does_not_say_what_most_have(made):
         {},
         {"epsilon": 1e-2},
         {"server_gradient_at": "first-plus"},
-        {"epsilon": 1e-2, "server_gradient_at": "mean-plus"},
+        {"epsilon": 1e-2, "server_gradient_at": "first-plus"},
         {"epsilon": 1e-4},
     ]
     groups = _groups(*(made(f"r{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds)))
     assert [group.label for group in groups] == [
         "hosl, epsilon 0.001", "hosl, epsilon 0.01", "hosl, epsilon 0.001, server gradient at first-plus",
-        "hosl, epsilon 0.01, server gradient at mean-plus", "hosl, epsilon 0.0001",
+        "hosl, epsilon 0.01, server gradient at first-plus", "hosl, epsilon 0.0001",
     ]  # fmt: skip
     groups = _groups(*(made(f"s{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds[:3])))
     assert [group.label for group in groups] == [

@@ -54,10 +54,10 @@ def _ways(comparison: Comparison) -> Iterator[tuple[str, Run, Config]]:
 
 def _ends(ways: Sequence[tuple[str, Run, Config]]) -> Iterator[tuple[str, Run, Config]]:
     """Those of the two that are not among the ways, with the first one's other settings where these allow it."""
-    from hosl.methods.rows import ROWS
+    from hosl.methods.variants import VARIANTS
 
     _, run, base = ways[0]
-    rows, methods = {row.name: row for row in ROWS}, {config.method for _, _, config in ways}
+    rows, methods = {row.name: row for row in VARIANTS}, {config.method for _, _, config in ways}
     for end in _ENDS:
         if end not in methods:
             with contextlib.suppress(ConfigError):

@@ -6,12 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
-from hosl.config import WITHOUT_DIRECTIONS, Method, parse_config, read_yaml
+from hosl.config import parse_config, read_yaml
 from hosl.config.former_names import with_new_name, with_new_names
+from hosl.core.methods import METHODS
 from hosl.errors import ConfigError
 from hosl.study.grid import Grid, Row, merged
 
@@ -85,7 +86,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def method_of(self, name: str) -> str:
         """The method of a row: its settings', its own name, or that of `base`."""
-        own = name if name in get_args(Method) else self.base.get("method", name)
+        own = name if name in METHODS else self.base.get("method", name)
         return self.methods[name].settings.get("method", own)
 
     def _check_reference_rows(self) -> None:
@@ -204,7 +205,7 @@ def study_groups(study: Study) -> list[Group]:
         place = task if cut is None else f"{task}-cut{cut}"
         rows = {}
         for name in study.methods:
-            probes = directions is not None and study.method_of(name) not in WITHOUT_DIRECTIONS
+            probes = directions is not None and METHODS[study.method_of(name)].draws
             rows[name] = f"{place}-q{directions}-{name}" if probes else f"{place}-{name}"
         of_group = place if directions is None else f"{place}-q{directions}"
         found.append(Group(of_group, task, cut, directions, rows))
@@ -220,7 +221,7 @@ def study_grid(study: Study) -> Grid:
     rows: dict[str, tuple[tuple[Any, ...], Row]] = {}
     for group in study_groups(study):
         for name, row_name in group.rows.items():
-            probes = group.directions is not None and study.method_of(name) not in WITHOUT_DIRECTIONS
+            probes = group.directions is not None and METHODS[study.method_of(name)].draws
             key = (group.task, group.cut, group.directions if probes else None, name)
             if rows.setdefault(row_name, (key, _row(study, group, name)))[0] != key:
                 raise ConfigError(
