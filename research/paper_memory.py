@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from hosl.config import Config, ModelConfig, ZOConfig
-from hosl.methods.rows import ROWS
+from hosl.methods.variants import VARIANTS
 from hosl.planner.costs import client_memory
 from hosl.planner.dry_run import storage_bytes
 from hosl.planner.model_shape import ModelShape, model_shape
@@ -44,7 +44,7 @@ def static_of_the_rest(shape: ModelShape) -> int:
 
 def peak_gib(way: str, shape: ModelShape, tokens: int) -> float:
     """Of the client's tensors in a step."""
-    row = next(row for row in ROWS if row.name == way)
+    row = next(row for row in VARIANTS if row.name == way)
     config = row.applied(Config(model=ModelConfig(cut=CUT), zo=ZOConfig(directions=10)), cut=CUT)
     return client_memory(config, shape)(ROWS_OF_BATCH, tokens)[1] / 2**30
 

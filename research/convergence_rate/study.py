@@ -14,7 +14,7 @@ import numpy as np
 
 from hosl.core.directions import Distribution, direction_seed
 from hosl.core.protocols import FirstOrderServerSide, ZerothOrderClientSide
-from hosl.core.rounds import hosl_round
+from hosl.core.rounds import StepInputs, hosl_round
 from hosl.core.targets import Batch
 from hosl.errors import FolderError, NonFiniteError
 from hosl.system.interrupts import Stop
@@ -151,10 +151,7 @@ def measure(
                 cut.client,
                 cut.server,
                 cut.batch(step),
-                step=step,
-                seeds=seeds,
-                epsilon=study.epsilon,
-                learning_rate=eta,
+                StepInputs(step, seeds=seeds, epsilon=study.epsilon, learning_rate=eta),
             )
         client, server = (float(of_half) for of_half in np.mean(squares, axis=0))
     except NonFiniteError:

@@ -13,7 +13,7 @@ import yaml
 
 from hosl.core.directions import direction, direction_seed
 from hosl.core.protocols import FirstOrderServerSide, ZerothOrderClientSide
-from hosl.core.rounds import hosl_gradient_round, hosl_round
+from hosl.core.rounds import StepInputs, hosl_gradient_round, hosl_round
 from hosl.errors import ConfigError, FolderError, NonFiniteError
 from hosl.study.config import read_study
 from research.convergence_rate import study as rate_study
@@ -92,7 +92,10 @@ def test_five_rounds_of_the_chain_equal_the_paper_written_out():
         batch = problem.batch(step)
         seeds = [direction_seed(7, step, q) for q in range(Q)]
         result = hosl_round(
-            problem.client, problem.server, batch, step=step, seeds=seeds, epsilon=EPSILON, learning_rate=ETA
+            problem.client,
+            problem.server,
+            batch,
+            StepInputs(step, seeds=seeds, epsilon=EPSILON, learning_rate=ETA),
         )
         x = rows[batch.input_ids[:, 0]]
         u = [np.pad(direction(s, "theta_c", (cut,), "gaussian").astype(float), (0, 12 - cut)) for s in seeds]
@@ -116,11 +119,8 @@ def test_a_chain_projected_on_dl_dh_measures_the_same_slopes():
     results = []
     for method in (hosl_round, hosl_gradient_round):
         problem = chain()
-        results.append(
-            method(
-                problem.client, problem.server, problem.batch(1), step=1, seeds=[1, 2], epsilon=1e-4, learning_rate=ETA
-            )
-        )  # fmt: skip
+        inputs = StepInputs(1, seeds=[1, 2], epsilon=1e-4, learning_rate=ETA)
+        results.append(method(problem.client, problem.server, problem.batch(1), inputs))
     assert results[0].coefficients == pytest.approx(results[1].coefficients, rel=1e-5)
 
 
@@ -144,7 +144,10 @@ def test_the_transformer_measures_its_own_full_gradient():
         p.data.sub_(1e-6 * p.grad)
     assert (before - problem.loss()) / 1e-6 == pytest.approx(client + server, rel=1e-3)
     hosl_round(
-        problem.client, problem.server, problem.batch(1), step=1, seeds=[3], epsilon=1e-3, learning_rate=1e-3
+        problem.client,
+        problem.server,
+        problem.batch(1),
+        StepInputs(1, seeds=[3], epsilon=1e-3, learning_rate=1e-3),
     )
     assert problem.squares()[0] != client
 

@@ -8,12 +8,12 @@ from msgspec import structs
 
 from hosl.config import Config, ModelConfig, parse_config
 from hosl.errors import ConfigError
-from hosl.methods.rows import ROWS
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import NoServer, fixed_batch
 from hosl.methods.torch_parties import DTYPES, make_client, party_bytes, trained_elements
+from hosl.methods.variants import VARIANTS
 from hosl.parties.engine.memory import TorchMemory
-from hosl.parties.metered import Meter, Metered
+from hosl.parties.metered import Meter, metered
 from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
 from hosl.planner.dry_run import empty_, without_data, work_of
 from hosl.planner.machine import assumed_cpu, assumed_server
@@ -23,12 +23,11 @@ from hosl.split import split_model
 from tests.conftest import MODELS, build
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
-BY_NAME = {row.name: row for row in ROWS}
+BY_NAME = {row.name: row for row in VARIANTS}
 WAYS = (
     *PLANNED,
     "hosl, low-rank",
     "hosl, first-plus",
-    "hosl, mean-plus",
     "hosl-guided",
     "zo-zo",
     "fo-fo, AdamW",
@@ -54,7 +53,7 @@ def measured(config, half):
     method_round(config, client, NoServer(), batch, 1)
     memory = TorchMemory(party_bytes(client))
     memory.watch(method_round, config, client, NoServer(), batch, 2)
-    method_round(config, client, Metered(NoServer(), of_server), batch, 3)
+    method_round(config, client, metered(NoServer(), of_server), batch, 3)
     return client, memory.peak_bytes, of_server
 
 

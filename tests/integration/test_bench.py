@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hosl.cli import main
-from hosl.methods.rows import ROWS, rows_called
+from hosl.methods.variants import VARIANTS, variants_called
 
 SIZES = ["--shape", "tiny", "--cut", "3", "--batch", "4", "--tokens", "16", "--directions", "2"]
 FLOAT32 = 4
@@ -20,7 +20,7 @@ def _measured(capsys, *words):
 
 def test_a_step_of_every_method_is_measured(capsys):
     found, lines = _measured(capsys, "step", "--repeats", "2", "--memory-repeats", "0")
-    assert list(lines) == [row.name for row in ROWS]
+    assert list(lines) == [row.name for row in VARIANTS]
     assert (found["shape"], found["cut"], found["rows"], found["tokens"]) == ("tiny", 3, 4, 16)
     activation = 4 * 16 * WIDTH * FLOAT32
     for name, line in lines.items():
@@ -88,5 +88,5 @@ def test_what_cannot_be_measured_is_one_line(capsys, words, said):
 
 
 def test_rows_are_chosen_by_name():
-    assert [row.name for row in rows_called("frozen; fo-fo")] == ["frozen", "fo-fo"]
-    assert rows_called(None) == ROWS
+    assert [row.name for row in variants_called("frozen; fo-fo")] == ["frozen", "fo-fo"]
+    assert variants_called(None) == VARIANTS

@@ -1,18 +1,14 @@
 """The same run with the server across a network: the same bits."""
 
-from typing import get_args
-
 import pytest
 import safetensors.torch
 import torch
 
 from hosl.cli import main
-from hosl.config import Method
+from hosl.core.methods import METHODS
 from hosl.split import load_half, load_model, split_folder
 from hosl.system.run_folder import read_lines
 from tests.integration.network import Server, finished, join, newest, server_state, split
-
-METHODS = get_args(Method)
 
 
 def client_files(run):
@@ -26,7 +22,6 @@ def client_files(run):
     ("method", "zo"),
     [
         *((m, {}) for m in METHODS),
-        ("hosl-gradient", {"guidance": "mixed"}),
         ("hosl", {"server_gradient_at": "first-plus"}),
         ("hosl", {"distribution": "low-rank"}),
         ("zo-zo", {"distribution": "sphere"}),

@@ -65,15 +65,15 @@ def test_an_honest_peer_is_answered(peer):
         ("nan", "WireError", "NaN or Inf"),
         ("oversize", "LimitError", "the limit is 1048576"),
         ("too-many-bytes", "WireError", "bytes, "),
-        ("truncated", "WireError", "ended before its question was complete"),
-        ("more-after-the-end", "WireError", "more arrived than the question announced"),
+        ("truncated", "WireError", "ended before its request was complete"),
+        ("more-after-the-end", "WireError", "more arrived than the request announced"),
         ("reordered", "WireError", "this call begins with `losses`, got `chunk`"),
         ("other-call", "WireError", "this call begins with `losses`, got `step`"),
         ("garbage", "WireError", "are no Upload of protocol 1"),
         ("past", "StepError", "step 0 of client first is from the past"),
         ("future", "StepError", "step 7 of client first is from the future: the server waits for step 1"),
         ("session", "SessionError", "say hello again"),
-        ("empty", "WireError", "ended before its question"),
+        ("empty", "WireError", "ended before its request"),
         ("other-targets", "WireError", "this model's head takes classes"),
         ("dtype", "WireError", "DType 9 is unknown"),
     ],
@@ -335,10 +335,6 @@ AUTHORS = {
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (
-            {"zo": {"server_gradient_at": "mean-plus"}},
-            "zo.server_gradient_at: mean-plus asks the server for a step at several activations",
-        ),
         (AUTHORS, "profile authors-head asks the server for losses with dropout"),
     ],
 )

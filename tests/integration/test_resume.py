@@ -57,7 +57,6 @@ def _kill_and_resume(config, folder, delays):
     ("method", "zo", "delay"),
     [
         ("hosl", {}, 0.6),
-        ("hosl-gradient", {"guidance": "activation"}, 0.8),
         ("hosl-gradient", {"clip": 1.0, "row_clip": 2.0}, 0.8),
         ("hosl-guided", {}, 0.8),
         ("hosl-node", {}, 0.8),

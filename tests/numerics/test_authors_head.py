@@ -5,7 +5,7 @@ import torch
 
 from hosl.config import parse_config
 from hosl.core.directions import direction_seed
-from hosl.core.rounds import authors_head_round
+from hosl.core.rounds import StepInputs, authors_head_round
 from hosl.errors import ConfigError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
@@ -43,7 +43,10 @@ def test_the_client_moves_after_every_pair_and_replays_so(parties, tiny, class_b
     client, server = parties
     seeds = [direction_seed(0, 1, q) for q in range(3)]
     authors_head_round(
-        client, server, class_batch, step=1, seeds=seeds, dropout_seed=2, epsilon=1e-3, learning_rate=1e-3
+        client,
+        server,
+        class_batch,
+        StepInputs(1, seeds=seeds, server_seeds=[2], epsilon=1e-3, learning_rate=1e-3),
     )
     assert len(client.journal) == 3
     base, _ = split_model(tiny("bert"), 2)

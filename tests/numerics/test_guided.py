@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hosl.core.rounds import hosl_guided_round
+from hosl.core.rounds import StepInputs, hosl_guided_round
 from hosl.core.targets import Batch, ClassTargets, StepReply
 from hosl.parties.clients.guided import GuidedClient
 from hosl.split import split_model
@@ -137,7 +137,7 @@ def test_a_round_moves_the_writers_by_their_gradients_projection_and_nothing_els
     names = [n for n, p in client.half.named_parameters() if p.requires_grad]
     server = _Linear(g)
     rtol, epsilon = (ROUNDING, 1e-3) if model_name in FLOAT32_NORMS else (1e-5, 1e-5)
-    result = hosl_guided_round(client, server, batch, step=1, epsilon=epsilon, learning_rate=ETA)
+    result = hosl_guided_round(client, server, batch, StepInputs(1, epsilon=epsilon, learning_rate=ETA))
     moved = {name: p.detach() - before[name] for name, p in client.half.named_parameters()}
     assert {name for name, by in moved.items() if by.any()} == set(names) == set(client.trained)
     for name, (gradient, u) in exact.items():
@@ -147,7 +147,7 @@ def test_a_round_moves_the_writers_by_their_gradients_projection_and_nothing_els
         atol = ETA * rtol * float(gradient.norm()) * float(u.abs().max())
         torch.testing.assert_close(by, expected[:, : by.shape[1]], rtol=0.0, atol=atol)
     assert len(result.coefficients) == 4
-    after = hosl_guided_round(client, server, batch, step=2, epsilon=epsilon, learning_rate=0.0).loss
+    after = hosl_guided_round(client, server, batch, StepInputs(2, epsilon=epsilon, learning_rate=0.0)).loss
     assert after < result.loss  # a direction is never uphill
 
 
@@ -170,7 +170,7 @@ def test_micro_batches_change_nothing(tiny, model_name, padded, rows):
     for at_once in (rows, 5):
         client = _client(model, blocks=2, micro_batch_size=at_once)
         server = _Linear(_gradient(client, batch))
-        hosl_guided_round(client, server, batch, step=1, epsilon=EPSILON, learning_rate=ETA)
+        hosl_guided_round(client, server, batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
         found.append(_weights(client))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-9, atol=1e-12)
@@ -194,6 +194,6 @@ def test_a_gradient_of_zeros_moves_nothing(tiny, padded):
     client = _client(tiny("opt"))
     batch, before = _batch(padded), _weights(client)
     server = _Linear(torch.zeros_like(client.forward(batch)))
-    result = hosl_guided_round(client, server, batch, step=1, epsilon=EPSILON, learning_rate=ETA)
+    result = hosl_guided_round(client, server, batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
     assert result.coefficients == (0.0, 0.0)
     assert all(torch.equal(p, before[name]) for name, p in client.half.named_parameters())

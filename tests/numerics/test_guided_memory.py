@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from hosl.core.rounds import hosl_guided_round, hosl_node_round
+from hosl.core.rounds import StepInputs, hosl_guided_round, hosl_node_round
 from hosl.core.targets import Batch, ClassTargets
 from hosl.parties.clients.guided import GuidedClient
 from hosl.parties.clients.node import NodeClient
@@ -55,7 +55,7 @@ def test_a_large_batch_goes_forward_in_parts_and_moves_the_weights_as_a_whole(
         assert len(client._slices(torch.from_numpy(ids))) == (3 if tokens == 32 else 1)
         h = client.forward_for_guides(batch)
         assert torch.equal(h, client.forward(batch))
-        method_round(client, server, batch, step=1, epsilon=1e-3, learning_rate=0.3, **probes)
+        method_round(client, server, batch, StepInputs(1, epsilon=1e-3, learning_rate=0.3, **probes))
         moved.append({name: p.detach().clone() for name, p in client.trained.items()})
     for name in moved[0]:
         torch.testing.assert_close(moved[0][name], moved[1][name], rtol=1e-8, atol=1e-11)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hosl.core.directions import direction, direction_seed
 from hosl.core.journal import Journal
-from hosl.core.rounds import hosl_round
+from hosl.core.rounds import StepInputs, hosl_round
 from hosl.errors import ConfigError, ModelError
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
@@ -210,7 +210,9 @@ def test_the_journal_rebuilds_the_adapters_bit_for_bit(tiny, class_batch, base):
     server = FirstOrderServer(server_half, learning_rate=lambda step: 1e-3)
     for step in range(1, 31):
         seeds = [direction_seed(9, step, q) for q in range(2)]
-        hosl_round(client, server, class_batch, step=step, seeds=seeds, epsilon=1e-2, learning_rate=1e-3)
+        hosl_round(
+            client, server, class_batch, StepInputs(step, seeds=seeds, epsilon=1e-2, learning_rate=1e-3)
+        )
     late = ZerothOrderClient(_adapted(_half(tiny, "bert", base)[0]), distribution="rademacher")
     start = _bits(late.half)
     late.replay(Journal.from_bytes(client.journal.to_bytes()))

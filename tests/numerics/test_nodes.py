@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hosl.core.directions import tile
-from hosl.core.rounds import hosl_guided_round, hosl_node_round
+from hosl.core.rounds import StepInputs, hosl_guided_round, hosl_node_round
 from hosl.errors import NonFiniteError
 from hosl.parties.clients.node import NodeClient
 from hosl.split import split_model
@@ -118,9 +118,9 @@ def test_a_round_moves_the_queries_by_the_estimate_and_the_writers_as_a_guided_r
     slopes = list(client.node_slopes(clean, SEEDS, EPSILON, g))
     before, query = _weights(client), _query(client)
     result = hosl_node_round(
-        client, _Linear(g), batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA
+        client, _Linear(g), batch, StepInputs(1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA)
     )
-    hosl_guided_round(guided, _Linear(g), batch, step=1, epsilon=EPSILON, learning_rate=ETA)
+    hosl_guided_round(guided, _Linear(g), batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
     at_nodes = sum(
         torch.from_numpy(s)[:, :, None] * _u(client, q, batch) for s, q in zip(slopes, SEEDS, strict=True)
     ) / len(SEEDS)
@@ -166,7 +166,7 @@ def test_micro_batches_change_nothing(tiny, padded, rows):
     for at_once in (rows, 5):
         client = _client(model, micro_batch_size=at_once)
         server = _Linear(_gradient(client, batch))
-        hosl_node_round(client, server, batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA)
+        hosl_node_round(client, server, batch, StepInputs(1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA))
         found.append(_weights(client))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-8, atol=1e-10)
@@ -188,10 +188,10 @@ def test_a_gradient_of_zeros_moves_nothing_and_one_of_nan_is_refused(tiny, padde
         if g.isnan().any():
             with pytest.raises(NonFiniteError, match="were rejected"):
                 hosl_node_round(
-                    client, _Linear(g), batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA
+                    client, _Linear(g), batch, StepInputs(1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA)
                 )
         else:
             hosl_node_round(
-                client, _Linear(g), batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA
+                client, _Linear(g), batch, StepInputs(1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA)
             )
         assert all(torch.equal(p, before[name]) for name, p in client.half.named_parameters())

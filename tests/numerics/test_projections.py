@@ -6,6 +6,7 @@ import torch
 
 from hosl.core.directions import direction
 from hosl.core.rounds import (
+    StepInputs,
     hosl_gradient_forward_mode_round,
     hosl_gradient_one_sided_round,
     hosl_gradient_round,
@@ -135,8 +136,7 @@ def test_every_variant_of_a_returned_gradient_makes_the_same_step(tiny, padded):
     for variant in (hosl_gradient_round, hosl_gradient_one_sided_round, hosl_gradient_forward_mode_round):
         client = _client(tiny("bert", torch.float64))
         server = _Linear(_gradient(client, batch))
-        epsilon = {} if variant is hosl_gradient_forward_mode_round else {"epsilon": 1e-7}
-        result = variant(client, server, batch, step=1, seeds=SEEDS, learning_rate=1e-3, **epsilon)
+        result = variant(client, server, batch, StepInputs(1, seeds=SEEDS, learning_rate=1e-3, epsilon=1e-7))
         moved.append({name: p.detach().clone() for name, p in client.trained.items()})
         assert len(result.coefficients) == len(SEEDS)
     for other in moved[:2]:
@@ -181,7 +181,9 @@ def test_a_row_of_nan_rejects_its_direction_alone(tiny, padded, monkeypatch):
 
     monkeypatch.setattr(client, "_projected", broken)
     before = {name: p.detach().clone() for name, p in client.trained.items()}
-    result = hosl_gradient_round(client, server, batch, step=1, seeds=SEEDS, epsilon=1e-3, learning_rate=0.1)
+    result = hosl_gradient_round(
+        client, server, batch, StepInputs(1, seeds=SEEDS, epsilon=1e-3, learning_rate=0.1)
+    )
     assert result.rejected == 1
     assert len(result.coefficients) == 2
     name = next(iter(before))
@@ -191,7 +193,7 @@ def test_a_row_of_nan_rejects_its_direction_alone(tiny, padded, monkeypatch):
     atol = 1e-6 * float(step.abs().max())
     torch.testing.assert_close(client.trained[name].detach(), before[name] - step, rtol=0.0, atol=atol)
     with pytest.raises(NonFiniteError, match="all 1 probes of a step were rejected"):
-        hosl_gradient_round(client, server, batch, step=2, seeds=[6], epsilon=1e-3, learning_rate=0.1)
+        hosl_gradient_round(client, server, batch, StepInputs(2, seeds=[6], epsilon=1e-3, learning_rate=0.1))
 
 
 def test_the_noise_floor_is_what_float32_does_to_a_projection(tiny, padded):

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from hosl.core.rounds import fo_round, hosl_gradient_round, hosl_round
+from hosl.core.rounds import StepInputs, fo_round, hosl_gradient_round, hosl_round
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
@@ -19,10 +19,8 @@ from hosl.split import split_model, split_u_shape
 def _rounds(method, client, server, batch, steps):
     losses = []
     for step in range(1, steps + 1):
-        options = {"step": step, "learning_rate": 1e-3}
-        if method is not fo_round:
-            options |= {"seeds": [step, step + 100], "epsilon": 1e-3}
-        losses.append(method(client, server, batch, **options).loss)
+        inputs = StepInputs(step, learning_rate=1e-3, seeds=[step, step + 100], epsilon=1e-3)
+        losses.append(method(client, server, batch, inputs).loss)
     return losses
 
 

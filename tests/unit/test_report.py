@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from hosl.config import parse_config
-from hosl.config.sections import ClientConfig
 from hosl.errors import FolderError
 from hosl.report.build import write_comparison, write_report
 from hosl.report.costs import step_parts
@@ -122,13 +121,13 @@ def test_a_label_does_not_say_what_most_have(made):
         {},
         {"epsilon": 1e-2},
         {"server_gradient_at": "first-plus"},
-        {"epsilon": 1e-2, "server_gradient_at": "mean-plus"},
+        {"epsilon": 1e-2, "server_gradient_at": "first-plus"},
         {"epsilon": 1e-4},
     ]
     groups = _groups(*(made(f"r{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds)))
     assert [group.label for group in groups] == [
         "hosl, epsilon 0.001", "hosl, epsilon 0.01", "hosl, epsilon 0.001, server gradient at first-plus",
-        "hosl, epsilon 0.01, server gradient at mean-plus", "hosl, epsilon 0.0001",
+        "hosl, epsilon 0.01, server gradient at first-plus", "hosl, epsilon 0.0001",
     ]  # fmt: skip
     groups = _groups(*(made(f"s{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds[:3])))
     assert [group.label for group in groups] == [
@@ -139,7 +138,7 @@ def test_a_label_does_not_say_what_most_have(made):
 
 
 def test_a_rate_that_is_left_out_is_the_usual_one(made):
-    usual = ClientConfig().usual_rate("hosl")
+    usual = parse_config({"method": "hosl"}, where="here").client_rate
     assert len(_groups(made("a"), made("b", seed=1, client={"learning_rate": usual}))) == 1
 
 

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl.config import Config, Method, ZOConfig
+from hosl.config import Config, ZOConfig
 from hosl.core.directions import DISTRIBUTIONS
+from hosl.core.methods import METHODS
 from hosl.core.targets import ClassTargets, OptionTargets
 from hosl.errors import HoslError, LimitError, WireError
 from hosl.network.handshake import config_of, training_message
@@ -163,7 +163,7 @@ def test_every_law_of_directions_has_a_name_on_the_wire(distribution):
     )
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", METHODS)
 def test_a_server_knows_every_method_or_its_twin(method):
     agreed = training_message(Config(method=method))
     twins = {"fo-recompute": "fo-fo", "hosl-guided": "hosl-gradient", "hosl-node": "hosl-gradient"}

@@ -45,7 +45,7 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     from hosl.methods.synthetic import NoServer, fixed_batch
     from hosl.methods.torch_parties import DTYPES, make_client, party_bytes
     from hosl.parties.engine.memory import TorchMemory
-    from hosl.parties.metered import Meter, Metered
+    from hosl.parties.metered import Meter, metered
     from hosl.split import load_half
     from hosl.system.allocator import return_freed_memory
     from hosl.system.machine import process_peak_bytes
@@ -59,7 +59,7 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     weights = party_bytes(client)  # later an optimiser's state is held, too
     for step in range(1, steps + 1):
         of_server.take()
-        method_round(config, Metered(client, of_client), Metered(server, of_server), batch, step)
+        method_round(config, metered(client, of_client), metered(server, of_server), batch, step)
         seconds.append(of_client.take().seconds)
     process_peak, held = process_peak_bytes(), party_bytes(client)
     forward, step_memory = TorchMemory(weights), TorchMemory(held)

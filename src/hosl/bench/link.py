@@ -20,7 +20,7 @@ from hosl.methods.step import method_round
 from hosl.methods.synthetic import fixed_batch
 from hosl.network import torch_runtime as torch_device
 from hosl.network.handshake import model_message, training_message
-from hosl.parties.metered import Meter, Metered
+from hosl.parties.metered import Meter, metered
 from hosl.parties.remote.server import RemoteServer
 from hosl.split.folder_facts import half_facts
 from hosl.system.allocator import return_freed_memory
@@ -104,7 +104,7 @@ def _measure(config: Config, bench: LinkBench, halves: Path, through: JoinLine) 
     remote.hello()
     for step in range(1, bench.steps + 2):
         bytes_before, begin = (channel.bytes_up, channel.bytes_down), time.perf_counter()
-        method_round(config, Metered(client, meter), remote, batch, step)
+        method_round(config, metered(client, meter), remote, batch, step)
         step_s = time.perf_counter() - begin
         remote.at(step)
         server_s, client_s = remote.meter.take().seconds, meter.take().seconds
@@ -114,8 +114,9 @@ def _measure(config: Config, bench: LinkBench, halves: Path, through: JoinLine) 
     remote.close()
     middle = [median(values) for values in zip(*lines[1:], strict=True)]
     shape = (bench.rows, bench.tokens, client.half.config.get_text_config().hidden_size)
-    uploads = {"hosl": 2 * config.zo.directions + 1, "zo-zo": 2 * config.zo.directions}.get(config.method, 1)
-    ideal = uploads * packed_bytes(shape, config.model.dtype, config.wire.compression)
+    ideal = config.method_row.uploads(config.zo.directions) * packed_bytes(
+        shape, config.model.dtype, config.wire.compression
+    )
     return {
         "shape": bench.shape, "cut": bench.cut, "rows": bench.rows, "tokens": bench.tokens, "method": config.method,
         "directions": config.zo.directions, "compression": config.wire.compression, "steps": bench.steps,

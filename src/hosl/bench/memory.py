@@ -12,7 +12,7 @@ from typing import Any
 from hosl.bench.isolated_client import client_alone
 from hosl.bench.random_halves import random_halves
 from hosl.errors import FailureError
-from hosl.methods.rows import FIRST_ORDER, FORWARD, Row
+from hosl.methods.variants import FIRST_ORDER, FORWARD, Variant
 
 _MIB = 2**20
 
@@ -23,7 +23,7 @@ def bench_memory(
     batch_rows: int,
     tokens: int,
     directions: int,
-    rows: Sequence[Row],
+    rows: Sequence[Variant],
     say: Callable[[str], None] = lambda text: None,
     *,
     steps: int = 1,

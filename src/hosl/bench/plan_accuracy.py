@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from hosl.bench.isolated_client import client_alone
-from hosl.methods.rows import ROWS
+from hosl.methods.variants import VARIANTS
 from hosl.planner.machine import assumed_cpu, probed
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import Question, of_config
@@ -74,7 +74,7 @@ def bench_plan(
 
 
 def _line(case: Case, shape: ModelShape, folder: Path, base_bytes: float, probe_s: float) -> dict[str, Any]:
-    row = next(row for row in ROWS if row.name == case.way)
+    row = next(row for row in VARIANTS if row.name == case.way)
     config = row.config(cut=case.cut, directions=_DIRECTIONS)
     question = Question(
         shape=shape, base=config, rows=case.rows, tokens=case.tokens, client=assumed_cpu(1), server=assumed_cpu(1),
@@ -124,7 +124,7 @@ def _runtime_base_bytes(shapes: dict[str, ModelShape], folder: Path) -> float:
     """What this machine's Python takes with torch: of the smallest client, the process less its tensors."""
     family, shape = next(iter(shapes.items()))
     half = split_folder_of(folder, family, 1, shape)
-    config = next(row for row in ROWS if row.name == "frozen").config(cut=1, directions=1)
+    config = next(row for row in VARIANTS if row.name == "frozen").config(cut=1, directions=1)
     smallest = client_alone(config, half, 1, 32, 2)
     return smallest["process_peak_bytes"] - smallest["tensor_peak_bytes"]
 

@@ -21,12 +21,12 @@ from hosl.bench.random_halves import random_halves
 from hosl.config import Config
 from hosl.core.directions import direction_seed, drawn, low_rank_factors
 from hosl.core.targets import Batch
-from hosl.methods.rows import FORWARD, Row
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import NoServer, fixed_batch
 from hosl.methods.torch_parties import DTYPES, make_client
+from hosl.methods.variants import FORWARD, Variant
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
-from hosl.parties.metered import Meter, Metered
+from hosl.parties.metered import Meter, metered
 from hosl.split import load_half
 
 STEPS_OF_A_RUN = 1500
@@ -68,7 +68,7 @@ class StepBench:
 
 
 def bench_step(
-    bench: StepBench, rows: Sequence[Row], say: Callable[[str], None] = lambda text: None
+    bench: StepBench, rows: Sequence[Variant], say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """Measure; `say` is told what is under way.
 
@@ -115,7 +115,7 @@ def _timed(config: Config, client: Any, batch: Batch, step: int) -> dict[str, An
     client.forward(batch)
     plain_s = time.perf_counter() - begin
     of_client, of_server = Meter(), Meter()
-    method_round(config, Metered(client, of_client), Metered(NoServer(), of_server), batch, step)
+    method_round(config, metered(client, of_client), metered(NoServer(), of_server), batch, step)
     phases = {
         phase: sum(of_client.by_call.get(call, 0.0) for call in calls) for phase, calls in PHASES.items()
     }

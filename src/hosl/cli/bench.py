@@ -1,10 +1,11 @@
 """`hosl bench step|memory|plan|link ...`: costs measured, as ratios within one run."""
 
 import sys
-from typing import Any, get_args
+from typing import Any
 
 from hosl.cli.answers import Parser, answer, verb_parser
-from hosl.config import Config, Method, ModelConfig, WireConfig, ZOConfig
+from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
+from hosl.core.methods import METHODS
 
 
 def run(words: list[str]) -> int:
@@ -39,13 +40,13 @@ def _step(words: list[str]) -> int:
     known = parser.parse_args(words)
 
     from hosl.bench.step import StepBench, bench_step
-    from hosl.methods.rows import rows_called
+    from hosl.methods.variants import variants_called
 
     bench = StepBench(
         shape=known.shape, cut=known.cut, rows=known.batch, tokens=known.tokens, directions=known.directions,
         repeats=known.repeats, memory_repeats=known.memory_repeats,
     )  # fmt: skip
-    return _show(bench_step(bench, rows_called(known.methods), _say), known.json)
+    return _show(bench_step(bench, variants_called(known.methods), _say), known.json)
 
 
 def _memory(words: list[str]) -> int:
@@ -59,9 +60,9 @@ def _memory(words: list[str]) -> int:
     known = parser.parse_args(words)
 
     from hosl.bench.memory import bench_memory
-    from hosl.methods.rows import rows_called
+    from hosl.methods.variants import variants_called
 
-    rows = rows_called(known.methods)
+    rows = variants_called(known.methods)
     steps = 0 if known.once else 1
     found = bench_memory(
         known.shape, known.cut, known.batch, known.tokens, known.directions, rows, _say, steps=steps
@@ -113,7 +114,7 @@ def _cell(value: Any) -> str:
 def _link(words: list[str]) -> int:
     parser = _sizes("link", "Steps across an emulated link, by client, wire and server.")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
-    parser.add_argument("--method", default="hosl", choices=get_args(Method))
+    parser.add_argument("--method", default="hosl", choices=list(METHODS))
     parser.add_argument("--directions", type=int, default=2)
     parser.add_argument("--distribution", default="rademacher", choices=("gaussian", "rademacher"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -19,7 +19,7 @@ def run(words: list[str]) -> int:
     session = load_run(Path(known.run))
     examples = session.task.test if known.split == "test" else session.task.dev
     found = evaluate(
-        session.client, session.asked_server(metered=False), session.task, examples,
+        session.client, session.asked_server(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     answer(

@@ -39,10 +39,9 @@ def run(words: list[str]) -> int:
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
     limit = float(parse_bytes(known.device_memory)) if known.device_memory else None
-    down = known.down or known.up
     link = LinkSpec(
         rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,
-        down_bits_per_s=parse_rate(down) if down else None,
+        down_bits_per_s=parse_rate(known.down or known.up) if known.down or known.up else None,
     )  # fmt: skip
     for name in ("batch", "tokens", "cores", "server_tflops"):
         value = getattr(known, name)
@@ -52,6 +51,7 @@ def run(words: list[str]) -> int:
         raise ConfigError(f"--write {known.write}: there is such a file already; choose another name")
 
     from hosl.planner.request import Planning, planned
+    from hosl.report.planned import draw_plan
 
     asked = Planning(
         what=known.what, device_memory_bytes=limit, link=link, rows=known.batch, tokens=known.tokens,
@@ -61,8 +61,6 @@ def run(words: list[str]) -> int:
     if known.write:
         found.write(Path(known.write))
     if known.picture:
-        from hosl.report.planned import draw_plan
-
         draw_plan(found, Path(known.picture))
     if known.json:
         answer(found.facts(), as_json=True)

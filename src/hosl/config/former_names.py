@@ -13,6 +13,9 @@ FORMER_NAMES = {
 }
 """Dotted path -> the name that takes the place of its last part."""
 
+LEFT_OUT = {("zo", "guidance"): "none"}
+"""Settings that are no more -> the value that changed nothing, with which configs of older runs name them."""
+
 
 def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
     """The same plain data with former names replaced; what is no mapping is handed through, to be refused elsewhere.
@@ -23,7 +26,7 @@ def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
         warn: False for what hosl itself wrote, in an earlier version.
 
     Raises:
-        ConfigError: if a setting stands there by both names.
+        ConfigError: if a setting stands there by both names, or is no more.
     """
     if not isinstance(settings, Mapping):
         return settings
@@ -32,6 +35,15 @@ def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
         section, _, former = path.partition(".")
         if isinstance(renamed.get(section), Mapping) and former in renamed[section]:
             renamed[section] = _replaced(renamed[section], former, new, f"{section}.", where, warn)
+    for (section, name), plain in LEFT_OUT.items():
+        if isinstance(renamed.get(section), Mapping) and name in renamed[section]:
+            value = renamed[section][name]
+            if value != plain:
+                raise ConfigError(
+                    f"{where}: {section}.{name}: {value} is no more, because it gained nothing "
+                    "(docs/adr/0013-pruned-variants.md); leave it out"
+                )
+            renamed[section] = {other: kept for other, kept in renamed[section].items() if other != name}
     return renamed
 
 

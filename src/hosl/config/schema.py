@@ -1,23 +1,24 @@
-"""The run's schema: what a YAML file may say, with defaults, limits and the nearest right name for a wrong one.
+"""The run's schema: what a YAML file may say, and what holds between its sections.
 
-Each component's own settings stand with the component (`OptimiserSpec`, `LoraSpec`, the task configs); this file
-composes them. Names follow TRL and axolotl where they have one. Reading it imports neither torch nor transformers.
+Each component's own settings stand with the component (`OptimiserSpec`, `LoraSpec`, the task configs); what a method
+means by them, `core.methods` says; this file composes them. Reading it imports neither torch nor transformers.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
 from hosl.config.sections import ClientConfig, ClientsConfig, ModelConfig, ServerConfig, WireConfig, ZOConfig
+from hosl.core.methods import METHODS, LearningRates, Method
 from hosl.errors import ConfigError
-from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.tasks import DocstringsConfig, TaskConfig
 
-Method = Literal[
-    "hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-fo", "fo-recompute", "zo-zo", "fo-zo", "frozen"
-]
-WITHOUT_DIRECTIONS = ("frozen", "fo-fo", "fo-recompute")
-"""Methods that draw none: `zo.directions` changes nothing of them."""
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]  # so that a wrong name is refused with all the right ones
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,10 +26,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     output_dir: str = "runs/hosl"
     """The run's folder; made by the run, never overwritten."""
-    method: Method = "hosl-node"
-    """hosl: the paper. hosl-gradient: the server returns dL/dh once. hosl-guided: and the client's last blocks move
-    along directions formed from it. hosl-node: as hosl-guided, and the last block's queries by node perturbation.
-    Baselines: fo-fo, fo-recompute (fo-fo in little memory), zo-zo, fo-zo, frozen."""
+    method: MethodName = "hosl-node"
+    """How the two halves are trained; docs/how-to/choose-a-method.md compares them."""
     profile: Literal["paper", "authors-head"] = "paper"
     """paper: as written. authors-head: as the authors' published code runs (docs/concepts/algorithm.md)."""
     seed: int = 0
@@ -60,26 +59,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Experiment trackers to feed, beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("save_steps", "snapshot_steps"):
+        for name in (
+            "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
+            "snapshot_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.max_steps:
             raise ConfigError(
                 f"warmup_steps must lie in 0..max_steps={self.max_steps}, got {self.warmup_steps}"
             )
-        if self.profile == "authors-head":
-            self._check_authors_head()
-        self._check_rate()
-        self._check_recomputing()
-        self._check_fo_point()
-        self._check_projection()
-        self._check_guided()
-        self._check_nodes()
-        self._check_client_dtype()
+        self._check_method()
         self._check_clients()
+        if self.profile != "paper":
+            self._check_authors_head()
+
+    @property
+    def method_row(self) -> Method:
+        """The row of the table of methods."""
+        return METHODS[self.method]
+
+    def setting(self, path: str) -> Any:
+        """The value at a dotted path, such as `zo.sides`."""
+        return reduce(getattr, path.split("."), self)
 
     @property
     def client_rate(self) -> float:
@@ -94,124 +96,59 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "client.learning_rate: auto tries rates on both halves, which only `hosl train` has; run it once on "
                 "data of the same kind and write the number that it says into the config"
             )
-        return self.client.usual_rate(self.method) if rate is None else rate
+        return self.learning_rates.usual_for(self.client.trainable) if rate is None else rate
+
+    @property
+    def learning_rates(self) -> LearningRates:
+        """The client learning rates of the method, with the client's optimiser."""
+        return self.method_row.rates_for(self.client.optimiser.name)
 
     def with_client_rate(self, rate: float) -> "Config":
         """The same with this number for client.learning_rate."""
         return msgspec.structs.replace(self, client=msgspec.structs.replace(self.client, learning_rate=rate))
 
-    def _check_rate(self) -> None:
-        if self.client.learning_rate == "auto" and (self.method == "frozen" or self.profile != "paper"):
+    def _check_method(self) -> None:
+        """Refuse what the method does not read, and settings that it reads but not together."""
+        method, zo, client = self.method_row, self.zo, self.client
+        refusal = method.refusal(self.setting, _default)
+        if refusal is not None:
+            raise ConfigError(refusal)
+        if client.learning_rate == "auto" and (method.trains == "nothing" or self.profile != "paper"):
             raise ConfigError(
                 f"client.learning_rate: auto has nothing to try for method {self.method}, profile {self.profile}; "
                 "leave it out"
             )
-
-    def _check_recomputing(self) -> None:
-        client = self.client
-        if self.method in ("fo-fo", "fo-zo") and client.micro_batch_size is not None:
+        if zo.derivative == "forward-mode" and (zo.sides, client.dtype) != ("two", "model"):
             raise ConfigError(
-                f"client.micro_batch_size: method {self.method} keeps the graph of the whole batch; leave it out, or "
-                "use fo-recompute"
+                "zo.derivative: forward-mode has no sides and no low-precision base, got zo.sides: "
+                f"{zo.sides}, client.dtype: {client.dtype}; leave these out"
             )
-        if self.method == "fo-recompute" and client.optimiser != OptimiserSpec():
+        if method.needs_blocks and zo.guided_blocks > self.model.cut:
             raise ConfigError(
-                "method fo-recompute updates each block inside backward by plain SGD and keeps no state, got "
-                f"client.optimiser {_told(client.optimiser)}; leave client.optimiser out, or use fo-fo"
-            )
-
-    def _check_fo_point(self) -> None:
-        point = self.zo.server_gradient_at
-        if point != "clean" and (self.method != "hosl" or self.profile != "paper"):
-            raise ConfigError(
-                f"zo.server_gradient_at: {point} is for method hosl, profile paper, got method {self.method}, profile "
-                f"{self.profile}; leave zo.server_gradient_at out"
-            )
-        if point == "mean-plus" and self.clients.count > 1:
-            raise ConfigError(
-                "zo.server_gradient_at: mean-plus is for one client in the server's own process, clients.count is "
-                f"{self.clients.count}; use clean or first-plus"
-            )
-
-    def _check_projection(self) -> None:
-        zo = self.zo
-        asked = [
-            n
-            for n, plain in (("sides", "two"), ("derivative", "difference"), ("row_clip", None))
-            if getattr(zo, n) != plain
-        ]
-        if asked and self.method != "hosl-gradient":
-            raise ConfigError(
-                f"zo.{asked[0]}: {getattr(zo, asked[0])} is for method hosl-gradient, which projects on a returned "
-                f"gradient, method is {self.method}; leave zo.{asked[0]} out"
-            )
-        if zo.derivative == "forward-mode" and (zo.sides, zo.guidance, self.client.dtype) != (
-            "two",
-            "none",
-            "model",
-        ):
-            raise ConfigError(
-                "zo.derivative: forward-mode has no sides, no guidance and no low-precision base, got zo.sides: "
-                f"{zo.sides}, zo.guidance: {zo.guidance}, client.dtype: {self.client.dtype}; leave these out"
-            )
-
-    def _check_guided(self) -> None:
-        if self.zo.guidance != "none" and (
-            self.method not in ("hosl", "hosl-gradient", "zo-zo")
-            or self.clients.halves == "shared"
-            or self.profile != "paper"
-        ):
-            raise ConfigError(
-                f"zo.guidance: {self.zo.guidance} is for a client with random probes of its own (method hosl, "
-                f"hosl-gradient or zo-zo, clients.halves: personal, profile: paper), method is {self.method}, "
-                f"clients.halves {self.clients.halves}, profile {self.profile}; leave zo.guidance out"
-            )
-        if self.method not in ("hosl-guided", "hosl-node"):
-            return
-        if self.zo.guided_blocks > self.model.cut:
-            raise ConfigError(
-                f"zo.guided_blocks: {self.zo.guided_blocks} wants as many blocks on the client, model.cut is "
+                f"zo.guided_blocks: {zo.guided_blocks} wants as many blocks on the client, model.cut is "
                 f"{self.model.cut}"
             )
-        if self.client.trainable != "blocks" or self.client.dtype != "model":
+        if client.dtype != "model" and method.trains != "nothing" and client.trainable != "lora":
             raise ConfigError(
-                f"method {self.method} chooses what it trains by itself, in the model's own dtype, got "
-                f"client.trainable: {self.client.trainable}, client.dtype: {self.client.dtype}; leave both out, or "
-                "use hosl-gradient"
+                f"client.dtype: {client.dtype} is for weights that stay as they are, but method {self.method} trains "
+                f"them (client.trainable: {client.trainable}); set client.trainable: lora, or train in model.dtype: "
+                "bfloat16"
             )
-
-    def _check_nodes(self) -> None:
-        asked = {"clip": self.zo.clip, "row_clip": self.zo.row_clip, "normalise": self.zo.normalise}
-        changed = [name for name, value in asked.items() if value not in (None, "none")]
-        if changed and self.method == "hosl-node":
-            raise ConfigError(
-                f"zo.{changed[0]}: {asked[changed[0]]} is for methods that measure one coefficient per direction; "
-                f"hosl-node measures one per token: leave zo.{changed[0]} out"
-            )
-
-    def _check_client_dtype(self) -> None:
-        dtype, trainable = self.client.dtype, self.client.trainable
-        if dtype == "model":
-            return
-        if self.method != "frozen" and trainable != "lora":
-            raise ConfigError(
-                f"client.dtype: {dtype} is for weights that stay as they are, but method {self.method} trains them "
-                f"(client.trainable: {trainable}); set client.trainable: lora, or train in model.dtype: bfloat16"
-            )
-        if dtype == "bfloat16" and self.wire.labels == "client":
+        if client.dtype == "bfloat16" and self.wire.labels == "client":
             raise ConfigError(
                 "client.dtype: bfloat16 does not go with wire.labels: client, whose head may share the embeddings; "
                 "use int8, which leaves embeddings as they are"
             )
 
     def _check_clients(self) -> None:
-        clients = self.clients
-        if clients.halves == "shared" and self.method not in ("hosl", "hosl-gradient", "zo-zo"):
+        """Refuse ways of sharing that the method's parties cannot follow."""
+        clients, method = self.clients, self.method_row
+        if clients.halves == "shared" and method.client_state != "journal":
             raise ConfigError(
                 f"clients.halves: shared needs a client that is trained by random probes, method is {self.method}; use "
-                "hosl, hosl-gradient or zo-zo, or halves: personal"
+                f"{_those(lambda row: row.client_state == 'journal')}, or halves: personal"
             )
-        if clients.schedule == "synchronous" and self.method in ("zo-zo", "fo-zo"):
+        if clients.schedule == "synchronous" and method.server != "first-order":
             raise ConfigError(
                 f"clients.schedule: synchronous needs a server that is trained by backprop, method is {self.method}; "
                 "use schedule: sequential"
@@ -220,41 +157,37 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "clients.halves and clients.schedule are for clients.count of 2 and more; leave them out"
             )
-        if self.wire.labels == "client" and (clients.count > 1 or self.method in ("zo-zo", "fo-zo")):
+        if self.wire.labels == "client" and (clients.count > 1 or method.server != "first-order"):
             raise ConfigError(
                 "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
-                "method to hosl, hosl-gradient, hosl-guided, hosl-node, fo-fo, fo-recompute or frozen"
+                f"method to {_those(lambda row: row.server == 'first-order')}"
             )
 
     def _check_authors_head(self) -> None:
         wanted = {
             "method": "hosl",
             "zo.distribution": "sphere",
+            "zo.server_gradient_at": "clean",
+            "zo.clip": None,
+            "zo.normalise": "none",
+            "wire.compression": "none",
             "server.optimiser.name": "sgd",
             "server.optimiser.momentum": 0.9,
         }
         for path, value in wanted.items():
-            found = self
-            for name in path.split("."):
-                found = getattr(found, name)
-            if found != value:
+            if self.setting(path) != value:
                 raise ConfigError(
-                    f"profile authors-head wants {path}: {value}, got {found}; examples/authors-head.yaml has all of it"
+                    f"profile authors-head wants {path}: {value}, got {self.setting(path)}; "
+                    "examples/authors-head.yaml has all of it"
                 )
-        if self.zo.clip is not None or self.zo.normalise != "none":
-            raise ConfigError(
-                "profile authors-head has no coefficient control; leave out zo.clip and zo.normalise"
-            )
-        if self.wire.compression != "none":
-            raise ConfigError("profile authors-head has no compression; leave out wire.compression")
 
 
-def _told(settings: msgspec.Struct) -> str:
-    """The settings that are not at their defaults, as a person would write them."""
-    plain = type(settings)()
-    changed = {
-        name: value
-        for name, value in msgspec.structs.asdict(settings).items()
-        if value != getattr(plain, name)
-    }
-    return ", ".join(f"{name}: {value}" for name, value in changed.items())
+def _default(path: str) -> Any:
+    """The default at a dotted path of a governed setting."""
+    section, name = path.split(".")
+    return getattr({"zo": ZOConfig, "client": ClientConfig}[section](), name)
+
+
+def _those(which: Callable[[Method], bool]) -> str:
+    *others, last = [name for name, row in METHODS.items() if which(row)]
+    return f"{', '.join(others)} or {last}"

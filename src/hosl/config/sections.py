@@ -42,15 +42,13 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     distribution: Distribution = "rademacher"
     """Of random directions: gaussian (the paper), rademacher (cheaper, as good), sphere (the authors' code), low-rank
     (rank one, of signs)."""
-    server_gradient_at: Literal["clean", "first-plus", "mean-plus"] = "clean"
+    server_gradient_at: Literal["clean", "first-plus"] = "clean"
     """Of hosl: where the server takes its gradient, l.6. clean: at the unperturbed client, the paper. first-plus: at
-    the first + probe, the authors' code. mean-plus: of the mean over all + probes, `hosl train` only."""
+    the first + probe, the authors' code, which saves one upload."""
     sides: Literal["two", "one"] = "two"
     """Of hosl-gradient: two evaluations per direction, or one against the clean activations; cheaper, less exact."""
     derivative: Literal["difference", "forward-mode"] = "difference"
     """Of hosl-gradient: by finite differences, or exactly by forward-mode differentiation; needs no epsilon."""
-    guidance: Literal["none", "activation", "mixed"] = "none"
-    """activation: directions lie along each linear layer's own inputs (AGZO); biased. mixed: every other one does."""
     guided_blocks: int = 1
     """Of hosl-guided and hosl-node: in how many of the client's last blocks output projections are
     trained. The guess gets worse with every block below."""
@@ -86,7 +84,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """all: every weight. blocks: the embeddings stay as they are. last-block: the one before the cut, all of it.
     lora: adapters only."""
     learning_rate: float | Literal["auto"] | None = None
-    """eta_c of the client's update. null: the method's usual one (`usual_rate`). auto: found by a short sweep before
+    """eta_c of the client's update. null: the method's usual one (`core.methods`). auto: found by a short sweep before
     the run, `hosl train` only."""
     optimiser: OptimiserSpec = OptimiserSpec()
     """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
@@ -100,7 +98,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "cpu"
     """A torch device."""
     memory_budget: str | None = None
-    """What the client process may take, such as 600MiB: checked before the run and at every step (docs/concepts/memory.md)."""
+    """What the client process may take, such as 600MiB: checked before a run and at every step."""
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
@@ -109,16 +107,6 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"client.learning_rate must be >= 0, auto or null, got {self.learning_rate}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"client.micro_batch_size must be >= 1 or null, got {self.micro_batch_size}")
-
-    def usual_rate(self, method: str) -> float:
-        """What worked for a method in docs/results/index.md, or for lack of that, a careful guess."""
-        if method in ("hosl", "hosl-gradient"):  # slopes of random directions as long as all weights
-            return 1e-3 if self.trainable == "lora" else 1e-5
-        if method == "zo-zo":
-            return 1e-3
-        if self.optimiser.name == "adamw":
-            return 3e-4 if self.trainable == "lora" else 3e-5
-        return 1e-2 if method in ("hosl-guided", "hosl-node") or self.trainable == "last-block" else 3e-3
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -43,30 +43,20 @@ class ZerothOrderClientSide(ClientSide, Protocol):
         """
         ...
 
-    def descend(
-        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
-    ) -> None:
-        """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
-        ...
-
-
-@runtime_checkable
-class OneSidedClientSide(ZerothOrderClientSide, Protocol):
-    """A client that can also do with one evaluation per direction."""
-
     def one_sided_projections(
         self, batch: Batch, clean: Activations, seeds: Sequence[int], epsilon: float, gradient: Activations
     ) -> Iterator[Projection]:
         """For each seed <gradient, h+ - clean> / epsilon, `clean` being f_c at theta_c."""
         ...
 
-
-@runtime_checkable
-class ForwardModeClientSide(ZerothOrderClientSide, Protocol):
-    """A client whose runtime has forward-mode differentiation."""
-
     def tangents(self, batch: Batch, seeds: Sequence[int], gradient: Activations) -> Iterator[Projection]:
         """For each seed <gradient, J u>, exactly: no epsilon."""
+        ...
+
+    def descend(
+        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
+    ) -> None:
+        """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
         ...
 
 
@@ -146,17 +136,6 @@ class FirstOrderServerSide(ServerSide, Protocol):
 
 
 @runtime_checkable
-class MeanStepServerSide(FirstOrderServerSide, Protocol):
-    """A server that can also take its gradient at several activations of one batch (mean-plus)."""
-
-    def step_at_mean(
-        self, activations: Sequence[Activations], targets: Targets, *, step: int
-    ) -> Sequence[float]:
-        """One update of theta_s on the mean of the activations' losses; each one's loss before it, in nats."""
-        ...
-
-
-@runtime_checkable
 class ZerothOrderServerSide(ServerSide, Protocol):
     """A server that is trained by probes, as a zeroth-order client is."""
 
@@ -170,28 +149,4 @@ class ZerothOrderServerSide(ServerSide, Protocol):
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """theta_s <- theta_s - eta_s * mean_q(coefficient_q u(seed_q))."""
-        ...
-
-
-@runtime_checkable
-class NoisyClientSide(ZerothOrderClientSide, Protocol):
-    """A client that can also probe as the authors' published code does; for the profile authors-head only."""
-
-    def probe_with_dropout(self, batch: Batch, seed: int, epsilon: float, dropout_seed: int) -> Pair:
-        """As `probe`, but h+ has dropout on and h- has not (paper.md D2)."""
-        ...
-
-
-@runtime_checkable
-class NoisyServerSide(FirstOrderServerSide, Protocol):
-    """A server that can also answer as the authors' published code does; for the profile authors-head only."""
-
-    def loss_with_dropout(self, activations: Activations, targets: Targets, dropout_seed: int) -> float:
-        """The mean loss with dropout on. theta_s unchanged."""
-        ...
-
-    def step_with_dropout(
-        self, activations: Activations, targets: Targets, *, step: int, dropout_seed: int
-    ) -> StepReply:
-        """As `step`, with the dropout that `loss_with_dropout` drew from the same seed."""
         ...

@@ -40,10 +40,6 @@ class NoServer:
         """A gradient as large as the activations, where one is wanted."""
         return StepReply(0.7, activations * 1e-3 if want_gradient else None)
 
-    def step_at_mean(self, activations: Sequence[Any], targets: Targets, *, step: int) -> list[float]:
-        """As `losses`."""
-        return NoServer.losses(self, activations, targets)
-
     def loss_with_dropout(self, activations: Any, targets: Targets, dropout_seed: int) -> float:
         """As `losses`."""
         return self.losses([activations], targets)[0]

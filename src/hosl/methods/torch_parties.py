@@ -1,6 +1,6 @@
 """The parties of a config's method on PyTorch: which weights are trained, and who holds them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ import torch
 from hosl.config import Config
 from hosl.methods.schedule import learning_rate
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
-from hosl.parties.clients.activation_guided import ActivationGuidedClient, MixedClient
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.clients.guided import GuidedClient
@@ -39,36 +38,52 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
 
 def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: bool = True) -> None:
     """Make the half's weights what the config wants, in place: low-precision base, adapters, what is trained."""
-    of_client = "none" if config.method in ("frozen", "hosl-guided", "hosl-node") else config.client.trainable
+    trained = config.client.trainable if config.method_row.trains == "chosen" else "none"
     dtype = config.client.dtype
     if dtype != "model" and low_precision:
         quantise_(half, dtype)
-    if of_client == "lora":
+    if trained == "lora":
         adapters = None if dtype == "model" else torch.float32
         add_lora(half, config.client.lora, seed=config.seed, dtype=adapters)
     else:
-        set_trainable(half, of_client)
+        set_trainable(half, trained)
 
 
 def client_on(config: Config, half: ClientHalf) -> FrozenClient:
     """The client party of a method on a half that is prepared."""
-    device, rows = config.client.device, config.client.micro_batch_size
-    match config.method:
-        case "frozen":
-            return FrozenClient(half, micro_batch_size=rows, device=device)
-        case "fo-fo" | "fo-zo":
-            return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
-        case "fo-recompute":
-            return RecomputingClient(half, micro_batch_size=rows, device=device)
-        case "hosl-guided" | "hosl-node":
-            kind = GuidedClient if config.method == "hosl-guided" else NodeClient
-            return kind(half, blocks=config.zo.guided_blocks, micro_batch_size=rows, device=device)
-        case "hosl" | "hosl-gradient" | "zo-zo":
-            guided = {"activation": ActivationGuidedClient, "mixed": MixedClient}
-            kind = guided.get(config.zo.guidance, ZerothOrderClient)
-            if config.profile == "authors-head":
-                kind = NoisyZerothOrderClient
-            return kind(half, distribution=config.zo.distribution, micro_batch_size=rows, device=device)
+    if config.profile == "authors-head":
+        return NoisyZerothOrderClient(half, **_zeroth_order(config))
+    return _CLIENTS[config.method](config, half)
+
+
+def _common(config: Config) -> dict[str, Any]:
+    return {"micro_batch_size": config.client.micro_batch_size, "device": config.client.device}
+
+
+def _zeroth_order(config: Config) -> dict[str, Any]:
+    return {"distribution": config.zo.distribution, **_common(config)}
+
+
+def _last_blocks(config: Config) -> dict[str, Any]:
+    return {"blocks": config.zo.guided_blocks, **_common(config)}
+
+
+def _by_backprop(config: Config) -> dict[str, Any]:
+    return {"optimiser": config.client.optimiser, "device": config.client.device}
+
+
+_CLIENTS: dict[str, Callable[[Config, ClientHalf], FrozenClient]] = {
+    "frozen": lambda config, half: FrozenClient(half, **_common(config)),
+    "zo-zo": lambda config, half: ZerothOrderClient(half, **_zeroth_order(config)),
+    "hosl": lambda config, half: ZerothOrderClient(half, **_zeroth_order(config)),
+    "hosl-gradient": lambda config, half: ZerothOrderClient(half, **_zeroth_order(config)),
+    "hosl-guided": lambda config, half: GuidedClient(half, **_last_blocks(config)),
+    "hosl-node": lambda config, half: NodeClient(half, **_last_blocks(config)),
+    "fo-zo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),
+    "fo-recompute": lambda config, half: RecomputingClient(half, **_common(config)),
+    "fo-fo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),
+}
+"""The client of each method; a method that is added has a line here."""
 
 
 def make_server(
@@ -93,7 +108,7 @@ def make_server(
     device = config.server.device
     if isinstance(half, TrunkHalf):
         return TrunkServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
-    if config.method in ("zo-zo", "fo-zo"):
+    if config.method_row.server == "zeroth-order":
         return ZerothOrderServer(half, learning_rate=eta, distribution=config.zo.distribution, device=device)
     kind = SynchronousServer if synchronous else FirstOrderServer
     if config.profile == "authors-head":

@@ -34,12 +34,10 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
         steps: how many batches to average over.
     """
     batches = [batch_of_step(config, task, step) for step in range(1, steps + 1)]
-    clean = (
-        config.zo.server_gradient_at == "clean"
-    )  # else the server's step is at a probe that is sent anyway
-    probed = 2 * config.zo.directions
-    uploads = {"hosl": probed + clean, "zo-zo": probed, "fo-zo": probed + 1}.get(config.method, 1)
-    questions = {"hosl": config.zo.directions + 1, "zo-zo": config.zo.directions}.get(config.method, 1)
+    method, directions = config.method_row, config.zo.directions
+    # at first-plus the server's step is at a probe that is sent anyway
+    uploads = method.uploads(directions) - (config.zo.server_gradient_at == "first-plus")
+    questions = method.questions(directions)
     compression = config.wire.compression
     activation_bytes = [
         packed_bytes((*batch.input_ids.shape, width), config.model.dtype, compression) for batch in batches

@@ -10,9 +10,6 @@ from hosl.split.specs import LoraSpec
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 
-_SERVED_AS = {"fo-recompute": "fo-fo", "hosl-guided": "hosl-gradient", "hosl-node": "hosl-gradient"}
-"""Methods that differ in the client alone, and what a server knows them as."""
-
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -33,9 +30,9 @@ def training_message(config: Config) -> pb.Training:
         weight_decay=server.optimiser.weight_decay,
     )  # fmt: skip
     lora = pb.Lora(r=server.lora.r, alpha=server.lora.alpha, target_modules=server.lora.target_modules or ())
-    method = _SERVED_AS.get(config.method, config.method)
     return pb.Training(
-        method=to_enum(pb.Method, method), seed=config.seed, distribution=to_enum(pb.Distribution,
+        method=to_enum(pb.Method, config.method_row.on_the_wire), seed=config.seed,
+        distribution=to_enum(pb.Distribution,
         config.zo.distribution), trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate,
         optimiser=optimiser, lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type),
         warmup_steps=config.warmup_steps, max_steps=config.max_steps, compression=to_enum(pb.Compression,

@@ -18,7 +18,7 @@ import msgspec
 from hosl.config import Config, dump_config
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import model_message, training_message
-from hosl.network.joined_session import JoinedSession
+from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.folder_facts import half_facts
@@ -98,11 +98,6 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
 
 def _check_served(config: Config) -> None:
     """Refuse what a server across a network is never asked for."""
-    if config.zo.server_gradient_at == "mean-plus":
-        raise ConfigError(
-            "zo.server_gradient_at: mean-plus asks the server for a step at several activations, which only "
-            "`hosl train` has; use clean or first-plus"
-        )
     if config.profile != "paper":
         raise ConfigError(
             f"profile {config.profile} asks the server for losses with dropout, which only `hosl train` has; use "
@@ -136,7 +131,7 @@ def _joined(
     session = JoinedSession(
         config=config,
         task=task,
-        client=None,
+        client=NO_CLIENT_YET,
         server=remote,
         remote=remote,
         folder=options.half,

@@ -7,22 +7,26 @@ is the truth.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from hosl.core.protocols import ClientSide, ServerSide
 from hosl.core.rounds import RoundResult
 from hosl.core.targets import Batch
 from hosl.errors import CheckpointError, StepMoved
 from hosl.methods.step import method_round
-from hosl.parties.metered import Metered
+from hosl.parties.metered import metered
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.shared_client import SharedClient
 from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
 from hosl.system.machine import process_peak_bytes
 from hosl.training.session import Session
 
+NO_CLIENT_YET = cast(ClientSide, None)
+"""In the client's place until `go_to` has loaded it."""
+
 
 @dataclass
-class JoinedSession(Session):
+class JoinedSession(Session[ClientSide, ServerSide]):
     """A client half here, its server elsewhere."""
 
     remote: RemoteServer = field(kw_only=True)
@@ -38,7 +42,7 @@ class JoinedSession(Session):
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method; the server's costs are those that it reports."""
         self.meters.server = self.remote.meter
-        client = Metered(self.client, self.meters.client)
+        client = metered(self.client, self.meters.client)
         clients = self.config.clients
         own = clients.count > 1 and clients.directions == "own"
         name = f"client/{self.remote.client}" if own else "client"
@@ -108,11 +112,11 @@ class JoinedSession(Session):
         if self.config.clients.halves == "shared":
             return self._catch_up(step)
         if (
-            self.client is not None and step > self.step
+            self.client is not NO_CLIENT_YET and step > self.step
         ):  # a round was closed without us: our half stays as it is
             self.done(step)
             return None
-        self.client = None  # lets go of the old half before it is loaded again
+        self.client = NO_CLIENT_YET  # lets go of the old half before it is loaded again
         self.client, self.snapshot_step = self.runtime.open_client(self.config, self.folder), 0
         if self._labels_stay:
             self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
@@ -133,12 +137,17 @@ class JoinedSession(Session):
     def finish(self) -> None:
         """Shared halves: take what the others did since our last step. The digest is what they can be compared by."""
         if self.config.clients.halves == "shared":
-            self.client.catch_up()
+            self._shared_client.catch_up()
         self.facts["final_client_digest"] = self.runtime.trained_digest(self._own_client)
 
     @property
     def _labels_stay(self) -> bool:
         return self.config.wire.labels == "client"
+
+    @property
+    def _shared_client(self) -> SharedClient:
+        assert isinstance(self.client, SharedClient), "clients.halves is shared"
+        return self.client
 
     @property
     def _own_client(self) -> Any:
@@ -147,13 +156,13 @@ class JoinedSession(Session):
     def _catch_up(self, step: int) -> None:
         if self._incarnation != self.remote.incarnation:
             # a server that was restarted may have gone back: its journal is the truth, from the base weights on
-            self.client = None
+            self.client = NO_CLIENT_YET
             base = self.runtime.open_client(self.config, self.folder)
             synchronous = self.config.clients.schedule == "synchronous"
             self.client = SharedClient(base, self.remote, synchronous=synchronous)
             self._incarnation = self.remote.incarnation
         self.done(step)
-        self.client.catch_up()
+        self._shared_client.catch_up()
 
     def _check_task(self, checkpoint: Checkpoint, path: Path) -> None:
         before, now = checkpoint.state["task_digest"], self.facts["task"]["digest"]

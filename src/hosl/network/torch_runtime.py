@@ -41,7 +41,7 @@ def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteT
 
 def trained_digest(client: Any) -> str:
     """SHA-256 over the trained weights of a client, by name: equal for equal halves."""
-    return tensors_digest({name: p.detach() for name, p in getattr(client, "trained", {}).items()})
+    return tensors_digest({name: p.detach() for name, p in client.trained.items()})
 
 
 def memory_meter(client: Any) -> TorchMemory | CudaMemory:

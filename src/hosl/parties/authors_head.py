@@ -1,7 +1,7 @@
 """The two parties with the authors' published defects D1-D3, D6, for the profile authors-head and nothing else.
 
 They exist so that a difference between our numbers and the published ones can be attributed
-(docs/concepts/algorithm.md). Dropout is torch's own, from a seed, inside a context manager that puts the global random state back.
+(docs/concepts/algorithm.md). Dropout is torch's own, from a seed, in a context that puts the global random state back.
 """
 
 from collections.abc import Iterator

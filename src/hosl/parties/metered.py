@@ -7,7 +7,9 @@ transport counts its own framing.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+
+Party = TypeVar("Party")
 
 
 @runtime_checkable
@@ -84,6 +86,11 @@ class Metered:
     def __getattr__(self, call: str) -> Callable[..., Any]:
         own = getattr(self._party, call)
         return lambda *args, **kwargs: self._meter.call(own, *args, **kwargs)
+
+
+def metered(party: Party, meter: Meter) -> Party:
+    """`party`, every call of it under the meter."""
+    return cast(Any, Metered(party, meter))
 
 
 def payload_bytes(content: Any) -> int:

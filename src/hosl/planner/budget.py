@@ -76,7 +76,7 @@ def _takes(
     config: Config, model: str, task: Task, base: float
 ) -> tuple[int, Callable[[Config], "list[Demand]"]]:
     """Tokens of the longest row, and what the longest batches of training and of evaluation take under a config."""
-    from hosl.planner.costs import BACKWARD, beyond_weights, clean_pass, client_memory, weight_bytes
+    from hosl.planner.costs import beyond_weights, clean_pass, client_memory, weight_bytes
     from hosl.planner.model_shape import model_shape
     from hosl.planner.plan import Demand
 
@@ -102,7 +102,7 @@ def _takes(
             return base + max(peak, loading)
 
         def evaluation() -> float:  # forward passes, beside what training holds between its steps
-            held = step()[0] if tried.method in BACKWARD else weight_bytes(tried, shape)[0]
+            held = step()[0] if tried.method_row.backward != "none" else weight_bytes(tried, shape)[0]
             return base + held + beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
 
         return [Demand(rows, training), Demand(eval_rows, evaluation)]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hosl.config import Config
+from hosl.core.methods import FROZEN, METHODS
 from hosl.core.targets import ClassTargets, OptionTargets, Targets
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import fixed_batch
@@ -20,13 +21,10 @@ from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_c
 from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
-from hosl.planner.fakes import CountingServer, InOnePart, Still, Traffic, Unformed
+from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, still
 from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf
 from hosl.split.quantised import Int8Linear
-
-BACKWARD = ("fo-fo", "fo-zo", "fo-recompute")
-"""Methods whose client goes backward, and may hold an optimiser's state between steps."""
 
 
 @dataclass
@@ -75,7 +73,7 @@ def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Step
 
 def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
     """A client's step at the config's cut, and what crosses in it; see `step_cost`."""
-    config = _without_guidance(config)
+    config = _on_cpu(config)
     return _in_micro_batches(
         config, rows, tokens, lambda count: _with_any_directions(config, shape, count, tokens)
     )
@@ -86,7 +84,7 @@ def _in_micro_batches(
 ) -> tuple[PartyCost, Traffic]:
     """`run` of so many rows; where these make many micro-batches, which are all alike, from two of them and three."""
     together = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
-    if config.method in ("fo-fo", "fo-zo") or rows <= 4 * together:
+    if config.method_row.backward == "graph" or rows <= 4 * together:
         return run(rows)
     two, three = run(2 * together), run(3 * together)
     return _line(two, three, (rows - 2 * together) / together)
@@ -101,7 +99,7 @@ def client_memory(
     """
 
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
-        if config.method in BACKWARD:
+        if config.method_row.backward != "none":
             cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = weight_bytes(config, shape)
@@ -117,7 +115,7 @@ def beyond_weights(
 
     That is the same at every cut, so the lowest is enough to find it; and with one direction as with many.
     """
-    assert config.method not in BACKWARD, f"{config.method} keeps something of every block"
+    assert config.method_row.backward == "none", f"{config.method} keeps something of every block"
     config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
 
     def at(rows: int, tokens: int) -> float:
@@ -130,7 +128,7 @@ def beyond_weights(
 def _known_memory(
     config: Config, shape: ModelShape, rows: int, tokens: int, known: dict[Any, PartyCost]
 ) -> PartyCost:
-    config = _without_guidance(config)
+    config = _on_cpu(config)
     # but low-rank probes are evaluated together, and + probes may be kept for the server's step
     if config.zo.distribution != "low-rank" and config.zo.server_gradient_at == "clean":
         config = _with_directions(config, 1)
@@ -156,14 +154,10 @@ def _with_any_directions(
     config: Config, shape: ModelShape, rows: int, tokens: int
 ) -> tuple[PartyCost, Traffic]:
     """Directions are all alike, too, unless low-rank ones are evaluated together."""
-    q = config.zo.directions
-    if (
-        q == 1
-        or config.zo.distribution == "low-rank"
-        or config.method in (*BACKWARD, "frozen", "hosl-guided")
-    ):
+    q, method = config.zo.directions, config.method_row
+    if q == 1 or config.zo.distribution == "low-rank" or "client" not in method.draws:
         return _run(config, shape, rows, tokens)
-    if config.method in ("hosl-node", "zo-zo") or config.zo.server_gradient_at != "clean":
+    if method.needs_blocks or not method.clean_uploads or config.zo.server_gradient_at != "clean":
         # where a + probe is kept for the server's step, the second pair is the first that is computed beside it
         first = 1 if config.zo.server_gradient_at == "clean" else 2
         few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (first, first + 1)]
@@ -172,7 +166,7 @@ def _with_any_directions(
     one = _run(_with_directions(config, 1), shape, rows, tokens)
     clean, upload = _run(clean_pass(config), shape, rows, tokens)
     without = replace(one[0], work=clean.work, formed=0.0, updated=0.0)
-    return _line((without, upload if config.method == "hosl" else one[1]), one, q)
+    return _line((without, upload if method.uploads_per_direction else one[1]), one, q)
 
 
 def with_cut(config: Config, cut: int) -> Config:
@@ -182,7 +176,7 @@ def with_cut(config: Config, cut: int) -> Config:
 
 def lowest_cut(method: str, guided_blocks: int, trainable: str) -> int:
     """The lowest cut at which a client has the blocks that it trains."""
-    if method in ("hosl-guided", "hosl-node"):
+    if METHODS[method].needs_blocks:
         return guided_blocks
     return 1 if trainable == "last-block" else 0
 
@@ -200,9 +194,8 @@ def clean_pass(config: Config) -> Config:
         sides="two",
         derivative="difference",
         row_clip=None,
-        guidance="none",
     )
-    return msgspec.structs.replace(config, method="frozen", profile="paper", zo=plain)
+    return msgspec.structs.replace(config, method=FROZEN, profile="paper", zo=plain)
 
 
 def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
@@ -237,7 +230,7 @@ def _client_cost(
     as_if_computed(lambda: prepare_client_half_(config, half))
     with without_data():
         empty_(half.model)
-        if config.method not in BACKWARD:
+        if config.method_row.backward == "none":
             for module in half.model.modules():
                 if isinstance(module, Int8Linear):
                     module.__class__ = InOnePart
@@ -246,7 +239,7 @@ def _client_cost(
         if isinstance(client, ZerothOrderClient):
             client.new_scratch = lambda: scratch.emptied()
         batch = fixed_batch(client, rows, tokens)
-        party, step = Still(client), 1
+        party, step = still(client), 1
         if _has_state(client):
             method_round(config, party, server, batch, step)
             step += 1
@@ -278,13 +271,15 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
             server.step(h, targets, step=1)
         alive = [*_alive(server), h]
         work = work_of(lambda: _serve(config, server, h, targets), alive)
-        if config.method == "hosl":
+        if config.method_row.server == "first-order" and config.method_row.uploads_per_direction:
             pair = work_of(lambda: server.losses([h, h], targets), alive)
             work = _together(work, pair, config.zo.directions)
         static = float(storage_bytes(_alive(server)))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
     # a pair of activations arrives together
-    arrived = storage_bytes([h]) * (2 if config.method in ("hosl", "zo-zo") else 1)
+    arrived = storage_bytes([h]) * (
+        2 if "client" in config.method_row.draws and config.method_row.uploads_per_direction else 1
+    )
     return PartyCost(
         static_bytes=static, peak_bytes=static + arrived + work.peak_bytes, loading_bytes=static, trained=trained,
         work=work, formed=0.0, updated=0.0,
@@ -341,13 +336,13 @@ def _together(work: Work, other: Work, times: int) -> Work:
 
 
 def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> None:
-    if config.method in ("zo-zo", "fo-zo"):
-        if config.method == "fo-zo":
+    method = config.method_row
+    if method.server == "zeroth-order":
+        if method.wants_gradient:
             server.gradient(h, targets)
         server.probe((h, h), targets, 1, config.zo.epsilon)
         return
-    wants = config.method not in ("hosl", "frozen")
-    server.step(h, targets, step=2, want_gradient=wants)
+    server.step(h, targets, step=2, want_gradient=method.wants_gradient)
 
 
 def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
@@ -358,11 +353,9 @@ def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
     return OptionTargets(mask, np.full((rows, 1), tokens - 3, np.int32), np.full((rows, 1), 5, np.int32))
 
 
-def _without_guidance(config: Config) -> Config:
-    """Directions along activations are chosen by reading them, which nothing without data can; taken as random ones."""
-    zo = msgspec.structs.replace(config.zo, guidance="none")
-    client = msgspec.structs.replace(config.client, device="cpu")
-    return msgspec.structs.replace(config, zo=zo, client=client)
+def _on_cpu(config: Config) -> Config:
+    """The same with its client on the CPU, wherever it will run."""
+    return msgspec.structs.replace(config, client=msgspec.structs.replace(config.client, device="cpu"))
 
 
 def _has_state(party: Any) -> bool:

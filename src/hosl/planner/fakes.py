@@ -10,6 +10,8 @@ from hosl.config import Config
 from hosl.core.directions import Drawn
 from hosl.core.targets import StepReply, Targets
 from hosl.methods.synthetic import NoServer
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.perturbation import Probe, Scratch
 from hosl.parties.metered import payload_bytes
 from hosl.planner.model_shape import ModelShape
@@ -79,17 +81,11 @@ class InOnePart(Int8Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
 
-class Still:
-    """A client that is not moved along random directions: numpy would draw them all, and torch's memory has no part."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def __getattr__(self, call: str) -> Any:
-        return getattr(self._client, call)
-
-    def descend(self, *args: Any, **kwargs: Any) -> None:
-        """Left out."""
+def still(client: FrozenClient) -> FrozenClient:
+    """`client`, not moved along random directions: numpy would draw them all, and torch's memory has no part."""
+    if isinstance(client, ZerothOrderClient):
+        client.descend = lambda *args, **kwargs: None
+    return client
 
 
 class CountingServer(NoServer):
@@ -116,12 +112,6 @@ class CountingServer(NoServer):
         self.gradients += want_gradient
         self.small_down += 4
         return super().step(activations, targets, step=step, want_gradient=want_gradient)
-
-    def step_at_mean(self, activations: Sequence[Any], targets: Targets, *, step: int) -> list[float]:
-        """See `NoServer`."""
-        self._asked(len(activations), targets)
-        self.small_down += 4 * len(activations)
-        return super().step_at_mean(activations, targets, step=step)
 
     def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """See `NoServer`."""

@@ -10,8 +10,9 @@ from functools import cached_property
 import msgspec
 
 from hosl.config import Config
+from hosl.core.methods import METHODS
 from hosl.errors import ConfigError
-from hosl.methods.rows import ROWS, Row
+from hosl.methods.variants import VARIANTS, Variant
 from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.planner.costs import (
     PartyCost,
@@ -28,14 +29,13 @@ from hosl.planner.model_shape import ModelShape
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.transport.link import LinkSpec
 
-PLANNED = (
-    "frozen", "hosl", "hosl-gradient", "hosl-node", "hosl-gradient, bfloat16", "hosl-gradient, int8 + LoRA",
-    "fo-recompute, last block", "fo-recompute", "fo-fo",
-)  # fmt: skip
-"""The rows of `hosl.methods.rows` that a plan compares where it is not told otherwise."""
-
-_LEARNS = ("hosl-node", "hosl-guided", "hosl-gradient", "hosl-gradient, int8 + LoRA", "hosl", "frozen")
-"""Forward-only ways, the one that closed most of the gap first (docs/results/index.md)."""
+# cheap and forward-only first, backprop last, as a person reads a plan
+PLANNED = tuple(
+    variant.name
+    for variant in sorted(VARIANTS, key=lambda variant: list(METHODS).index(variant.method))
+    if variant.planned
+)
+"""The names of the variants that a plan compares where it is not told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,13 @@ def plan(question: Question, *, cuts: Sequence[int], names: Sequence[str] = PLAN
     Raises:
         ConfigError, SplitError: if the model cannot be cut so.
     """
-    by_name = {row.name: row for row in ROWS}
+    by_name = {row.name: row for row in VARIANTS}
     found: list[PlanRow] = []
     servers = _Servers(question)
     for name in names:
         usual = _along(question, by_name[name], cuts, servers, micro_batch_size=None)
         found += usual
-        if by_name[name].method not in ("fo-fo", "fo-zo") and any(
+        if METHODS[by_name[name].method].backward != "graph" and any(
             _activations_are_too_much(question, row) for row in usual
         ):
             found += _along(question, by_name[name], cuts, servers, micro_batch_size=1)
@@ -133,7 +133,7 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
         ConfigError: if nothing fits.
     """
     fitting = [row for row in rows if row.fits]
-    for name in _LEARNS:
+    for name in _by_choice():
         same = [row for row in fitting if row.name == name and row.cut <= cut]
         if same:
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
@@ -181,7 +181,7 @@ def nearest_that_fits(
         return all(demand.needed_bytes <= limit_bytes for demand in takes(tried))
 
     base = config
-    if base.method not in ("fo-fo", "fo-zo") and base.client.micro_batch_size != 1:
+    if base.method_row.backward != "graph" and base.client.micro_batch_size != 1:
         usual = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
         rows = _rows_at_once(takes, config, usual, limit_bytes)
         if rows is not None:
@@ -233,6 +233,12 @@ def _with_rows_at_once(config: Config, rows: int) -> Config:
     return msgspec.structs.replace(config, client=client)
 
 
+def _by_choice() -> list[str]:
+    """The names of forward-only ways, the one to take first."""
+    ranked = [(variant.choice, variant.name) for variant in VARIANTS if variant.choice is not None]
+    return [name for _, name in sorted(ranked)]
+
+
 class _Servers:
     """Costs of a server half: they depend on the cut and on few settings, so rows share them."""
 
@@ -242,8 +248,7 @@ class _Servers:
 
     def at(self, config: Config, cuts: Sequence[int]) -> dict[int, PartyCost]:
         """By cut."""
-        asks = config.method if config.method in ("hosl", "frozen", "zo-zo", "fo-zo") else "with gradient"
-        key = (asks, config.model.dtype)
+        key = (config.method_row.on_the_wire, config.model.dtype)
         if key not in self._known:
             shape = self._question.shape
             total = shape.blocks
@@ -260,7 +265,7 @@ class _Servers:
 
 
 def _along(
-    question: Question, row: Row, cuts: Sequence[int], servers: _Servers, *, micro_batch_size: int | None
+    question: Question, row: Variant, cuts: Sequence[int], servers: _Servers, *, micro_batch_size: int | None
 ) -> list[PlanRow]:
     shape = question.shape
     lowest = lowest_cut(row.method, question.base.zo.guided_blocks, row.client.get("trainable", ""))
@@ -284,14 +289,15 @@ def _along(
     ]
 
 
-def _sampled(row: Row, blocks: int) -> tuple[int, int]:
+def _sampled(row: Variant, blocks: int) -> tuple[int, int]:
     """Two cuts from which all others follow.
 
     Backprop treats the lowest block unlike the others; adapters and guided blocks want a block to be in.
     """
-    if row.method.startswith("fo-"):
+    method = METHODS[row.method]
+    if method.backward != "none":
         return (2, 3) if blocks >= 3 else (1, 2)
-    alike = row.method in ("frozen", "hosl", "hosl-gradient", "zo-zo") and not row.client.get("trainable")
+    alike = not method.needs_blocks and not row.client.get("trainable")
     return (0, 1) if alike else (1, 2)
 
 

@@ -122,8 +122,7 @@ def _run_page(run: Run, planner: Planner | None) -> str:
     (part,) = by_task_and_model([run])
     planned = planner(part) if planner else []
     page_looks, (group,) = _looks([part], planned), part.groups
-    drawn = bool(run.steps) and figures.can_draw()
-    curves = figures.run_curves(group, page_looks) if drawn else None
+    curves = figures.curves([group], page_looks) if run.steps and figures.can_draw() else None
     return rendered(
         "run.html.jinja", title=f"{run.method} on {run.task_name}", over=str(run.folder),
         sentence=text.run_sentence(run), cards=text.run_cards(group, planned), can_draw=figures.can_draw(),
@@ -177,7 +176,9 @@ def _part(
         f"Steps were timed on {timed_on}.",
     ]  # fmt: skip
     several = draws and sum(bool(group.finished and group.timings) for group in groups) > 1
-    scatter = figures.accuracy_against_memory(comparison.arms, page_looks) if several else None
+    scatter = (
+        figures.accuracy_against_memory([group.arm for group in groups], page_looks) if several else None
+    )
     stepped = draws and any(run.steps for group in groups for run in group.runs)
     curves = figures.curves(groups, page_looks) if stepped else None
     return {

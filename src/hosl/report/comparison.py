@@ -7,6 +7,7 @@ the performance gap recovered: 0 for the frozen arm, 1 for the first-order one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ class Row:
             reason = NoGap.NO_FROZEN if frozen is None else NoGap.FROZEN_DIVERGED
             return reason, reason
         if len(arm.values.get(metric.key, {})) < 2:
-            return None, NoGap.ONE_SEED
+            return None, NoGap.ONE_SEED if arm.values.get(metric.key) else NoGap.UNFINISHED
         if not _same_work(arm, frozen):
             return NoGap.OTHER_WORK, NoGap.OTHER_WORK
         paired = _by_shared_seeds(metric, arm, frozen)
@@ -140,50 +141,24 @@ class Comparison:
     """Rows whose numbers may stand beside each other."""
 
     rows: Sequence[Row]
-    title: str = ""
 
-    @property
-    def arms(self) -> list[Arm]:
-        """The arms of its rows."""
-        return [row.arm for row in self.rows]
-
-    @property
+    @cached_property
     def measures(self) -> list[Measure]:
         """Test accuracy and loss of every row that has not diverged."""
         return [row.measure(m) for row in self.rows if not row.arm.diverged for m in (ACCURACY, LOSS)]
 
     @property
-    def has_p(self) -> bool:
-        """Whether any row has a p."""
-        return any(isinstance(measure.p, float) for measure in self.measures)
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether any row has gap closure."""
-        return any(isinstance(measure.gap, GapClosure) for measure in self.measures)
-
-    @property
     def reasons(self) -> list[NoGap]:
-        """Why rows have no gap closure, each reason once."""
+        """Why measures have no gap closure, each reason once."""
         return list(dict.fromkeys(m.gap for m in self.measures if isinstance(m.gap, NoGap)))
 
     @property
     def has_columns(self) -> bool:
         """Whether p and gap closure have columns: a reason that all rows share stands in the note alone."""
-        return self.has_p or self.has_gaps or len(self.reasons) > 1
-
-    @property
-    def references(self) -> tuple[str, str]:
-        """Names of the arms that are 0 and 1 of gap closure."""
-        both = [row for row in self.rows if row.frozen and row.first_order] or self.rows
-        frozen = dict.fromkeys(row.frozen.way for row in both if row.frozen)
-        first_order = dict.fromkeys(row.first_order.way for row in both if row.first_order)
-        return " or ".join(frozen), " or ".join(first_order)
-
-    @property
-    def seeds(self) -> int:
-        """The most seeds that any arm has."""
-        return max((len(arm.values.get(ACCURACY.key, {})) for arm in self.arms), default=0)
+        numbers = any(
+            isinstance(number, float | GapClosure) for m in self.measures for number in (m.p, m.gap)
+        )
+        return numbers or len(self.reasons) > 1
 
 
 def same_work(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 from hosl.report.groups import Group
 
@@ -36,27 +36,8 @@ class Part:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Bar:
-    """Part of a step on the scale of the longest step."""
-
-    part: Part
-    begin: float
-    """Share of the scale before it."""
-    length: float
-    """Share of the scale that it takes."""
-    of_step: float
-    """Share of its own step."""
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of each arm's step on a logarithmic scale from one byte to the most."""
-
-    ticks: list[tuple[float, str]]
-    """(share of the scale, name)."""
-    bars: list[tuple[Group, float, float]]
-    """(group, length up, length down), as shares of the scale."""
+Bar: TypeAlias = tuple[Part, float, float, float]
+"""(part, where it begins and how long it is as shares of the scale, share of its own step)."""
 
 
 def step_parts(group: Group) -> list[Part]:
@@ -88,7 +69,7 @@ def waterfall(groups: Sequence[Group]) -> list[tuple[Group, list[Bar]]]:
     for (group, parts), total in zip(steps, totals, strict=True):
         begin, bars = 0.0, []
         for part in parts:
-            bars.append(Bar(part, begin / longest, part.seconds / longest, part.seconds / total))
+            bars.append((part, begin / longest, part.seconds / longest, part.seconds / total))
             begin += part.seconds
         charts.append((group, bars))
     return charts
@@ -103,14 +84,19 @@ def overlap(groups: Iterable[Group]) -> bool:
     )
 
 
-def traffic(groups: Sequence[Group]) -> Traffic:
-    """Mean bytes up and down per step of each group."""
+def traffic(groups: Sequence[Group]) -> tuple[list[tuple[float, str]], list[tuple[Group, float, float]]]:
+    """Mean bytes of a step on a logarithmic scale from one byte to the most, as shares of it.
+
+    Returns:
+        (share, name) of each tick, and (group, up, down) of each group.
+    """
     sizes = [(group, group.arm.costs.bytes_up, group.arm.costs.bytes_down) for group in groups]
     scale = max(math.log2(max(max(up, down, 2.0) for _, up, down in sizes)), 1.0)
     names = enumerate(("1 B", "1 KiB", "1 MiB", "1 GiB"))
     ticks = [(10 * power / scale, name) for power, name in names if 10 * power <= scale]
-    bars = [(g, math.log2(max(up, 1.0)) / scale, math.log2(max(down, 1.0)) / scale) for g, up, down in sizes]
-    return Traffic(ticks, bars)
+    return ticks, [
+        (g, math.log2(max(up, 1.0)) / scale, math.log2(max(down, 1.0)) / scale) for g, up, down in sizes
+    ]
 
 
 def _rest(line: Mapping[str, Any]) -> float:

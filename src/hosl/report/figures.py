@@ -17,6 +17,7 @@ import numpy as np
 from hosl.report.comparison import ACCURACY, Arm
 from hosl.report.groups import Group, PlannedLine
 from hosl.report.labels import Label, room_for, spread_apart
+from hosl.report.runs import Run
 from hosl.report.style import Look, Looks, on_paper, with_variables
 
 Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -41,43 +42,29 @@ def can_draw() -> bool:
 
 
 def curves(groups: Sequence[Group], looks: Looks) -> Any:
-    """Training loss, dev loss and dev accuracy over steps; a row of axes per cut, mean and one sd over seeds."""
+    """Training loss, dev loss and dev accuracy over steps, mean and one sd over seeds; a row of axes per cut.
+
+    Behind the means of a single run stands each step's loss.
+    """
     cuts = sorted({group.cut for group in groups})
+    runs = [run for group in groups for run in group.runs]
     with _style(looks):
         figure, axes = _axes(len(cuts), 3, 2.55)
-        for row, cut in zip(axes, cuts, strict=True):
-            for group in [group for group in groups if group.cut == cut]:
-                look = looks[group.way]
-                steps, losses = _training(group)
-                row[0].plot(
-                    steps, losses.mean(0), color=looks.colour(group.way), linestyle=look.line, linewidth=1.3
-                )
-                _band(row[1], _evaluations(group, "loss_nats"), look, looks.colour(group.way))
-                _band(row[2], _evaluations(group, "accuracy", 100.0), look, looks.colour(group.way))
+        for group in groups:
+            look, colour, row = looks[group.way], looks.colour(group.way), axes[cuts.index(group.cut)]
+            if len(runs) == 1 and len(runs[0].steps) <= _MOST_STEPS:
+                each = [step["step"] for step in runs[0].steps], [step["loss_nats"] for step in runs[0].steps]
+                row[0].plot(*each, color=colour, linewidth=0.7, alpha=0.35)
+            steps, losses = _training(group)
+            row[0].plot(steps, losses.mean(0), color=colour, linestyle=look.line, linewidth=1.3)
+            _band(row[1], _evaluations(group, "loss_nats"), look, colour)
+            _band(row[2], _evaluations(group, "accuracy", 100.0), look, colour)
             if len(cuts) > 1:
-                row[0].set_ylabel(f"cut {cut}", color=looks.paint("ink"), fontsize=10)
+                row[0].set_ylabel(f"cut {group.cut}", color=looks.paint("ink"), fontsize=10)
         for column, title in enumerate(("training loss, nats", "dev loss, nats", "dev accuracy, %")):
             axes[0][column].set_title(title)
             axes[-1][column].set_xlabel("step")
-        _limit_losses(axes, groups)
-        return figure
-
-
-def run_curves(group: Group, looks: Looks) -> Any:
-    """Loss and dev accuracy of a single run over its steps: each step's loss behind its mean, evaluations as points."""
-    colour, ink = looks.colour(group.way), looks.paint("ink")
-    with _style(looks):
-        figure, ((left, right),) = _axes(1, 2, 3.0)
-        steps = group.runs[0].steps
-        if len(steps) <= _MOST_STEPS:
-            each = [step["step"] for step in steps], [step["loss_nats"] for step in steps]
-            left.plot(*each, color=colour, linewidth=0.7, alpha=0.35)
-        middles, losses = _training(group)
-        left.plot(middles, losses.mean(0), color=colour, linewidth=1.6)
-        _band(left, _evaluations(group, "loss_nats"), Look("ink", (), "o"), ink)
-        _band(right, _evaluations(group, "accuracy", 100.0), Look("ink", (), "o"), ink)
-        left.set(title="loss, nats: training (coloured), dev (points)", xlabel="step")
-        right.set(title="dev accuracy, %", xlabel="step")
+        _limit_losses(axes, runs)
         return figure
 
 
@@ -168,7 +155,8 @@ def memory_against_cut(
         left = cuts[0] - 0.04 * max(cuts[-1] - cuts[0], 1)
         if limit_bytes is not None:
             axes.axhline(limit_bytes / unit_bytes, color=looks.paint("ink"), linestyle="--", linewidth=1)
-            ends.append(Label(left, limit_bytes / unit_bytes, "the device's limit", looks.paint("ink")))
+            corner = left, limit_bytes / unit_bytes
+            axes.annotate("the device's limit", corner, xytext=(6, 3), textcoords="offset points")
         axes.set_xlim(left, max(room_for(ends, left, _WIDTH), cuts[-1] + 0.04))
         axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
         axes.set_xticks(range(cuts[0], cuts[-1] + 1, max(-(-(cuts[-1] - cuts[0]) // _TICKS), 1)))
@@ -247,8 +235,7 @@ def _band(axes: Any, curve: Curve, look: Look, colour: str, *, label: str | None
         axes.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.13, linewidth=0)
 
 
-def _limit_losses(axes: np.ndarray, groups: Sequence[Group]) -> None:
-    runs = [run for group in groups for run in group.runs]
+def _limit_losses(axes: np.ndarray, runs: Sequence[Run]) -> None:
     at_start = max((run.steps[0]["loss_nats"] for run in runs if run.steps), default=0.0)
     # dev is first evaluated when a run may have diverged already: the least of them says what dev looks like
     first_dev = min((run.dev[0]["loss_nats"] for run in runs if run.dev), default=0.0)

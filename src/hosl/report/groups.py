@@ -14,15 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from hosl.core.methods import FIRST_ORDER, FROZEN, METHODS
 from hosl.report.comparison import Arm, Comparison, Costs, Row, same_work
 from hosl.report.runs import ReferenceRuns, Run, setting_text
 
-_ORDER = (
-    "frozen", "zo-zo", "hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-zo", "fo-recompute", "fo-fo",
-)  # fmt: skip
-"""Methods as tables and pictures have them: the two ends of gap closure are first and last."""
-_REFERENCES = ("frozen", "fo-fo")
-"""Methods that are 0 and 1 of gap closure where no study names its rows."""
 _TELLING = (
     "zo.directions", "client.trainable", "client.learning_rate", "server.learning_rate", "zo.distribution",
     "per_device_train_batch_size", "max_steps",
@@ -123,7 +118,7 @@ class TaskGroups:
 
         def is_reference(other: Group) -> bool:
             if of_study is None:
-                return other.method == _REFERENCES[end]
+                return other.method == (FROZEN, FIRST_ORDER)[end]
             named = of_study[group.runs[0].folder][end]
             return named is not None and other.runs[0].settings == named.settings
 
@@ -245,7 +240,7 @@ def _telling(path: str) -> tuple[int, str]:
 
 
 def _method_place(method: str) -> int:
-    return _ORDER.index(method) if method in _ORDER else len(_ORDER)
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)
 
 
 def _key(value: Any) -> str:

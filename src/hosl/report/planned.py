@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hosl.config import Config
+from hosl.core.methods import FIRST_ORDER, FROZEN
 from hosl.errors import ConfigError, HoslError
 from hosl.report import figures
 from hosl.report.groups import PlannedLine, TaskGroups, in_order
@@ -19,9 +20,6 @@ from hosl.system.gc_paused import uncollected
 if TYPE_CHECKING:
     from hosl.planner.model_shape import ModelShape
     from hosl.planner.request import Planned
-
-_ENDS = ("frozen", "fo-fo")
-"""Methods that are planned in any case: the least a client can take, and what plain backprop takes."""
 
 
 def planned_lines(part: TaskGroups) -> list[PlannedLine]:
@@ -80,11 +78,11 @@ def _ways(part: TaskGroups) -> Iterator[tuple[str, Run, Config]]:
 
 def _ends(ways: Sequence[tuple[str, Run, Config]]) -> Iterator[tuple[str, Run, Config]]:
     """Those of the two that are not among the ways, with the first one's other settings where these allow it."""
-    from hosl.methods.rows import ROWS
+    from hosl.methods.variants import VARIANTS
 
     _, run, base = ways[0]
-    rows, methods = {row.name: row for row in ROWS}, {config.method for _, _, config in ways}
-    for end in _ENDS:
+    rows, methods = {row.name: row for row in VARIANTS}, {config.method for _, _, config in ways}
+    for end in (FROZEN, FIRST_ORDER):  # the least a client can take, and what plain backprop takes
         if end not in methods:
             with contextlib.suppress(ConfigError):
                 yield end, run, rows[end].applied(base, cut=run.cut)

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from hosl.config import WITHOUT_DIRECTIONS, Config, load_config
+from hosl.config import Config, load_config
+from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
 from hosl.system.run_folder import read_lines
 
@@ -72,9 +73,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted path -> value, without what the runs of a group may differ in."""
         settings = flat({name: value for name, value in self.config.items() if name not in _OWN})
-        if (
-            self.method in WITHOUT_DIRECTIONS
-        ):  # a study's order of `directions` must not tear its frozen arm apart
+        method = METHODS.get(self.method)  # None: of a version that had others
+        if method and not method.draws:  # a study's order of `directions` must not tear its frozen arm apart
             settings.pop("zo.directions", None)
         return settings | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
 

@@ -32,6 +32,7 @@ class GapClosure(Estimate):
 class NoGap(StrEnum):
     """Why there is no gap closure, or no p; how tables say it."""
 
+    UNFINISHED = "n/a (not finished)"
     ONE_SEED = "n/a (one seed)"
     FEW_SHARED = "n/a (under two seeds in common)"
     NO_FROZEN = "n/a (no frozen row)"

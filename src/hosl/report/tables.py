@@ -41,7 +41,7 @@ def compared(
     comparison: Comparison, looks: Mapping[str, Look] | None = None, heading: str = "method"
 ) -> Table:
     """A line per row; without p and gap closure where all rows lack them for one reason."""
-    details = list(dict.fromkeys(name for arm in comparison.arms for name in arm.details))
+    details = list(dict.fromkeys(name for row in comparison.rows for name in row.arm.details))
     head = [heading, *details]
     beside = comparison.has_columns
     for metric in (ACCURACY, LOSS):
@@ -174,7 +174,7 @@ def _costs(row: Row) -> list[Cell]:
     costs = row.arm.costs
     return [
         Cell("-" if costs.peak_bytes is None else readable_bytes(costs.peak_bytes)),
-        Cell(f"{readable_bytes(costs.bytes_up)} up", f"{readable_bytes(costs.bytes_down)} down"),
+        Cell(f"{readable_bytes(costs.bytes_up)} up", f"and {readable_bytes(costs.bytes_down)} down"),
         Cell("-" if costs.step_s is None else readable_seconds(costs.step_s)),
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hosl.report.comparison import Comparison
 from hosl.report.groups import Group, PlannedLine, TaskGroups
 from hosl.report.runs import Run
-from hosl.report.statistics import p_floor
+from hosl.report.statistics import GapClosure, p_floor
 from hosl.system.readable import readable_bytes, readable_count, readable_seconds
 from hosl.system.run_folder import MEMORY_STEPS
 
@@ -129,25 +129,27 @@ def comparison_cards(parts: Sequence[TaskGroups], runs: int) -> list[tuple[str, 
 
 def statistics_note(comparison: Comparison) -> str:
     """How to read the spread, p and G of a comparison's table; where there is no G, why."""
-    frozen, first_order = comparison.references
-    seeds, sentences = comparison.seeds, list[str]()
-    if seeds == 1:
-        sentences.append("One seed: no spread, no p, no gap closure.")
-    elif seeds > 1:
-        sentences.append(f"Mean ± sd over {seeds} seeds [95 % interval of the mean, Student's t].")
-    if comparison.has_p:
+    seeds = max((len(measure.numbers) for measure in comparison.measures), default=0)
+    if seeds < 2:
+        return "One seed: no spread, no p, no gap closure." if seeds else ""
+    whole = [row for row in comparison.rows if row.frozen and row.first_order] or comparison.rows
+    frozen = " or ".join(dict.fromkeys(row.frozen.way for row in whole if row.frozen))
+    first_order = " or ".join(dict.fromkeys(row.first_order.way for row in whole if row.first_order))
+    sentences = [f"Mean ± sd over {seeds} seeds [95 % interval of the mean, Student's t]."]
+    if any(isinstance(measure.p, float) for measure in comparison.measures):
         sentences.append(
             f"p: paired against {frozen}, two-sided sign-flip permutation test over seeds, never under "
             f"{p_floor(seeds):.2g} with so many seeds."
         )
-    if comparison.has_gaps:
+    if any(isinstance(measure.gap, GapClosure) for measure in comparison.measures):
         sentences.append(
             "G: gap closure, the share of the performance gap recovered, "
             f"(method - {frozen}) / ({first_order} - {frozen}), ratio of means over paired seeds at the same cut [95 % "
             "interval, delta method with Student's t]; n/a (gap not resolved): the gap is under two standard errors."
         )
-    elif seeds > 1:
-        sentences.append(f"No gap closure: {listed([reason[5:-1] for reason in comparison.reasons])}.")
+    else:
+        reasons = listed([reason.removeprefix("n/a (").removesuffix(")") for reason in comparison.reasons])
+        sentences.append(f"No gap closure: {reasons}.")
     return " ".join(sentences)
 
 

@@ -1,1 +1,1 @@
-"""The server process around a ServerSide: who may speak, how much, in which order; what is remembered. No torch."""
+"""The server process around server halves: access, limits, scheduling, sessions and runs. No torch."""

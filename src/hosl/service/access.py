@@ -1,6 +1,6 @@
-"""Who may speak: one bearer token per client, kept as a hash; and the server's certificate.
+"""Authentication: one bearer token per client, stored as a hash; and the server's certificate.
 
-    SERVICE/clients.json      name -> SHA-256 of the token, made, revoked
+    SERVICE/clients.json      name -> SHA-256 of the token, time of enrolment, revoked or not
     SERVICE/certificate.pem   self-signed, made on first start; its fingerprint is in every join line
     SERVICE/key.pem           mode 600
 
@@ -28,7 +28,8 @@ class Access:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "clients.json"
-        self._seen: tuple[int, int] = (0, 0)
+        self._version: tuple[int, int] = (0, 0)
+        """Modification time and inode of the file that was read last."""
         self._clients: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._refresh()
@@ -42,10 +43,10 @@ class Access:
         ]
 
     def enrol(self, name: str) -> str:
-        """Make a client; returns its token, which is kept nowhere.
+        """Add a client; returns its token, which is stored nowhere.
 
         Raises:
-            ConfigError: if the name is taken, or no name.
+            ConfigError: if the name is taken or not a valid one.
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -63,7 +64,7 @@ class Access:
         return token
 
     def revoke(self, name: str) -> None:
-        """Refuse this client from its next message on.
+        """Refuse a client from its next message on.
 
         Raises:
             ConfigError: if there is no such client.
@@ -74,36 +75,34 @@ class Access:
         self._write(self._clients | {name: self._clients[name] | {"revoked": True}})
 
     def client_of(self, token: str) -> str:
-        """The name that a token stands for; compared in constant time with every client's.
+        """The name of the client that a token belongs to; compared in constant time with every client's token.
 
         Raises:
             AccessError: if the token is unknown or revoked.
         """
         self._refresh()
-        given, found = _hash(token), None
-        for (
-            name,
-            facts,
-        ) in self._clients.items():  # all of them: how long it takes must not tell which one matched
-            if hmac.compare_digest(facts["token_sha256"], given):
-                found = name
-        if found is None:
+        token_hash, client = _hash(token), None
+        # no break: the time that the loop takes must not tell which client matched
+        for name, facts in self._clients.items():
+            if hmac.compare_digest(facts["token_sha256"], token_hash):
+                client = name
+        if client is None:
             raise AccessError(
                 "this token is not known here; use a join line that `hosl clients add` printed on this server"
             )
-        if self._clients[found]["revoked"]:
-            raise AccessError(f"client {found} has been revoked; ask the server's owner for a new join line")
-        return found
+        if self._clients[client]["revoked"]:
+            raise AccessError(f"client {client} has been revoked; ask the server's owner for a new join line")
+        return client
 
     def _refresh(self) -> None:
         try:
-            facts = self._file.stat()
+            stat = self._file.stat()
         except FileNotFoundError:
             return
-        seen = (facts.st_mtime_ns, facts.st_ino)
-        if seen != self._seen:
+        version = (stat.st_mtime_ns, stat.st_ino)
+        if version != self._version:
             self._clients = json.loads(self._file.read_text(encoding="utf-8"))
-            self._seen = seen
+            self._version = version
 
     def _write(self, clients: dict[str, dict[str, Any]]) -> None:
         whole_file(self._file, json.dumps(clients, indent=2).encode(), mode=0o600)
@@ -111,13 +110,13 @@ class Access:
 
 
 def bearer(authorization: str) -> str:
-    """The token in an `authorization` value; empty when there is none."""
+    """The token of an `authorization` header, `Bearer TOKEN`; empty when it has none."""
     kind, _, token = authorization.partition(" ")
     return token.strip() if kind.lower() == "bearer" else ""
 
 
 def certificate(folder: Path) -> tuple[bytes, bytes, bytes]:
-    """The service's own certificate and key in PEM, and the certificate in DER; made on first use.
+    """The service's certificate and key in PEM, and the certificate in DER; made on first use.
 
     Raises:
         ConfigError: if the package `cryptography` is not installed.
@@ -142,7 +141,7 @@ def _new_certificate() -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hosl")])
     now = datetime.datetime.now(datetime.UTC)
-    made = (
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -156,7 +155,7 @@ def _new_certificate() -> tuple[bytes, bytes]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    return made.public_bytes(serialization.Encoding.PEM), key.private_bytes(
+    return signed.public_bytes(serialization.Encoding.PEM), key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 

@@ -1,7 +1,7 @@
-"""The calls of the service: receive and check a question, compute in turn, answer. Nothing here knows torch.
+"""The calls (RPCs) of the service: receive and check a request, compute in turn, reply. No torch here.
 
-All of this runs in one event loop; compute runs in the scheduler's one thread. Each call is an async generator of the
-messages that it answers. Errors become status codes in one place (`_served`).
+All calls run in one event loop; compute runs in the scheduler's one thread. Each call is an async generator of its
+reply messages. Errors become status codes in one place (`_served`).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _Call = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
 
 
 class Calls:
-    """Answers the calls of all clients."""
+    """The handlers of all calls, for all clients."""
 
     def __init__(
         self,
@@ -45,11 +45,12 @@ class Calls:
         self._access, self._sessions, self._scheduler = access, sessions, scheduler
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
-        self._closing: dict[str, asyncio.Task[None]] = {}
+        self._grace_timers: dict[str, asyncio.Task[None]] = {}
+        """Per run, the task that closes its round when the grace time is over."""
         self.round_closed = asyncio.Condition()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """What a gRPC server is given: every call, in raw bytes."""
+        """The handler for a gRPC server: every call by its name, with messages in raw bytes."""
         calls: dict[str, _Call] = {
             "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
             "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
@@ -64,6 +65,8 @@ class Calls:
         )
 
     def _served(self, name: str, call: _Call) -> Callable[[Any, Any], AsyncIterator[bytes]]:
+        """A call as gRPC runs it: authenticated, metered, and with its errors turned into status codes."""
+
         async def serve(frames: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             client = "?"
             try:
@@ -73,10 +76,10 @@ class Calls:
                     incoming = Incoming(
                         aiter(frames),
                         idle_s=self._idle_s,
-                        allowed=lambda: _same(self._access.client_of(token), client),
+                        check_access=lambda: _check_same(self._access.client_of(token), client),
                     )
-                    async for answer in call(self, client, incoming):
-                        data = answer.SerializeToString()
+                    async for reply in call(self, client, incoming):
+                        data = reply.SerializeToString()
                         self._status.transferred(client, up=incoming.received_bytes, down=len(data))
                         incoming.received_bytes = 0
                         yield data
@@ -86,7 +89,7 @@ class Calls:
                 await context.abort(code_of(error), " ".join(str(error).split()))
             except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
                 raise
-            except Exception as error:  # a bug of ours: named, logged with its trace, and the others go on
+            except Exception as error:  # a bug of the server: logged with its trace; other calls go on
                 self._status.broke(client, name, error)
                 context.set_trailing_metadata(((ERROR_KEY, "FailureError"),))
                 await context.abort(
@@ -109,43 +112,43 @@ class Calls:
             client=client,
         )
 
-    # ---- questions that change nothing ----
+    # ---- calls that change nothing ----
 
     async def _losses(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LossesReply]:
-        ask = await incoming.question("losses")
-        session = self._sessions.of(client, ask.where)
-        arrays, targets = await self._activations(incoming, session, ask.activations, ask.targets)
+        request = await incoming.request("losses")
+        session = self._sessions.of(client, request.where)
+        arrays, targets = await self._activations(incoming, session, request.activations, request.targets)
 
         def work() -> list[float]:
-            session.run.check_now(client, ask.where.step)
+            session.run.check_now(client, request.where.step)
             return session.run.half.losses(arrays, targets)
 
         losses, seconds = await self._compute(session, arrays, work)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
     async def _probe(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LossesReply]:
-        ask = await incoming.question("probe")
-        session = self._sessions.of(client, ask.where)
-        if not 0 < ask.epsilon < 1:
-            raise WireError(f"epsilon must lie between 0 and 1, got {ask.epsilon}")
-        arrays, targets = await self._activations(incoming, session, ask.activations, ask.targets)
+        request = await incoming.request("probe")
+        session = self._sessions.of(client, request.where)
+        if not 0 < request.epsilon < 1:
+            raise WireError(f"epsilon must lie between 0 and 1, got {request.epsilon}")
+        arrays, targets = await self._activations(incoming, session, request.activations, request.targets)
         if len(arrays) != 2:
             raise WireError(f"a probe has two activations, got {len(arrays)}")
 
         def work() -> tuple[float, float]:
-            session.run.check_now(client, ask.where.step)
-            return session.run.half.probe(arrays, targets, ask.seed, ask.epsilon)
+            session.run.check_now(client, request.where.step)
+            return session.run.half.probe(arrays, targets, request.seed, request.epsilon)
 
         losses, seconds = await self._compute(session, arrays, work)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
     async def _scores(self, client: str, incoming: Incoming) -> AsyncIterator[pb.ScoresReply]:
-        ask = await incoming.question("scores")
-        session = self._sessions.of(client, ask.where)
-        arrays, targets = await self._activations(incoming, session, [ask.activations], ask.targets)
+        request = await incoming.request("scores")
+        session = self._sessions.of(client, request.where)
+        arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
 
         def work() -> Any:
-            session.run.check_now(client, ask.where.step, evaluation=True)
+            session.run.check_now(client, request.where.step, evaluation=True)
             return session.run.half.scores(arrays[0], targets)
 
         scores, seconds = await self._compute(session, arrays, work)
@@ -153,27 +156,27 @@ class Calls:
         yield pb.ScoresReply(rows=scores.shape[0], scores=scores.shape[1], values=values, server_s=seconds)
 
     async def _gradient(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepReply]:
-        ask = await incoming.question("gradient")
-        session = self._sessions.of(client, ask.where)
-        arrays, targets = await self._activations(incoming, session, [ask.activations], ask.targets)
+        request = await incoming.request("gradient")
+        session = self._sessions.of(client, request.where)
+        arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
 
         def work() -> Any:
-            session.run.check_now(client, ask.where.step)
+            session.run.check_now(client, request.where.step)
             return session.run.half.gradient(arrays[0], targets)
 
         stepped, seconds = await self._compute(session, arrays, work)
-        for part in _step_replies(stepped, seconds):
-            yield part
+        for reply in _step_replies(stepped, seconds):
+            yield reply
 
     async def _states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StatesReply]:
-        ask = await incoming.question("states")
-        session = self._sessions.of(client, ask.where)
-        arrays, positions = await self._activations(incoming, session, ask.activations, ask.positions)
+        request = await incoming.request("states")
+        session = self._sessions.of(client, request.where)
+        arrays, positions = await self._activations(incoming, session, request.activations, request.positions)
         await incoming.end()
 
         def work() -> list[WireArray]:
             session.run.check_now(
-                client, ask.where.step, evaluation=ask.where.step == session.run.steps.get(client)
+                client, request.where.step, evaluation=request.where.step == session.run.steps.get(client)
             )
             return session.run.half.states(arrays, positions)
 
@@ -184,27 +187,29 @@ class Calls:
             for chunk in tensor.chunks():
                 yield pb.StatesReply(chunk=chunk)
 
-    # ---- questions that change the server, once per (client, step) ----
+    # ---- calls that change the server, once per (client, step) ----
 
     async def _step(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepReply]:
-        ask = await incoming.question("step")
-        session = self._sessions.of(client, ask.where)
-        arrays, targets = await self._activations(incoming, session, [ask.activations], ask.targets)
+        request = await incoming.request("step")
+        session = self._sessions.of(client, request.where)
+        arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
         stepped, seconds = await self._compute(
             session,
             arrays,
             lambda: session.run.step(
-                client, ask.where.step, arrays[0], targets, want_gradient=ask.want_gradient
+                client, request.where.step, arrays[0], targets, want_gradient=request.want_gradient
             ),
         )
         self._status.stepped(session.run, client, seconds)
-        for part in _step_replies(stepped, seconds):
-            yield part
+        for reply in _step_replies(stepped, seconds):
+            yield reply
 
     async def _step_states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepStatesReply]:
-        ask = await incoming.question("step_states")
-        session, step = self._sessions.of(client, ask.where), ask.where.step
-        arrays, positions = await self._activations(incoming, session, [ask.activations], ask.positions)
+        request = await incoming.request("step_states")
+        session, step = self._sessions.of(client, request.where), request.where.step
+        arrays, positions = await self._activations(
+            incoming, session, [request.activations], request.positions
+        )
         (states, update), forward_s = await self._compute(
             session, arrays, lambda: session.run.states_for_step(client, step, arrays[0], positions)
         )
@@ -215,34 +220,36 @@ class Calls:
         gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
         await incoming.end()
         stepped, backward_s = await self._compute(
-            session, arrays, lambda: update(gradient, ask.want_gradient)
+            session, arrays, lambda: update(gradient, request.want_gradient)
         )
         self._status.stepped(session.run, client, forward_s + backward_s)
-        for part in _step_replies(stepped, forward_s + backward_s):
+        for reply in _step_replies(stepped, forward_s + backward_s):
             yield (
-                pb.StepStatesReply(done=part.done)
-                if part.WhichOneof("part") == "done"
-                else pb.StepStatesReply(chunk=part.chunk)
+                pb.StepStatesReply(done=reply.done)
+                if reply.WhichOneof("part") == "done"
+                else pb.StepStatesReply(chunk=reply.chunk)
             )
 
     async def _descend(self, client: str, incoming: Incoming) -> AsyncIterator[pb.DescendReply]:
-        ask = await incoming.message(pb.DescendRequest)
+        request = await incoming.message(pb.DescendRequest)
         await incoming.end()
-        session = self._sessions.of(client, ask.where)
-        _check_update(ask.seeds, ask.coefficients)
+        session = self._sessions.of(client, request.where)
+        _check_update(request.seeds, request.coefficients)
         _, seconds = await self._compute(
-            session, [], lambda: session.run.descend(client, ask.where.step, ask.seeds, ask.coefficients)
+            session,
+            [],
+            lambda: session.run.descend(client, request.where.step, request.seeds, request.coefficients),
         )
         self._status.stepped(session.run, client, seconds)
         yield pb.DescendReply(server_s=seconds)
 
     async def _save(self, client: str, incoming: Incoming) -> AsyncIterator[pb.SaveReply]:
-        ask = await incoming.message(pb.SaveRequest)
+        request = await incoming.message(pb.SaveRequest)
         await incoming.end()
-        session = self._sessions.of(client, ask.where)
+        session = self._sessions.of(client, request.where)
 
         def work() -> int:
-            session.run.check_now(client, ask.where.step, evaluation=True)
+            session.run.check_now(client, request.where.step, evaluation=True)
             return session.run.save()
 
         step, _ = await self._compute(session, [], work)
@@ -251,43 +258,46 @@ class Calls:
     # ---- shared halves and rounds ----
 
     async def _journal(self, client: str, incoming: Incoming) -> AsyncIterator[pb.JournalReply]:
-        ask = await incoming.message(pb.JournalRequest)
+        request = await incoming.message(pb.JournalRequest)
         await incoming.end()
-        session = self._sessions.of(client, ask.where)
+        session = self._sessions.of(client, request.where)
         run, late = session.run, False
-        _check_update(ask.seeds, ask.scales)
-        if run.round is not None and ask.examples:
-            late = await self._take_part(run, client, ask)
-        elif ask.seeds:
-            step = ask.where.step
-            await self._compute(session, [], lambda: run.submit(client, step, ask.seeds, ask.scales))
-        updates, _ = await self._compute(session, [], lambda: run.updates_after(ask.have))
-        first = pb.JournalReply(step=run.steps.get(client, 0), late=late)
+        _check_update(request.seeds, request.scales)
+        if run.round is not None and request.examples:
+            late = await self._take_part(run, client, request)
+        elif request.seeds:
+            step = request.where.step
+            await self._compute(session, [], lambda: run.submit(client, step, request.seeds, request.scales))
+        updates, _ = await self._compute(session, [], lambda: run.updates_after(request.have))
+        reply = pb.JournalReply(step=run.steps.get(client, 0), late=late)
         for update in updates:
-            if first.ByteSize() + update.ByteSize() > CHUNK_BYTES:
-                yield first
-                first = pb.JournalReply(step=first.step, late=late)
-            first.updates.append(update)
-        yield first
+            if reply.ByteSize() + update.ByteSize() > CHUNK_BYTES:
+                yield reply
+                reply = pb.JournalReply(step=reply.step, late=late)
+            reply.updates.append(update)
+        yield reply
 
-    async def _take_part(self, run: ServedRun, client: str, ask: pb.JournalRequest) -> bool:
-        part = Contribution(tuple(ask.seeds), tuple(ask.scales), ask.examples)
-        late, _ = await self._scheduler.run(client, 0, lambda: run.contribute(client, ask.where.step, part))
-        gathering = run.round
-        if late or gathering is None or gathering.number != ask.where.step:
+    async def _take_part(self, run: ServedRun, client: str, request: pb.JournalRequest) -> bool:
+        """Contribute to the round and wait until it is closed; returns whether the contribution came too late."""
+        contribution = Contribution(tuple(request.seeds), tuple(request.scales), request.examples)
+        late, _ = await self._scheduler.run(
+            client, 0, lambda: run.contribute(client, request.where.step, contribution)
+        )
+        current = run.round
+        if late or current is None or current.number != request.where.step:
             return True
-        if run.name not in self._closing:
-            self._closing[run.name] = asyncio.create_task(self._close_in_time(run, gathering.number))
-        if gathering.complete:
-            self._closing.pop(run.name).cancel()
-            await self._close(run, gathering.number)
+        if run.name not in self._grace_timers:
+            self._grace_timers[run.name] = asyncio.create_task(self._close_after_grace(run, current.number))
+        if current.complete:
+            self._grace_timers.pop(run.name).cancel()
+            await self._close(run, current.number)
         async with self.round_closed:
-            await self.round_closed.wait_for(lambda: run.round is not gathering)
+            await self.round_closed.wait_for(lambda: run.round is not current)
         return False
 
-    async def _close_in_time(self, run: ServedRun, number: int) -> None:
+    async def _close_after_grace(self, run: ServedRun, number: int) -> None:
         await asyncio.sleep(run.training.grace_s)
-        self._closing.pop(run.name, None)
+        self._grace_timers.pop(run.name, None)
         await self._close(run, number)
 
     async def _close(self, run: ServedRun, number: int) -> None:
@@ -305,24 +315,28 @@ class Calls:
     async def _activations(
         self, incoming: Incoming, session: Session, headers: Any, targets: pb.Targets | pb.Positions
     ) -> tuple[list[WireArray], Any]:
+        """The activations of a request and its targets or positions, checked against each other and the half."""
         if not 1 <= len(headers) <= 2:
-            raise WireError(f"a question carries one or two activations, got {len(headers)}")
+            raise WireError(f"a request carries one or two activations, got {len(headers)}")
         shape = tuple(headers[0].shape)
         if any(tuple(header.shape) != shape for header in headers) or len(shape) != 3:
             raise WireError(
-                f"the activations of a question have one shape [rows, seq, width], got {list(shape)}"
+                f"the activations of a request have one shape [rows, seq, width], got {list(shape)}"
             )
-        known = isinstance(targets, pb.Targets)
-        read: Any = targets_from_message(targets, shape) if known else positions_from_message(targets, shape)
-        session.run.half.check(shape, read)
+        has_labels = isinstance(targets, pb.Targets)
+        parsed: Any = (
+            targets_from_message(targets, shape) if has_labels else positions_from_message(targets, shape)
+        )
+        session.run.half.check(shape, parsed)
         arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
-        if known:  # after positions a gradient may follow
+        if has_labels:  # without labels a gradient may follow, in StepStates
             await incoming.end()
-        return arrays, read
+        return arrays, parsed
 
     async def _compute(
         self, session: Session, arrays: list[WireArray], work: Callable[[], Any]
     ) -> tuple[Any, float]:
+        """The result of `work` in the compute thread and its seconds; the client is charged for the arrays' tokens."""
         tokens = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
         return await self._scheduler.run(session.client, tokens, work)
 
@@ -346,6 +360,6 @@ def _check_update(seeds: Any, scales: Any) -> None:
         )
 
 
-def _same(found: str, client: str) -> None:
-    if found != client:  # cannot happen: a token keeps its client
-        raise LinkError(f"the call of {client} goes on as {found}")
+def _check_same(token_client: str, client: str) -> None:
+    if token_client != client:  # cannot happen: a token keeps its client
+        raise LinkError(f"the call of {client} goes on as {token_client}")

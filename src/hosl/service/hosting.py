@@ -1,4 +1,4 @@
-"""What the service needs of a server half, whatever it runs on: `hosl.network.serve` gives it one on PyTorch."""
+"""The interface of a server half in the service, whatever it runs on; `hosl.network.serve` gives it one on PyTorch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from hosl.wire.tensors import WireArray
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """The answer to a training step."""
+    """The reply to a training step."""
 
     loss: float
-    """Mean loss, nats; 0 where the labels stay with the client."""
+    """The mean loss, nats; 0 where the labels stay with the client."""
     gradient: WireArray | None = None
     """dL/dh, shaped like the activations."""
 
 
 @runtime_checkable
 class HostedHalf(Protocol):
-    """A server half in training, in arrays. Not for several threads at once."""
+    """A server half in training; takes and returns numpy arrays. Not for several threads at once."""
 
     def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> None:
-        """Refuse activations of the wrong width and targets outside the model, as WireError."""
+        """Refuse activations of the wrong width and targets outside the model; raises WireError."""
         ...
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
@@ -36,7 +36,7 @@ class HostedHalf(Protocol):
         ...
 
     def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
-        """[rows, scores], float32; nothing changes."""
+        """Log-probabilities [rows, classes or 1], float32; nothing changes."""
         ...
 
     def gradient(self, activations: WireArray, targets: Targets) -> Stepped:
@@ -54,13 +54,13 @@ class HostedHalf(Protocol):
         ...
 
     def step(self, activations: WireArray, targets: Targets, step: int, want_gradient: bool) -> Stepped:
-        """One update."""
+        """Update the half once; the reply has a gradient if `want_gradient`."""
         ...
 
     def states_for_step(
         self, activations: WireArray, positions: PositionTargets
     ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
-        """The states, and what makes the update once their gradient is here: (gradient, step, want_gradient)."""
+        """The states at the scored positions, and the function (gradient, step, want_gradient) that then updates."""
         ...
 
     def contribute(
@@ -70,21 +70,21 @@ class HostedHalf(Protocol):
         ...
 
     def apply(self, step: int) -> None:
-        """One update from the mean of what was contributed since the last."""
+        """Update the half once, from the mean of the gradients contributed since the last update."""
         ...
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """One zeroth-order update."""
+        """Make one zeroth-order update."""
         ...
 
     def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
-        """Write a checkpoint of `step` below `folder`; keeps the one before."""
+        """Write a checkpoint of `step` below `folder`; the one before it is kept."""
         ...
 
     def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:
-        """Go to the checkpoint of `step` below `folder`, or to the base weights for step 0."""
+        """Load the checkpoint of `step` below `folder`, or the base weights for step 0; returns facts and journal."""
         ...
 
 
 OpenHalf = Callable[[pb.Model, pb.Training], HostedHalf]
-"""Makes the half that a Hello asks for, at its base weights; raises HandshakeError if this server has another one."""
+"""Makes the half that a Hello names, at its base weights; raises HandshakeError if this server has another one."""

@@ -1,4 +1,4 @@
-"""What a call receives: one message after the other, each measured, parsed and no slower than the idle limit."""
+"""The messages that a call receives, one after the other: each is measured, parsed and held to the idle limit."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,24 +16,27 @@ _Message = TypeVar("_Message")
 class Incoming:
     """The messages of one call, in order. Raises hosl's own errors for whatever a peer can do wrong."""
 
-    def __init__(self, frames: AsyncIterator[bytes], *, idle_s: float, allowed: Callable[[], None]) -> None:
-        """`allowed` raises when the client may no longer speak; asked at every message."""
-        self._frames, self._idle_s, self._allowed = frames, idle_s, allowed
+    def __init__(
+        self, frames: AsyncIterator[bytes], *, idle_s: float, check_access: Callable[[], None]
+    ) -> None:
+        """`check_access` is called at every message; it raises when the client has lost its access."""
+        self._frames, self._idle_s, self._check_access = frames, idle_s, check_access
         self.received_bytes = 0
 
     async def message(self, kind: type[_Message]) -> _Message:
         """The next message.
 
         Raises:
-            WireError: if it is none, or the stream ends. LinkError: if nothing comes within the idle limit.
+            WireError: if the bytes are no such message, or the stream ends.
+            LinkError: if nothing comes within the idle limit.
         """
         try:
             data = await asyncio.wait_for(anext(self._frames), self._idle_s)
         except StopAsyncIteration:
-            raise WireError("the call ended before its question was complete; it changed nothing") from None
+            raise WireError("the call ended before its request was complete; it changed nothing") from None
         except TimeoutError:
             raise LinkError(f"nothing arrived for {self._idle_s:g} s; the call was dropped") from None
-        self._allowed()
+        self._check_access()
         self.received_bytes += len(data)
         parsed: Any = kind()
         try:
@@ -42,11 +45,11 @@ class Incoming:
             raise WireError(f"{len(data)} bytes are no {kind.__name__} of protocol 1") from None
         return parsed
 
-    async def question(self, name: str) -> Any:
-        """The first message of an upload, which must ask what the call says.
+    async def request(self, name: str) -> Any:
+        """The first message of an upload: the request of the call, in the field `name` of `Upload`.
 
         Raises:
-            WireError: if it asks something else.
+            WireError: if it is another call's request, or a chunk.
         """
         upload = await self.message(pb.Upload)
         if upload.WhichOneof("part") != name:
@@ -68,15 +71,15 @@ class Incoming:
         return arriving.array()
 
     async def end(self) -> None:
-        """The question is complete: nothing may follow.
+        """Wait for the end of the request: nothing may follow.
 
         Raises:
-            WireError: if something does.
+            WireError: if something follows. LinkError: if the end does not come within the idle limit.
         """
         try:
             await asyncio.wait_for(anext(self._frames), self._idle_s)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise LinkError(f"the end of the question did not come for {self._idle_s:g} s") from None
-        raise WireError("more arrived than the question announced")
+            raise LinkError(f"the end of the request did not come for {self._idle_s:g} s") from None
+        raise WireError("more arrived than the request announced")

@@ -1,4 +1,4 @@
-"""How much a client may ask for: tensor size, calls per second, calls at once. Counted per client, never shared."""
+"""Limits of a client: tensor size, calls per second, calls at once. Each client is counted on its own."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +13,19 @@ from hosl.wire.tensors import CHUNK_BYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one client may ask for."""
+    """The limits of one client."""
 
     tensor_bytes: int = 256 << 20
-    """Of one activation, as sent and unpacked."""
+    """The largest tensor, both as sent and unpacked."""
     calls_per_s: int = 200
-    """On average; twice as many in a burst."""
+    """The calls per second on average; twice as many in a burst."""
     concurrent_calls: int = 4
+    """The calls that may run at once."""
     message_bytes: int = MESSAGE_BYTES
+    """The largest message."""
 
     def message(self) -> pb.Limits:
-        """As a Hello tells them."""
+        """The limits as the reply to Hello states them."""
         return pb.Limits(
             tensor_bytes=self.tensor_bytes, chunk_bytes=CHUNK_BYTES, calls_per_s=self.calls_per_s,
             concurrent_calls=self.concurrent_calls,
@@ -31,42 +33,46 @@ class Limits:
 
 
 @dataclass
-class _Use:
-    tokens: float
-    refilled: float
+class _Bucket:
+    """A token bucket of calls, and the calls that run now."""
+
+    calls_left: float
+    refilled_s: float
+    """The time of the last refill, by the clock of `Meterage`."""
     running: int = 0
 
 
 @dataclass
 class Meterage:
-    """Counts each client's calls against the limits. For one thread."""
+    """A token bucket per client that holds its calls to the limits. For one thread."""
 
     limits: Limits
     clock: Callable[[], float] = time.monotonic
-    _uses: dict[str, _Use] = field(default_factory=dict)
+    _buckets: dict[str, _Bucket] = field(default_factory=dict)
 
     @contextmanager
     def call(self, client: str) -> Iterator[None]:
-        """One call of a client, from its first message to its end.
+        """Count one call of a client; the context spans it from its first message to its end.
 
         Raises:
             LimitError: if it is one too many, at once or per second.
         """
         now, burst = self.clock(), 2.0 * self.limits.calls_per_s
-        use = self._uses.setdefault(client, _Use(tokens=burst, refilled=now))
-        use.tokens = min(burst, use.tokens + (now - use.refilled) * self.limits.calls_per_s)
-        use.refilled = now
-        if use.tokens < 1:
+        bucket = self._buckets.setdefault(client, _Bucket(calls_left=burst, refilled_s=now))
+        refill = (now - bucket.refilled_s) * self.limits.calls_per_s
+        bucket.calls_left, bucket.refilled_s = min(burst, bucket.calls_left + refill), now
+        if bucket.calls_left < 1:
             raise LimitError(
                 f"client {client} makes more than {self.limits.calls_per_s} calls per second; wait a moment"
             )
-        if use.running >= self.limits.concurrent_calls:
+        if bucket.running >= self.limits.concurrent_calls:
             raise LimitError(
-                f"client {client} has {use.running} calls running; {self.limits.concurrent_calls} are allowed at once"
+                f"client {client} has {bucket.running} calls running; "
+                f"{self.limits.concurrent_calls} are allowed at once"
             )
-        use.tokens -= 1
-        use.running += 1
+        bucket.calls_left -= 1
+        bucket.running += 1
         try:
             yield
         finally:
-            use.running -= 1
+            bucket.running -= 1

@@ -1,4 +1,4 @@
-"""The live page, /metrics and /health: read-only, over the service's own TLS, behind a client's token."""
+"""The live page, /metrics and /health: read-only, over the service's own TLS, with a client's token."""
 
 import json
 import ssl
@@ -16,7 +16,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 class Page:
-    """Serves a handful of read-only addresses in its own threads."""
+    """An HTTP server of a few read-only paths, in threads of its own."""
 
     def __init__(
         self, address: tuple[str, int], access: Access, status: Status, context: ssl.SSLContext | None
@@ -58,7 +58,7 @@ class _Server(ThreadingHTTPServer):
         super().finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A visitor that goes away or speaks no TLS is no event."""
+        """Ignore visitors that go away or speak no TLS."""
 
 
 def _handler(access: Access, status: Status) -> type[BaseHTTPRequestHandler]:
@@ -73,9 +73,8 @@ def _handler(access: Access, status: Status) -> type[BaseHTTPRequestHandler]:
                 self._answer(
                     200 if status.ready else 503, b"ready\n" if status.ready else b"not ready\n", "text/plain"
                 )
-            elif (
-                address.path == "/"
-            ):  # the page itself tells nothing; what it shows, it asks for with the token
+            elif address.path == "/":
+                # no token needed: the page holds no data, its script fetches /state.json with the token
                 self._answer(200, page, "text/html; charset=utf-8")
             elif address.path not in ("/metrics", "/state.json"):
                 self._answer(404, b"there are /, /health, /metrics and /state.json\n", "text/plain")
@@ -106,6 +105,6 @@ def _handler(access: Access, status: Status) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """The service has its own log."""
+            """Write nothing: the service has its own log."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""One round of the synchronous schedule: who takes part, what they contributed, and its mean."""
+"""One round of the synchronous schedule: its members, their contributions, and the mean of these."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """One client's part: its update of the shared halves, and how many examples it stands for."""
+    """One client's part of a round: its update of the shared client half, and the number of examples behind it."""
 
     seeds: tuple[int, ...]
     scales: tuple[float, ...]
@@ -16,29 +16,28 @@ class Contribution:
 
 @dataclass
 class Round:
-    """A round that is gathering. It may close when everybody expected has contributed."""
+    """A round that collects contributions. It may close when all the clients expected have contributed."""
 
     number: int
     expected: int
-    """How many clients the round waits for before it has seen them; members count from then on."""
+    """The number of clients that must join; once they have, the round waits for the contribution of each member."""
     members: set[str] = field(default_factory=set)
     contributions: dict[str, Contribution] = field(default_factory=dict)
-    began: float | None = None
-    """When the first contribution came, by the service's clock."""
 
     def join(self, client: str) -> None:
-        """A client that is here and will be waited for."""
+        """Add a client as a member; the round waits for it."""
         self.members.add(client)
 
     @property
     def complete(self) -> bool:
-        """Whether nobody is missing."""
+        """Whether no contribution is missing."""
         return len(self.members) >= self.expected and self.members <= self.contributions.keys()
 
     def mean_update(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """The update that every client applies: each one's scales weighed by its examples; equal seeds are added.
+        """(seeds, scales) of the update that all clients apply: the mean of their updates, weighed by examples.
 
-        In the order of the clients' names, whoever was first. float32, as the journal keeps it.
+        Scales of equal seeds are added. The order is that of the clients' names, not of their arrival. Scales are
+        rounded to float32, as the journal keeps them.
         """
         total = sum(part.examples for part in self.contributions.values())
         merged: dict[int, float] = {}

@@ -1,8 +1,8 @@
-"""One run as the server remembers it: its half, each client's step, the last answers, the shared journal, checkpoints.
+"""One run on the server: its half, each client's step, the last replies, the shared journal, checkpoints.
 
-Every method that reads or changes the half runs in the compute thread (`Scheduler.run`), one after the other: that is
-the lock. A state-changing question carries (client, step). The step after the recorded one is done; the recorded one is
-answered from the cache; any other is refused. Which state both sides go on from is settled in `hello`.
+Every method that reads or changes the half runs in the compute thread (`Scheduler.run`), one after the other: no other
+lock is needed. A state-changing request carries (client, step). The step after the recorded one is executed; the
+recorded one gets its reply from the cache; any other is refused. `settle` finds the state that both sides go on from.
 """
 
 import json
@@ -29,21 +29,25 @@ class ServedRun:
     training: pb.Training
     half: HostedHalf
     folder: Path
-    """Of its checkpoints."""
+    """The folder of its checkpoints."""
     steps: dict[str, int] = field(default_factory=dict)
     """The last step of each client that changed the half, or that a Hello settled on."""
     journal: Journal = field(default_factory=Journal)
-    """Shared halves: every client's updates, in the one order in which all clients apply them."""
+    """Shared client halves: the updates of all clients, in the one order in which every client applies them."""
     updates: int = 0
-    """How many updates the shared journal holds; an update's number is its step in the journal."""
+    """The number of updates in the shared journal; an update's number is its step in the journal."""
     server_step: int = 0
-    """How many updates the server half has had."""
+    """The number of updates of the server half."""
     last_loss: float | None = None
+    """The loss of the newest step, nats; None where the labels stay with the client."""
     round: Round | None = None
-    """The round that is gathering, under the synchronous schedule."""
-    _answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    """The round that collects contributions; None under the sequential schedule."""
+    _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    """The newest (step, reply) of each client, for a request that is repeated."""
     _states: dict[str, WireArray] = field(default_factory=dict)
+    """The states that each client was sent last, where the labels stay with the client."""
     _journaled: dict[str, int] = field(default_factory=dict)
+    """The last step of each client whose update is in the shared journal."""
 
     def __post_init__(self) -> None:
         if self.training.order == pb.SYNCHRONOUS:
@@ -59,7 +63,7 @@ class ServedRun:
         """Whether every client that came has done its last step."""
         return bool(self.steps) and all(step >= self.training.max_steps for step in self.steps.values())
 
-    # ---- Hello: from which state both go on ----
+    # ---- Hello: the state that both sides go on from ----
 
     def agree(self, model: pb.Model, training: pb.Training) -> None:
         """Refuse another model or other settings than the run's.
@@ -68,19 +72,26 @@ class ServedRun:
             HandshakeError: naming the first difference with both values.
         """
         for ours, theirs in ((self.model, model), (self.training, training)):
-            for field_ in ours.DESCRIPTOR.fields:
-                mine, other = getattr(ours, field_.name), getattr(theirs, field_.name)
-                if mine != other:
+            for descriptor in ours.DESCRIPTOR.fields:
+                our_value, their_value = getattr(ours, descriptor.name), getattr(theirs, descriptor.name)
+                if our_value != their_value:
                     raise HandshakeError(
-                        f"run {self.name}: the server has {field_.name} = {_shown(mine)}, this client {_shown(other)}; "
-                        "give both the same config, or choose another output_dir for another run"
+                        f"run {self.name}: the server has {descriptor.name} = {_shown(our_value)}, this client "
+                        f"{_shown(their_value)}; give both the same config, or choose another output_dir for another "
+                        "run"
                     )
 
     def settle(self, client: str, restorable: Sequence[int], current: int) -> int:
         """The step after which server and client go on.
 
-        Alone: the newest state that both have; the server goes back to it. With others: the server never goes back for
-        one client; shared halves follow the journal, a personal half goes back to what the server has seen of it.
+        A client alone in its run: the newest state that both sides have; the server goes back to it. One of several
+        clients: the server never goes back; shared halves follow the journal, a personal half goes back to the newest
+        state that the server has seen of it.
+
+        Args:
+            client: its name.
+            restorable: the steps that the client has checkpoints of.
+            current: the step whose state the client is in.
 
         Raises:
             HandshakeError: if there is no such state.
@@ -88,12 +99,12 @@ class ServedRun:
         recorded = self.steps.get(client, 0)
         theirs = {*restorable, current}
         if self.alone:
-            mine = {*self.saved_steps(), self.server_step, 0}
-            common = max(theirs & mine, default=None)
+            ours = {*self.saved_steps(), self.server_step, 0}
+            common = max(theirs & ours, default=None)
             if common is None:
                 raise HandshakeError(
                     f"run {self.name}: the client can go on from steps {sorted(theirs)}, the server from "
-                    f"{sorted(mine)}; no state is common: start a new run"
+                    f"{sorted(ours)}; no state is common: start a new run"
                 )
             if common != self.server_step:
                 self.go_back(common)
@@ -108,35 +119,36 @@ class ServedRun:
         return recorded
 
     def saved_steps(self) -> list[int]:
-        """Steps of the checkpoints on disk."""
+        """The steps of the checkpoints on disk, ascending."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
     def go_back(self, step: int) -> None:
-        """Take the state of a checkpoint, 0 for the base weights; what was later is gone."""
+        """Load the state of a checkpoint, or the base weights for step 0; everything later is dropped."""
         facts, self.journal = self.half.restore(self.folder, step)
         self.steps = cast(dict[str, int], facts.get("steps", {}))
         self._journaled = cast(dict[str, int], facts.get("journaled", {}))
         self.updates = self.journal.last_step
         self.server_step = step
-        self._answers.clear()
+        self._replies.clear()
         if self.round is not None:
             self.round = Round(number=step + 1, expected=self.training.clients)
 
     def save(self) -> int:
-        """Write a checkpoint of the state at hand; returns its step."""
+        """Write a checkpoint of the present state; returns its step."""
         if self.server_step and self.server_step not in self.saved_steps():
             facts: dict[str, object] = {"steps": self.steps, "journaled": self._journaled}
             shared = self.journal if self.training.halves == pb.SHARED else None
             self.half.save(self.folder, self.server_step, facts, shared)
         return self.server_step
 
-    # ---- questions that change nothing ----
+    # ---- requests that change nothing ----
 
     def check_now(self, client: str, step: int, *, evaluation: bool = False) -> None:
-        """Refuse a question about another state than the one at hand.
+        """Refuse a request for another state than the present one.
 
         Raises:
-            StepError: if `step` is from the past or the future. SessionError: if its round was closed without it.
+            StepError: if `step` is from the past or the future.
+            SessionError: if the round of `step` is closed, or the run went back to a state without this client.
         """
         recorded = self.steps.get(client)
         if recorded is None:
@@ -144,7 +156,7 @@ class ServedRun:
                 f"run {self.name} went back to a checkpoint without client {client}; say hello again"
             )
         if self.round is not None:
-            if step + int(evaluation) != self.round.number and not evaluation:
+            if step != self.round.number and not evaluation:
                 raise SessionError(
                     f"round {step} is closed, the run is in round {self.round.number}; say hello again"
                 )
@@ -156,12 +168,12 @@ class ServedRun:
                 f"step {step} of client {client} is from the {when}: the server waits for step {wanted}"
             )
 
-    # ---- questions that change the half: once per (client, step) ----
+    # ---- requests that change the half: once per (client, step) ----
 
     def step(
         self, client: str, step: int, activations: WireArray, targets: Targets, *, want_gradient: bool
     ) -> Stepped:
-        """The training step of a client, or the answer that it was given before."""
+        """Execute a client's training step, or return the reply that this step got before."""
         if self.round is not None:
             self.check_now(client, step)
             examples = len(targets.mask)
@@ -169,7 +181,7 @@ class ServedRun:
                 client,
                 step,
                 lambda: self.half.contribute(activations, targets, examples, want_gradient),
-                counts=False,
+                is_update=False,
             )
         return self._once(
             client, step, lambda: self.half.step(activations, targets, self.server_step + 1, want_gradient)
@@ -178,10 +190,11 @@ class ServedRun:
     def states_for_step(
         self, client: str, step: int, activations: WireArray, positions: PositionTargets
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
-        """The states of a step whose labels stay with the client, and what makes the update from their gradient."""
-        answered = self._answers.get(client)
-        if answered is not None and answered[0] == step:  # the first answer's states belong to its gradient
-            return self._states[client], lambda gradient, want_gradient: answered[1]
+        """The states of a step whose labels stay with the client, and the function that updates from their gradient."""
+        cached = self._replies.get(client)
+        if cached is not None and cached[0] == step:
+            # the gradient of the cached reply was taken at these states
+            return self._states[client], lambda gradient, want_gradient: cached[1]
         self.check_now(client, step)
         states, finish = self.half.states_for_step(activations, positions)
         self._states[client] = states
@@ -192,33 +205,34 @@ class ServedRun:
         return states, update
 
     def descend(self, client: str, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """A zeroth-order server's update."""
+        """Make a client's zeroth-order update of the server half, once."""
         self._once(client, step, lambda: self.half.descend(self.server_step + 1, seeds, coefficients))
 
-    def _once(self, client: str, step: int, work: Callable[[], Any], *, counts: bool = True) -> Any:
-        if self._answers.get(client, (None,))[0] == step:
-            return self._answers[client][1]
+    def _once(self, client: str, step: int, work: Callable[[], Any], *, is_update: bool = True) -> Any:
+        """The reply that the step got before, else that of `work`; `is_update` says whether it updates the half."""
+        if self._replies.get(client, (None,))[0] == step:
+            return self._replies[client][1]
         self.check_now(client, step)
-        answer = work()
-        if counts:
+        reply = work()
+        if is_update:
             self.server_step += 1
             self.steps[client] = step
-        self._answers[client] = (step, answer)
-        if isinstance(answer, Stepped) and self.model.labels == pb.LABELS_AT_SERVER:
-            self.last_loss = answer.loss
-        return answer
+        self._replies[client] = (step, reply)
+        if isinstance(reply, Stepped) and self.model.labels == pb.LABELS_AT_SERVER:
+            self.last_loss = reply.loss
+        return reply
 
     # ---- shared halves ----
 
     def submit(self, client: str, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
-        """Sequential schedule: put a client's update at the end of the shared journal, once."""
+        """Append a client's update to the shared journal, once per step. For the sequential schedule."""
         if seeds and self._journaled.get(client, 0) < step:
             self.journal.append(self.updates + 1, seeds, scales)
             self.updates += 1
             self._journaled[client] = step
 
     def contribute(self, client: str, step: int, contribution: Contribution) -> bool:
-        """Synchronous schedule: a client's part of the round; returns whether it came too late."""
+        """Add a client's part to the round; returns whether it came too late. For the synchronous schedule."""
         assert self.round is not None, "only the synchronous schedule has rounds"
         if step != self.round.number:
             return True
@@ -241,7 +255,7 @@ class ServedRun:
         return dropped
 
     def updates_after(self, have: int) -> list[pb.Update]:
-        """The shared journal's updates that a client with `have` of them lacks."""
+        """The updates of the shared journal that a client with the first `have` of them lacks."""
         return [
             pb.Update(step=step, seeds=seeds, scales=scales)
             for step, seeds, scales in self.journal.updates(after=have)

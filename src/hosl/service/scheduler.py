@@ -1,4 +1,4 @@
-"""Whose work is next: one piece of compute at a time, for the waiting client that has been served fewest tokens."""
+"""Fair scheduling: one piece of compute at a time, for the waiting client that has been served fewest tokens."""
 
 import asyncio
 import heapq
@@ -26,7 +26,7 @@ class Scheduler:
 
     @property
     def queue(self) -> int:
-        """How many pieces of work wait."""
+        """The number of pieces of work that wait."""
         return sum(1 for _, _, turn in self._waiting if not turn.done())
 
     async def run(self, client: str, tokens: int, work: Callable[[], _Result]) -> tuple[_Result, float]:

@@ -1,4 +1,4 @@
-"""Which runs this server holds, and who is speaking in which: Hello, sessions, and the half that each run trains."""
+"""The runs that this server holds and the sessions of their clients; a session begins with Hello."""
 
 import re
 import secrets
@@ -29,21 +29,21 @@ class Session:
 
 
 class Sessions:
-    """The runs in memory and on disk, and the sessions of this life of the process."""
+    """The runs in memory and on disk, and the sessions since this process started."""
 
     def __init__(self, folder: Path, open_half: OpenHalf, *, runs_at_once: int = 1) -> None:
         self._folder = folder / "runs"
         self._open_half, self._runs_at_once = open_half, runs_at_once
-        self._incarnation = secrets.token_hex(8)
+        self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
         self._sessions: dict[str, Session] = {}
 
     def of(self, client: str, where: pb.Where) -> Session:
-        """The session that a question names.
+        """The session that a request names.
 
         Raises:
-            SessionError: if there is none, or it is another client's: say hello again.
+            SessionError: if there is no such session, or it is another client's.
         """
         session = self._sessions.get(where.session)
         if session is None or session.client != client:
@@ -51,16 +51,16 @@ class Sessions:
         return session
 
     def clients_of(self, run: ServedRun) -> list[str]:
-        """Who has a session in a run."""
+        """The names of the clients that have a session in a run, sorted."""
         return sorted({session.client for session in self._sessions.values() if session.run is run})
 
     def hello(self, client: str, request: pb.HelloRequest) -> tuple[str, int, ServedRun]:
-        """Find or open the run, settle on a state; returns session, step to go on from, and the run.
+        """Find or open the run and settle on a state; returns the session, the step to go on from, and the run.
 
         Runs in the compute thread: it may load and move weights.
 
         Raises:
-            WireError: if the request cannot be meant so. HandshakeError: if the two sides do not fit.
+            WireError: if the request is malformed. HandshakeError: if the two sides do not fit.
             LimitError: if this server is busy with other runs.
         """
         if request.protocol != PROTOCOL:
@@ -74,7 +74,7 @@ class Sessions:
             )
         if request.current > 2**31 or any(step > 2**31 for step in request.restorable):
             raise WireError("a step lies beyond 2**31")
-        run = self._run(client, request)
+        run = self._find_or_open(client, request)
         run.agree(request.model, request.training)
         if client not in run.steps and len(run.steps) >= max(run.training.clients, 1):
             raise HandshakeError(
@@ -89,23 +89,23 @@ class Sessions:
         self._sessions[session] = Session(client, run)
         return session, start, run
 
-    def _run(self, client: str, request: pb.HelloRequest) -> ServedRun:
+    def _find_or_open(self, client: str, request: pb.HelloRequest) -> ServedRun:
         if request.run in self.runs:
             return self.runs[request.run]
         self._make_room()
         folder = self._folder / request.run
-        handshake, begun = folder / "handshake.json", _begun(folder)
+        handshake, stored = folder / "handshake.json", _stored_handshake(folder)
         model, training = request.model, request.training
-        if begun is not None:
+        if stored is not None:
             model, training = (
-                ParseDict(begun["model"], pb.Model()),
-                ParseDict(begun["training"], pb.Training()),
+                ParseDict(stored["model"], pb.Model()),
+                ParseDict(stored["training"], pb.Training()),
             )
         check_training(training)
         run = ServedRun(
             request.run, model, training, self._open_half(model, training), folder / "checkpoints"
         )
-        if begun is None:
+        if stored is None:
             folder.mkdir(parents=True, exist_ok=True)
             facts: dict[str, Any] = {
                 "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
@@ -117,9 +117,10 @@ class Sessions:
         return run
 
     def _make_room(self) -> None:
+        """Save and drop finished runs until one more fits in memory."""
         while len(self.runs) >= self._runs_at_once:
-            done = next((run for run in self.runs.values() if run.finished), None)
-            if done is None:
+            finished = next((run for run in self.runs.values() if run.finished), None)
+            if finished is None:
                 busy = ", ".join(
                     f"{run.name} ({', '.join(self.clients_of(run))})" for run in self.runs.values()
                 )
@@ -127,14 +128,14 @@ class Sessions:
                     f"this server trains {len(self.runs)} runs at once and is busy with {busy}; wait until one is "
                     "finished, or ask its owner for `hosl serve --runs-at-once`"
                 )
-            done.save()
-            del self.runs[done.name]
-            for name in [n for n, s in self._sessions.items() if s.run is done]:
+            finished.save()
+            del self.runs[finished.name]
+            for name in [n for n, s in self._sessions.items() if s.run is finished]:
                 del self._sessions[name]
 
 
-def _begun(folder: Path) -> dict[str, Any] | None:
-    """What the first Hello of a run said; None: there is no such run yet."""
+def _stored_handshake(folder: Path) -> dict[str, Any] | None:
+    """The model and training of a run's first Hello; None: there is no such run yet."""
     former = folder / "agreement.json"  # its name, and that of `distribution` in it, before version 0.2
     for file in (folder / "handshake.json", former):
         if file.is_file():
@@ -147,7 +148,7 @@ def _begun(folder: Path) -> dict[str, Any] | None:
 
 
 def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
-    """Do something with every run in memory."""
+    """Call `act` with every run in memory."""
     for run in list(sessions.runs.values()):
         act(run)
 
@@ -156,7 +157,7 @@ def check_training(training: pb.Training) -> None:
     """Refuse settings that contradict each other, whoever sent them.
 
     Raises:
-        HandshakeError: saying which.
+        HandshakeError: naming the settings.
     """
     if training.max_steps < 1 or not 0 <= training.learning_rate < float("inf"):
         raise HandshakeError(

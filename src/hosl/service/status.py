@@ -1,4 +1,4 @@
-"""What the service counts and tells: Prometheus metrics, structured log lines, the state that the live page shows."""
+"""The monitoring of the service: Prometheus metrics, structured log lines, the state that the live page shows."""
 
 import json
 import sys
@@ -16,11 +16,11 @@ from hosl.errors import HoslError
 from hosl.service.runs import ServedRun
 
 _POINTS = 2000
-"""Losses that the live page keeps per run; older ones are thinned out."""
+"""The number of losses kept per run for the live page; above it, every other one is dropped."""
 
 
 class Status:
-    """Counters of one service. Written by the event loop, read by the page's threads."""
+    """The counters of one service. Written by the event loop, read by the page's threads."""
 
     def __init__(self, log: Callable[[str], None] | None = None) -> None:
         self.registry = CollectorRegistry()
@@ -43,21 +43,21 @@ class Status:
         self.ready = False
 
     def watch_queue(self, length: Callable[[], int]) -> None:
-        """Where the length of the queue is to be read."""
+        """Set the function that returns the length of the queue."""
         self._queue.set_function(length)
 
     @contextmanager
     def call(self, client: str, name: str) -> Iterator[None]:
-        """One call, from its first message to its end."""
+        """Count one call; the context spans it from its first message to its end."""
         self._calls.labels(client, name).inc()
         with self._lock:
-            seen = self._clients.setdefault(client, {"bytes_up": 0, "bytes_down": 0, "steps": 0})
-            seen["last_seen"] = time.time()
+            facts = self._clients.setdefault(client, {"bytes_up": 0, "bytes_down": 0, "steps": 0})
+            facts["last_seen"] = time.time()
         with self._running.track_inprogress():
             yield
 
     def transferred(self, client: str, *, up: int, down: int) -> None:
-        """Message bytes of a client's call since the last time."""
+        """Count the message bytes of a client's call since the last count."""
         self._bytes.labels(client, "up").inc(up)
         self._bytes.labels(client, "down").inc(down)
         with self._lock:
@@ -65,7 +65,7 @@ class Status:
             self._clients[client]["bytes_down"] += down
 
     def hello(self, client: str, run: ServedRun, version: str, start: int) -> None:
-        """A client has come."""
+        """Record that a client said hello and goes on after step `start`."""
         with self._lock:
             self._runs.setdefault(run.name, {"step": run.server_step})
             self._runs[run.name] |= {"max_steps": run.training.max_steps, "step": run.server_step}
@@ -73,7 +73,7 @@ class Status:
         self.line("hello", client=client, run=run.name, version=version[:40], start=start)
 
     def stepped(self, run: ServedRun, client: str, seconds: float) -> None:
-        """A training step was answered."""
+        """Record that a training step was executed and took `seconds` of compute."""
         self._steps.labels(run.name, client).inc()
         self._seconds.labels(run.name).inc(seconds)
         with self._lock:
@@ -87,7 +87,7 @@ class Status:
                     self._losses[run.name] = deque(list(losses)[::2])
 
     def round_closed(self, run: ServedRun, number: int, dropped: list[str], seconds: float) -> None:
-        """A synchronous round was applied; `dropped` did not make it."""
+        """Record that a synchronous round was applied; the clients `dropped` did not contribute."""
         self._seconds.labels(run.name).inc(seconds)
         with self._lock:
             self._runs[run.name]["step"] = run.server_step
@@ -95,18 +95,18 @@ class Status:
             self.line("dropped", run=run.name, round=number, clients=dropped)
 
     def refused(self, client: str, call: str, error: HoslError) -> None:
-        """A call was refused, or failed in a way that has a name."""
+        """Record that a call ended with one of hosl's own errors."""
         self._refusals.labels(call, type(error).__name__).inc()
         self.line("refused", client=client, call=call, error=type(error).__name__, said=str(error)[:300])
 
     def broke(self, client: str, call: str, error: Exception) -> None:
-        """A call met a bug of ours."""
+        """Record that a call failed by a bug of the server."""
         self._refusals.labels(call, "FailureError").inc()
         trace = "".join(traceback.format_exception(error))[-2000:]
         self.line("failed", client=client, call=call, error=type(error).__name__, trace=trace)
 
     def line(self, event: str, **facts: Any) -> None:
-        """One structured log line."""
+        """Write one structured log line: a JSON object."""
         self._log(json.dumps({"time": round(time.time(), 3), "event": event, **facts}))
 
     def exposition(self) -> bytes:
@@ -114,20 +114,20 @@ class Status:
         return generate_latest(self.registry)
 
     def state(self) -> dict[str, Any]:
-        """What the live page shows: clients, runs with their losses, queue."""
+        """The state that the live page shows: clients, runs with their losses, queue."""
         with self._lock:
             runs = {
                 name: facts | {"losses": list(self._losses.get(name, ()))}
                 for name, facts in self._runs.items()
             }
             clients = {name: dict(facts) for name, facts in self._clients.items()}
-        waiting = [sample.value for metric in self._queue.collect() for sample in metric.samples]
+        queue_lengths = [sample.value for metric in self._queue.collect() for sample in metric.samples]
         return {
             "started": self.started,
             "now": time.time(),
             "runs": runs,
             "clients": clients,
-            "queue": waiting[0],
+            "queue": queue_lengths[0],
         }
 
 

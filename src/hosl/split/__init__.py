@@ -1,4 +1,4 @@
-"""A Hugging Face model -> two halves, and back. Names are loaded when first used, so the settings cost no torch."""
+"""A Hugging Face model -> two halves, and back. Names are imported at first use: the settings need no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hosl.split.specs import LoraSpec
     from hosl.split.u_shape import HeadHalf, TrunkHalf, split_u_shape
 
-_HOMES = {
+_MODULES = {
     "LoraSpec": "specs",
     "add_lora": "adapters",
     "set_trainable": "adapters",
@@ -43,6 +43,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module hosl.split has no name {name!r}")
-    return getattr(import_module(f"hosl.split.{_HOMES[name]}"), name)
+    return getattr(import_module(f"hosl.split.{_MODULES[name]}"), name)

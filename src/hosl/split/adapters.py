@@ -1,4 +1,4 @@
-"""Which weights of a half are trained: all, the blocks, none, or low-rank adapters by peft's conventions."""
+"""The trained weights of a half: all, the blocks, none, or low-rank adapters by peft's conventions."""
 
 import math
 import re
@@ -16,9 +16,9 @@ ADAPTER = "default"
 
 
 def set_trainable(half: Half, which: Literal["all", "blocks", "last-block", "none"]) -> None:
-    """Choose a half's trained weights; blocks leaves embeddings (and their norms) and the head as they are.
+    """Choose a half's trained weights; `blocks` leaves embeddings (and their norms) and the head frozen.
 
-    last-block: of a client half only, block cut - 1; nothing where it has no block.
+    `last-block` is for a client half: it trains block cut - 1, or nothing where there is no block.
     """
     prefix = f"{half.blocks_name}." + (f"{half.cut - 1}." if which == "last-block" else "")
     for name, p in half.named_parameters():
@@ -26,9 +26,9 @@ def set_trainable(half: Half, which: Literal["all", "blocks", "last-block", "non
 
 
 def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None = None) -> None:
-    """Put adapters into a half's blocks, in place, and train only them. They start as peft's do, from the seed.
+    """Put adapters into a half's blocks, in place, and train only them. They start like peft's, from `seed`.
 
-    A half without blocks (cut 0 or n) gets none. `dtype` is the adapters'; None: as peft does, that of the weights.
+    A half without blocks (cut 0 or n) gets none. `dtype` is that of the adapters; None: the weights' own, as in peft.
 
     Raises:
         ConfigError: if peft is not installed, or no module has one of the targets' names.
@@ -39,17 +39,19 @@ def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None
     peft = _peft()
     targets = _target_modules(half, spec)
     prefix = f"{half.blocks_name}."
-    inside = sorted(name.removeprefix(prefix) for name in targets)
-    config = peft.LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=inside, lora_dropout=0.0)
+    names_in_blocks = sorted(name.removeprefix(prefix) for name in targets)
+    config = peft.LoraConfig(
+        r=spec.r, lora_alpha=spec.alpha, target_modules=names_in_blocks, lora_dropout=0.0
+    )
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global state; drawn again below
-        # into the blocks, not the model: peft looks for a tied model's embeddings, and a half may have none
+        # not into the whole model: in a tied model peft looks for the embeddings, and a half may have none
         peft.inject_adapter_in_model(config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER)
     with torch.no_grad():
         for name, p in half.named_parameters():
             if ".lora_" in name and dtype is not None:
                 p.data = p.data.to(dtype)
             if ".lora_A." in name:
-                bound = 1 / math.sqrt(p.shape[1])  # kaiming uniform with a = sqrt(5), as peft's
+                bound = 1 / math.sqrt(p.shape[1])  # Kaiming uniform with a = sqrt(5), as in peft
                 p.copy_(torch.from_numpy(seeded_generator(seed, name).uniform(-bound, bound, p.shape)))
             elif ".lora_B." in name:
                 p.zero_()
@@ -58,32 +60,32 @@ def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None
 
 
 def lora_layers(half: Half) -> dict[str, Any]:
-    """peft's layers of a half by the name of the module that they wrap; empty without adapters."""
+    """The peft layers of a half, by the name of the module that each wraps; empty without adapters."""
     return {
         name: m for name, m in half.model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")
     }
 
 
 def _target_modules(half: Half, spec: LoraSpec) -> set[str]:
-    """Full names of the modules to adapt: inside the blocks, last part of the name as asked."""
-    asked = set(spec.target_modules or _default_targets(half.family))
-    inside = re.compile(re.escape(half.blocks_name) + r"\.\d+\.")
-    found = {
+    """The full names of the modules to adapt: those in the blocks whose last part is one of the targets."""
+    targets = set(spec.target_modules or _default_targets(half.family))
+    in_block = re.compile(re.escape(half.blocks_name) + r"\.\d+\.")
+    modules = {
         name
         for name, module in half.model.named_modules()
-        if inside.match(name) and name.rpartition(".")[2] in asked and hasattr(module, "weight")
+        if in_block.match(name) and name.rpartition(".")[2] in targets and hasattr(module, "weight")
     }
-    if not found:
+    if not modules:
         leaves = {
             name.rpartition(".")[2]
             for name, module in half.model.named_modules()
-            if inside.match(name) and getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
+            if in_block.match(name) and getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
         }
         raise ConfigError(
-            f"lora.target_modules {sorted(asked)}: no such module in the blocks of a {half.family}; "
+            f"lora.target_modules {sorted(targets)}: no such module in the blocks of a {half.family}; "
             f"there are {', '.join(sorted(leaves))}"
         )
-    return found
+    return modules
 
 
 def _default_targets(family: str) -> list[str]:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming
 from hosl.errors import ModelError
 from hosl.split.export import copy_tokenizer
 from hosl.split.families import Family, Head, family_of
+from hosl.split.folder_facts import read_half_json
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
 from hosl.split.streaming import Source, tensors_digest, write_tensors
@@ -40,19 +41,19 @@ _FILES: dict[Piece, str] = {
 
 @dataclass(frozen=True, slots=True)
 class SplitInfo:
-    """What `split_folder` wrote."""
+    """The summary of a split folder."""
 
     family: str
     cut: int
     base_digest: str
     """SHA-256 over the whole checkpoint's safetensors files."""
     client_bytes: int
-    """Size of the client's tensors."""
+    """The size of the client's tensors."""
     server_bytes: int
-    """Size of the server's tensors."""
+    """The size of the server's tensors."""
 
     def facts(self) -> dict[str, Any]:
-        """As plain data."""
+        """The fields as plain data, for JSON."""
         return asdict(self)
 
 
@@ -72,13 +73,15 @@ def split_folder(
         model: a folder, a hub name, or the embedded model.
         cut: 0..n; the client keeps the embeddings and blocks 0..cut-1.
         out: must not exist, or be empty.
-        head: which top-level class the checkpoint is read as.
-        num_labels: of a classification head.
-        seed: of weights that the checkpoint does not hold, such as a new head.
-        labels: where they stay; client: norm and head go there too, as OUT/client/head.safetensors.
+        head: the kind of top-level class that the checkpoint is read as.
+        num_labels: the number of classes of a classification head.
+        seed: the seed of weights that the checkpoint does not hold, such as a new head.
+        labels: the side where the labels stay; `client` also puts final norm and head there, as
+            OUT/client/head.safetensors.
 
     Raises:
-        SplitError: if family or cut cannot serve. FolderError: if `out` is taken.
+        SplitError: if the family is unknown, or the cut outside 0..n.
+        FolderError: if `out` exists and is not an empty folder.
         ModelError: if weights are missing or cut short.
     """
     name = str(model)
@@ -114,12 +117,12 @@ def split_folder(
 
 
 def load_half(folder: str | Path) -> ClientHalf | ServerHalf | TrunkHalf:
-    """One side of a split folder, without ever allocating the other: bit for bit `split_model`'s.
+    """Load one side of a split folder, without ever allocating the other; bit for bit the half of `split_model`.
 
-    Where the labels stay with the client, the server's is a `TrunkHalf`; `load_head` reads the client's other piece.
+    Where the labels stay with the client, the server's half is a `TrunkHalf`; `load_head` loads the client's head.
 
     Raises:
-        ModelError: if it is no half, or its tensors are not those that were written.
+        ModelError: if the folder is no half, or its tensors are not those that were written.
     """
     facts = _facts(Path(folder))
     kind = (
@@ -129,9 +132,9 @@ def load_half(folder: str | Path) -> ClientHalf | ServerHalf | TrunkHalf:
 
 
 def load_head(folder: str | Path, client_half: ClientHalf) -> HeadHalf:
-    """The head of a client's folder whose labels stay at home; a tied one shares `client_half`'s embedding.
+    """Load the head of a client that keeps its labels; a tied head shares the embedding of `client_half`.
 
-    `client_half` is left as it was: an embedding that is not trained stays so.
+    `client_half` is left as it was: an embedding that is not trained stays frozen.
 
     Raises:
         ModelError: if the folder has no head, or its tensors are not those that were written.
@@ -146,12 +149,7 @@ def load_head(folder: str | Path, client_half: ClientHalf) -> HeadHalf:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / "half.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise ModelError(
-            f"{folder} is no half of a split model: half.json: {cause}; `hosl split` makes halves"
-        ) from cause
+    facts = read_half_json(folder)
     if facts.get("format") != _FORMAT:
         raise ModelError(
             f"{folder}: half.json has format {facts.get('format')}, this version reads {_FORMAT}"
@@ -180,13 +178,13 @@ def _load_piece(
     model.load_state_dict(tensors | shared, assign=True)
     for p in model.parameters():
         p.requires_grad_(True)
-    for p in frozen:  # theirs to train or not, and torch's assignment sets it too
+    for p in frozen:  # the client half decides what it trains, but torch's assignment overwrote it
         p.requires_grad_(False)
     return model, family
 
 
 def _piece(config: Any, head: Head, piece: Piece, cut: int, labels: LabelsAt) -> tuple[Any, Family]:
-    """One piece of the model on the meta device: shapes and names, no memory."""
+    """One piece of the model on the meta device: shapes and names, without memory."""
     model, family = _skeleton(config, head)
     check_cut(family, model, cut)
     match piece:
@@ -200,7 +198,7 @@ def _piece(config: Any, head: Head, piece: Piece, cut: int, labels: LabelsAt) ->
 
 
 def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
-    """The whole model on the meta device: shapes and names, no memory."""
+    """The whole model on the meta device: shapes and names, without memory."""
     auto = (
         transformers.AutoModelForCausalLM
         if head == "causal"
@@ -214,63 +212,71 @@ def _skeleton(config: Any, head: Head) -> tuple[Any, Family]:
 def _write_piece(
     skeleton: Any, files: list[Path], out: Path, name: str, seed: int, *, without: Collection[str]
 ) -> tuple[str, int, list[str]]:
-    homes = _homes(skeleton, files)
+    """Write the tensors of a piece; returns their digest, their bytes, and the names of those drawn anew."""
+    locations = _locations(skeleton, files)
     sources, absent = [], []
-    for wanted, tensor in skeleton.state_dict().items():
-        if wanted in without:
+    for tensor_name, tensor in skeleton.state_dict().items():
+        if tensor_name in without:
             continue
-        key = _key_in_checkpoint(skeleton, wanted, homes)
-        source = None if key is None else _stored(wanted, *homes[key])
+        key = _key_in_checkpoint(skeleton, tensor_name, locations)
+        source = None if key is None else _stored(tensor_name, *locations[key])
         if source is None or source.shape != tuple(tensor.shape):  # a head for other labels is drawn anew
-            absent.append(wanted)
+            absent.append(tensor_name)
         else:
             sources.append(source)
-    for wanted, tensor in _new_weights(skeleton, absent, name, seed).items():
-        sources.append(Source(wanted, "F32", tuple(tensor.shape), lambda tensor=tensor: tensor))
+    for tensor_name, tensor in _new_weights(skeleton, absent, name, seed).items():
+        sources.append(Source(tensor_name, "F32", tuple(tensor.shape), lambda tensor=tensor: tensor))
     digest = write_tensors(out, sources)
     return digest, sum(source.size_bytes for source in sources), absent
 
 
-def _stored(wanted: str, file: Path, stored_key: str) -> Source:
+def _stored(name: str, file: Path, stored_key: str) -> Source:
+    """The source of the tensor `name`, which `file` holds as `stored_key`."""
+
     def read() -> torch.Tensor:
         with safetensors.safe_open(file, "pt") as content:
             return content.get_tensor(stored_key)
 
     with safetensors.safe_open(file, "pt") as content:
         part = content.get_slice(stored_key)
-        return Source(wanted, part.get_dtype(), tuple(part.get_shape()), read)
+        return Source(name, part.get_dtype(), tuple(part.get_shape()), read)
 
 
-def _homes(skeleton: Any, files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """Where each tensor stands: its name today -> file, and the name it has there (transformers' own renamings)."""
+def _locations(skeleton: Any, files: list[Path]) -> dict[str, tuple[Path, str]]:
+    """The file of each tensor and its name there, by its name today: transformers has renamed some since."""
     renamings = [r for r in get_model_conversion_mapping(skeleton) if isinstance(r, WeightRenaming)]
-    homes = {}
+    locations = {}
     for file in files:
         with safetensors.safe_open(file, "pt") as content:
             for stored_key in list(content.keys()):
                 key = stored_key
                 for renaming in renamings:
                     key, _ = renaming.rename_source_key(key)
-                homes[key] = (file, stored_key)
-    return homes
+                locations[key] = (file, stored_key)
+    return locations
 
 
-def _key_in_checkpoint(skeleton: Any, wanted: str, homes: dict[str, tuple[Path, str]]) -> str | None:
-    """A tensor's name in the checkpoint: its own, its tied twin's, or without the base model's prefix."""
-    twin = (type(skeleton)._tied_weights_keys or {}).get(wanted)
+def _key_in_checkpoint(skeleton: Any, name: str, locations: dict[str, tuple[Path, str]]) -> str | None:
+    """A tensor's key in `locations`: its own name or that of its tied twin, with or without the base model's prefix."""
+    twin = (type(skeleton)._tied_weights_keys or {}).get(name)
     tied = getattr(skeleton.config, "tie_word_embeddings", False)
-    for name in (wanted, twin if tied else None):
-        if name is None:
+    for candidate in (name, twin if tied else None):
+        if candidate is None:
             continue
-        for key in (name, name.removeprefix(f"{skeleton.base_model_prefix}.")):
-            if key in homes:
+        for key in (candidate, candidate.removeprefix(f"{skeleton.base_model_prefix}.")):
+            if key in locations:
                 return key
     return None
 
 
 def _new_weights(skeleton: Any, absent: list[str], name: str, seed: int) -> dict[str, torch.Tensor]:
-    inside = f"{skeleton.base_model_prefix}."
-    lost = [key for key in absent if key.startswith(inside) and ".pooler." not in key]
+    """Draw the weights that the checkpoint does not hold, such as a new head: name -> float32 tensor.
+
+    Raises:
+        ModelError: if weights of the base model are absent.
+    """
+    prefix = f"{skeleton.base_model_prefix}."
+    lost = [key for key in absent if key.startswith(prefix) and ".pooler." not in key]
     if lost:
         raise ModelError(
             f"model {name}: the checkpoint lacks {lost[0]} and {len(lost) - 1} more tensors of its own model, or has "
@@ -294,13 +300,12 @@ def _new_weights(skeleton: Any, absent: list[str], name: str, seed: int) -> dict
 
 
 def _restore_buffers_(model: Any) -> None:
-    """Buffers that no file holds (rotary frequencies, position ids) are lost on the meta device: compute them again."""
+    """Compute again the buffers that no file holds (rotary frequencies, position ids): the meta device lost them."""
     for module in model.modules():
         lost = [key for key, b in module._buffers.items() if b is not None and b.is_meta]
         for key in lost:
             b = module._buffers[key]
             module._buffers[key] = torch.zeros(b.shape, dtype=b.dtype)
         if lost:
-            model._init_weights(
-                module
-            )  # transformers' own; parameters are still meta, so only buffers are filled
+            # transformers' own initialisation; parameters are still meta, so only buffers are filled
+            model._init_weights(module)

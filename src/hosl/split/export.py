@@ -28,7 +28,7 @@ def export_checkpoint(
 ) -> None:
     """Write `out`: config, safetensors and tokenizer of the whole model; adapters are merged into their weights.
 
-    Halves whose tie a cut has separated and training has parted are written untied (`tie_word_embeddings: false`).
+    Tied weights that the cut separated and training changed apart are written untied (`tie_word_embeddings: false`).
 
     Raises:
         ConfigError: if the client half is low-precision: its original weights are gone.
@@ -59,7 +59,7 @@ def export_checkpoint(
 
 
 def export_adapter(client_half: ClientHalf, server_half: ServerHalf, out: Path) -> None:
-    """Write `out` as peft would: the adapters of both halves, for `PeftModel.from_pretrained(base, out)`.
+    """Write the adapters of both halves to `out` as peft does, for `PeftModel.from_pretrained(base, out)`.
 
     Raises:
         FolderError: if `out` exists and is not empty.
@@ -86,7 +86,7 @@ def export_adapter(client_half: ClientHalf, server_half: ServerHalf, out: Path) 
 
 
 def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
-    """A half's tensors under the names of the whole, adapters added to the weights they adapt; copies."""
+    """Copies of a half's tensors under their names in the whole model, with the adapters added to their weights."""
     layers = lora_layers(half)
     merged = {}
     with torch.no_grad():
@@ -103,7 +103,7 @@ def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
 
 
 def copy_tokenizer(folder: Path | None, out: Path) -> None:
-    """Copy the tokenizer's files, those that there are."""
+    """Copy those of `TOKENIZER_FILES` that `folder` has; None: none."""
     for name in TOKENIZER_FILES:
         if folder is not None and (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)

@@ -10,24 +10,24 @@ from hosl.errors import SplitError
 
 Head = Literal["causal", "classification"]
 QueryPlace = Literal["all", "first", "by head"]
-"""Which outputs of a layer are queries. first: before keys and values. by head: as first, within each head."""
+"""The place of the queries in a layer's output. `first`: before keys and values. `by head`: first within each head."""
 StandIn = Literal["none", "identity", "zeros", "inputs_embeds"]
-"""What takes the place of a module that the other side owns (`hosl.split.stand_ins`)."""
+"""The kind of module that replaces one of the other side (`hosl.split.stand_ins`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where an architecture can be cut, and what either side does without."""
+    """The names of an architecture's modules on either side of a cut."""
 
     model_type: str
-    """`config.model_type`."""
+    """The value of `config.model_type`."""
     head: Head
     blocks: str
-    """The list of transformer blocks."""
+    """The name of the list of transformer blocks."""
     client_only: dict[str, StandIn]
-    """Modules before the blocks; what the server half has instead."""
+    """The modules before the blocks, and what replaces each in the server half."""
     server_only: dict[str, StandIn]
-    """Modules after the blocks; what the client half has instead."""
+    """The modules after the blocks, and what replaces each in the client half."""
     output_projections: tuple[str, str]
     """The layers of a block whose outputs are added to the residual stream: attention's and the feed-forward's last."""
     query: str
@@ -35,7 +35,7 @@ class Family:
     query_place: QueryPlace = "all"
 
 
-def _llama_like(model_type: str, query: str = "self_attn.q_proj", place: QueryPlace = "all") -> Family:
+def _llama_like(model_type: str, query: str = "self_attn.q_proj", query_place: QueryPlace = "all") -> Family:
     return Family(
         model_type,
         "causal",
@@ -44,7 +44,7 @@ def _llama_like(model_type: str, query: str = "self_attn.q_proj", place: QueryPl
         server_only={"model.norm": "identity", "lm_head": "identity"},
         output_projections=("self_attn.o_proj", "mlp.down_proj"),
         query=query,
-        query_place=place,
+        query_place=query_place,
     )
 
 
@@ -124,11 +124,11 @@ def family_of(config: Any, architecture: str) -> Family:
     """The row for a Hugging Face config and the name of its top-level class.
 
     Raises:
-        SplitError: if there is none.
+        SplitError: if there is no such row.
     """
     head: Head = "classification" if architecture.endswith("ForSequenceClassification") else "causal"
-    known = architecture.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel"))
-    row = FAMILIES.get((config.model_type, head)) if known else None
+    has_known_head = architecture.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel"))
+    row = FAMILIES.get((config.model_type, head)) if has_known_head else None
     if row is None:
         rows = ", ".join(f"{name} ({head})" for name, head in FAMILIES)
         raise SplitError(

@@ -1,4 +1,4 @@
-"""A Hugging Face model in two: HF's own forward, HF's own parameter names, bit for bit the whole.
+"""A Hugging Face model in two halves: with HF's own forward and parameter names, bit for bit the whole model.
 
 `cut_to_client_` and `cut_to_server_` are the one place where modules are taken away; `split_model` uses them on a model
 in memory, `hosl.split.artifact` on a skeleton that is then filled from a split folder.
@@ -17,11 +17,11 @@ from hosl.split.stand_ins import PassThrough, stand_in
 
 
 class Half:
-    """What all pieces share: an HF module tree of which only one side is left."""
+    """The base of all pieces: an HF module tree of which only one side is left."""
 
     def __init__(self, model: Any, family: Family, cut: int) -> None:
         self.model = model
-        """The HF model; parameters keep the names they have in the whole, prefix included."""
+        """The HF model; parameters keep their names in the whole model, prefix included."""
         self.cut = cut
         self._family = family
         self.eval()
@@ -33,7 +33,7 @@ class Half:
 
     @property
     def family(self) -> str:
-        """`config.model_type`."""
+        """The value of `config.model_type`."""
         return self._family.model_type
 
     @property
@@ -53,7 +53,7 @@ class Half:
 
     @property
     def query_features(self) -> torch.Tensor:
-        """Which outputs of the query's layer are queries, int64: all of them, unless keys and values are fused in."""
+        """The indices of the queries in the output of `query`, int64: all, unless keys and values are in it too."""
         config = self.config.get_text_config()
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -62,7 +62,7 @@ class Half:
         return torch.arange(heads * size)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This side's parameters under their names in the whole."""
+        """This side's parameters by their names in the whole model."""
         return self.model.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -70,11 +70,11 @@ class Half:
         return self.model.parameters()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This side's tensors under their names in the whole."""
+        """This side's tensors by their names in the whole model."""
         return self.model.state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], *, assign: bool = False) -> None:
-        """Take over tensors under the names of the whole; every one of this side must be there, and no other."""
+        """Load tensors under their names in the whole model; all of this side must be there, and no other."""
         self.model.load_state_dict(tensors, assign=assign)
 
     def convert(self, dtype: torch.dtype) -> "Half":
@@ -84,20 +84,20 @@ class Half:
                 p.data = p.data.to(dtype)
         return self
 
-    def to(self, place: torch.device | torch.dtype) -> "Half":
-        """Move or convert, as torch.nn.Module.to; a half that is at its place already is not touched."""
+    def to(self, target: torch.device | torch.dtype) -> "Half":
+        """Move to a device or convert to a dtype, as torch.nn.Module.to; nothing is done on the device already."""
         tensors = (*self.model.parameters(), *self.model.buffers())
-        if isinstance(place, torch.dtype) or any(t.device != place for t in tensors):
-            self.model.to(place)
+        if isinstance(target, torch.dtype) or any(t.device != target for t in tensors):
+            self.model.to(target)
         return self
 
     def eval(self) -> "Half":
-        """Dropout off; how halves are made and how probes need them."""
+        """Turn dropout off, as it is in a new half and must be for probes; returns the half."""
         self.model.eval()
         return self
 
     def train(self) -> "Half":
-        """Dropout on, where the config has any."""
+        """Turn dropout on, where the config has any; returns the half."""
         self.model.train()
         return self
 
@@ -106,10 +106,10 @@ class ClientHalf(Half):
     """Embeddings and blocks 0..cut-1. `client_half(input_ids, attention_mask)` is the hidden state at the cut."""
 
     hidden_dtype: torch.dtype | None = None
-    """What the hidden state leaves in; None: as it was computed. A low-precision base keeps the server's dtype."""
+    """The dtype of the returned hidden state; None: as computed. A low-precision base keeps the dtype of the model."""
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """H = f_c(x).
+        """The hidden state at the cut, h = f_c(x).
 
         Args:
             input_ids: [rows, seq], int64.
@@ -130,12 +130,12 @@ class ServerHalf(Half):
     def __call__(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """f_s(h).
+        """The logits, f_s(h).
 
         Args:
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64, the same as the client's.
-            positions: [positions], int64; where a causal model's logits are wanted. None: everywhere.
+            positions: [positions], int64; the positions of the logits, for a causal model. None: all.
 
         Returns:
             Logits: [rows, classes], or [rows, seq or positions, vocabulary].
@@ -152,8 +152,8 @@ def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:
     """Cut a Hugging Face model between blocks cut-1 and cut.
 
     The halves share the model's tensors: no weight is copied, and training a half trains the model's too. Only a tied
-    output head is copied, since its twin stays with the client: each side trains its own from the same start.
-    Dropout is off in both (`eval`).
+    output head is copied, since the embedding that it is tied to stays with the client: each side trains its own copy,
+    from the same start. Dropout is off in both halves (`eval`).
 
     Args:
         model: a `...ForCausalLM` or `...ForSequenceClassification` of a known family.
@@ -211,6 +211,7 @@ def _replace_(model: Any, name: str, module: nn.Module | None) -> None:
 
 
 def _separate_ties_(client_model: nn.Module, server_model: nn.Module) -> None:
+    """Give the server's model copies of the parameters that it shares with the client's."""
     clients = {id(p) for p in client_model.parameters()}
     for module in server_model.modules():
         for key, p in list(module._parameters.items()):

@@ -31,7 +31,7 @@ class LoadedModel:
     initialised: tuple[str, ...]
     """Parameters that the checkpoint does not hold, such as a new head; drawn from the seed."""
     source: str
-    """The name it was asked by."""
+    """The name that it was loaded by."""
     digest: str
     """SHA-256 over its safetensors files, in the order of their names."""
 
@@ -39,14 +39,14 @@ class LoadedModel:
 def load_model(
     name: str, *, head: Head, num_labels: int | None, seed: int, dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Load through transformers' own auto classes; deterministic, and no global random state changes.
+    """Load a model through transformers' auto classes; deterministic, without a change of the global random state.
 
     Args:
         name: the embedded model, a folder (environment variables allowed), or a hub name.
         head: causal language model, or sequence classification.
-        num_labels: of a classification head.
-        seed: of weights that the checkpoint does not hold.
-        dtype: of the weights.
+        num_labels: the number of classes of a classification head.
+        seed: the seed of weights that the checkpoint does not hold.
+        dtype: the dtype of the weights.
 
     Raises:
         ModelError: if the weights are missing, cut short, or not the expected ones.
@@ -65,18 +65,18 @@ def load_model(
         except (ValueError, OSError) as cause:
             raise SplitError(f"{name} cannot be loaded as a {head} model: {_one_line(cause)}") from cause
     initialised = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))
-    inside = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
-    if inside:
-        raise ModelError(f"model {name}: {inside[0]} has another shape in the weights than in config.json")
+    reshaped = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if reshaped:
+        raise ModelError(f"model {name}: {reshaped[0]} has another shape in the weights than in config.json")
     draw_weights_(model, initialised, seed)
     return LoadedModel(model.eval(), initialised, name, digest)
 
 
 def resolve_model_folder(name: str) -> Path:
-    """The local folder of a model: of the embedded one, as given, or the hub's download.
+    """The local folder of a model: the embedded model's, the named folder, or the hub's download.
 
     Raises:
-        ModelError: if there is no such folder, or the hub does not give it.
+        ModelError: if there is no such folder, or the hub does not have it.
     """
     if name == EMBEDDED_MODEL:
         return _embedded_folder()
@@ -96,7 +96,7 @@ def resolve_model_folder(name: str) -> Path:
 
 
 def checkpoint_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a checkpoint, each checked to be whole.
+    """The safetensors files of a checkpoint, each checked to be complete.
 
     Raises:
         ModelError: if there is none, or one is cut short.
@@ -106,14 +106,14 @@ def checkpoint_files(folder: Path, name: str) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-        found = f"only {', '.join(pickled)}, which is pickle and never read" if pickled else "no weights"
+        content = f"only {', '.join(pickled)}, which is pickle and never read" if pickled else "no weights"
         raise ModelError(
-            f"model {name}: {folder} holds {found}; save it with `model.save_pretrained(folder)` of transformers 5"
+            f"model {name}: {folder} holds {content}; save it with `model.save_pretrained(folder)` of transformers 5"
         )
     for file in files:
         try:
-            with safetensors.safe_open(file, "pt") as content:
-                content.keys()
+            with safetensors.safe_open(file, "pt") as tensors:
+                tensors.keys()
         except safetensors.SafetensorError as cause:
             raise ModelError(
                 f"model {name}: {file.name} is cut short or damaged ({cause}); an interrupted download? fetch it again"
@@ -122,7 +122,11 @@ def checkpoint_files(folder: Path, name: str) -> list[Path]:
 
 
 def checkpoint_digest(folder: Path, name: str) -> str:
-    """SHA-256 over a checkpoint's safetensors files; the embedded model must have the one that we know."""
+    """SHA-256 over a checkpoint's safetensors files.
+
+    Raises:
+        ModelError: if a file is missing or cut short, or the embedded model has another digest than expected.
+    """
     digest = sha256()
     for file in checkpoint_files(folder, name):
         with file.open("rb") as stream:
@@ -137,7 +141,7 @@ def checkpoint_digest(folder: Path, name: str) -> str:
 
 
 def draw_weights_(model: nn.Module, names: Iterable[str], seed: int) -> None:
-    """Give the named parameters their start from the seed: N(0, initializer_range); biases 0, norms 1."""
+    """Draw the named parameters from the seed: normal, of standard deviation `initializer_range`; biases 0, norms 1."""
     std = getattr(model.config, "initializer_range", 0.02)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -154,7 +158,7 @@ def draw_weights_(model: nn.Module, names: Iterable[str], seed: int) -> None:
 
 
 def seeded_generator(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for each seed and tensor name."""
+    """A random generator that depends on the seed and the tensor's name alone."""
     key = np.frombuffer(blake2b(f"hosl/init/{seed}/{name}".encode(), digest_size=16).digest(), dtype="<u8")
     return np.random.Generator(np.random.Philox(key=key))
 
@@ -188,7 +192,7 @@ def _from_hub(name: str) -> Path:
 
 @contextmanager
 def _quiet() -> Any:
-    """No progress bars and no advice from transformers inside; its settings are put back."""
+    """Silence transformers' progress bars and advice inside the context; its settings are restored at the end."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

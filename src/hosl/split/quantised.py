@@ -18,13 +18,13 @@ from hosl.split.halves import ClientHalf
 BaseDtype = Literal["bfloat16", "int8"]
 
 _TILE_ELEMENTS = 1 << 18
-"""Of weights in the compute dtype at once: 1 MiB in float32. Smaller tiles are slower, larger ones hardly faster."""
+"""The weights in the compute dtype at once: 1 MiB in float32. Smaller tiles are slower, larger ones hardly faster."""
 _ALIGNED = 64
-"""Tiles are multiples of so many rows or columns: 341 rows took a fifth longer than 256 (AVX-512, one thread)."""
+"""Tiles are multiples of this many rows or columns: 341 rows took a fifth longer than 256 (AVX-512, one thread)."""
 
 
 def quantise_(half: ClientHalf, dtype: BaseDtype) -> None:
-    """Make a half's weights low-precision, in place, tensor by tensor. The hidden state leaves in the dtype it had.
+    """Make a half's weights low-precision, in place, tensor by tensor. The hidden state keeps its dtype.
 
     bfloat16: every weight; the half computes in bfloat16. int8: the linear layers of the blocks (GPT-2's transposed
     ones too); embeddings, norms and biases stay, and so does the compute dtype.
@@ -45,7 +45,7 @@ def quantise_(half: ClientHalf, dtype: BaseDtype) -> None:
             rows = module.weight if isinstance(module, nn.Linear) else module.weight.T
             blocks.set_submodule(name, Int8Linear(rows, module.bias, f"{half.blocks_name}.{name}"))
     for tensor in (*half.parameters(), *half.model.buffers()):
-        # what is read from a file is mapped, all of it for as long as one tensor is: in float32, pages and all
+        # a tensor read from a file is a view of the mapped file: one view keeps the whole file in float32 in memory
         if tensor.dtype != torch.int8:
             tensor.data = tensor.data.clone()
 
@@ -58,13 +58,12 @@ def quantise_rows(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
     """
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    if weight.is_meta:  # a plan's: there is nothing to read
+    if weight.is_meta:  # the planner's: it has no values
         return q, scale
+    smallest = torch.finfo(torch.float32).tiny  # the scale of a row of zeros
     for start, stop in _tiles(len(weight), across=weight.shape[1]):
         tile = weight[start:stop].to(torch.float32)
-        s = (
-            tile.abs().amax(1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-        )  # a row of zeros is 0/tiny
+        s = tile.abs().amax(1).div_(127).clamp_min_(smallest)
         scale[start:stop] = s
         q[start:stop] = tile.div(s[:, None]).round_()
     if not scale.isfinite().all():
@@ -78,7 +77,7 @@ class Int8Linear(nn.Linear):
     scale: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, name: str) -> None:
-        """From a weight [out, in], which may be a transposed view, and the layer's own bias."""
+        """Quantise a weight [out, in], which may be a transposed view; the bias is taken over. `name` is for errors."""
         nn.Module.__init__(self)  # not Linear's, which would allocate float weights
         self.out_features, self.in_features = weight.shape
         q, scale = quantise_rows(weight.detach(), name)
@@ -115,18 +114,18 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         q, scale = ctx.saved_tensors
         rows = gradient.reshape(-1, len(q))
-        of_x, of_bias = None, rows.sum(0) if ctx.needs_input_grad[3] else None
+        x_gradient, bias_gradient = None, rows.sum(0) if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[0]:
             scaled = rows.mul(scale).to(rows.dtype)
             out = rows.new_empty(len(rows), q.shape[1])
             for start, stop in _tiles(q.shape[1], across=len(q)):
                 torch.mm(scaled, q[:, start:stop].to(rows.dtype), out=out[:, start:stop])
-            of_x = out.view(*gradient.shape[:-1], q.shape[1])
-        return of_x, None, None, of_bias
+            x_gradient = out.view(*gradient.shape[:-1], q.shape[1])
+        return x_gradient, None, None, bias_gradient
 
 
 def tile_rows(across: int) -> int:
-    """How many rows of `across` elements are in the compute dtype at once."""
+    """The number of rows, of `across` elements each, that are in the compute dtype at once."""
     return max(_TILE_ELEMENTS // across // _ALIGNED, 1) * _ALIGNED
 
 

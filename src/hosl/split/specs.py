@@ -9,11 +9,11 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Low-rank adapters, by the names of peft's LoraConfig. No dropout: a probe's two losses must be one function."""
 
     r: int = 8
-    """Rank."""
+    """The rank."""
     alpha: int = 16
     """The adapter's output is scaled by alpha / r."""
     target_modules: tuple[str, ...] | None = None
-    """Last parts of module names, such as q_proj; default: peft's own choice for the architecture."""
+    """The last parts of module names, such as q_proj; default: peft's own choice for the architecture."""
 
     def __post_init__(self) -> None:
         if self.r < 1:

@@ -1,4 +1,4 @@
-"""Parameter-free modules that take the place of what the other half owns, so that HF's own forward runs unchanged."""
+"""Modules without parameters that replace those of the other half, so that HF's own forward runs unchanged."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from hosl.split.families import StandIn
 
 
 class PassThrough(nn.Module):
-    """A block of the other half: gives back what it gets. Keeps the later blocks' indices, and so their names."""
+    """A block of the other half: returns its input. It keeps the indices of later blocks, and so their names."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The hidden state, untouched."""
+        """The hidden state, unchanged."""
         return hidden_states
 
 
@@ -35,13 +35,13 @@ class GivenEmbeddings(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The hidden state, by whichever argument the family passes it."""
-        given = inputs_embeds if inputs_embeds is not None else args[0]
-        assert given is not None, "a server half is called with inputs_embeds"
-        return given
+        hidden = inputs_embeds if inputs_embeds is not None else args[0]
+        assert hidden is not None, "a server half is called with inputs_embeds"
+        return hidden
 
 
 def stand_in(kind: StandIn) -> nn.Module | None:
-    """A fresh stand-in of the kind that a family's row names."""
+    """A new stand-in of a kind; None for the kind `none`."""
     match kind:
         case "none":
             return None

@@ -1,7 +1,7 @@
-"""Writing a safetensors file one tensor at a time; the library's own writer wants them all in memory at once.
+"""A writer of safetensors files, one tensor at a time; the library's own needs all of them in memory at once.
 
 The format (safetensors' README): header length as uint64, the JSON header padded with spaces to 8 bytes, then the
-tensors' bytes without gaps. Reading is the library's.
+tensors' bytes without gaps. The library reads these files.
 """
 
 import json
@@ -27,13 +27,13 @@ class Source:
 
     name: str
     dtype: str
-    """As safetensors writes it, such as F32."""
+    """The dtype's name in safetensors, such as F32."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
     @property
     def size_bytes(self) -> int:
-        """Of its elements."""
+        """The size of its elements."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 

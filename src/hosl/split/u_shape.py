@@ -16,7 +16,7 @@ from hosl.split.halves import ClientHalf, Half, ServerHalf, check_cut, cut_to_cl
 
 
 class TrunkHalf(Half):
-    """Blocks cut..n-1 and nothing after them. `trunk(hidden, attention_mask, positions)`: the last block's states."""
+    """Blocks cut..n-1 and nothing after them. `trunk(hidden, attention_mask, positions)` is the last block's states."""
 
     def __call__(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
@@ -50,8 +50,8 @@ class HeadHalf(ServerHalf):
 
         Args:
             hidden: the states [rows, positions, width].
-            attention_mask: [rows, positions], int64. No block is left to read it, so None does as well.
-            positions: [positions], int64; some of the states' positions, for a causal model. None: all.
+            attention_mask: [rows, positions], int64. No block is left that reads it, so None will do.
+            positions: [positions], int64; the states to take, for a causal model. None: all.
 
         Returns:
             Logits: [rows, classes], or [rows, positions, vocabulary].
@@ -61,16 +61,16 @@ class HeadHalf(ServerHalf):
         return super().__call__(hidden, attention_mask, positions)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, classes] or [rows, positions, vocabulary] of the states [rows, positions, width]."""
+        """The logits [rows, classes] or [rows, positions, vocabulary] of the states [rows, positions, width]."""
         return self(states)
 
 
 def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf]:
     """Cut a Hugging Face model in three, for a client that keeps the labels. No weight is copied.
 
-    Bit for bit the whole model asked for these positions, but for OPT's `project_out`: the whole multiplies every
-    position by it, the head the scored ones alone, and a matrix product of fewer rows may round otherwise. Dropout is
-    off in all three (`eval`).
+    The logits are bit for bit those of the whole model at the scored positions, except with OPT's `project_out`: the
+    whole model multiplies every position by it, the head only the scored ones, and a matrix product of fewer rows may
+    round differently. Dropout is off in all three (`eval`).
 
     Args:
         model: as for `split_model`.
@@ -93,7 +93,7 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
 
 
 def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:
-    """Take away, in place, what the client owns on either side."""
+    """Take away, in place, what the client owns before and after the trunk."""
     blocks = model.get_submodule(family.blocks)
     cut_to_client_(model, family, len(blocks))
     cut_to_server_(model, family, cut)
@@ -105,5 +105,5 @@ def cut_to_head_(model: Any, family: Family) -> None:
 
 
 def tied_names(model: Any, config: Any) -> dict[str, str]:
-    """Names of the head's tensors that are the embedding's: head's name -> embedding's name; empty when untied."""
+    """The tensors that head and embedding share: name in the head -> name of the embedding; empty when untied."""
     return dict(type(model)._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}

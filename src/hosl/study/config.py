@@ -6,12 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
-from hosl.config import WITHOUT_DIRECTIONS, Method, parse_config, read_yaml
+from hosl.config import parse_config, read_yaml
 from hosl.config.former_names import with_new_name, with_new_names
+from hosl.core.methods import METHODS
 from hosl.errors import ConfigError
 from hosl.study.grid import Arm, Grid, merged
 
@@ -85,8 +86,13 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def method_of(self, name: str) -> str:
         """Method of an arm: its settings', its own name, or that of `base`."""
-        own = name if name in get_args(Method) else self.base.get("method", name)
+        own = name if name in METHODS else self.base.get("method", name)
         return self.methods[name].settings.get("method", own)
+
+    def draws(self, name: str) -> bool:
+        """Whether an arm evaluates the loss along random directions."""
+        method = METHODS.get(self.method_of(name))  # None: refused when its config is parsed
+        return method is None or bool(method.draws)
 
     def _check_reference_rows(self) -> None:
         for what, name, allowed in (
@@ -205,7 +211,7 @@ def study_groups(study: Study) -> list[Group]:
         task_at_cut = task if cut is None else f"{task}-cut{cut}"
         arms = {}
         for name in study.methods:
-            probes = directions is not None and study.method_of(name) not in WITHOUT_DIRECTIONS
+            probes = directions is not None and study.draws(name)
             arms[name] = f"{task_at_cut}-q{directions}-{name}" if probes else f"{task_at_cut}-{name}"
         of_group = task_at_cut if directions is None else f"{task_at_cut}-q{directions}"
         groups.append(Group(of_group, task, cut, directions, arms))
@@ -221,7 +227,7 @@ def study_grid(study: Study) -> Grid:
     arms: dict[str, tuple[tuple[Any, ...], Arm]] = {}
     for group in study_groups(study):
         for name, arm_name in group.arms.items():
-            probes = group.directions is not None and study.method_of(name) not in WITHOUT_DIRECTIONS
+            probes = group.directions is not None and study.draws(name)
             key = (group.task, group.cut, group.directions if probes else None, name)
             if arms.setdefault(arm_name, (key, _arm(study, group, name)))[0] != key:
                 raise ConfigError(

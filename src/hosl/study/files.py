@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from hosl.config import WITHOUT_DIRECTIONS, Config, dump_config, parse_config, read_yaml
+from hosl.config import Config, dump_config, parse_config, read_yaml
 from hosl.errors import ConfigError, FolderError
 from hosl.report.runs import flat, seed_draws_rows
 from hosl.study.grid import Grid, Summary, Trial
@@ -136,7 +136,7 @@ def check_same_settings(config: Config, content: object, where: Path) -> None:
             f"{where} was made by a version of hosl whose settings this one does not know; choose another output_dir, "
             "or remove what is there"
         ) from None
-    same = {"output_dir"} | ({"zo.directions"} if config.method in WITHOUT_DIRECTIONS else set())
+    same = {"output_dir"} | ({"zo.directions"} if not config.method_row.draws else set())
     old, new = (flat(msgspec.to_builtins(c)) for c in (before, config))
     for name in old | new:
         if name not in same and old.get(name) != new.get(name):

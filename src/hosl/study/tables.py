@@ -48,9 +48,7 @@ def write_tables(
 def group_comparison(study: Study, group: Group, chosen: Chosen) -> Comparison:
     """The arms of a group, every one beside the frozen and the first-order one."""
     arms = {name: study_arm(name, chosen[arm], len(study.seeds)) for name, arm in group.arms.items()}
-    return Comparison(
-        [Row(arm, arms[study.frozen], arms[study.first_order]) for arm in arms.values()], group.name
-    )
+    return Comparison([Row(arm, arms[study.frozen], arms[study.first_order]) for arm in arms.values()])
 
 
 def study_arm(name: str, runs: list[Summary], seeds: int = 1) -> Arm:
@@ -58,10 +56,8 @@ def study_arm(name: str, runs: list[Summary], seeds: int = 1) -> Arm:
     config = runs[0].get("config")
     method = config["method"] if config else name
     settings = flat(msgspec.to_builtins(parse_config(config, where=name, warn=False))) if config else None
-    details = {
-        "client rate": (f"{runs[0]['rate']:g}", ""),
-        "server rate": (f"{runs[0]['server_rate']:g}", ""),
-    }
+    rates = {"client rate": runs[0]["rate"], "server rate": runs[0]["server_rate"]}
+    details = {heading: (f"{rate:g}", "") for heading, rate in rates.items()}
     diverged = sum("diverged" in run for run in runs)
     if diverged:
         everywhere = len(runs) < seeds or seeds == 1
@@ -84,9 +80,8 @@ def study_arm(name: str, runs: list[Summary], seeds: int = 1) -> Arm:
 def caption(study: Study, comparisons: Sequence[Comparison]) -> str:
     """How the numbers were made; what a reader of one row must know."""
     tries = max(len(method.rates) for method in study.methods.values())
-    fullest = max(comparisons, key=lambda comparison: (comparison.has_gaps, comparison.has_p))
     sentences = [
-        text.statistics_note(fullest),
+        max(map(text.statistics_note, comparisons), key=len),  # that of a group which lacks nothing
         f"Client rates: {tries} per method tried on seed {study.seeds[0]}, the lowest dev loss chosen.",
         f"The server's rate: {len(study.server_learning_rates)} tried on {study.frozen}, the best then kept for all "
         "rows that have no single rate."

@@ -1,1 +1,1 @@
-"""The machine under a run: atomic files, checkpoints, run folders, signals, memory, progress. No torch."""
+"""Services of the machine for a run: atomic files, checkpoints, run folders, signals, memory, progress. No torch."""

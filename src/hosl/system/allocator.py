@@ -1,17 +1,19 @@
-"""Memory that is freed goes back to the system at once: for processes on small devices."""
+"""A setting of the memory allocator for small devices: freed memory goes back to the operating system at once."""
 
 import ctypes
 import sys
 
 _M_MMAP_THRESHOLD = -3
+"""The number of this parameter in glibc's malloc.h."""
 _THRESHOLD_BYTES = 1 << 17
 
 
 def return_freed_memory() -> bool:
-    """Have glibc give every large block back when it is freed; returns whether it will.
+    """Make glibc return every large block to the system when it is freed; returns whether glibc accepted.
 
-    By itself glibc raises its threshold to the largest block ever freed, keeps such blocks and fragments: a client step
-    of OPT-125M's shape peaked 100 MiB higher (docs/log.md). Other C libraries and systems are left as they are.
+    By default glibc raises its threshold to the size of the largest block ever freed, keeps such blocks, and its heap
+    fragments: a client step of OPT-125M's shape then peaked 100 MiB higher (docs/log.md). With other C libraries and
+    systems nothing is changed.
     """
     if not sys.platform.startswith("linux"):
         return False

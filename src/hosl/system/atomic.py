@@ -11,7 +11,7 @@ from hosl.errors import FailureError, FolderError
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder to fill; it becomes `out` at the end, or vanishes when the block fails.
+    """Yield a folder to fill; it is renamed to `out` at the end of the context, or deleted if the context fails.
 
     Raises:
         FolderError: if `out` exists and is not an empty folder.
@@ -23,7 +23,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         )
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
@@ -41,12 +41,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def whole_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Write `content` to `path`, in place of what was there, with the rights of `mode` less the process's umask.
+    """Write `content` to `path`, replacing what was there; permissions are `mode` less the process's umask.
 
-    Two processes may write the same file at once: one of them is the last.
+    Two processes may write the same file at once: the last one wins.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind.
+        OSError: if the file cannot be written; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

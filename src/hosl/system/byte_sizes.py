@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Amounts of memory as people write them, such as `600MiB` <-> bytes."""
 
 import re
 
@@ -10,15 +10,15 @@ _UNITS = {
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of `600MiB`, `2GiB`, `1.5 GB`.
+    """The number of bytes that `600MiB`, `2GiB` or `1.5 GB` stands for.
 
     Raises:
-        ConfigError: if it is none, or zero.
+        ConfigError: if `text` is no amount of memory, or zero.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
         units = "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024)"
         raise ConfigError(
             f"{text!r} is no amount of memory such as 600MiB; it needs a number above 0 and one of {units}"
         )
-    return round(float(found[1]) * _UNITS[found[2]])
+    return round(float(match[1]) * _UNITS[match[2]])

@@ -1,15 +1,14 @@
 """Both halves at one step, on disk: written whole or not at all, read back bit for bit.
 
     checkpoints/step-00000200/
-      state.json                   step, distribution, where the metrics end, digest of every other file
+      state.json                   step, distribution, length of metrics.jsonl, digest of every other file
       client/journal.bin           zeroth-order client: every update since the base weights
       client/trained.safetensors   first-order client: always; zeroth-order: a snapshot (may be of an earlier step)
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
 The folder is written under another name, flushed to the disk and renamed, so the newest `step-*` is always complete.
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
-Tensors are the runtime's own; torch is loaded when there are any to write or read, so that a device without it can
-import this.
+torch is imported only when there are tensors to write or read, so that a device without it can import this module.
 """
 
 import json
@@ -28,23 +27,23 @@ _FORMAT = 1
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds, in memory."""
+    """The content of a checkpoint, in memory."""
 
     step: int
     state: dict[str, Any] = field(default_factory=dict)
-    """Plain facts that go to state.json."""
+    """Values for state.json, all of them JSON."""
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """File name without ending, such as `server/trained`, to its tensors."""
+    """The tensors of each file, by the file's name without its ending, such as `server/trained`."""
     journal: bytes | None = None
-    """The zeroth-order client's journal."""
+    """The zeroth-order client's journal; None: the client has none."""
     linked: tuple[str, ...] = ()
-    """Files taken over unchanged from the previous checkpoint, such as an earlier snapshot."""
+    """Names of files that are hard links to those of the previous checkpoint, such as an earlier snapshot."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
-    """Write `checkpoint` below `folder` and drop all but the newest `keep`; returns its path.
+    """Write `checkpoint` below `folder` and delete all but the newest `keep`; returns the path of the new one.
 
-    Two are kept where the other half is saved elsewhere: one of the two writes comes first, a kill may come between.
+    `keep` is 2 where the other half is saved on another machine: a kill may come between the two writes.
 
     Raises:
         CheckpointError: if the disk is full or cannot be written; the older checkpoint then stays.
@@ -93,9 +92,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, digest in state["digests"].items():
         file = path / name
         if not file.is_file() or _digest(file) != digest:
-            found = "another content" if file.is_file() else "no such file"
+            actual = "another content" if file.is_file() else "no such file"
             raise CheckpointError(
-                f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}"
+                f"checkpoint {path}: {name} should have digest {digest[:12]}, found {actual}"
             )
         if name == "client/journal.bin":
             checkpoint.journal = file.read_bytes()
@@ -126,9 +125,9 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
 def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
     import safetensors.torch
 
-    kept = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
+    on_cpu = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
     try:
-        safetensors.torch.save_file(kept, file)
+        safetensors.torch.save_file(on_cpu, file)
     except safetensors.SafetensorError as cause:  # wraps the system's error, such as a full disk
         raise OSError(0, str(cause)) from cause
 

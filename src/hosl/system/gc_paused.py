@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage, told to wait while millions of objects come and go without it."""
+"""A context manager that pauses Python's collector of cyclic garbage."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within, cyclic garbage stays: for seconds of work that makes none, where each pass would walk all of torch."""
+    """Pause the collector inside the context.
+
+    For seconds of work that creates millions of objects but no cycles: each pass would visit every object of torch.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -7,19 +7,19 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes a run's numbers, and the machine."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    """The versions of the packages that a run's numbers depend on ("absent": not installed), and the machine."""
+    facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for package in ("hosl", "torch", "transformers", "numpy", "safetensors", "tokenizers", "peft"):
         try:
-            found[package] = importlib.metadata.version(package)
+            facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
+            facts[package] = "absent"
     commit = checkout_commit(Path(__file__).parents[3])
-    return found if commit is None else found | {"commit": commit}
+    return facts if commit is None else facts | {"commit": commit}
 
 
 def checkout_commit(folder: Path) -> str | None:
-    """The commit that a git checkout is at, read without git; None: `folder` is none. Edits since are not told."""
+    """The commit of a git checkout, read without git; None: `folder` is no checkout. Later edits are not noticed."""
     head = folder / ".git" / "HEAD"
     try:
         name = head.read_text(encoding="ascii").strip().removeprefix("ref: ")
@@ -34,36 +34,37 @@ def checkout_commit(folder: Path) -> str | None:
 
 
 def machine() -> dict[str, str | int]:
-    """What seconds are measured on: system, processor, and how many cores this process may use."""
-    found = {"system": f"{platform.system()} {platform.machine()}", "cores": cores()}
+    """The machine that seconds are measured on: system, processor, and the number of cores this process may use."""
+    facts = {"system": f"{platform.system()} {platform.machine()}", "cores": cores()}
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as facts:
-            names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            names = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     except OSError:
         names = []
-    return found | ({"processor": names[0]} if names else {})
+    return facts | ({"processor": names[0]} if names else {})
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_peak_bytes() -> int:
     """The most memory this process has had resident since it started (VmHWM); 0 where the system does not say."""
-    return _of_process("VmHWM")
+    return _status_bytes("VmHWM")
 
 
 def process_bytes() -> int:
     """The memory that this process has resident now (VmRSS); 0 where the system does not say."""
-    return _of_process("VmRSS")
+    return _status_bytes("VmRSS")
 
 
-def _of_process(what: str) -> int:
+def _status_bytes(field: str) -> int:
+    """A field of /proc/self/status, which holds KiB, in bytes; 0 where there is none."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
-                if line.startswith(f"{what}:"):
+                if line.startswith(f"{field}:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere; always on standard error."""
+"""The display of a run's progress: a bar on a terminal, plain lines elsewhere; always on standard error."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @runtime_checkable
 class View(Protocol):
-    """Where a run shows itself."""
+    """A display of a run's progress."""
 
     def __enter__(self) -> "View": ...
 
@@ -33,50 +33,53 @@ class View(Protocol):
     ) -> None: ...
 
     def step(self, step: int, shown: dict[str, str]) -> None:
-        """So many are done, or as many as before with other news; `shown` are short texts by name."""
+        """Show that `step` steps are done, or the same number with newer figures; `shown` is name -> short text."""
         ...
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         ...
 
 
 class Pace:
-    """Time left, by what this process has done; what a run before it did took none of this one's time.
+    """The time left, estimated from the steps that this process has done; earlier steps of a resumed run do not count.
 
-    Not rich's own, which forgets after half a minute: a study's runs take longer, and two may end a second apart.
+    rich's own estimate looks back half a minute only: a run of a study takes longer, and two may end a second apart.
     """
 
     def __init__(self, done: int, total: int) -> None:
-        """Time counts from now."""
+        """Start the clock; `done` of `total` steps are done already."""
         self._first = self._done = done
         self._total = total
         self._began = self._moved = time.monotonic()
 
     def reach(self, done: int) -> None:
-        """So many are done now."""
+        """Record that `done` steps are done now."""
         if done != self._done:
             self._done, self._moved = done, time.monotonic()
 
     def left_s(self) -> float | None:
-        """Mean time of one, times those left; the one under way counts down, at most to 0. None until one is done."""
-        made = self._done - self._first
-        if made < 1:
+        """Mean seconds per step times the steps left, less the time since the last one. None until a step is done.
+
+        The time since the last step counts for one mean step at the most, so the estimate waits for a late step.
+        """
+        finished = self._done - self._first
+        if finished < 1:
             return None
-        each_s = (self._moved - self._began) / made
+        each_s = (self._moved - self._began) / finished
         under_way_s = min(time.monotonic() - self._moved, each_s)
         return max(each_s * (self._total - self._done) - under_way_s, 0.0)
 
 
-class _Left(ProgressColumn):
-    """Time left at a pace; nothing while it is not known."""
+class _TimeLeft(ProgressColumn):
+    """The column of the time left; empty while it is not known."""
 
     def __init__(self, pace: Pace) -> None:
         super().__init__()
         self._pace = pace
 
     def render(self, task: Task) -> Text:
-        """As hours, minutes and seconds."""
+        """The time left as hours, minutes and seconds."""
         left_s = self._pace.left_s()
         return Text("" if left_s is None else f"left {timedelta(seconds=round(left_s))}")
 
@@ -93,7 +96,7 @@ class Bar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
-            _Left(self._pace),
+            _TimeLeft(self._pace),
             console=Console(stderr=True),
         )
         self._task: TaskID = self._progress.add_task(title, total=total, completed=done, shown="")
@@ -108,13 +111,13 @@ class Bar:
         self._progress.stop()
 
     def step(self, step: int, shown: dict[str, str]) -> None:
-        """Move the bar."""
+        """Move the bar and show the figures."""
         self._pace.reach(step)
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         self._progress.update(self._task, completed=step, shown=text)
 
     def say(self, text: str) -> None:
-        """Print above the bar, as it stands: commands and paths in it are to be copied."""
+        """Print above the bar, unwrapped and without markup, so that commands and paths can be copied."""
         self._progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -134,7 +137,7 @@ class Lines:
         pass
 
     def step(self, step: int, shown: dict[str, str]) -> None:
-        """Print when it is time to."""
+        """Print a line if the last one is ten seconds old, or at the last step."""
         self._pace.reach(step)
         now = time.monotonic()
         if now - self._last < _SECONDS_BETWEEN_LINES and step != self._total:
@@ -153,5 +156,5 @@ class Lines:
 
 
 def open_view(title: str, done: int, total: int, *, unit: str = "step") -> View:
-    """A bar on a terminal, plain lines elsewhere; `unit` is what there are `total` of."""
+    """A bar on a terminal, plain lines elsewhere; `unit` is the name of what is counted, such as `step` or `run`."""
     return Bar(title, done, total) if sys.stderr.isatty() else Lines(title, done, total, unit)

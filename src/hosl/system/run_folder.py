@@ -1,7 +1,7 @@
-"""What a run writes down while it runs: exact metrics, measured timings, and the lock on its folder.
+"""The files that a run writes while it runs: exact metrics, measured timings, and the lock on its folder.
 
-metrics.jsonl holds what is a function of the config alone (losses, coefficients, bytes), so that a resumed run writes
-the same bytes; timings.jsonl holds what a machine measured (seconds, memory). See docs/adr/0003.
+metrics.jsonl holds the values that depend on the config alone (losses, coefficients, bytes), so that a resumed run
+writes the same bytes; timings.jsonl holds the values that a machine measured (seconds, memory). See docs/adr/0003.
 """
 
 import fcntl
@@ -14,13 +14,18 @@ from typing import Any
 from hosl.errors import FolderError
 
 MEMORY_STEPS = 50
-"""Memory is measured in the first two steps of a process and every so many after; it slows those steps."""
+"""Memory is measured in the first two steps of a process and in every 50th after; measuring slows those steps."""
 
 
 class RunLock:
-    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends."""
+    """A lock on a run's folder; the system releases it when the process ends, however it ends."""
 
     def __init__(self, run: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            FolderError: if another process holds it.
+        """
         self._file = (run / ".lock").open("w")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,7 +45,7 @@ class RunLock:
 
 
 class Record:
-    """The two line files of a run, appended to, and cut back to a checkpoint on resume."""
+    """The two JSON Lines files of a run: appended to, and truncated to a checkpoint on resume."""
 
     def __init__(self, run: Path, *, metrics_bytes: int = 0, step: int = 0) -> None:
         """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`)."""
@@ -50,22 +55,22 @@ class Record:
         self._drop_timings_after(step)
 
     def metrics(self, **line: Any) -> None:
-        """Append one exact line; keys carry their units."""
+        """Append one line to metrics.jsonl; keys carry their units."""
         self._metrics.write(_line(line))
 
     def timings(self, **line: Any) -> None:
-        """Append one measured line; keys carry their units."""
+        """Append one line to timings.jsonl; keys carry their units."""
         self._timings.write(_line(line))
 
     def flush(self) -> int:
-        """Bring both files to the disk; returns how long metrics.jsonl is, in bytes, for the checkpoint."""
+        """Flush both files to the disk; returns the length of metrics.jsonl in bytes, for the checkpoint."""
         for file in (self._metrics, self._timings):
             file.flush()
             os.fsync(file.fileno())
         return self._metrics.seek(0, os.SEEK_END)
 
     def cut_back(self, metrics_bytes: int, step: int) -> None:
-        """Drop what was written after the checkpoint of `step`, which knows where its metrics ended."""
+        """Drop what was written after the checkpoint of `step`, when metrics.jsonl had `metrics_bytes` bytes."""
         self.flush()
         self._metrics.truncate(metrics_bytes)
         self._drop_timings_after(step)
@@ -86,7 +91,11 @@ class Record:
 
 
 def new_folder(wanted: Path) -> Path:
-    """Make `wanted`, or, where that is taken, the same name with -2, -3, ...; returns the folder made."""
+    """Make the folder `wanted`, or, where it exists, the same name with -2, -3, ...; returns the folder made.
+
+    Raises:
+        FolderError: if the system does not let it be made.
+    """
     number = 1
     while True:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")

@@ -1,4 +1,4 @@
-"""What a task is: encoded examples in three disjoint splits, batches from them, predictions."""
+"""The interface of a task: encoded examples in three disjoint splits, batches of them, predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Example:
     rows: tuple[tuple[int, ...], ...]
     """Token ids, special tokens included."""
     label: int
-    """Index of the right class or candidate."""
+    """The index of the right class or candidate."""
     option_lengths: tuple[int, ...] = ()
-    """Per row, how many of its last tokens are the candidate answer; empty for classification."""
+    """Per row, the number of its last tokens that are the candidate answer; empty for classification."""
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name that reports show."""
         ...
 
     @property
@@ -41,47 +41,50 @@ class Task(Protocol):
 
     @property
     def head(self) -> Literal["classification", "causal"]:
-        """Which head the model needs."""
+        """The head that the model needs."""
         ...
 
     @property
     def train(self) -> Sequence[Example]:
-        """To train on."""
+        """The examples to train on."""
         ...
 
     @property
     def dev(self) -> Sequence[Example]:
-        """To choose by."""
+        """The examples to choose checkpoints and settings by."""
         ...
 
     @property
     def test(self) -> Sequence[Example]:
-        """To report on; no text of it is in train or dev."""
+        """The examples to report on; none of their texts is in train or dev."""
         ...
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """A training batch: one row per example, for prompts the right candidate's."""
+        """A training batch: one row per example; for prompts, the row of the right candidate."""
         ...
 
     def collate_candidates(self, examples: Sequence[Example]) -> Batch:
-        """A scoring batch: every candidate of an example is a row, candidates of an example one after the other."""
+        """A scoring batch: one row per candidate, the candidates of an example one after the other."""
         ...
 
     def rows_per_example(self) -> int:
-        """Rows that an example becomes in `collate_candidates`, at most."""
+        """The largest number of rows of an example in `collate_candidates`."""
         ...
 
     def predict(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
-        """The best-scored label of each example, int64."""
+        """The label with the highest score of each example: [examples], int64.
+
+        `scores` are those of the rows of `collate_candidates`, [rows, scores].
+        """
         ...
 
     def losses(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
-        """Negative log-likelihood of each example's right label, in nats."""
+        """The negative log-likelihood of each example's right label: [examples], nats; `scores` as in `predict`."""
         ...
 
 
 def content_order(texts: Sequence[str], seed: int) -> list[int]:
-    """Indices of `texts` by the hash of (seed, text): the same on every machine, in whatever order they came."""
+    """The indices of `texts`, ordered by the hash of (seed, text): the same order of texts on every machine."""
     keys = [(blake2b(f"{seed}/{text}".encode(), digest_size=16).digest(), text) for text in texts]
     return sorted(range(len(texts)), key=lambda index: (keys[index], index))
 

@@ -29,11 +29,11 @@ class ClassificationTask:
         return class_batch(examples, self.pad_id)
 
     def collate_candidates(self, examples: Sequence[Example]) -> Batch:
-        """As `collate`: the head scores every class at once."""
+        """The same batch as `collate`: the head scores every class at once."""
         return class_batch(examples, self.pad_id)
 
     def rows_per_example(self) -> int:
-        """1."""
+        """1: the head scores every class in one row."""
         return 1
 
     def predict(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
@@ -41,7 +41,7 @@ class ClassificationTask:
         return scores.argmax(axis=1).astype(np.int64)
 
     def losses(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
-        """Negative log-probability of each example's class."""
+        """The negative log-probability of each example's class, nats."""
         return -scores[np.arange(len(examples)), [example.label for example in examples]]
 
 
@@ -50,31 +50,31 @@ LabelledText = tuple[str, int]
 
 
 def encode_classes(texts: Sequence[LabelledText], tokenizer: TextTokenizer, max_tokens: int) -> list[Example]:
-    """Labelled texts as examples."""
+    """The examples of labelled texts, each cut to `max_tokens` tokens."""
     return [Example(rows=(tokenizer.encode(text, max_tokens),), label=label) for text, label in texts]
 
 
 def carve(
     texts: Sequence[LabelledText], sizes: Sequence[int | float], seed: int
 ) -> tuple[list[LabelledText], ...]:
-    """Split by content hash: the first parts have the given sizes (counts, or shares), the rest comes last.
+    """Split by content hash: the first parts have the given sizes, the last one is the rest.
 
-    Equal texts stand side by side in the order, and a text never lies in two parts.
+    A size is a count (int) or a share (float). A part may grow a little, so that equal texts stay in one part.
     """
     unique = list(dict.fromkeys(texts))
     order = content_order([text for text, _ in unique], seed)
-    parts, place = [], 0
+    parts, start = [], 0
     for size in sizes:
         count = round(size * len(unique)) if isinstance(size, float) else size
-        end = min(place + count, len(order))
+        end = min(start + count, len(order))
         while 0 < end < len(order) and unique[order[end]][0] == unique[order[end - 1]][0]:
             end += 1
-        parts.append([unique[index] for index in order[place:end]])
-        place = end
-    return (*parts, [unique[index] for index in order[place:]])
+        parts.append([unique[index] for index in order[start:end]])
+        start = end
+    return (*parts, [unique[index] for index in order[start:]])
 
 
 def without(texts: Sequence[LabelledText], held_out: Sequence[LabelledText]) -> list[LabelledText]:
-    """`texts` less those whose text stands in `held_out`."""
+    """The pairs of `texts` whose text is not in `held_out`."""
     held = {text for text, _ in held_out}
     return [pair for pair in texts if pair[0] not in held]

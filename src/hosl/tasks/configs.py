@@ -1,4 +1,4 @@
-"""What a config can say of a task. No tokenizer and no data is touched here."""
+"""The settings of a task in a config. No tokenizer and no data is read here."""
 
 from typing import Literal, TypeAlias
 
@@ -9,7 +9,7 @@ from hosl.errors import ConfigError
 
 class _Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_tokens: int = 64
-    """Longer texts are cut, special tokens included."""
+    """The largest number of tokens of a text, special tokens included; longer texts are cut."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 8:
@@ -21,10 +21,10 @@ class _Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class DocstringsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="docstrings"):
-    """Which package of Python's standard library a docstring comes from; needs no data."""
+    """The embedded task: which package of Python's standard library does a docstring come from? It needs no data."""
 
     train_rows: int | None = None
-    """Training rows, chosen by the seed; default: all."""
+    """The number of training rows, chosen by the seed; default: all."""
 
 
 class FilesConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="files"):
@@ -33,30 +33,31 @@ class FilesConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="file
     train: str
     """The file or folder to train on."""
     dev: str | None = None
-    """Default: a tenth of train, by content hash."""
+    """The file or folder to choose by; default: a tenth of the training rows, by content hash."""
     test: str | None = None
-    """Default: 15 % of train, by content hash."""
+    """The file or folder to report on; default: 15 % of the training rows, by content hash."""
     text_column: str = "text"
-    """Where the text stands."""
+    """The column of the text."""
     label_column: str = "label"
-    """Where the label stands; strings or integers."""
+    """The column of the label, a string or an integer."""
     train_rows: int | None = None
-    """Training rows, chosen by the seed; default: all."""
+    """The number of training rows, chosen by the seed; default: all."""
 
 
 class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="prompts"):
     """One of the paper's six tasks as prompts, candidates scored by a language model."""
 
     name: Literal["SST-2", "CB", "RTE", "WiC", "WSC", "BoolQ"]
-    """Which task."""
+    """The task's name in the paper."""
     folder: str
-    """Holds NAME/train.jsonl and NAME/validation.jsonl in GLUE's and SuperGLUE's own fields; variables allowed."""
+    """The folder of NAME/train.jsonl and NAME/validation.jsonl, in the fields of GLUE and SuperGLUE; it may contain
+    environment variables."""
     train_rows: int | None = 1000
-    """From the official train split, chosen by the seed (MeZO's protocol: 1,000)."""
+    """The number of rows from the official train split, chosen by the seed (MeZO's protocol: 1,000)."""
     dev_rows: int | None = 500
-    """From the official train split, other rows; at most a third of them."""
+    """The number of other rows from the official train split; at most a third of that split."""
     test_rows: int | None = None
-    """From the official validation split; default: all."""
+    """The number of rows from the official validation split; default: all."""
 
 
 TaskConfig: TypeAlias = DocstringsConfig | FilesConfig | PromptsConfig

@@ -1,9 +1,9 @@
 """The embedded task: which package of Python's standard library does a docstring come from?
 
-Real text that is on every machine with Python: the first paragraphs of the docstrings of the standard library, label =
-top-level package or module, the 20 with most of them. Python 3.11.7: 4,373 rows. Texts that stand under two labels are
-dropped. Source files are parsed, never imported; what was found is kept in the user's cache folder, since parsing takes
-a second or two of every command.
+Real text that is on every machine with Python: the first paragraphs of the standard library's docstrings. The label is
+the top-level package or module; the 20 with the most texts are taken. Python 3.11.7: 4,373 rows. Texts that occur under
+two labels are dropped. Source files are parsed, never imported. The texts are kept in the user's cache folder, since
+parsing would add a second or two to every command.
 """
 
 import ast
@@ -38,6 +38,7 @@ _SKIPPED = {
 _ENCLOSING = ("body", "orelse", "handlers", "finalbody", "cases")
 _LABELS = 20
 _LEAST_WORDS = 4
+"""Shorter first paragraphs are left out."""
 
 
 def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed: int) -> ClassificationTask:
@@ -62,7 +63,7 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
 
 
 def keep_texts() -> None:
-    """Parse now, so that the first command starts as fast as later ones: for installations."""
+    """Fill the cache, so that the first command starts as fast as later ones. For installations."""
     _kept_texts(_library(), _cache_file())
 
 
@@ -71,7 +72,7 @@ def _library() -> Path:
 
 
 def _cache_file() -> Path | None:
-    """Where the found texts are kept between commands; None: this user has no home."""
+    """The file that keeps the texts between commands; None: this user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hosl", "docstrings.json")
     except RuntimeError:
@@ -79,15 +80,16 @@ def _cache_file() -> Path | None:
 
 
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
-    """The cache's one file."""
+    """The content of the cache file."""
 
     made_from: str
+    """The `_digest` at the time when the library was parsed."""
     labels: tuple[str, ...]
     texts: list[LabelledText]
 
 
 def _kept_texts(library: Path, cache: Path | None) -> tuple[tuple[str, ...], list[LabelledText]]:
-    """`standard_library_texts`, parsed only when the library, or the way it is read, is not that of the cache."""
+    """The `standard_library_texts`, from the cache if neither the library nor this module has changed since."""
     made_from = _digest(library)
     if cache is not None:
         with suppress(OSError, msgspec.DecodeError):  # none yet, or damaged: parsing replaces it
@@ -104,7 +106,7 @@ def _kept_texts(library: Path, cache: Path | None) -> tuple[tuple[str, ...], lis
 
 
 def _digest(library: Path) -> str:
-    """Of all that the texts depend on: Python, its library's files by name, size and time, and this module."""
+    """SHA-256 of all that the texts depend on: Python, its library's files by name, size and time, and this module."""
     digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
     for path in sorted(_sources(library)):
         stat = path.stat()
@@ -113,17 +115,20 @@ def _digest(library: Path) -> str:
 
 
 def standard_library_texts(library: Path) -> tuple[tuple[str, ...], list[LabelledText]]:
-    """(labels, texts with label indices): the 20 packages with most texts; independent of the order of files."""
-    homes: dict[str, set[str]] = {}
+    """(labels, texts with label indices) of the 20 packages with the most texts; independent of the order of files."""
+    packages_of: dict[str, set[str]] = {}
     for package, text in _paragraphs(library):
-        homes.setdefault(text, set()).add(package)
-    single = [(next(iter(packages)), text) for text, packages in sorted(homes.items()) if len(packages) == 1]
-    most = sorted(Counter(package for package, _ in single).items(), key=lambda item: (-item[1], item[0]))
-    labels = tuple(sorted(package for package, _ in most[:_LABELS]))
+        packages_of.setdefault(text, set()).add(package)
+    single = [
+        (next(iter(packages)), text) for text, packages in sorted(packages_of.items()) if len(packages) == 1
+    ]
+    largest = sorted(Counter(package for package, _ in single).items(), key=lambda item: (-item[1], item[0]))
+    labels = tuple(sorted(package for package, _ in largest[:_LABELS]))
     return labels, [(text, labels.index(package)) for package, text in single if package in labels]
 
 
 def _paragraphs(library: Path) -> Iterator[tuple[str, str]]:
+    """(package, first paragraph) of every docstring that is long enough."""
     for path in _sources(library):
         try:
             tree = ast.parse(path.read_bytes())
@@ -144,7 +149,7 @@ def _sources(library: Path) -> Iterator[Path]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and what it encloses, without expressions: they have most of a tree's nodes, and no docstrings."""
+    """The node and the statements in it, without expressions: most of a tree's nodes, and no docstrings."""
     yield node
     for field in _ENCLOSING:
         for inner in getattr(node, field, ()):

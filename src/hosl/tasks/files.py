@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 def files_task(config: FilesConfig, tokenizer: TextTokenizer, *, seed: int) -> ClassificationTask:
-    """Read, check and encode. Labels are those of the training file, sorted; splits are disjoint by text.
+    """Read, check and encode the files. Labels are those of the training file, sorted; splits are disjoint by text.
 
     Raises:
-        TaskError: if a file is missing, empty, binary, lacks a column or a text, or has a label that train has not.
+        TaskError: if a file is missing, empty, binary, lacks a column or a text, or has a label that is not in train.
     """
     raw = {name: _labelled(config, name) for name in ("train", "dev", "test") if getattr(config, name)}
     labels = tuple(sorted({label for _, _, label in raw["train"]}))
@@ -48,10 +48,10 @@ def files_task(config: FilesConfig, tokenizer: TextTokenizer, *, seed: int) -> C
 
 
 def read_rows(path: Path, split: str = "train") -> Iterator[Row]:
-    """The rows of a file by its ending, or of a dataset's folder.
+    """The rows of a file, read by its ending, or of a dataset's folder.
 
     Raises:
-        TaskError: if it cannot be read as what its name says.
+        TaskError: if it is missing, empty, or not of the format of its ending.
     """
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows,
@@ -85,8 +85,9 @@ def expanded_path(name: str) -> Path:
 
 
 def _labelled(config: FilesConfig, split: str) -> list[tuple[int, str, str]]:
+    """(row number, text, label) of every row of a split."""
     name = str(getattr(config, split))
-    found = []
+    labelled = []
     for number, row in enumerate(read_rows(expanded_path(name), split), start=1):
         values = []
         for column in (config.text_column, config.label_column):
@@ -97,19 +98,19 @@ def _labelled(config: FilesConfig, split: str) -> list[tuple[int, str, str]]:
             if row[column] is None or str(row[column]).strip() == "":
                 raise TaskError(f"{name}, row {number}: `{column}` is empty; fill it or drop the row")
             values.append(str(row[column]))
-        found.append((number, values[0], values[1]))
-    if not found:
+        labelled.append((number, values[0], values[1]))
+    if not labelled:
         raise TaskError(f"{name} holds no rows; it should hold one example per row")
-    return found
+    return labelled
 
 
 def _indexed(rows: list[tuple[int, str, str]], labels: tuple[str, ...], name: str) -> list[LabelledText]:
-    index = {label: place for place, label in enumerate(labels)}
+    index_of = {label: index for index, label in enumerate(labels)}
     for number, _, label in rows:
-        if label not in index:
+        if label not in index_of:
             shown = ", ".join(labels[:20])
             raise TaskError(f"{name}, row {number}: label `{label}` never occurs in training; known: {shown}")
-    return [(text, index[label]) for _, text, label in rows]
+    return [(text, index_of[label]) for _, text, label in rows]
 
 
 def _text_of(path: Path) -> str:
@@ -155,9 +156,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(folder: Path, split: str) -> Iterator[Row]:
-    """A dataset saved with `save_to_disk`: Arrow streams, in a folder per split where there are several."""
-    home = folder / split if (folder / split).is_dir() else folder
-    files = sorted(home.glob("*.arrow"))
+    """The rows of a dataset saved with `save_to_disk`: Arrow streams, in a folder per split if there are several."""
+    source_folder = folder / split if (folder / split).is_dir() else folder
+    files = sorted(source_folder.glob("*.arrow"))
     if not files:
         raise TaskError(
             f"{folder} is no saved dataset: no .arrow file in it or in {split}/; use `save_to_disk`"

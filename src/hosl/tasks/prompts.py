@@ -1,7 +1,8 @@
 """The paper's six tasks as prompts: a template and candidate answers per task, scored by a language model.
 
-Templates follow MeZO's (arXiv 2305.17333). Loss on the tokens of the right candidate only; prediction: the candidate
-with the highest mean log-likelihood per token. Rows come from a folder in GLUE's and SuperGLUE's own fields.
+Templates follow MeZO's (arXiv 2305.17333). The loss is taken on the tokens of the right candidate only. The prediction
+is the candidate with the highest mean log-likelihood per token. Rows come from a folder, in the fields of GLUE and
+SuperGLUE.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +23,11 @@ from hosl.tasks.tokenizer import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a row becomes a prompt, and which answers compete."""
+    """The prompt of a row, and the candidate answers."""
 
     prompt: Callable[[dict[str, Any]], str]
     options: tuple[str, ...]
-    """The answers, in the order of the labels; each goes on right after the prompt."""
+    """The answers, in the order of the labels; each follows the prompt directly."""
     labels: tuple[Any, ...]
     """The values of the row's `label`, in the same order."""
 
@@ -96,7 +97,7 @@ class PromptTask:
         return self._by_candidate(examples, scores).argmax(axis=1).astype(np.int64)
 
     def losses(self, examples: Sequence[Example], scores: np.ndarray) -> np.ndarray:
-        """Negative mean log-likelihood per token of the right candidate."""
+        """The negative mean log-likelihood per token of the right candidate, nats."""
         right = [example.label for example in examples]
         return -self._by_candidate(examples, scores)[np.arange(len(examples)), right]
 
@@ -105,18 +106,18 @@ class PromptTask:
 
 
 def prompts_task(config: PromptsConfig, tokenizer: TextTokenizer, *, seed: int) -> PromptTask:
-    """Read, sample and encode. train and dev come from the official train split, test is the official validation split.
+    """Read, sample and encode: train and dev from the official train split, test from the official validation split.
 
-    Rows of train or dev whose prompt stands in test are dropped, those of train that stand in dev too. Where the train
-    split is small (CB has 250 rows), dev takes a third of it at most.
+    Rows of train and dev whose prompt is in test are dropped, and rows of train whose prompt is in dev. Where the train
+    split is small (CB has 250 rows), dev takes at most a third of it.
 
     Raises:
         TaskError: if a file is missing, or a row lacks a field or has an unknown label.
     """
     folder, template = expanded_path(config.folder), TEMPLATES[config.name]
-    home = folder / config.name if (folder / config.name).is_dir() else folder
-    official = _prompts(home / "train.jsonl", template)
-    test = _prompts(home / "validation.jsonl", template)
+    task_folder = folder / config.name if (folder / config.name).is_dir() else folder
+    official = _prompts(task_folder / "train.jsonl", template)
+    test = _prompts(task_folder / "validation.jsonl", template)
     held_out = {prompt for prompt, _ in test}
     pool = [pair for pair in dict.fromkeys(official) if pair[0] not in held_out]
     order = content_order([prompt for prompt, _ in pool], seed)
@@ -128,15 +129,16 @@ def prompts_task(config: PromptsConfig, tokenizer: TextTokenizer, *, seed: int) 
         test = [test[i] for i in content_order([prompt for prompt, _ in test], seed=0)[: config.test_rows]]
     for name, part in (("train", train), ("dev", dev), ("test", test)):
         if not part:
-            raise TaskError(f"{home}: no row is left for {name} once the splits are disjoint")
-    encode = [[_encode(prompt, label, template, tokenizer, config.max_tokens) for prompt, label in part]
-              for part in (train, dev, test)]  # fmt: skip
+            raise TaskError(f"{task_folder}: no row is left for {name} once the splits are disjoint")
+    encoded = [[_encode(prompt, label, template, tokenizer, config.max_tokens) for prompt, label in part]
+               for part in (train, dev, test)]  # fmt: skip
     labels = tuple(option.strip() for option in template.options)
-    return PromptTask(config.name, labels, *encode, pad_id=tokenizer.pad_id)
+    return PromptTask(config.name, labels, *encoded, pad_id=tokenizer.pad_id)
 
 
 def _prompts(path: Path, template: Template) -> list[tuple[str, int]]:
-    found = []
+    """(prompt, index of the right candidate) of every row of a file."""
+    prompts = []
     for number, row in enumerate(read_rows(path), start=1):
         try:
             prompt, label = template.prompt(row), row["label"]
@@ -146,28 +148,28 @@ def _prompts(path: Path, template: Template) -> list[tuple[str, int]]:
             ) from cause
         if label not in template.labels:
             raise TaskError(f"{path}, row {number}: label {label!r} is none of {template.labels}")
-        found.append((prompt, template.labels.index(label)))
-    return found
+        prompts.append((prompt, template.labels.index(label)))
+    return prompts
 
 
 def _encode(
     prompt: str, label: int, template: Template, tokenizer: TextTokenizer, max_tokens: int
 ) -> Example:
     rows, lengths = [], []
-    alone = tokenizer.encode_open(prompt)
+    prompt_ids = tokenizer.encode_open(prompt)
     for option in template.options:
-        full = tokenizer.encode_open(prompt + option)
-        shared = _shared_prefix(alone, full)
-        length = len(full) - shared
-        if len(full) > max_tokens:  # cut the prompt's beginning: its end asks the question
+        ids = tokenizer.encode_open(prompt + option)
+        shared = _shared_prefix(prompt_ids, ids)
+        length = len(ids) - shared
+        if len(ids) > max_tokens:  # cut the prompt's beginning: its end asks the question
             keep = max_tokens - tokenizer.opening
-            full = (*full[: tokenizer.opening], *full[len(full) - keep :])
-        rows.append(full)
+            ids = (*ids[: tokenizer.opening], *ids[len(ids) - keep :])
+        rows.append(ids)
         lengths.append(length)
     return Example(rows=tuple(rows), label=label, option_lengths=tuple(lengths))
 
 
 def _shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with, at least one of b left over: a tokenizer may join prompt and answer."""
+    """The number of tokens that a and b both begin with, less than all of b: a tokenizer may join prompt and answer."""
     limit = min(len(a), len(b) - 1)
-    return next((place for place in range(limit) if a[place] != b[place]), limit)
+    return next((index for index in range(limit) if a[index] != b[index]), limit)

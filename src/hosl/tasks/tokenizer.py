@@ -1,4 +1,4 @@
-"""A tokenizer from its folder, by the `tokenizers` library alone: no transformers on the device."""
+"""A tokenizer read from its folder by the `tokenizers` library alone: a device needs no transformers."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ class TextTokenizer:
 
     @property
     def opening(self) -> int:
-        """How many special tokens open every text."""
+        """The number of special tokens that open every text."""
         return len(self._tokenizer.encode("").ids) - len(self._tail)
 
     def _special_tail(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class TextTokenizer:
 
 
 def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
-    """The id to fill with: the named padding token, else the end-of-text token, else 0. Filled places are masked."""
+    """The id for padding: the named padding token, else the end-of-text token, else 0. Padded positions are masked."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
         if not (folder / name).is_file():
             continue
@@ -78,7 +78,7 @@ def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
         for key in ("pad_token", "eos_token"):
             token = settings.get(key)
             token = token.get("content") if isinstance(token, dict) else token
-            found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-            if found is not None:
-                return found
+            token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if token_id is not None:
+                return token_id
     return 0

@@ -4,19 +4,13 @@ import torch
 
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
-from hosl.parties.clients.activation_guided import ActivationGuidedClient
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
-from hosl.parties.clients.guided import GuidedClient
-from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.system.checkpoint import Checkpoint
-
-_SAVED_WHOLE = (FirstOrderClient, RecomputingClient, GuidedClient, ActivationGuidedClient)
-"""Clients whose updates no journal gives again: their checkpoints hold the trained weights."""
 
 
 def put_client(
@@ -24,18 +18,18 @@ def put_client(
 ) -> int:
     """Add the client's part to a checkpoint; returns the step of the snapshot that it rests on.
 
-    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; a
-    first-order one's is its weights, and the state of its optimiser where it has one.
+    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; any
+    other's is what it trains, and the state of its optimiser where it has one.
     """
-    if isinstance(client, _SAVED_WHOLE):
-        checkpoint.tensors["client/trained"] = dict(client.trained)
-    elif isinstance(client, ZerothOrderClient):
+    if isinstance(client, ZerothOrderClient):
         checkpoint.journal = client.journal.to_bytes()
         if checkpoint.step - snapshot_step >= snapshot_steps:
             checkpoint.tensors["client/trained"] = dict(client.trained)
             snapshot_step = checkpoint.step
         elif snapshot_step:
             checkpoint.linked = ("client/trained.safetensors",)
+    elif client.trained:
+        checkpoint.tensors["client/trained"] = dict(client.trained)
     if isinstance(client, FirstOrderClient):
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
@@ -45,13 +39,12 @@ def put_client(
 def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    if isinstance(client, _SAVED_WHOLE):
+    journaled = isinstance(client, ZerothOrderClient)
+    if snapshot_step or (client.trained and not journaled):
         _restore_weights_(client.trained, tensors["client/trained"])
     if isinstance(client, FirstOrderClient):
         _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])
-    elif isinstance(client, ZerothOrderClient):
-        if snapshot_step:
-            _restore_weights_(client.trained, tensors["client/trained"])
+    if journaled:
         client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
     return snapshot_step
 

@@ -26,13 +26,6 @@ HELD_OUT_BATCHES = 8
 _STANDARD_ERRORS = 2.0
 """By which a gain must exceed zero to be called one."""
 
-PROBED = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
-"""Rates for slopes of random directions, whose length is that of all trained weights."""
-DESCENDED = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""Rates for gradients and their estimates, applied by SGD."""
-ADAPTIVE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-"""Rates for AdamW."""
-
 
 @dataclass(frozen=True)
 class Tried:
@@ -82,7 +75,7 @@ def sweep(config: Config, say: Callable[[str], None], *, steps: int = STEPS) -> 
     Raises:
         NonFiniteError: if even a client that stays as it is diverges.
     """
-    rates, losses = _rates(config), {}
+    rates, losses = config.learning_rates.to_try_for(config.client.trainable), {}
     begin = time.perf_counter()
     for place, rate in enumerate((0.0, *rates)):
         losses[rate] = _held_out_losses(config, rate, steps)
@@ -159,15 +152,6 @@ def _batches(session: LocalSession, steps: int) -> tuple[list[Batch], list[Batch
         [batch([trained[(step * size + i) % len(trained)] for i in range(size)]) for step in range(steps)],
         [batch(kept[start:end]) for start, end in pairwise(ends)],
     )
-
-
-def _rates(config: Config) -> tuple[float, ...]:
-    if config.method in ("fo-fo", "fo-zo") and config.client.optimiser.name == "adamw":
-        return ADAPTIVE
-    if config.method in ("hosl", "hosl-gradient", "zo-zo"):
-        # adapters are few numbers, their directions short: rates a thousand times higher
-        return tuple(rate * 1e3 for rate in PROBED) if config.client.trainable == "lora" else PROBED
-    return DESCENDED
 
 
 def _number(value: float | None) -> float:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.config import Config, load_config
+from hosl.core.protocols import ServerSide
 from hosl.errors import CheckpointError, FolderError
 from hosl.methods.schedule import longest_batch
 from hosl.methods.torch_parties import DTYPES, make_client, make_server, party_bytes, trained_elements
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.engine.memory import memory_of
-from hosl.parties.metered import Metered
+from hosl.parties.metered import metered
 from hosl.parties.remote import torch_wire
 from hosl.parties.remote.compression import Receiving, WatchedCompressedServer
 from hosl.parties.servers.basic import TorchServer
@@ -24,11 +25,9 @@ from hosl.training.session import Session
 
 
 @dataclass
-class LocalSession(Session):
+class LocalSession(Session[FrozenClient, TorchServer]):
     """Both halves on PyTorch in this process."""
 
-    client: FrozenClient
-    server: TorchServer
     tokenizer_folder: Path = Path()
     snapshot_step: int = 0
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
@@ -38,7 +37,7 @@ class LocalSession(Session):
         self._wire = None
         if self.config.wire.compression != "none":
             self._wire = WatchedCompressedServer(
-                Metered(self._receiving, self.meters.server), torch_wire,
+                metered(self._receiving, self.meters.server), torch_wire,
                 compression=self.config.wire.compression, seed=self.config.seed,
             )  # fmt: skip
 
@@ -46,11 +45,11 @@ class LocalSession(Session):
     def _receiving(self) -> Receiving:
         return Receiving(self.server, torch_wire)
 
-    def asked_server(self, *, metered: bool) -> Any:
+    def asked_server(self, *, under_meter: bool) -> ServerSide:
         """The server; behind wire.compression, where there is one."""
         if self._wire is None:
-            return super().asked_server(metered=metered)
-        if not metered:
+            return super().asked_server(under_meter=under_meter)
+        if not under_meter:
             return self._wire.at_rest(self._receiving)
         self._wire.at(self.step)
         return self._wire

@@ -159,6 +159,6 @@ def _evaluate_dev(session: Session, record: Record, step: int) -> float:
 
 def _evaluated(session: Session, examples: Sequence[Example]) -> Evaluation:
     return evaluate(
-        session.client, session.asked_server(metered=False), session.task, examples,
+        session.client, session.asked_server(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip

@@ -5,15 +5,19 @@ In one process: `local.LocalSession`. With the server elsewhere: `join.JoinedSes
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hosl.config import Config
 from hosl.core.clipping import CoefficientControl
+from hosl.core.protocols import ClientSide, ServerSide
 from hosl.core.rounds import RoundResult
 from hosl.core.targets import Batch
 from hosl.methods.step import coefficient_control, method_round
-from hosl.parties.metered import Meter, Metered
+from hosl.parties.metered import Meter, metered
 from hosl.tasks import Task
+
+ClientT = TypeVar("ClientT", bound=ClientSide)
+ServerT = TypeVar("ServerT", bound=ServerSide)
 
 
 @dataclass
@@ -25,15 +29,14 @@ class Meters:
 
 
 @dataclass
-class Session:
+class Session(Generic[ClientT, ServerT]):
     """A split model in training: its task and the two parties."""
 
     config: Config
     task: Task
-    client: Any
-    """A `ClientSide` that has the calls of the config's method."""
-    server: Any
-    """A `ServerSide` likewise."""
+    client: ClientT
+    """Follows the protocol that the round of the config's method declares; so does `server`."""
+    server: ServerT
     facts: dict[str, Any] = field(default_factory=dict)
     """What the run's record says of model and task: source, digests, cut, family, new weights."""
     step: int = 0
@@ -47,15 +50,15 @@ class Session:
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method between the two parties, under their meters."""
-        client = Metered(self.client, self.meters.client)
-        server = self.asked_server(metered=True)
+        client = metered(self.client, self.meters.client)
+        server = self.asked_server(under_meter=True)
         result = method_round(self.config, client, server, batch, step, control=self.control)
         self.control = self.control.after(result.coefficients)
         return result
 
-    def asked_server(self, *, metered: bool) -> Any:
+    def asked_server(self, *, under_meter: bool) -> ServerSide:
         """What the client asks: the server, and whatever lies between the two."""
-        return Metered(self.server, self.meters.server) if metered else self.server
+        return metered(self.server, self.meters.server) if under_meter else self.server
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' calls."""

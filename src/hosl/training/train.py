@@ -84,7 +84,7 @@ def export_session(session: LocalSession, out: Path) -> None:
         tokenizer_folder=session.tokenizer_folder,
         labels=labels,
     )
-    if "lora" in (config.client.trainable, config.server.trainable) and config.method != "frozen":
+    if "lora" in (config.client.trainable, config.server.trainable) and config.method_row.trains != "nothing":
         export_adapter(session.client_half, session.server_half, out / "adapter")
 
 

@@ -1,1 +1,1 @@
-"""What moves the bytes: connections to a server, and a link emulator for tests and studies. No torch here."""
+"""The transport of bytes: connections to a server, and a link emulator for tests and studies. No torch here."""

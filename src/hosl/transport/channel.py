@@ -1,6 +1,6 @@
-"""One connection to a server: pinned TLS, the token on every call, errors as hosl's own, and when to try again.
+"""One connection to a server: pinned TLS, the token with every call (RPC), gRPC's errors as hosl's own, retries.
 
-Timeouts are three in all (`Patience`). What the calls say: `hosl.wire`; what they mean: `hosl.parties.remote.server`.
+The timeouts are in `Patience`, the messages in `hosl.wire`; `hosl.parties.remote.server` makes the calls.
 """
 
 import ipaddress
@@ -21,37 +21,37 @@ from hosl.wire.tensors import CHUNK_BYTES
 
 SERVICE = "hosl.v1.Server"
 MESSAGE_BYTES = CHUNK_BYTES + (1 << 16)
-"""The largest message either side accepts: a chunk, or a question with its targets."""
+"""The largest message that either side accepts: a chunk, or a request with its targets."""
 
-_Answer = TypeVar("_Answer")
+_Reply = TypeVar("_Reply")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long things may take. Work itself has no limit: a slow server that answers pings is waited for."""
+    """The timeouts of a connection. Compute has none: a slow server that answers pings is waited for."""
 
     connect_s: float = 10.0
-    """For the first connection; later ones are tried for ever."""
+    """The time for the first connection; later ones are tried for ever."""
     idle_s: float = 60.0
-    """Without any sign of life from the other side."""
+    """The time without any sign of life from the other side."""
     longest_pause_s: float = 30.0
-    """Between two tries; pauses double from 0.2 s, each shortened by chance by up to a half."""
+    """The longest pause between two tries. Pauses double from 0.2 s; each is shortened at random, by up to a half."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """How the two sides prove themselves beyond token and fingerprint."""
+    """The credentials of the two sides beyond the token and the fingerprint of a join line."""
 
     authority: Path | None = None
     """A PEM file of the authority that signed the server's certificate; for lines without a fingerprint."""
     identity: tuple[Path, Path] | None = None
     """PEM files of our own certificate and key, for a server that wants one (mTLS)."""
     plaintext: bool = False
-    """No TLS at all; only to a loopback address."""
+    """Whether to go without TLS; only to a loopback address."""
 
 
 class Channel:
-    """Calls to one server. Not for several threads at once, but for one caller and one sender."""
+    """Calls to one server, for one thread that calls and one that sends; not for more threads at once."""
 
     def __init__(
         self, line: JoinLine, *, patience: Patience | None = None, proof: Proof | None = None
@@ -61,7 +61,7 @@ class Channel:
         Raises:
             AccessError: if the certificate is not the one of the join line.
             ConfigError: if plaintext is asked for beyond loopback.
-            LinkError: if nobody answers.
+            LinkError: if no server answers in time.
         """
         self.line, self.patience = line, patience or Patience()
         self._proof = proof or Proof()
@@ -69,43 +69,52 @@ class Channel:
         self._open()
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._channel.close()
 
-    def ask(self, name: str, question: Any, answer: type[_Answer]) -> _Answer:
-        """One message there, one back."""
+    def ask(self, name: str, request: Any, reply_type: type[_Reply]) -> _Reply:
+        """Make a call of one request message and one reply message; returns the reply."""
         stub = self._channel.unary_unary(
-            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}",
+            request_serializer=self._serialise,
+            response_deserializer=self._deserialiser(reply_type),
         )
-        return self._answered(lambda: stub(question, metadata=self._metadata))
+        return self._mapping_errors(lambda: stub(request, metadata=self._metadata))
 
-    def upload(self, name: str, frames: Iterable[pb.Upload], answer: type[_Answer]) -> _Answer:
-        """Many messages there, one back."""
+    def upload(self, name: str, frames: Iterable[pb.Upload], reply_type: type[_Reply]) -> _Reply:
+        """Make a call of many request messages and one reply message; returns the reply."""
         stub = self._channel.stream_unary(
-            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}",
+            request_serializer=self._serialise,
+            response_deserializer=self._deserialiser(reply_type),
         )
-        return self._answered(lambda: stub(iter(frames), metadata=self._metadata))
+        return self._mapping_errors(lambda: stub(iter(frames), metadata=self._metadata))
 
-    def converse(self, name: str, frames: Iterable[Any], answer: type[_Answer]) -> Iterator[_Answer]:
-        """Many messages either way; ends the call when the caller stops reading."""
+    def converse(self, name: str, frames: Iterable[Any], reply_type: type[_Reply]) -> Iterator[_Reply]:
+        """Make a call of many messages both ways; the call is cancelled when the caller stops reading."""
         stub = self._channel.stream_stream(
-            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}",
+            request_serializer=self._serialise,
+            response_deserializer=self._deserialiser(reply_type),
         )
         call = stub(iter(frames), metadata=self._metadata)
         try:
-            while (part := self._answered(lambda: next(call, None))) is not None:
+            while (part := self._mapping_errors(lambda: next(call, None))) is not None:
                 yield part
         finally:
             call.cancel()
 
-    def for_ever(self, work: Callable[[], _Answer], say: Callable[[str], None]) -> _Answer:
-        """Do `work`, again and again while the link fails, with growing, jittered pauses; `say` hears of it."""
-        pause_s, chance = 0.2, secrets.SystemRandom()
+    def for_ever(self, work: Callable[[], _Reply], say: Callable[[str], None]) -> _Reply:
+        """Do `work`, again while the link fails, and return its result.
+
+        The pauses between tries grow and are jittered; longer ones are announced by `say`.
+        """
+        pause_s, jitter = 0.2, secrets.SystemRandom()
         while True:
             try:
                 return work()
             except LinkError as lost:
-                wait_s = pause_s * (1 - chance.random() / 2)
+                wait_s = pause_s * (1 - jitter.random() / 2)
                 if pause_s > 1:
                     say(f"{lost}; trying again in {wait_s:.1f} s")
                 time.sleep(wait_s)
@@ -127,8 +136,8 @@ class Channel:
             _check_loopback(self.line.host)
             self._channel = grpc.insecure_channel(self.line.address, options)
         else:
-            credentials, more = self._credentials()
-            self._channel = grpc.secure_channel(self.line.address, credentials, options + more)
+            credentials, tls_options = self._credentials()
+            self._channel = grpc.secure_channel(self.line.address, credentials, options + tls_options)
         self._metadata = (("authorization", f"Bearer {self.line.token}"),)
         try:
             grpc.channel_ready_future(self._channel).result(timeout=self.patience.connect_s)
@@ -140,35 +149,37 @@ class Channel:
             ) from None
 
     def _credentials(self) -> tuple[Any, list[tuple[str, Any]]]:
+        """gRPC's credentials, and the options of a channel with them."""
         identity, key, certificate = self._proof.identity, None, None
         if identity:
-            certificate, key = (_content(path) for path in identity)
+            certificate, key = (_read_pem(path) for path in identity)
         if self.line.fingerprint:
             files = (str(identity[0]), str(identity[1])) if identity else None
             root = pinned_certificate(self.line, timeout_s=self.patience.connect_s, identity=files)
-            more = [("grpc.ssl_target_name_override", "hosl")]  # pinned: the name in it says nothing more
+            # the certificate is pinned: the host name in it proves nothing more
+            options = [("grpc.ssl_target_name_override", "hosl")]
         else:
-            root = _content(self._proof.authority) if self._proof.authority else None
-            more = []
-        return grpc.ssl_channel_credentials(root, key, certificate), more
+            root = _read_pem(self._proof.authority) if self._proof.authority else None
+            options = []
+        return grpc.ssl_channel_credentials(root, key, certificate), options
 
-    def _answered(self, call: Callable[[], _Answer]) -> _Answer:
+    def _mapping_errors(self, call: Callable[[], _Reply]) -> _Reply:
         try:
             return call()
         except grpc.RpcError as failed:
             raise error_of(failed, f"server {self.line.address}") from None
 
-    def _sent(self, message: Any) -> bytes:
+    def _serialise(self, message: Any) -> bytes:
         data = message.SerializeToString()
         self.bytes_up += len(data)
         return data
 
-    def _received(self, kind: type[Any]) -> Callable[[bytes], Any]:
-        def read(data: bytes) -> Any:
+    def _deserialiser(self, kind: type[Any]) -> Callable[[bytes], Any]:
+        def parse(data: bytes) -> Any:
             self.bytes_down += len(data)
             return kind.FromString(data)
 
-        return read
+        return parse
 
 
 def connect(
@@ -177,14 +188,15 @@ def connect(
     """A channel to a server that may not be up yet.
 
     Args:
-        line: where to.
-        patience: `connect_s` is how long a server that we never spoke to is tried.
+        line: the address of the server and the token.
+        patience: its `connect_s` is the time in which a server that is not `known` must answer.
         proof: see `Proof`.
         known: whether a run with this server is under way: then it is tried for ever.
-        say: hears of failures.
+        say: is called with a line of text about failures.
 
     Raises:
-        LinkError: if a server that is not known does not answer in time. AccessError: if it is not the line's.
+        LinkError: if a server that is not known does not answer in time.
+        AccessError: if its certificate is not the one of the join line.
     """
     end, pause_s = time.monotonic() + patience.connect_s, 0.2
     while True:
@@ -199,7 +211,7 @@ def connect(
             pause_s = min(pause_s * 2, patience.longest_pause_s)
 
 
-def _content(path: Path) -> bytes:
+def _read_pem(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as cause:

@@ -1,4 +1,4 @@
-"""hosl://host:port#token.fingerprint: all that a device needs to enrol, and how the fingerprint is checked.
+"""The join line hosl://host:port#token.fingerprint: all that a device needs to enrol. The fingerprint is checked here.
 
 The fingerprint is SHA-256 of the server's certificate. A client fetches the certificate first, over TLS 1.3 and without
 trusting it, compares, and then trusts this one certificate and no other.
@@ -23,30 +23,30 @@ _LINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class JoinLine:
-    """Where the server is, who we are to it, and how it proves itself."""
+    """The address of a server, the token of a client, and the fingerprint of the server's certificate."""
 
     host: str
     port: int
     token: str
     """A bearer token: whoever has it is this client."""
     fingerprint: str | None
-    """Of the server's certificate; None: the certificate is checked against authorities."""
+    """The value of `fingerprint_of` for the server's certificate; None: authorities vouch for the certificate."""
 
     @classmethod
     def parse(cls, text: str) -> "JoinLine":
         """Read a join line.
 
         Raises:
-            AccessError: if it is none. The token is not repeated in the message.
+            AccessError: if `text` is no join line. Its message does not repeat the token.
         """
-        found = _LINE.fullmatch(text.strip())
-        if not found or int(found["port"]) > 65535:
+        match = _LINE.fullmatch(text.strip())
+        if not match or int(match["port"]) > 65535:
             shown = text.strip().partition("#")[0]
             raise AccessError(
                 f"the join line {shown}#... is not of the form hosl://host:port#token.fingerprint; copy the whole line "
                 "that `hosl serve` or `hosl clients add` printed, in quotes"
             )
-        return cls(found["host"].strip("[]"), int(found["port"]), found["token"], found["fingerprint"])
+        return cls(match["host"].strip("[]"), int(match["port"]), match["token"], match["fingerprint"])
 
     @property
     def address(self) -> str:
@@ -67,13 +67,13 @@ def pinned_certificate(line: JoinLine, *, timeout_s: float, identity: tuple[str,
     """The server's certificate in PEM, if it has the line's fingerprint.
 
     Args:
-        line: with a fingerprint.
-        timeout_s: for connecting and the handshake.
-        identity: files of our own certificate and key, for a server that wants one.
+        line: must have a fingerprint.
+        timeout_s: the limit for each connection and each step of its handshake.
+        identity: PEM files of our own certificate and key, for a server that wants one.
 
     Raises:
         AccessError: if the certificate has another fingerprint, or has expired.
-        LinkError: if nobody answers, or not with TLS 1.3.
+        LinkError: if no server answers, or not with TLS 1.3.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -86,25 +86,26 @@ def pinned_certificate(line: JoinLine, *, timeout_s: float, identity: tuple[str,
             create_connection((line.host, line.port), timeout=timeout_s) as plain,
             context.wrap_socket(plain) as secured,
         ):
-            found: Any = secured.getpeercert(binary_form=True)
+            certificate: Any = secured.getpeercert(binary_form=True)
     except OSError as cause:
         raise LinkError(
             f"no TLS 1.3 server answers at {line.address}: {cause}; check that `hosl serve` runs there and that the "
             "port is open"
         ) from cause
     assert line.fingerprint is not None, "a certificate that an authority vouches for is not pinned"
-    if not hmac.compare_digest(fingerprint_of(found), line.fingerprint):
+    if not hmac.compare_digest(fingerprint_of(certificate), line.fingerprint):
         raise AccessError(
-            f"the server at {line.address} shows a certificate with fingerprint {fingerprint_of(found)}, the join line "
-            f"says {line.fingerprint}: somebody else answers, or the server made a new certificate; ask for a new line"
+            f"the server at {line.address} shows a certificate with fingerprint {fingerprint_of(certificate)}, "
+            f"the join line says {line.fingerprint}: somebody else answers, or the server made a new certificate; "
+            "ask for a new line"
         )
-    pem = ssl.DER_cert_to_PEM_cert(found)
+    pem = ssl.DER_cert_to_PEM_cert(certificate)
     _check_dates(line, pem, timeout_s)
     return pem.encode()
 
 
 def _check_dates(line: JoinLine, pem: str, timeout_s: float) -> None:
-    """A second handshake that trusts this certificate alone: what is left to fail are its dates and its form."""
+    """Check dates and form of a certificate, by a second handshake that trusts it alone."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version, context.check_hostname = ssl.TLSVersion.TLSv1_3, False
     context.load_verify_locations(cadata=pem)

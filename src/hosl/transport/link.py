@@ -1,7 +1,7 @@
 """A slow, thin or broken link, in user space: a TCP proxy on loopback in front of a server. For tests and studies.
 
-What a link does: each direction delays every byte by half the round trip and passes no more than its rate, shared by
-all connections. Nothing is reordered; TCP above it sees what it would see behind a router with a deep queue.
+Each direction of a link delays every byte by half the round trip and passes no more than its rate, which all
+connections share. Nothing is reordered; TCP behaves as it would behind a router with a deep queue.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ from hosl.errors import ConfigError
 
 _CHUNK_BYTES = 1 << 16
 _CHUNK_S = 0.01
-"""A chunk takes the link for no longer than this, so that connections take turns."""
+"""The longest time that one chunk occupies the link, so that connections take turns."""
 _PACKET_BYTES = 1460
 _CATCH_UP_S = 0.05
-"""A loop that wakes late may make up for so much; more would let the backlog of a stall through at once."""
+"""The delay that an event loop which wakes late may make up for; more would pass the backlog of a stall at once."""
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER on, for 0 s: closing sends RST. Without it abort() sends FIN, which the peer reads as a proper end."""
 _DURATIONS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -33,16 +33,16 @@ _RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSpec:
-    """How good a link is."""
+    """The properties of a link."""
 
     rtt_s: float = 0.0
-    """Added to every round trip."""
+    """The delay that is added to every round trip."""
     up_bits_per_s: float | None = None
-    """From client to server; None: no limit."""
+    """The rate from client to server; None: no limit."""
     down_bits_per_s: float | None = None
-    """From server to client; None: no limit."""
+    """The rate from server to client; None: no limit."""
     drop_every_bytes: int | None = None
-    """Every connection is reset after exactly so many bytes, both ways together; None: never."""
+    """The bytes after which every connection is reset, both ways together; None: never."""
 
     def __post_init__(self) -> None:
         if not (self.rtt_s >= 0 and math.isfinite(self.rtt_s)):
@@ -71,9 +71,9 @@ class _Direction:
             self.chunk_bytes = min(_CHUNK_BYTES, max(_PACKET_BYTES, int(bits_per_s / 8 * _CHUNK_S)))
 
     def take_turn(self, due: float, now: float, size_bytes: int) -> float:
-        """When a chunk that has been delayed until `due` has passed; the next one passes after it.
+        """The time when a chunk that was delayed until `due` has passed; the next one passes after it.
 
-        Counted from `due` and not from `now`, so that late timers do not lower the rate.
+        It counts from `due` and not from `now`, so that late timers do not lower the rate.
         """
         if self.bits_per_s is None:
             return due
@@ -97,7 +97,7 @@ class _Pipe:
         writer.transport.set_write_buffer_limits(high=0)  # drain: all is with the kernel
 
     async def read(self) -> None:
-        """Take in all that comes, to its end."""
+        """Read to the end of the stream, and give every chunk the time when it is due."""
         clock = asyncio.get_running_loop().time
         while True:
             data = await self._reader.read(self._way.chunk_bytes)
@@ -110,7 +110,7 @@ class _Pipe:
                 await self._room.wait()
 
     async def write(self, allowance: "_Allowance") -> None:
-        """Give out all that is due, to the end that was read.
+        """Write every chunk when it is due, to the end of the stream.
 
         Raises:
             ConnectionAbortedError: when the allowance is used up.
@@ -136,13 +136,13 @@ class _Pipe:
 
 
 class _Allowance:
-    """How much may pass through one connection, both ways together."""
+    """The bytes that may still pass through one connection, both ways together."""
 
     def __init__(self, limit_bytes: int | None) -> None:
         self.limit_bytes, self._left_bytes = limit_bytes, limit_bytes
 
     def take(self, size_bytes: int) -> int:
-        """How many of `size_bytes` may pass."""
+        """Use up `size_bytes`, or what is left; returns the number of bytes that may pass."""
         if self._left_bytes is None:
             return size_bytes
         size_bytes = min(size_bytes, self._left_bytes)
@@ -156,10 +156,10 @@ class _Allowance:
 
 
 class Link:
-    """The proxy, in a thread of its own while the context is open; what it does, it has done when a method returns."""
+    """The proxy, in a thread of its own while its context is open; a method's effect is complete when it returns."""
 
     address: tuple[str, int]
-    """Where clients connect to; known inside the context."""
+    """The host and port that clients connect to; set inside the context."""
 
     def __init__(self, target: tuple[str, int], spec: LinkSpec, *, host: str = "127.0.0.1") -> None:
         self._target, self._spec, self._host = target, spec, host
@@ -167,16 +167,16 @@ class Link:
         self._down = _Direction(spec.rtt_s, spec.down_bits_per_s)
         self._near_sides: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.connections = 0
-        """Accepted so far."""
+        """The number of connections accepted so far."""
 
     @property
     def bytes_up(self) -> int:
-        """Passed from client to server so far."""
+        """The bytes that have passed from client to server."""
         return self._up.passed_bytes
 
     @property
     def bytes_down(self) -> int:
-        """Passed from server to client so far."""
+        """The bytes that have passed from server to client."""
         return self._down.passed_bytes
 
     def __enter__(self) -> "Link":
@@ -202,11 +202,11 @@ class Link:
         self._thread.join()
 
     def cut(self) -> None:
-        """Reset every connection on both sides; new ones may be made at once. What was under way is lost."""
+        """Reset every connection on both sides; new ones may be made at once. Bytes on their way are lost."""
         self._in_loop(self._reset_all)
 
     def pause(self) -> None:
-        """Let nothing through until `resume`, nor the end of a stream; connections stay, and new ones are accepted."""
+        """Let nothing through until `resume`, not even the end of a stream; connections stay, new ones are accepted."""
         self._in_loop(self._stall)
 
     def resume(self) -> None:
@@ -266,8 +266,8 @@ class Link:
                     await side.wait_closed()
 
     async def flowing(self) -> None:
-        """Waits while the link is stalled."""
-        while not self._flows.is_set():  # again: it may be stalled anew before this task wakes
+        """Wait while the link is paused."""
+        while not self._flows.is_set():  # again: it may be paused anew before this task wakes
             await self._flows.wait()
 
     async def _stall(self) -> None:
@@ -279,7 +279,7 @@ class Link:
     async def _reset_all(self) -> None:
         near_sides = dict(self._near_sides)
         for task, writer in near_sides.items():
-            _reset(writer)  # the task would not if it is cancelled before it begins
+            _reset(writer)  # a task that is cancelled before it begins does not reset its writer
             task.cancel()
         await asyncio.gather(*near_sides, return_exceptions=True)
 
@@ -291,26 +291,26 @@ async def _sleep_until(due: float) -> None:
 
 
 def _reset(side: asyncio.StreamWriter) -> None:
-    """End a connection by RST; of no effect on one that has ended."""
+    """End a connection by RST; a connection that has ended is left as it is."""
     with suppress(OSError):  # its socket is closed, or its peer was first
         side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     side.transport.abort()
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `50ms`, `1.5s`, `200us`.
+    """The number of seconds that `50ms`, `1.5s` or `200us` stands for.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if `text` is no duration.
     """
     return _parsed(text, _DURATIONS, "a duration", "50ms")
 
 
 def parse_rate(text: str) -> float:
-    """Bits per second of `10mbit`, `1gbit`, `500kbit`.
+    """The bits per second that `10mbit`, `1gbit` or `500kbit` stands for.
 
     Raises:
-        ConfigError: if it is none, or zero.
+        ConfigError: if `text` is no rate, or zero.
     """
     return _parsed(text, _RATES, "a rate", "10mbit", allowed=lambda value: value > 0)
 
@@ -318,11 +318,11 @@ def parse_rate(text: str) -> float:
 def _parsed(
     text: str,
     units: dict[str, float],
-    what: str,
+    kind: str,
     example: str,
     allowed: Callable[[float], bool] = lambda value: True,
 ) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
-    if not found or found[2] not in units or not allowed(float(found[1])):
-        raise ConfigError(f"{text!r} is not {what} such as {example}; units are {', '.join(units)}")
-    return float(found[1]) * units[found[2]]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
+    if not match or match[2] not in units or not allowed(float(match[1])):
+        raise ConfigError(f"{text!r} is not {kind} such as {example}; units are {', '.join(units)}")
+    return float(match[1]) * units[match[2]]

@@ -1,4 +1,4 @@
-"""hosl's errors <-> gRPC's status codes: the one table, and the two functions that use it.
+"""hosl's errors <-> gRPC's status codes: a table for each way, and the function that uses it.
 
 The error's own name travels in the trailing metadata, so that the other side raises the same class.
 """
@@ -47,19 +47,19 @@ _ERRORS: dict[grpc.StatusCode, type[HoslError]] = {
     grpc.StatusCode.OUT_OF_RANGE: StepError,
     grpc.StatusCode.FAILED_PRECONDITION: SessionError,
     grpc.StatusCode.ABORTED: FailureError,
-    grpc.StatusCode.INTERNAL: LinkError,  # what gRPC says when a stream breaks in the middle
+    grpc.StatusCode.INTERNAL: LinkError,  # gRPC's code for a stream that breaks in the middle
     grpc.StatusCode.UNAVAILABLE: LinkError,
     grpc.StatusCode.CANCELLED: LinkError,
     grpc.StatusCode.DEADLINE_EXCEEDED: LinkError,
     grpc.StatusCode.UNKNOWN: FailureError,
     grpc.StatusCode.NOT_FOUND: FailureError,
     grpc.StatusCode.ALREADY_EXISTS: FailureError,
-    grpc.StatusCode.OK: WireError,  # an answer that ended early
+    grpc.StatusCode.OK: WireError,  # a reply that ended early
 }
 
 
 def code_of(error: HoslError) -> grpc.StatusCode:
-    """The status code of the nearest class in the table."""
+    """The status code of the error's class, or of its nearest base class in the table."""
     for kind in type(error).__mro__:
         if kind in _CODES:
             return _CODES[kind]
@@ -67,11 +67,11 @@ def code_of(error: HoslError) -> grpc.StatusCode:
 
 
 def error_of(failed: grpc.RpcError, peer: str) -> HoslError:
-    """What a failed call means to us: the class that the peer named, else the one of the status code."""
+    """The error of ours for a failed call: of the class that the peer named, else of the status code's class."""
     call: Any = failed
-    code, said = call.code(), call.details() or ""
+    code, details = call.code(), call.details() or ""
     trailing = dict(call.trailing_metadata() or ())
     named = getattr(hosl.errors, str(trailing.get(ERROR_KEY, "")), None)
     if isinstance(named, type) and issubclass(named, HoslError):
-        return named(f"{said} (said by {peer})")
-    return _ERRORS.get(code, FailureError)(f"{peer}: {code.name.lower().replace('_', ' ')}: {said}")
+        return named(f"{details} (said by {peer})")
+    return _ERRORS.get(code, FailureError)(f"{peer}: {code.name.lower().replace('_', ' ')}: {details}")

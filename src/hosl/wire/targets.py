@@ -8,7 +8,7 @@ from hosl.wire import hosl_pb2 as pb
 
 
 def targets_to_message(targets: ClassTargets | OptionTargets) -> pb.Targets:
-    """What of a batch may cross: the padding mask and the targets of the scored positions."""
+    """The padding mask and the targets of the scored positions: all that may cross of a batch besides activations."""
     if isinstance(targets, ClassTargets):
         return pb.Targets(mask=_mask(targets.mask), classes=pb.Classes(labels=targets.labels.tolist()))
     options = pb.Options(
@@ -20,7 +20,7 @@ def targets_to_message(targets: ClassTargets | OptionTargets) -> pb.Targets:
 
 
 def positions_to_message(targets: PositionTargets) -> pb.Positions:
-    """The padding mask and where the scored positions are: all that crosses when labels stay with the client."""
+    """The padding mask and the scored positions: all that crosses when labels stay with the client."""
     return pb.Positions(mask=_mask(targets.mask), positions=targets.positions.tolist())
 
 
@@ -28,7 +28,7 @@ def targets_from_message(message: pb.Targets, shape: tuple[int, ...]) -> Targets
     """The targets of activations of `shape` [rows, seq, width].
 
     Raises:
-        WireError: if they do not fit the shape, or nothing is scored in a row.
+        WireError: if they do not fit the shape, or a row has no scored position.
     """
     rows, seq = shape[:2]
     mask = _read_mask(message.mask, rows, seq)
@@ -45,7 +45,11 @@ def targets_from_message(message: pb.Targets, shape: tuple[int, ...]) -> Targets
 
 
 def positions_from_message(message: pb.Positions, shape: tuple[int, ...]) -> PositionTargets:
-    """As `targets_from_message`, for labels that stay with the client."""
+    """The scored positions of activations of `shape` [rows, seq, width], when labels stay with the client.
+
+    Raises:
+        WireError: if they do not fit the shape, do not ascend, or there are none.
+    """
     rows, seq = shape[:2]
     positions = np.array(message.positions, dtype=np.int64)
     if not len(positions) or (np.diff(positions) <= 0).any() or positions[-1] >= seq:
@@ -59,10 +63,10 @@ def _read_options(message: pb.Options, mask: np.ndarray) -> OptionTargets:
     rows, seq = mask.shape
     if not 1 <= message.span <= seq:
         raise WireError(f"options span {message.span} tokens; it must lie in 1..{seq}")
-    wanted = rows * message.span
-    if len(message.positions) != wanted or len(message.tokens) != wanted:
+    count = rows * message.span
+    if len(message.positions) != count or len(message.tokens) != count:
         raise WireError(
-            f"{rows} rows of span {message.span} need {wanted} positions and tokens, got {len(message.positions)} "
+            f"{rows} rows of span {message.span} need {count} positions and tokens, got {len(message.positions)} "
             f"and {len(message.tokens)}"
         )
     positions = np.array(message.positions, dtype=np.int64).reshape(rows, -1)

@@ -21,25 +21,26 @@ DTypeName: TypeAlias = Literal["float32", "bfloat16", "float64"]
 Compression: TypeAlias = Literal["none", "bf16", "int8"]
 
 CHUNK_BYTES = 1 << 19
-"""What one message carries of a tensor."""
+"""The largest part of a tensor that one message carries."""
 
 _STORED: dict[str, Any] = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype("<u2"),
     "float64": np.dtype("<f8"),
 }
+"""The numpy dtype that stores the elements of each dtype, little-endian."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WireArray:
-    """An array with the dtype that its numbers have."""
+    """A numpy array with the dtype of the numbers that it stores."""
 
     data: np.ndarray
-    """Of dtype float32 or float64; uint16 holding the bits of bfloat16."""
+    """The elements in float32 or float64, or the bits of bfloat16 in uint16."""
     dtype: DTypeName
 
     def widened(self) -> np.ndarray:
-        """The numbers, bfloat16 as float32."""
+        """The numbers in their own dtype, or in float32 for bfloat16."""
         return _from_bfloat16(self.data) if self.dtype == "bfloat16" else self.data
 
     def finite(self) -> bool:
@@ -51,18 +52,18 @@ class WireArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A tensor ready to be sent: what describes it, and its bytes."""
+    """A tensor ready to be sent: its header, and its bytes."""
 
     header: pb.Tensor
     parts: tuple[memoryview, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensor's own bytes, without framing."""
+        """The number of the tensor's own bytes, without framing."""
         return sum(len(part) for part in self.parts)
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes in order, cut into messages."""
+        """The bytes in order, in pieces of at most `CHUNK_BYTES`."""
         for part in self.parts:
             for start in range(0, len(part), CHUNK_BYTES):
                 yield bytes(part[start : start + CHUNK_BYTES])
@@ -74,7 +75,7 @@ def pack(array: WireArray, compression: Compression, *, noise: str = "") -> Pack
     Args:
         array: [rows, seq, width].
         compression: bf16 and int8 apply to float32 and float64; a bfloat16 array goes as it is under bf16.
-        noise: key of int8's rounding noise; the same key gives the same noise.
+        noise: the key of int8's rounding noise; the same key gives the same noise.
     """
     if array.dtype == "bfloat16" and compression == "bf16":
         compression = "none"
@@ -95,7 +96,7 @@ def pack(array: WireArray, compression: Compression, *, noise: str = "") -> Pack
 
 
 def packed_bytes(shape: tuple[int, ...], dtype: DTypeName, compression: Compression) -> int:
-    """Bytes of an array of `shape` on the wire, without framing."""
+    """The number of bytes of an array of `shape` on the wire, without framing."""
     match compression:
         case "none":
             return prod(shape) * _STORED[dtype].itemsize
@@ -106,14 +107,14 @@ def packed_bytes(shape: tuple[int, ...], dtype: DTypeName, compression: Compress
 
 
 class Unpacking:
-    """One tensor that is arriving: checked against its header, filled chunk by chunk, never larger than announced."""
+    """A tensor that is being received: checked against its header, filled by chunks, never larger than announced."""
 
     def __init__(self, header: pb.Tensor, *, tensor_bytes: int) -> None:
-        """Check what is announced before its bytes are waited for.
+        """Check the header before any of the tensor's bytes arrive.
 
         Raises:
-            WireError: if shape, dtype or compression cannot be.
-            LimitError: if it is larger than `tensor_bytes`, as sent or unpacked.
+            WireError: if its shape, dtype or compression is not allowed.
+            LimitError: if the tensor is larger than `tensor_bytes`, as sent or unpacked.
         """
         self.dtype: Any = from_enum(pb.DType, header.dtype)
         self.compression: Any = from_enum(pb.Compression, header.compression)
@@ -129,15 +130,15 @@ class Unpacking:
                 f"a tensor {list(self.shape)} of {self.dtype} takes {largest} bytes; the limit is {tensor_bytes}: "
                 "send fewer rows, or raise the server's --tensor-limit"
             )
-        # pages of an empty array are only taken when bytes are written to them
+        # np.empty takes no memory yet: the system gives a page when bytes are written to it
         self._bytes = np.empty(self.wanted, dtype=np.uint8)
         self.filled = 0
 
     def add(self, chunk: bytes) -> None:
-        """Take the next bytes.
+        """Append the next bytes.
 
         Raises:
-            WireError: if they are more than was announced.
+            WireError: if there are none, or more than announced.
         """
         end = self.filled + len(chunk)
         if end > self.wanted or not chunk:
@@ -151,7 +152,7 @@ class Unpacking:
 
     @property
     def complete(self) -> bool:
-        """Whether every byte is there."""
+        """Whether every byte has arrived."""
         return self.filled == self.wanted
 
     def array(self) -> WireArray:
@@ -201,13 +202,14 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def _to_int8(values: np.ndarray, noise: str) -> tuple[np.ndarray, np.ndarray]:
+    """(scales, integers): one float32 scale per token; values / scale, rounded up or down at random, unbiased."""
     tokens = values.reshape(-1, values.shape[-1])
     scales = (np.abs(tokens).max(axis=1) / np.float32(127)).astype("<f4")
     divisors = np.where(scales > 0, scales, np.float32(1))
     key = np.frombuffer(blake2b(f"hosl/noise/{noise}".encode(), digest_size=16).digest(), dtype="<u8")
     uniform = np.random.Generator(np.random.Philox(key=key))
     rounded = np.empty(tokens.shape, dtype=np.int8)
-    for place, (row, divisor) in enumerate(zip(tokens, divisors, strict=True)):
+    for index, (row, divisor) in enumerate(zip(tokens, divisors, strict=True)):
         steps = np.floor(row / divisor + uniform.random(len(row), dtype=np.float32))
-        rounded[place] = np.clip(steps, -127, 127)
+        rounded[index] = np.clip(steps, -127, 127)
     return scales, rounded

@@ -27,6 +27,8 @@ class FrozenClient:
             device: a torch device.
         """
         self.half = half
+        self.trained: dict[str, torch.nn.Parameter] = {}
+        """What the client trains, by Hugging Face's own names: nothing."""
         self.micro_batch_size = micro_batch_size
         self.device = torch.device(device)
         half.to(self.device)

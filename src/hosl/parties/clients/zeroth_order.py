@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from hosl.parties.engine.perturbation import (
 from hosl.split import ClientHalf
 
 STACKED_TOKENS_AT_ONCE = 1024
-"""How many tokens low-rank probes fill a shared pass over the weights with: the fastest (docs/results/benchmarks.md)."""
+"""Tokens with which low-rank probes fill a shared pass over the weights: the fastest (docs/results/benchmarks.md)."""
 
 
 class ZerothOrderClient(FrozenClient):
@@ -89,21 +88,14 @@ class ZerothOrderClient(FrozenClient):
                 slopes[rows] = _row_sums(jvp, gradient[rows])
             yield Projection(slopes, noise=0.0)
 
-    def _probe_along(self, batch: Batch, seed: int, epsilon: float) -> Probe:
-        return Probe(seed, epsilon, self.distribution)
-
     def _groups(
         self, batch: Batch, seeds: Sequence[int], epsilon: float, signs: Signs
     ) -> Iterator[list[Probe]]:
         """Probes that are evaluated at once: low-rank ones share a pass over the weights, as far as it pays."""
         together = max(STACKED_TOKENS_AT_ONCE // (len(signs) * batch.input_ids.size), 1)
-        probes = [self._probe_along(batch, seed, epsilon) for seed in seeds]
-        for distribution, same in groupby(probes, key=lambda probe: probe.distribution):
-            of_distribution = list(same)
-            at_once = together if distribution == "low-rank" else 1
-            yield from (
-                of_distribution[start : start + at_once] for start in range(0, len(of_distribution), at_once)
-            )
+        at_once = together if self.distribution == "low-rank" else 1
+        probes = [Probe(seed, epsilon, self.distribution) for seed in seeds]
+        yield from (probes[start : start + at_once] for start in range(0, len(probes), at_once))
 
     def _signed(
         self, batch: Batch, probes: Sequence[Probe], signs: Signs

@@ -9,7 +9,7 @@ one product with W. Updates: `descend_`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -33,8 +33,6 @@ class Probe:
     seed: int
     epsilon: float
     distribution: Distribution
-    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By name of a linear layer's weight: b of u = a b^T [in], in place of the low-rank distribution's own."""
 
 
 Signs: TypeAlias = tuple[int, ...]
@@ -204,12 +202,7 @@ def _low_rank_linear(
     own_forward, weight = module.forward, module.weight
     name = names["weight"]
     factors = [low_rank_factors(probe.seed, name, tuple(weight.shape)) for probe in probes]
-    columns = torch.stack(
-        [
-            probe.columns.get(name, torch.from_numpy(b)).to(weight.device, weight.dtype)
-            for (_, b), probe in zip(factors, probes, strict=True)
-        ]
-    )
+    columns = torch.stack([torch.from_numpy(b).to(weight.device, weight.dtype) for _, b in factors])
     scaled = [
         a * _numpy_compute(weight)(probe.epsilon) for (a, _), probe in zip(factors, probes, strict=True)
     ]

@@ -56,13 +56,6 @@ class CompressedServer(Packing):
         packed = self._packed(activations, self._noise())
         return self._server.step(packed, targets, step=step, want_gradient=want_gradient)
 
-    def step_at_mean(
-        self, activations: Sequence[Activations], targets: Targets, *, step: int
-    ) -> Sequence[float]:
-        """One update of theta_s on the mean of several activations' losses."""
-        noise = self._noise()
-        return self._server.step_at_mean([self._packed(h, noise) for h in activations], targets, step=step)
-
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """A zeroth-order server's update."""
         self._server.descend(step, seeds, coefficients)
@@ -105,10 +98,6 @@ class Receiving:
     def step(self, packed: Packed, targets: Targets, *, step: int, want_gradient: bool = False) -> StepReply:
         """See `CompressedServer`."""
         return self._server.step(self._unpacked(packed), targets, step=step, want_gradient=want_gradient)
-
-    def step_at_mean(self, packed: Sequence[Packed], targets: Targets, *, step: int) -> Sequence[float]:
-        """See `CompressedServer`."""
-        return self._server.step_at_mean([self._unpacked(p) for p in packed], targets, step=step)
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """See `CompressedServer`."""

@@ -92,28 +92,6 @@ class FirstOrderServer(TorchServer):
         self._answered = (step, reply)
         return reply
 
-    def step_at_mean(
-        self, activations: Sequence[torch.Tensor], targets: Targets, *, step: int
-    ) -> list[float]:
-        """One update of theta_s on the mean of the activations' losses; each one's loss before it, in nats.
-
-        One activation's graph is alive at a time. Source: paper.md section 11, server_gradient_at.
-
-        Raises:
-            NonFiniteError: if a loss is NaN or infinite; theta_s is then unchanged.
-        """
-        losses = []
-        for h in activations:
-            try:
-                loss = self._finite_loss(h.detach().to(self.device), targets, step)
-            except NonFiniteError:
-                self.optimiser.zero_grad()
-                raise
-            (loss / len(activations)).backward()
-            losses.append(float(loss.detach()))
-        optimiser_step(self.optimiser, self.learning_rate(step))
-        return losses
-
     def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
         loss = self._loss(h, targets)
         if not torch.isfinite(loss.detach()):

@@ -1,0 +1,228 @@
+"""The table of methods: what each is made of and what it means to those who plan, run, save and compare it.
+
+A row names the round of a method and says what its parties do; everyone else asks the row and never a list of names.
+To add a method: a round in `core.rounds`, a client class in `parties.clients`, a row here, and the line in
+`methods.torch_parties` that builds the client (docs/how-to/add-a-method.md).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from hosl.core import rounds
+from hosl.core.authors_head import authors_head_round
+from hosl.core.rounds import RoundResult, StepInputs
+from hosl.core.targets import Batch
+
+Round: TypeAlias = Callable[[Any, Any, Batch, StepInputs], RoundResult]
+"""(client, server, batch, step) -> result. Which protocols the parties must follow, the round itself declares."""
+
+Settings: TypeAlias = Callable[[str], Any]
+"""The value of a run's setting by its dotted path, such as `zo.sides`."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The client learning rates of a method, for one kind of optimiser."""
+
+    usual: float
+    """What worked in docs/results, or for lack of that, a careful guess."""
+    to_try: tuple[float, ...]
+    """The rates of a sweep, ascending."""
+    usual_lora: float | None = None
+    """`usual`, where adapters are trained; None: the same."""
+    usual_last_block: float | None = None
+    """`usual`, where the last block is trained; None: the same."""
+    lora_factor: float = 1.0
+    """What `to_try` is multiplied by where adapters are trained."""
+
+    def usual_for(self, trainable: str) -> float:
+        """The usual rate for what `client.trainable` says."""
+        special = {"lora": self.usual_lora, "last-block": self.usual_last_block}.get(trainable)
+        return self.usual if special is None else special
+
+    def to_try_for(self, trainable: str) -> tuple[float, ...]:
+        """The rates of a sweep for what `client.trainable` says."""
+        return tuple(rate * self.lora_factor for rate in self.to_try) if trainable == "lora" else self.to_try
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    about: str
+    """The method in one sentence, for help and documentation."""
+    round: Round
+    reads: frozenset[str]
+    """Settings that mean something to it, by dotted path, of those in `GOVERNED`. Any other one set is refused."""
+    lets_stand: frozenset[str] = frozenset()
+    """Settings in `GOVERNED` without meaning to it that its config may hold: a comparison shares them."""
+    variants: tuple[tuple[str, str, Round], ...] = ()
+    """(setting, value, round): the round that takes the place of `round` where a setting has this value."""
+    backward: Literal["none", "graph", "blocks"] = "none"
+    """Whether its client differentiates: not at all, a graph of the whole batch, or one block at a time."""
+    client_state: Literal["none", "journal", "weights"] = "journal"
+    """What a checkpoint keeps of its client beside the base weights."""
+    trains: Literal["nothing", "chosen", "last-blocks"] = "chosen"
+    """Which weights of the client: none, what `client.trainable` says, or parts of its last blocks that the method
+    chooses by itself."""
+    draws: frozenset[Literal["client", "server"]] = frozenset()
+    """The halves along whose random directions it evaluates the loss: `zo.directions` of them a step."""
+    wants_gradient: bool = False
+    """Whether the server sends dL/dh back in every step."""
+    server: Literal["first-order", "zeroth-order"] = "first-order"
+    """How the server is trained."""
+    uploads_per_direction: int = 0
+    """Activations sent for each direction."""
+    clean_uploads: int = 1
+    """Activations at the unperturbed client sent in a step."""
+    on_the_wire: str = ""
+    """The method that a server takes it for; its own name by default."""
+    learning_rates: LearningRates = field(kw_only=True)
+    learning_rates_adamw: LearningRates | None = field(default=None, kw_only=True)
+    """The same, where the client's optimiser is AdamW; None: the client has plain SGD."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "on_the_wire", self.on_the_wire or self.name)
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether it trains parts of the client's last blocks, and so needs as many on the client."""
+        return self.trains == "last-blocks"
+
+    def uploads(self, directions: int) -> int:
+        """Activations sent in a step with so many directions."""
+        return self.uploads_per_direction * directions + self.clean_uploads
+
+    def questions(self, directions: int) -> int:
+        """Questions asked of the server in a step with so many directions; each has the targets with it."""
+        return (directions if self.uploads_per_direction else 0) + self.clean_uploads
+
+    def round_for(self, setting: Settings) -> Round:
+        """The round of a run with these settings."""
+        for path, value, variant in self.variants:
+            if setting(path) == value:
+                return variant
+        return self.round
+
+    def rates_for(self, optimiser: str) -> LearningRates:
+        """The learning rates for a client optimiser's name."""
+        adamw = self.learning_rates_adamw if optimiser == "adamw" else None
+        return adamw or self.learning_rates
+
+    def refusal(self, setting: Settings, plain: Settings) -> str | None:
+        """Why a run with these settings is impossible by this row; None: it is not.
+
+        Args:
+            setting: of the run.
+            plain: of a run that says nothing.
+        """
+        for path in GOVERNED:
+            value = setting(path)
+            if value == plain(path) or path in self.reads or path in self.lets_stand:
+                continue
+            readers = ", ".join(name for name, other in METHODS.items() if path in other.reads)
+            return (
+                f"{path} is not read by method {self.name}, got {readable(value)}; methods that read it: {readers}. "
+                f"Leave {path} out, or take one of these"
+            )
+        return None
+
+
+def readable(value: Any) -> str:
+    """A setting's value as a person writes it; of a section, what is not at its default."""
+    fields = getattr(value, "__struct_fields__", None)
+    if fields is None:
+        return str(value)
+    plain = type(value)()
+    changed = [name for name in fields if getattr(value, name) != getattr(plain, name)]
+    return ", ".join(f"{name}: {getattr(value, name)}" for name in changed)
+
+
+PROBES = frozenset({"zo.clip", "zo.normalise"})
+"""Settings of the coefficients that a method measures along its directions."""
+
+GOVERNED = (
+    "zo.server_gradient_at", "zo.sides", "zo.derivative", "zo.row_clip", "zo.clip", "zo.normalise", "client.trainable",
+    "client.dtype", "client.optimiser", "client.micro_batch_size",
+)  # fmt: skip
+"""Settings that are refused where a method does not read them. The others, such as `zo.directions` and the learning
+rates, are shared by the methods of a comparison, which differ in nothing but `method`."""
+
+_TRAINED = frozenset({"client.trainable", "client.dtype", "client.micro_batch_size"})
+
+_DESCENDED = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""Rates for gradients and their estimates, applied by SGD."""
+_BY_PROBES = LearningRates(
+    1e-5, (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), usual_lora=1e-3, lora_factor=1e3
+)  # slopes of random directions, whose length is that of all trained weights; adapters are few numbers
+_BY_GRADIENT = LearningRates(3e-3, _DESCENDED, usual_last_block=1e-2)
+_BY_ADAMW = LearningRates(3e-5, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), usual_lora=3e-4)
+
+_ROWS: tuple[Method, ...] = (
+    Method(
+        "frozen", "The client never changes: the row that every comparison owes.", rounds.frozen_round,
+        reads=frozenset({"client.dtype", "client.micro_batch_size"}),
+        lets_stand=PROBES | {"client.trainable", "client.optimiser"},
+        client_state="none", trains="nothing", learning_rates=_BY_GRADIENT,
+    ),
+    Method(
+        "zo-zo", "Both halves are trained by probes.", rounds.zo_round, reads=_TRAINED | PROBES,
+        draws=frozenset({"client", "server"}), server="zeroth-order", uploads_per_direction=2, clean_uploads=0,
+        learning_rates=LearningRates(1e-3, _BY_PROBES.to_try, lora_factor=1e3),
+    ),
+    Method(
+        "hosl", "The paper: the client by probes, whose losses the server tells; the server by backprop.",
+        rounds.hosl_round, reads=_TRAINED | PROBES | {"zo.server_gradient_at"},
+        variants=(
+            ("profile", "authors-head", authors_head_round),
+            ("zo.server_gradient_at", "first-plus", rounds.hosl_first_plus_round),
+        ),
+        draws=frozenset({"client"}), uploads_per_direction=2, learning_rates=_BY_PROBES,
+    ),
+    Method(
+        "hosl-gradient", "As hosl, but the server returns dL/dh once and the client projects its probes on it.",
+        rounds.hosl_gradient_round, reads=_TRAINED | PROBES | {"zo.sides", "zo.derivative", "zo.row_clip"},
+        variants=(
+            ("zo.sides", "one", rounds.hosl_gradient_one_sided_round),
+            ("zo.derivative", "forward-mode", rounds.hosl_gradient_forward_mode_round),
+        ),
+        draws=frozenset({"client"}), wants_gradient=True, learning_rates=_BY_PROBES,
+    ),
+    Method(
+        "hosl-guided", "The client's last blocks move along directions formed from the returned gradient.",
+        rounds.hosl_guided_round, reads=PROBES | {"client.micro_batch_size"},
+        client_state="weights", trains="last-blocks", wants_gradient=True, on_the_wire="hosl-gradient",
+        learning_rates=LearningRates(1e-2, _DESCENDED),
+    ),
+    Method(
+        "hosl-node", "As hosl-guided, and the last block's queries by node perturbation.", rounds.hosl_node_round,
+        reads=frozenset({"client.micro_batch_size"}),
+        client_state="weights", trains="last-blocks", draws=frozenset({"client"}), wants_gradient=True,
+        on_the_wire="hosl-gradient", learning_rates=LearningRates(1e-2, _DESCENDED),
+    ),
+    Method(
+        "fo-zo", "The client by backprop, the server by probes.", rounds.fo_zo_round,
+        reads=PROBES | {"client.trainable", "client.dtype", "client.optimiser"},
+        backward="graph", client_state="weights", draws=frozenset({"server"}), wants_gradient=True,
+        server="zeroth-order", uploads_per_direction=2, learning_rates=_BY_GRADIENT, learning_rates_adamw=_BY_ADAMW,
+    ),
+    Method(
+        "fo-recompute", "As fo-fo in little memory: block by block with recomputation, the update inside backward.",
+        rounds.fo_round, reads=_TRAINED, lets_stand=PROBES, backward="blocks", client_state="weights",
+        wants_gradient=True, on_the_wire="fo-fo", learning_rates=_BY_GRADIENT,
+    ),
+    Method(
+        "fo-fo", "Ordinary split learning: backprop through both halves.", rounds.fo_round,
+        reads=frozenset({"client.trainable", "client.dtype", "client.optimiser"}), lets_stand=PROBES,
+        backward="graph", client_state="weights", wants_gradient=True, learning_rates=_BY_GRADIENT,
+        learning_rates_adamw=_BY_ADAMW,
+    ),
+)  # fmt: skip
+
+METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
+"""Every method by its name, in the order of tables: frozen first, first-order last."""
+
+FROZEN, FIRST_ORDER = "frozen", "fo-fo"
+"""The two methods that every comparison has: 0 and 1 of gap closure."""

@@ -1,0 +1,130 @@
+"""The ways to train a client, as settings of one config: what `hosl bench` measures and `hosl plan` compares.
+
+A variant is data: a method and the settings that make it another way. To measure another one, add a line.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from hosl.config import ClientConfig, Config, ZOConfig, parse_config
+from hosl.core.methods import GOVERNED, METHODS, Method
+from hosl.errors import ConfigError
+
+SGD = {"name": "sgd"}
+ADAMW = {"name": "adamw"}
+LORA = {"trainable": "lora"}
+
+_SHARED = ("zo.clip", "zo.normalise", "zo.row_clip")
+"""Of the governed settings those that a variant takes over from the config that it is applied to."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a client."""
+
+    name: str
+    method: str
+    zo: Mapping[str, Any] = field(default_factory=dict)
+    client: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    planned: bool = False
+    """Whether `hosl plan` compares it where it is not told otherwise."""
+    choice: int | None = None
+    """Its place among the forward-only ways that a plan recommends, by what they gained (docs/results/index.md)."""
+
+    @property
+    def method_row(self) -> Method:
+        """The row of the table of methods."""
+        return METHODS[self.method]
+
+    def config(self, *, cut: int, directions: int, micro_batch_size: int | None = None) -> Config:
+        """A run of this variant at a cut, with Q directions where the method has any.
+
+        Raises:
+            ConfigError: if the method does not allow what was asked.
+        """
+        base = Config(
+            zo=ZOConfig(directions=directions, distribution="rademacher"),
+            client=ClientConfig(learning_rate=1e-9),
+        )
+        return self.applied(base, cut=cut, micro_batch_size=micro_batch_size)
+
+    def applied(self, base: Config, *, cut: int, micro_batch_size: int | None = None) -> Config:
+        """`base`, trained in this way at this cut; settings that the method does not read are left out.
+
+        Raises:
+            ConfigError: if the method does not allow what `base` or the variant asks.
+        """
+        settings: dict[str, Any] = msgspec.to_builtins(base)
+        defaults = msgspec.to_builtins(Config())
+        reads = self.method_row.reads
+        for path in GOVERNED:
+            section, _, name = path.partition(".")
+            if path not in reads or path not in _SHARED:
+                settings[section][name] = defaults[section][name]
+        settings |= {"method": self.method, "profile": "paper"}
+        settings["zo"] |= self.zo
+        settings["model"] |= {"cut": cut, **self.model}
+        settings["client"] |= self.client
+        if "client.micro_batch_size" in reads:
+            settings["client"]["micro_batch_size"] = micro_batch_size
+        return parse_config(settings, where=f"of {self.name}")
+
+
+FORWARD = Variant("frozen", "frozen", planned=True, choice=6)
+"""What every variant is compared with: one forward pass of the same half."""
+
+FIRST_ORDER = Variant("fo-fo", "fo-fo", client={"optimiser": SGD}, planned=True)
+"""Plain backprop through the whole batch, with the optimiser that needs no state."""
+
+VARIANTS = (
+    FORWARD,
+    Variant("hosl", "hosl", planned=True, choice=5),
+    Variant("hosl, gaussian", "hosl", {"distribution": "gaussian"}),
+    Variant("hosl, low-rank", "hosl", {"distribution": "low-rank"}),
+    Variant("hosl, first-plus", "hosl", {"server_gradient_at": "first-plus"}),
+    Variant("hosl-gradient", "hosl-gradient", planned=True, choice=3),
+    Variant("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
+    Variant("hosl-gradient, forward-mode", "hosl-gradient", {"derivative": "forward-mode"}),
+    Variant("hosl-gradient, low-rank", "hosl-gradient", {"distribution": "low-rank"}),
+    Variant(
+        "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
+    ),
+    Variant("hosl-guided", "hosl-guided", choice=2),
+    Variant("hosl-node", "hosl-node", planned=True, choice=1),
+    Variant("zo-zo", "zo-zo"),
+    Variant("hosl-gradient, LoRA", "hosl-gradient", client=LORA),
+    Variant("hosl-gradient, bfloat16", "hosl-gradient", model={"dtype": "bfloat16"}, planned=True),
+    Variant("hosl-gradient, bfloat16 + LoRA", "hosl-gradient", client={**LORA, "dtype": "bfloat16"}),
+    Variant(
+        "hosl-gradient, int8 + LoRA",
+        "hosl-gradient",
+        client={**LORA, "dtype": "int8"},
+        planned=True,
+        choice=4,
+    ),
+    FIRST_ORDER,
+    Variant("fo-fo, AdamW", "fo-fo", client={"optimiser": ADAMW}),
+    Variant("fo-fo, LoRA", "fo-fo", client={"optimiser": SGD, **LORA}),
+    Variant("fo-recompute", "fo-recompute", planned=True),
+    Variant("fo-recompute, last block", "fo-recompute", client={"trainable": "last-block"}, planned=True),
+)
+
+
+def variants_called(names: str | None) -> tuple[Variant, ...]:
+    """The variants of the given names, separated by semicolons; None: all.
+
+    Raises:
+        ConfigError: if there is no such variant.
+    """
+    if names is None:
+        return VARIANTS
+    by_name = {variant.name: variant for variant in VARIANTS}
+    wanted = [name.strip() for name in names.split(";")]
+    for name in wanted:
+        if name not in by_name:
+            raise ConfigError(f"no variant is called {name!r}; there are: {'; '.join(by_name)}")
+    return tuple(by_name[name] for name in wanted)
