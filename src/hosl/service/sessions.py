@@ -10,11 +10,13 @@ from typing import Any
 import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict
 
+from hosl.core.methods import METHODS
 from hosl.errors import HandshakeError, LimitError, SessionError, WireError
 from hosl.service.hosting import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.enums import from_enum
 
 PROTOCOL = 1
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -164,12 +166,15 @@ def check_training(training: pb.Training) -> None:
             f"max_steps must be >= 1 and the learning rate a number >= 0, got {training.max_steps} and "
             f"{training.learning_rate}"
         )
-    zeroth = training.method in (pb.ZO_ZO, pb.FO_ZO)
-    if training.order == pb.SYNCHRONOUS and zeroth:
+    try:
+        method = METHODS[from_enum(pb.Method, training.method)]
+    except WireError as cause:
+        raise HandshakeError(f"method: {cause}") from cause
+    if training.order == pb.SYNCHRONOUS and method.server != "first-order":
         raise HandshakeError(
-            "the synchronous schedule needs a first-order server; use sequential with zo-zo and fo-zo"
+            f"the synchronous schedule needs a first-order server, method is {method.name}; use sequential"
         )
-    if training.halves == pb.SHARED and training.method in (pb.FO_FO, pb.FO_ZO):
+    if training.halves == pb.SHARED and method.client_state == "weights":
         raise HandshakeError(
-            "shared client halves need a journal, and a first-order client has none; use personal"
+            f"shared client halves need a journal, and a client of method {method.name} has none; use personal"
         )
