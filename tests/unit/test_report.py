@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import yaml
 
+from hosl.cli import main
 from hosl.config import parse_config
 from hosl.errors import FolderError
 from hosl.report.build import write_comparison, write_report
@@ -347,6 +348,19 @@ def test_a_page_without_matplotlib_keeps_its_tables(made, tmp_path, monkeypatch)
         assert 'class="picture"' not in text
 
 
+def test_without_the_extra_a_run_ends_with_a_line_and_a_page_that_is_asked_for_is_refused(
+    made, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    run = made("a")
+    assert write_report(run) is None  # a device that has no use for pages has finished its run all the same
+    said = f"report.html was not written: pip install 'hosl[report]', then hosl report {run}\n"
+    assert capsys.readouterr().err == said
+    assert not (run / "report.html").exists()
+    assert main(["report", str(run)]) == 2
+    assert "need Jinja2 and scipy: pip install 'hosl[report]'" in capsys.readouterr().err
+
+
 def test_a_run_that_stopped_is_shown_as_far_as_it_came(made, tmp_path):
     stopped, empty = made("a", steps=4, finished=False), made("b", "fo-fo", steps=0, finished=False)
     assert "stopped after 4 of 6 steps" in _checked(write_report(stopped))
@@ -388,10 +402,10 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "taken"]
 
 
-def test_a_report_needs_no_torch():
-    script = "import sys, hosl.report.build, hosl.report.planned; print('torch' in sys.modules)"
+def test_a_report_needs_no_torch_and_its_extra_only_when_it_is_made():
+    script = "import sys, hosl.report.build, hosl.report.planned; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
+    assert not {"torch", "jinja2", "scipy", "matplotlib"} & set(ran.stdout.split())
 
 
 def test_a_page_is_the_same_bytes_again(made, tmp_path):
