@@ -15,7 +15,7 @@ import yaml
 
 from hosl.cli import main
 from hosl.config import parse_config
-from hosl.errors import FolderError
+from hosl.errors import ConfigError, FolderError
 from hosl.report.build import write_comparison, write_report
 from hosl.report.costs import step_parts
 from hosl.report.groups import PlannedLine, by_task_and_model
@@ -358,7 +358,15 @@ def test_without_the_extra_a_run_ends_with_a_line_and_a_page_that_is_asked_for_i
     assert capsys.readouterr().err == said
     assert not (run / "report.html").exists()
     assert main(["report", str(run)]) == 2
-    assert "need Jinja2 and scipy: pip install 'hosl[report]'" in capsys.readouterr().err
+    assert "reports need jinja2: pip install 'hosl[report]'" in capsys.readouterr().err
+
+
+def test_a_comparison_needs_scipy_and_a_page_of_one_run_does_not(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    run = made("a")
+    assert write_report(run) == run / "report.html"  # with torch alone there is no scipy
+    with pytest.raises(ConfigError, match=r"reports need jinja2 and scipy: pip install 'hosl\[report\]'"):
+        write_comparison([run, made("b", "frozen")], tmp_path / "page.html")
 
 
 def test_a_run_that_stopped_is_shown_as_far_as_it_came(made, tmp_path):

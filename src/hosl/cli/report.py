@@ -17,10 +17,10 @@ def run(words: list[str]) -> int:
 
     from hosl.report.build import write_comparison, write_report, write_study_report
     from hosl.report.planned import planned_lines
-    from hosl.report.render import check_can_render
+    from hosl.report.render import check_installed
     from hosl.report.runs import is_study, run_folders
 
-    check_can_render()
+    check_installed("jinja2")
     folders, out = [Path(word) for word in asked.run], Path(asked.out) if asked.out else None
     if len(folders) > 1:
         runs = run_folders(folders)

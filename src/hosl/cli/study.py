@@ -48,7 +48,7 @@ def run(words: list[str]) -> int:
 
 
 def _planned(study: Study, command: str) -> dict[str, Any]:
-    """What a study would make, its settings checked."""
+    """Answer of --dry-run: what a study would make, its settings checked."""
     runs = check_runs(study)
     first = first_run(study)
     config = first.config(study.output_dir)

@@ -16,7 +16,7 @@ from hosl.errors import FolderError
 from hosl.report import figures, tables, text
 from hosl.report.costs import overlap, traffic, waterfall
 from hosl.report.groups import PlannedLine, TaskGroups, by_task_and_model
-from hosl.report.render import can_render, check_can_render, no_page, rendered
+from hosl.report.render import check_installed, installed, no_page, rendered
 from hosl.report.runs import ReferenceRuns, Run, chosen_runs, read_run, reference_runs, run_folders
 from hosl.report.style import Looks, looks
 from hosl.system.atomic import whole_file
@@ -31,12 +31,12 @@ _REFERENCE = "reference_rows.json"
 def write_report(run: Path, *, out: Path | None = None, planner: Planner | None = None) -> Path | None:
     """Write the page of one run, by default as `run`/report.html; returns its path.
 
-    A run must not fail for want of a page: without the extra `report` a line on standard error says how to get it.
+    A run must not fail for want of a page: without Jinja2 a line on standard error says how to get it.
 
     Raises:
         FolderError: if `run` is no run's folder, or `out` cannot be written.
     """
-    if not can_render():
+    if not installed("jinja2"):
         sys.stderr.write(f"{no_page(run)}\n")
         return None
     read = read_run(run)
@@ -95,14 +95,8 @@ def write_study_report(
         whole_file(study / _REFERENCE, json.dumps(kept).encode())
     rows = reference_rows or _kept_rows(study)
     references = reference_runs(runs, chosen, rows) if chosen and rows else None
-    page = _comparison_page(
-        runs,
-        f"Study {study.resolve().name}",
-        text.how_chosen(finished=chosen is not None),
-        planner,
-        references,
-    )
-    return _written(page, out or study / "report.html")
+    title, how = f"Study {study.resolve().name}", text.how_chosen(finished=chosen is not None)
+    return _written(_comparison_page(runs, title, how, planner, references), out or study / "report.html")
 
 
 def _kept_rows(study: Path) -> tuple[str, str] | None:
@@ -137,11 +131,11 @@ def _run_page(run: Run, planner: Planner | None) -> str:
 def _comparison_page(
     asked: Sequence[Run],
     title: str,
-    chosen: str,
+    how: str,
     planner: Planner | None,
     references: ReferenceRuns | None = None,
 ) -> str:
-    check_can_render()
+    check_installed("jinja2", "scipy")
     parts = by_task_and_model(asked)
     planned = [list(planner(part)) if planner else [] for part in parts]
     page_looks = _looks(parts, [line for lines in planned for line in lines])
@@ -153,7 +147,7 @@ def _comparison_page(
         measured=text.MEASURED, can_draw=figures.can_draw(), versions=tables.versions(runs),
         commands=[(f"{group.label}, seed {run.seed}", text.again(run)[0]) for group in groups for run in group.runs],
         parts=[
-            {"heading": heading, **_part(part, lines, page_looks, chosen, f"{number}", references)}
+            {"heading": heading, **_part(part, lines, page_looks, how, f"{number}", references)}
             for number, (part, lines, heading) in enumerate(zip(parts, planned, text.headings(parts), strict=True))
         ],
     )  # fmt: skip
@@ -163,22 +157,21 @@ def _part(
     part: TaskGroups,
     planned: Sequence[PlannedLine],
     page_looks: Looks,
-    chosen: str,
+    how: str,
     name: str,
-    references: ReferenceRuns | None,
+    of_study: ReferenceRuns | None,
 ) -> dict[str, Any]:
     """Everything about one task and one model; figures of several groups only where there are several."""
     groups, draws = part.groups, figures.can_draw()
-    comparison = part.comparison(references)
+    comparison = part.comparison(of_study)
     timed_on = tables.machine([run for group in groups for run in group.runs])
     note = [
-        chosen, text.statistics_note(comparison), "Client peak: tensors of the client's half.", text.MEASURED,
+        how, text.statistics_note(comparison), "Client peak: tensors of the client's half.", text.MEASURED,
         f"Steps were timed on {timed_on}.",
     ]  # fmt: skip
     several = draws and sum(bool(group.finished and group.timings) for group in groups) > 1
-    scatter = (
-        figures.accuracy_against_memory([group.arm for group in groups], page_looks) if several else None
-    )
+    arms = [group.arm for group in groups]
+    scatter = figures.accuracy_against_memory(arms, page_looks) if several else None
     stepped = draws and any(run.steps for group in groups for run in group.runs)
     curves = figures.curves(groups, page_looks) if stepped else None
     return {

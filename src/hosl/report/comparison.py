@@ -77,7 +77,7 @@ class Measure:
     """One metric of an arm over its seeds, and beside the reference arms."""
 
     numbers: np.ndarray
-    """As they are shown, one per seed."""
+    """One per seed, as they are shown."""
     digits: int
     p: float | NoGap | None
     """Against the frozen arm; None: it is that arm, or has one seed."""
@@ -149,7 +149,7 @@ class Comparison:
 
     @property
     def reasons(self) -> list[NoGap]:
-        """Why measures have no gap closure, each reason once."""
+        """Reasons for which measures have no gap closure, each once."""
         return list(dict.fromkeys(m.gap for m in self.measures if isinstance(m.gap, NoGap)))
 
     @property

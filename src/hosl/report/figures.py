@@ -89,24 +89,22 @@ def accuracy_against_memory(arms: Sequence[Arm], looks: Looks, title: str = "") 
     """Mean test accuracy and one sd over seeds, at the client's peak memory; a thin line is the Pareto front."""
     measured = [arm for arm in arms if arm.costs.peak_bytes is not None and len(arm.numbers(ACCURACY))]
     unit, unit_bytes = _unit(max(arm.costs.peak_bytes or 0.0 for arm in measured))
-    peaks = [(arm.costs.peak_bytes or 0.0) / unit_bytes for arm in measured]
-    means = [float(arm.numbers(ACCURACY).mean()) for arm in measured]
-    labels = [
-        Label(peak, mean, arm.label, looks.colour(arm.way))
-        for arm, peak, mean in zip(measured, peaks, means, strict=True)
+    points = [
+        ((arm.costs.peak_bytes or 0.0) / unit_bytes, float(arm.numbers(ACCURACY).mean())) for arm in measured
     ]
+    labels = [Label(*xy, arm.label, looks.colour(arm.way)) for arm, xy in zip(measured, points, strict=True)]
     with _style(looks):
         figure, axes = _single_axes(4.2, title)
-        front = _front(list(zip(peaks, means, strict=True)))
-        edge = max(room_for(labels, 0.0, _WIDTH), 1.05 * max(peaks))
+        front = _front(points)
+        edge = max(room_for(labels, 0.0, _WIDTH), 1.05 * max(peak for peak, _ in points))
         axes.plot(
             [*(x for x, _ in front), edge], [*(y for _, y in front), front[-1][1]], drawstyle="steps-post",
             color=looks.paint("quiet"), linewidth=0.8, zorder=1,
         )  # fmt: skip
-        for arm, peak, mean in zip(measured, peaks, means, strict=True):
+        for arm, xy in zip(measured, points, strict=True):
             values = arm.numbers(ACCURACY)
             axes.errorbar(
-                peak, mean, yerr=values.std(ddof=1) if len(values) > 1 else None, color=looks.colour(arm.way),
+                *xy, yerr=values.std(ddof=1) if len(values) > 1 else None, color=looks.colour(arm.way),
                 marker=looks[arm.way].marker, markersize=6.5, elinewidth=1.1, capsize=2.5, linestyle="", zorder=3,
             )  # fmt: skip
         axes.set_xlim(0, edge)
@@ -136,15 +134,9 @@ def memory_against_cut(
         for line in lines:
             sizes = [size / unit_bytes for size in line.peak_bytes.values()]
             colour = looks.colour(line.way)
-            axes.plot(
-                list(line.peak_bytes),
-                sizes,
-                color=colour,
-                linestyle=looks[line.way].line,
-                linewidth=1.4,
-                zorder=2,
-            )
-            ends.append(Label(float(list(line.peak_bytes)[-1]), sizes[-1], line.way, colour))
+            at = list(line.peak_bytes)
+            axes.plot(at, sizes, color=colour, linestyle=looks[line.way].line, linewidth=1.4, zorder=2)
+            ends.append(Label(float(at[-1]), sizes[-1], line.way, colour))
         for cut, arm, size in points:
             axes.plot(
                 cut, size / unit_bytes, color=looks.colour(arm.way), marker=looks[arm.way].marker, markersize=7,
@@ -219,17 +211,8 @@ def _band(axes: Any, curve: Curve, look: Look, colour: str, *, label: str | None
     steps, values = curve
     if not len(steps):
         return
-    mean = values.mean(0)
-    axes.plot(
-        steps,
-        mean,
-        color=colour,
-        linestyle=look.line,
-        linewidth=1.5,
-        marker=look.marker,
-        markersize=3.6,
-        label=label,
-    )
+    mean, line = values.mean(0), {"linestyle": look.line, "linewidth": 1.5}
+    axes.plot(steps, mean, color=colour, marker=look.marker, markersize=3.6, label=label, **line)
     if len(values) > 1:
         sd = values.std(0, ddof=1)
         axes.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.13, linewidth=0)

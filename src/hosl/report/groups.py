@@ -111,7 +111,7 @@ class TaskGroups:
         return Comparison(rows)
 
     def _reference(self, group: Group, end: int, of_study: ReferenceRuns | None) -> Arm | None:
-        """What is 0 (end 0) or 1 (end 1) of a group's gap closure, at the same cut and after the same work if there is.
+        """Arm that is 0 (end 0) or 1 (end 1) of a group's gap closure, at the same cut, after the same work if any is.
 
         A study says which; else it is the group of its method, of several the one with the lowest dev loss.
         """

@@ -1,4 +1,4 @@
-"""Templates filled in: HTML pages, Markdown and LaTeX tables. Needs Jinja2, of the extra `report`."""
+"""Templates filled in: HTML pages, Markdown and LaTeX tables. Needs Jinja2; so does torch, but a device has neither."""
 
 import importlib.util
 from typing import Any
@@ -13,23 +13,23 @@ _LATEX = str.maketrans({
 })  # fmt: skip
 
 
-def can_render() -> bool:
-    """Whether Jinja2 and what statistics need are there."""
-    return all(importlib.util.find_spec(name) is not None for name in ("jinja2", "scipy"))
+def installed(*packages: str) -> bool:
+    """Whether these packages of the extra `report` are there."""
+    return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
-def check_can_render() -> None:
-    """Refuse to begin what would end without a page.
+def check_installed(*packages: str) -> None:
+    """Refuse to begin what would end without its page.
 
     Raises:
-        ConfigError: if the extra `report` is not installed.
+        ConfigError: if one of them is not installed.
     """
-    if not can_render():
-        raise ConfigError(f"pages and tables need Jinja2 and scipy: {_INSTALL}")
+    if not installed(*packages):
+        raise ConfigError(f"reports need {' and '.join(packages)}: {_INSTALL}")
 
 
 def no_page(run: object) -> str:
-    """Line that stands for the page of a run where the extra is missing."""
+    """Line that stands for the page of a run where Jinja2 is missing."""
     return f"report.html was not written: {_INSTALL}, then hosl report {run}"
 
 

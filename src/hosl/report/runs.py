@@ -47,7 +47,7 @@ class Run:
     """None: the run is not finished."""
     timings: list[dict[str, Any]]
     begun_ns: int
-    """When it was made, by its config: a run writes that once, whatever happens to it later."""
+    """Time when it was made, by its config: a run writes that once, whatever happens to it later."""
 
     @property
     def method(self) -> str:

@@ -30,7 +30,7 @@ class GapClosure(Estimate):
 
 
 class NoGap(StrEnum):
-    """Why there is no gap closure, or no p; how tables say it."""
+    """Reason for which there is no gap closure, or no p; tables print it."""
 
     UNFINISHED = "n/a (not finished)"
     ONE_SEED = "n/a (one seed)"

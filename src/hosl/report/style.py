@@ -79,9 +79,9 @@ def looks(methods: Mapping[str, str], paint: Callable[[str], str] = placeholder)
     used = Counter[str]()
     for way, method in methods.items():
         name = method if method in _COLOURS else "quiet"
-        place = used[name]
+        earlier = used[name]
         used[name] += 1
-        dashes = _DASHES[(place + (method == "frozen")) % len(_DASHES)]
-        marker = _MARKERS[(place + place // len(_DASHES)) % len(_MARKERS)]  # another pair after each five
+        dashes = _DASHES[(earlier + (method == "frozen")) % len(_DASHES)]
+        marker = _MARKERS[(earlier + earlier // len(_DASHES)) % len(_MARKERS)]  # another pair after each five
         by_way[way] = Look(name, dashes, marker)
     return Looks(by_way, paint)

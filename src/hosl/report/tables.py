@@ -85,8 +85,10 @@ def evaluations(groups: Sequence[Group]) -> Table:
         ]  # fmt: skip
     head = ["run", "step", "rows of", "n", "accuracy, %", "macro F1, %", "loss, nats"]
     if len(groups) == 1 and len(groups[0].runs) == 1:  # its label and number say nothing
-        kept = [place for place, name in enumerate(head) if name not in ("run", "n")]
-        return Table([head[place] for place in kept], [[line[place] for place in kept] for line in lines], 2)
+        kept = [number for number, name in enumerate(head) if name not in ("run", "n")]
+        return Table(
+            [head[number] for number in kept], [[line[number] for number in kept] for line in lines], 2
+        )
     return Table(head, lines)
 
 

@@ -82,7 +82,7 @@ def headings(parts: Sequence[TaskGroups]) -> list[str]:
 
 
 def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, str]]:
-    """What a single run reached and cost: (number, what it is)."""
+    """Cards of a single run, what it reached and cost: (number, what it is)."""
     run, costs, cards = group.runs[0], group.arm.costs, list[tuple[str, str]]()
     if run.test:
         rows = readable_count(run.test["examples"], "row")
@@ -111,7 +111,7 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
 
 
 def comparison_cards(parts: Sequence[TaskGroups], runs: int) -> list[tuple[str, str]]:
-    """How many runs, and of one task and model the two ends of what they reach and cost."""
+    """Cards of many runs: their number, and for one task and model the two ends of what they reach and cost."""
     groups = [group for part in parts for group in part.groups]
     cards = [(f"{runs}", f"run{'s' * (runs > 1)} in {readable_count(len(groups), 'group')}")]
     accuracies = {group.label: _accuracy(group) for group in groups if group.finished}
@@ -128,7 +128,7 @@ def comparison_cards(parts: Sequence[TaskGroups], runs: int) -> list[tuple[str, 
 
 
 def statistics_note(comparison: Comparison) -> str:
-    """How to read the spread, p and G of a comparison's table; where there is no G, why."""
+    """Guide to the spread, p and G of a comparison's table; where there is no G, the reason."""
     seeds = max((len(measure.numbers) for measure in comparison.measures), default=0)
     if seeds < 2:
         return "One seed: no spread, no p, no gap closure." if seeds else ""

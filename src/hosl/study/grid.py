@@ -103,7 +103,7 @@ class Grid:
         }
 
     def total(self, done: Mapping[str, Summary]) -> int:
-        """How many runs there are in all, as far as one can know."""
+        """Number of runs there are in all, as far as one can know."""
         runs = 0
         for arm in self.arms:
             chosen = self._chosen(arm, done)

@@ -12,7 +12,7 @@ from hosl.config import Config
 from hosl.errors import ConfigError, FolderError
 from hosl.report.build import write_study_report
 from hosl.report.planned import planned_lines
-from hosl.report.render import check_can_render
+from hosl.report.render import check_installed
 from hosl.report.runs import CHOSEN_RUNS
 from hosl.study.config import Study, study_grid, study_groups
 from hosl.study.files import Places, check_same_study, check_unchanged_inputs, drop_weights, read_summaries
@@ -36,7 +36,7 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
             with other settings or data.
         RequestError, FailureError: with the line of a run that failed for another reason than divergence.
     """
-    check_can_render()
+    check_installed("jinja2", "scipy")
     out, grid = Path(study.output_dir), study_grid(study)
     places = Places.below(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def study_arm(name: str, runs: list[Summary], seeds: int = 1) -> Arm:
         said = "diverged at every rate" if everywhere else f"diverged on {diverged} of {seeds} seeds"
         return Arm(name, name, method, settings, {}, Costs(None, 0, 0, None), details, said)
     values = {
-        metric.key: {run.get("seed", place): run[metric.key] for place, run in enumerate(runs)}
+        metric.key: {run.get("seed", number): run[metric.key] for number, run in enumerate(runs)}
         for metric in (ACCURACY, LOSS, DEV_LOSS)
         if metric.key in runs[0]
     }
@@ -78,7 +78,7 @@ def study_arm(name: str, runs: list[Summary], seeds: int = 1) -> Arm:
 
 
 def caption(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """How the numbers were made; what a reader of one row must know."""
+    """Note on how the numbers were made; what a reader of one row must know."""
     tries = max(len(method.rates) for method in study.methods.values())
     sentences = [
         max(map(text.statistics_note, comparisons), key=len),  # that of a group which lacks nothing
