@@ -206,6 +206,13 @@ def test_gap_closure_stands_where_both_ends_share_two_seeds(made):
     assert "G (accuracy)" not in frozen  # the note says why
 
 
+def test_a_page_without_a_frozen_row_says_that_there_is_no_gap_closure(made, tmp_path):
+    text = _checked(write_comparison([made("a"), made("b", "fo-fo")], tmp_path / "page.html"))
+    assert "no gap closure. With more there would be none either: no frozen row." in text
+    text = _checked(write_comparison([made("c", seed=1), made("d", seed=2)], tmp_path / "page.html"))
+    assert "No gap closure: no frozen row." in text
+
+
 def test_a_step_is_told_in_the_order_in_which_it_happens(made):
     (group,) = _groups(made("a"))
     parts = [(part.party, part.name, round(part.seconds, 3)) for part in step_parts(group)]

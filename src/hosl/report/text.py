@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hosl.report.comparison import Comparison
 from hosl.report.groups import Group, PlannedLine, TaskGroups
 from hosl.report.runs import Run
-from hosl.report.statistics import GapClosure, p_floor
+from hosl.report.statistics import GapClosure, NoGap, p_floor
 from hosl.system.readable import readable_bytes, readable_count, readable_seconds
 from hosl.system.run_folder import MEMORY_STEPS
 
@@ -130,8 +130,12 @@ def comparison_cards(parts: Sequence[TaskGroups], runs: int) -> list[tuple[str, 
 def statistics_note(comparison: Comparison) -> str:
     """Guide to the spread, p and G of a comparison's table; where there is no G, the reason."""
     seeds = max((len(measure.numbers) for measure in comparison.measures), default=0)
+    reasons = [r.removeprefix("n/a (").removesuffix(")") for r in comparison.reasons]
     if seeds < 2:
-        return "One seed: no spread, no p, no gap closure." if seeds else ""
+        either = f" With more there would be none either: {listed(reasons)}." * (
+            NoGap.NO_FROZEN in comparison.reasons
+        )
+        return f"One seed: no spread, no p, no gap closure.{either}" if seeds else ""
     whole = [row for row in comparison.rows if row.frozen and row.first_order] or comparison.rows
     frozen = " or ".join(dict.fromkeys(row.frozen.way for row in whole if row.frozen))
     first_order = " or ".join(dict.fromkeys(row.first_order.way for row in whole if row.first_order))
@@ -148,8 +152,7 @@ def statistics_note(comparison: Comparison) -> str:
             "interval, delta method with Student's t]; n/a (gap not resolved): the gap is under two standard errors."
         )
     else:
-        reasons = listed([reason.removeprefix("n/a (").removesuffix(")") for reason in comparison.reasons])
-        sentences.append(f"No gap closure: {reasons}.")
+        sentences.append(f"No gap closure: {listed(reasons)}.")
     return " ".join(sentences)
 
 
