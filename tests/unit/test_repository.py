@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import runpy
 import subprocess
 import tomllib
@@ -11,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -75,3 +77,18 @@ def test_every_file_of_the_package_gets_into_its_wheel():
     names = [Path(path).name for path in listed.stdout.splitlines() if not path.endswith(".py")]
     assert names
     assert [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+
+
+def test_hooks_and_ci_run_what_make_runs():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    commands = {hook["entry"].removesuffix(" --force-exclude") for hook in hooks}
+    (check,) = re.findall(r"^check:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    assert commands <= {re.sub(r" (--check )?\.$", "", line.strip()) for line in check.splitlines()}
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    runs = [step["run"].split() for step in steps if "run" in step]
+    assert {words[1] for words in runs} == {"check", "test", "package", "test-slow"}
+    assert all(words[0] == "make" and f"\n{words[1]}: " in makefile for words in runs)
