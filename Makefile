@@ -1,4 +1,4 @@
-.PHONY: help run test test-slow check bench study proto package clean
+.PHONY: help run test test-slow check docs bench study proto package clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -27,6 +27,10 @@ help:            ## what there is to make
 	$(INSTALL) --group dev -e '.[lora,data,report,serve]'
 	@touch $@
 
+.venv/docs-installed: .venv/run-installed
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
 run: .venv/run-installed      ## fine-tune a split model on real text, in one process
 	$(BIN)/hosl train examples/docstrings.yaml
 
@@ -42,6 +46,10 @@ check: .venv/dev-installed    ## format, lint, types, layers, links
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_links.py
+
+docs: .venv/docs-installed    ## the documentation's site, in site/: dead links and anchors fail
+	$(BIN)/python scripts/reference_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/dev-installed    ## what a step of every method costs, against plain forwards
 	$(BIN)/hosl bench step

@@ -5,7 +5,7 @@ from pathlib import Path
 import jaxtyping
 
 _SRC = Path(__file__).parents[1] / "src"
-_UNCHECKED = "hosl.parties.probing"
+_UNCHECKED = "hosl.parties.engine.perturbation"
 """Defines its forwards anew in every probe; compiling their checks each time was most of the suite's time."""
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
-from hosl.core.parties import Batch, ClassTargets, OptionTargets
-from hosl.parties.torch_memory import TorchMemory  # noqa: F401  (imports the profiler once, before warnings are errors)
+from hosl.core.targets import Batch, ClassTargets, OptionTargets
+from hosl.parties.engine.memory import TorchMemory  # noqa: F401  (imports the profiler once, before warnings are errors)
 
 hf.logging.disable_progress_bar()  # its bars would stand among the lines that tests count
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Batch": "hosl.core.parties",
-    "ClassTargets": "hosl.core.parties",
-    "OptionTargets": "hosl.core.parties",
+    "Batch": "hosl.core.targets",
+    "ClassTargets": "hosl.core.targets",
+    "OptionTargets": "hosl.core.targets",
     "Journal": "hosl.core.journal",
     "direction_seed": "hosl.core.directions",
     "hosl_round": "hosl.core.rounds",
@@ -21,16 +21,16 @@ _HOMES = {
     "fo_zo_round": "hosl.core.rounds",
     "frozen_round": "hosl.core.rounds",
     "split_model": "hosl.split",
-    "FrozenClient": "hosl.parties.torch_client",
-    "ZerothOrderClient": "hosl.parties.torch_client",
-    "GuidedClient": "hosl.parties.guided_client",
-    "NodeClient": "hosl.parties.node_client",
-    "FirstOrderClient": "hosl.parties.torch_client",
-    "RecomputingClient": "hosl.parties.recomputing_client",
-    "FirstOrderServer": "hosl.parties.torch_server",
-    "ZerothOrderServer": "hosl.parties.torch_server",
-    "load_run": "hosl.run.local",
-    "export": "hosl.run.train",
+    "FrozenClient": "hosl.parties.clients.frozen",
+    "ZerothOrderClient": "hosl.parties.clients.zeroth_order",
+    "GuidedClient": "hosl.parties.clients.guided",
+    "NodeClient": "hosl.parties.clients.node",
+    "FirstOrderClient": "hosl.parties.clients.first_order",
+    "RecomputingClient": "hosl.parties.clients.recomputing",
+    "FirstOrderServer": "hosl.parties.servers.basic",
+    "ZerothOrderServer": "hosl.parties.servers.basic",
+    "load_run": "hosl.training.local_session",
+    "export": "hosl.training.train",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -9,7 +9,7 @@ Every message answers four questions: what was asked, what was found, what is al
     |   |-- TaskError                          data, labels or a tokenizer
     |   |-- FolderError                        a folder that is in use, occupied, missing or no run
     |   |-- AccessError                        a token, a fingerprint or a certificate
-    |   |-- AgreementError                     two sides that do not fit: version, model, settings
+    |   |-- HandshakeError                     two sides that do not fit: version, model, settings
     |   `-- BudgetError                        a run that would take more memory than it may
     `-- FailureError                         the request was fine, the work failed         exit 1
         |-- NonFiniteError                     NaN or Inf where a number is needed
@@ -57,7 +57,7 @@ class AccessError(RequestError):
     """A token, a fingerprint or a certificate that is not accepted."""
 
 
-class AgreementError(RequestError):
+class HandshakeError(RequestError):
     """The two sides do not fit together: protocol version, model, halves, settings."""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hosl.core.parties import ClientSide, ServerSide
+from hosl.core.protocols import ClientSide, ServerSide
 from hosl.errors import NonFiniteError
 from hosl.tasks import Example, Task
 

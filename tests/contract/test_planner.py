@@ -5,22 +5,22 @@ import dataclasses
 import pytest
 import torch
 from msgspec import structs
-from tests.conftest import MODELS, build
 
 from hosl.config import Config, ModelConfig, parse_config
 from hosl.errors import ConfigError
-from hosl.methods.made_up import NoServer, fixed_batch
 from hosl.methods.rows import ROWS
 from hosl.methods.step import method_round
+from hosl.methods.synthetic import NoServer, fixed_batch
 from hosl.methods.torch_parties import DTYPES, make_client, party_bytes, trained_elements
+from hosl.parties.engine.memory import TorchMemory
 from hosl.parties.metered import Meter, Metered
-from hosl.parties.torch_memory import TorchMemory
 from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
 from hosl.planner.dry_run import empty_, without_data, work_of
 from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PLANNED, Demand, Question, most_needed, nearest_that_fits, plan, recommended
 from hosl.split import split_model
+from tests.conftest import MODELS, build
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
 BY_NAME = {row.name: row for row in ROWS}
@@ -93,7 +93,11 @@ def test_a_server_whose_optimiser_has_state_is_planned_with_it(optimiser):
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_authors_profile_is_planned_too():
-    settings = {"profile": "authors-head", "method": "hosl", "zo": {"law": "sphere", "directions": 2}}
+    settings = {
+        "profile": "authors-head",
+        "method": "hosl",
+        "zo": {"distribution": "sphere", "directions": 2},
+    }
     settings |= {"model": {"cut": CUT}, "server": {"optimiser": {"name": "sgd", "momentum": 0.9}}}
     model, config = build("bert"), parse_config(settings, where="test")
     cost, _ = client_cost_at(config, shape_of("bert", model), ROWS_, TOKENS)
@@ -179,12 +183,12 @@ def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
     shape, base = model_shape("tiny"), BY_NAME[way].applied(Config(model=ModelConfig(name="tiny")), cut=3)
     takes = takes_of(shape, 16, 48, 64)
     needed = most_needed(takes(base))
-    least = most_needed(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1))))
+    least = most_needed(takes(structs.replace(base, client=structs.replace(base.client, micro_batch_size=1))))
     for limit in (0.95 * needed, (needed + least) / 2, least):
         found = nearest_that_fits(base, 64, takes, limit)
         assert found.model.cut == 3
         assert most_needed(takes(found)) <= limit
-    assert found.client.micro_batch_rows < 48
+    assert found.client.micro_batch_size < 48
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -192,7 +196,7 @@ def test_below_one_row_at_a_time_a_lower_cut_is_named():
     shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
     takes = takes_of(shape, 32, 48, 256)
     row_by_row = most_needed(
-        takes(structs.replace(base, client=structs.replace(base.client, micro_batch_rows=1)))
+        takes(structs.replace(base, client=structs.replace(base.client, micro_batch_size=1)))
     )
     lower = nearest_that_fits(base, 256, takes, row_by_row - 1)
     assert lower.model.cut == 4

@@ -5,12 +5,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from tests.contract.test_adapters import _targets
 
-from hosl.core.parties import Batch, ClassTargets
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient
+from hosl.core.targets import Batch, ClassTargets
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.split import LoraSpec, add_lora, set_trainable, split_model
+from tests.contract.test_adapters import _targets
 
 ROWS, ETA = 5, 0.5
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -75,15 +75,15 @@ def test_a_recomputed_step_is_that_of_ordinary_backprop(tiny, model_name, padded
     model, batch = tiny(model_name, dtype), _batch(padded)
     h, expected = _updates(FirstOrderClient, model, 3, trainable, batch)
     allowed = torch.float32 if model_name.startswith("gemma") else dtype
-    for micro_batch_rows in (None, 1, 3):
+    for micro_batch_size in (None, 1, 3):
         again, found = _updates(
-            RecomputingClient, model, 3, trainable, batch, micro_batch_rows=micro_batch_rows
+            RecomputingClient, model, 3, trainable, batch, micro_batch_size=micro_batch_size
         )
-        if micro_batch_rows is None:
+        if micro_batch_size is None:
             assert torch.equal(again, h)
         _assert_same({"h": again}, {"h": h}, allowed)  # fewer rows at once round differently
         _assert_same(found, expected, allowed)
-        if micro_batch_rows is None and trainable != "all":  # the same sums in the same order
+        if micro_batch_size is None and trainable != "all":  # the same sums in the same order
             assert all(torch.equal(found[name], update) for name, update in expected.items())
 
 
@@ -99,7 +99,7 @@ def test_a_client_of_few_blocks_takes_the_same_steps(tiny, padded, family, cut, 
         assert not any(update.any() for update in found.values())  # nothing to train, and nothing in the way
         return
     _, expected = _updates(FirstOrderClient, **options)
-    _, found = _updates(RecomputingClient, **options, micro_batch_rows=2)
+    _, found = _updates(RecomputingClient, **options, micro_batch_size=2)
     _assert_same(found, expected, torch.float64)
 
 
@@ -109,8 +109,8 @@ def test_in_bfloat16_a_step_differs_by_one_spacing_of_the_weights_at_most(tiny, 
     """2^-7 between 1 and 2: gradients that are summed in another order round to a neighbour. Whole batches: none."""
     model, batch = tiny(family, torch.bfloat16), _batch(padded)
     _, expected = _updates(FirstOrderClient, model, 3, trainable, batch)
-    for micro_batch_rows, allowed in ((None, 0.0 if trainable == "blocks" else 2**-7), (3, 2**-7)):
-        _, found = _updates(RecomputingClient, model, 3, trainable, batch, micro_batch_rows=micro_batch_rows)
+    for micro_batch_size, allowed in ((None, 0.0 if trainable == "blocks" else 2**-7), (3, 2**-7)):
+        _, found = _updates(RecomputingClient, model, 3, trainable, batch, micro_batch_size=micro_batch_size)
         assert max(float((found[name] - update).abs().max()) for name, update in expected.items()) <= allowed
     assert max(float(update.abs().max()) for update in expected.values()) > 4 * 2**-7
 
@@ -120,7 +120,7 @@ def test_as_many_rows_as_positions_are_not_mistaken_for_each_other(tiny, padded,
     """A batch of 5 rows by 5: nothing but rows may be cut into micro-batches."""
     model, batch = tiny(family), _batch(padded, width=ROWS)
     _, expected = _updates(FirstOrderClient, model, 2, "all", batch)
-    _, found = _updates(RecomputingClient, model, 2, "all", batch, micro_batch_rows=2)
+    _, found = _updates(RecomputingClient, model, 2, "all", batch, micro_batch_size=2)
     _assert_same(found, expected, torch.float32)
 
 
@@ -135,7 +135,7 @@ def test_what_lies_below_the_lowest_trained_block_is_not_walked(tiny, padded, lo
     ran = []
     for i, block in enumerate(halves[1].model.get_submodule(halves[1].blocks_name)):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    for client in (FirstOrderClient(halves[0]), RecomputingClient(halves[1], micro_batch_rows=ROWS)):
+    for client in (FirstOrderClient(halves[0]), RecomputingClient(halves[1], micro_batch_size=ROWS)):
         h = client.forward_for_backward(batch)
         client.backward(torch.ones_like(h), ETA)
     assert ran == [0, 1, 2, *range(2, lowest - 1, -1)]

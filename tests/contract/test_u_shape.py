@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import safetensors.torch
 import torch
-from tests.conftest import BLOCKS
 
 from hosl.cli import main
 from hosl.errors import ModelError, SplitError
@@ -23,6 +22,7 @@ from hosl.split import (
     split_model,
     split_u_shape,
 )
+from tests.conftest import BLOCKS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 CUTS = range(BLOCKS + 1)

@@ -5,6 +5,7 @@ import csv
 import pytest
 import tokenizers
 import yaml
+
 from tests.conftest import build
 from tests.integration.network import split
 
@@ -33,7 +34,7 @@ def tiny_run(tmp_path, tiny):
             "method": "hosl",
             "model": {"name": str(model), "cut": 2},
             "task": {"kind": "files", "train": str(tmp_path / "data.csv")},
-            "zo": {"directions": 2, "law": "gaussian"},
+            "zo": {"directions": 2, "distribution": "gaussian"},
             "client": {"learning_rate": 1e-3},
             "server": {"learning_rate": 1e-2},
             "max_steps": 12, "per_device_train_batch_size": 8, "eval_steps": 5, "save_steps": 4, "snapshot_steps": 6,

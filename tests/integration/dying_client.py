@@ -10,14 +10,14 @@ import sys
 from hosl.cli import main
 from hosl.transport.channel import Channel
 
-verb, number, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+call, number, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 seen = [0]
 
 
 def at(name, moment):
-    if name == verb and moment == "before":
+    if name == call and moment == "before":
         seen[0] += 1
-    if name == verb and seen[0] == number and when == moment:
+    if name == call and seen[0] == number and when == moment:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

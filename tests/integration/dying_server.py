@@ -11,7 +11,7 @@ from hosl.cli import main
 from hosl.service import calls
 from hosl.service.scheduler import Scheduler
 
-verb, number, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+call, number, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 seen, current = [0], [""]
 run = Scheduler.run
 
@@ -21,12 +21,12 @@ def die():
 
 
 async def dying(self, client, tokens, work):
-    if current[0] == verb:
+    if current[0] == call:
         seen[0] += 1
         if seen[0] == number and when == "before":
             die()
     answer = await run(self, client, tokens, work)
-    if current[0] == verb and seen[0] == number and when == "after":
+    if current[0] == call and seen[0] == number and when == "after":
         die()
     return answer
 

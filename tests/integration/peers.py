@@ -20,24 +20,24 @@ class Peer:
         self.channel = grpc.insecure_channel(self.line.address)
         self.model, self.run, self.session = model, run, ""
         self.training = training or pb.Training(
-            method=pb.HOSL, law=pb.GAUSSIAN, trainable=pb.ALL, learning_rate=1e-3, max_steps=1000, clients=1,
+            method=pb.HOSL, distribution=pb.GAUSSIAN, trainable=pb.ALL, learning_rate=1e-3, max_steps=1000, clients=1,
             optimiser=pb.Optimiser(name=pb.SGD), lora=pb.Lora(r=8, alpha=16), grace_s=5.0,
         )  # fmt: skip
 
-    def call(self, verb, frames, *, token=None, timeout=30):
+    def call(self, call, frames, *, token=None, timeout=30):
         """All answers to raw `frames`; raises grpc.RpcError."""
-        stub = self.channel.stream_stream(f"/{SERVICE}/{verb}")
+        stub = self.channel.stream_stream(f"/{SERVICE}/{call}")
         metadata = (("authorization", f"Bearer {token or self.line.token}"),)
         return list(stub(iter(frames), metadata=metadata, timeout=timeout))
 
-    def refusal(self, verb, frames, **how):
+    def refusal(self, call, frames, **how):
         """The name and the text of the error that `frames` must meet."""
         try:
-            self.call(verb, frames, **how)
+            self.call(call, frames, **how)
         except grpc.RpcError as failed:
             named = dict(failed.trailing_metadata() or ()).get(ERROR_KEY)
             return named, failed.details()
-        raise AssertionError(f"{verb} was answered")
+        raise AssertionError(f"{call} was answered")
 
     def hello(self, **changed):
         """A Hello as bytes."""
@@ -101,15 +101,15 @@ def model_of(facts):
     )  # fmt: skip
 
 
-def refused_as(peer, verb, frames):
+def refused_as(peer, call, frames):
     """The name of the error that `frames` meet; None where they are answered."""
     try:
-        peer.call(verb, frames)
+        peer.call(call, frames)
     except grpc.RpcError as failed:
         named = dict(failed.trailing_metadata() or ()).get(ERROR_KEY)
         if not named:
             raise AssertionError(
-                f"{verb} was refused without a name: {failed.code()} {failed.details()}"
+                f"{call} was refused without a name: {failed.code()} {failed.details()}"
             ) from None
         return named
     return None

@@ -8,15 +8,15 @@ import re
 import numpy as np
 import pytest
 import yaml
-from tests.integration.conftest import WORDS
-from tests.integration.network import Server, finished, join
-from tests.integration.recorder import Recorder, messages
 
 from hosl.cli import main
 from hosl.config import load_config
 from hosl.tasks import TextTokenizer, load_task
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
+from tests.integration.conftest import WORDS
+from tests.integration.network import Server, finished, join
+from tests.integration.recorder import Recorder, messages
 
 REQUESTS = (pb.Upload, pb.HelloRequest, pb.SaveRequest, pb.JournalRequest, pb.DescendRequest)
 _SESSION = re.compile(r"[0-9a-f]{16}\.\d+")
@@ -136,7 +136,7 @@ def test_a_run_with_labels_at_the_client_learns_as_the_ordinary_one(tiny_run, tm
 
 @pytest.mark.parametrize("point", ["clean", "first-plus"])
 def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, capsys, point):
-    sent, _, _ = captured("server", "hosl", {"fo_point": point})
+    sent, _, _ = captured("server", "hosl", {"server_gradient_at": point})
     words = [
         "audit",
         str(tmp_path / "halves" / "client"),

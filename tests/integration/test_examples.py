@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.integration.network import ENVIRONMENT
 
 import hosl
+from tests.integration.network import ENVIRONMENT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY_RUN = [

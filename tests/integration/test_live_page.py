@@ -6,10 +6,10 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tests.integration.browser import browse, needs_chromium
-from tests.integration.network import Server, finished, join, split
 
 from hosl.transport.join_line import JoinLine
+from tests.integration.browser import browse, needs_chromium
+from tests.integration.network import Server, finished, join, split
 
 
 def _get(url, token=None):

@@ -9,12 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as hf
-from tests.integration.network import ENVIRONMENT, HOSL, Server, enrol, finished, join, newest, split
 
 import hosl
 from hosl.cli import main
-from hosl.run.record import read_lines
 from hosl.split.quantised import Int8Linear
+from hosl.system.run_folder import read_lines
+from tests.integration.network import ENVIRONMENT, HOSL, Server, enrol, finished, join, newest, split
 
 _LORA = {"target_modules": ["query", "value"], "r": 4}
 

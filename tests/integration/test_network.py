@@ -5,12 +5,12 @@ from typing import get_args
 import pytest
 import safetensors.torch
 import torch
-from tests.integration.network import Server, finished, join, newest, server_state, split
 
 from hosl.cli import main
 from hosl.config import Method
-from hosl.run.record import read_lines
 from hosl.split import load_half, load_model, split_folder
+from hosl.system.run_folder import read_lines
+from tests.integration.network import Server, finished, join, newest, server_state, split
 
 METHODS = get_args(Method)
 
@@ -27,9 +27,9 @@ def client_files(run):
     [
         *((m, {}) for m in METHODS),
         ("hosl-gradient", {"guidance": "mixed"}),
-        ("hosl", {"fo_point": "first-plus"}),
-        ("hosl", {"law": "low-rank"}),
-        ("zo-zo", {"law": "sphere"}),
+        ("hosl", {"server_gradient_at": "first-plus"}),
+        ("hosl", {"distribution": "low-rank"}),
+        ("zo-zo", {"distribution": "sphere"}),
     ],
 )
 def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, zo):

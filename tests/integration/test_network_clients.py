@@ -6,9 +6,9 @@ import sys
 from contextlib import suppress
 
 import pytest
-from tests.integration.network import ENVIRONMENT, Server, enrol, finished, join, newest, split, wait_until
 
 from hosl.core.journal import Journal
+from tests.integration.network import ENVIRONMENT, Server, enrol, finished, join, newest, split, wait_until
 
 
 def journal_of(run):
@@ -74,10 +74,10 @@ class Any:
     @staticmethod
     def FromString(data): return data
 while True:
-    verb = chance.choice(["Hello", "Losses", "Step", "Scores", "Save", "Journal", "Probe", "Descend", "Gradient"])
+    call = chance.choice(["Hello", "Losses", "Step", "Scores", "Save", "Journal", "Probe", "Descend", "Gradient"])
     frames = [Raw(chance.randbytes(chance.randrange(200))) for _ in range(chance.randrange(4))]
     try:
-        channel.upload(verb, frames, Any)
+        channel.upload(call, frames, Any)
         sys.exit("the server accepted garbage")
     except HoslError:
         pass

@@ -8,24 +8,25 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.integration.network import ENVIRONMENT, HOSL, Server, finished, join, newest, split, wait_until
 
 HERE = Path(__file__).parent
-VERBS = {
+CALLS = {
     "hosl": ("Hello", "Losses", "Step", "Scores", "Save"),
     "fo-fo": ("Step", "Save"),
     "zo-zo": ("Probe", "Descend"),
     "labels": ("States", "StepStates", "Save"),  # hosl with the labels at the client
 }
 POINTS = [
-    (method, side, verb, when)
-    for method, verbs in VERBS.items()
+    (method, side, call, when)
+    for method, calls in CALLS.items()
     for side in ("server", "client")
-    for verb in verbs
+    for call in calls
     for when in ("before", "after")
 ]
 _NUMBER = {"Hello": 1, "Scores": 2, "Save": 2}
-"""At which question of a verb the process dies; 7 for those that come more often: after the first checkpoint."""
+"""At which question of a call the process dies; 7 for those that come more often: after the first checkpoint."""
 
 
 @pytest.fixture
@@ -74,12 +75,12 @@ def joining(halves, line, config, run, program=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "side", "verb", "when"), POINTS, ids=["-".join(p) for p in POINTS])
-def test_a_side_killed_at_a_message_changes_nothing(whole, tmp_path, method, side, verb, when):
+@pytest.mark.parametrize(("method", "side", "call", "when"), POINTS, ids=["-".join(p) for p in POINTS])
+def test_a_side_killed_at_a_message_changes_nothing(whole, tmp_path, method, side, call, when):
     config, halves, expected = whole(method)
     run, service = tmp_path / "killed", tmp_path / "service"
-    number = _NUMBER.get(verb, 7)
-    dying = [sys.executable, str(HERE / f"dying_{side}.py"), verb, str(number), when]
+    number = _NUMBER.get(call, 7)
+    dying = [sys.executable, str(HERE / f"dying_{side}.py"), call, str(number), when]
     server = Server(halves / "server", service, program=dying if side == "server" else None)
     line, address = server.line, server.address
     client = joining(halves, line, config, run, program=dying if side == "client" else None)
@@ -97,7 +98,7 @@ def test_a_side_killed_at_a_message_changes_nothing(whole, tmp_path, method, sid
 
 
 def test_a_killed_server_and_a_killed_client_change_nothing(whole, tmp_path):
-    """One of each, in the suite; every verb and moment stands in the slow test."""
+    """One of each, in the suite; every call and moment stands in the slow test."""
     config, halves, expected = whole("hosl")
     run, service = tmp_path / "killed", tmp_path / "service"
     dying = [sys.executable, str(HERE / "dying_server.py"), "Step", "5", "after"]

@@ -5,10 +5,10 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.integration.network import Server, enrol
-from tests.integration.peers import Peer, model_of, refused_as
 
 from hosl.wire import hosl_pb2 as pb
+from tests.integration.network import Server, enrol
+from tests.integration.peers import Peer, model_of, refused_as
 
 
 def _mutated(chance, frames):
@@ -48,7 +48,7 @@ def _resident_mib(process):
 
 
 def _valid(peer):
-    """One valid question of every verb, in the peer's present session."""
+    """One valid question of every call, in the peer's present session."""
     where = pb.Where(session=peer.session, step=1)
     return {
         "Hello": peer.hello(), "Losses": peer.upload("losses", count=2), "Scores": peer.upload("scores", step=0),
@@ -62,7 +62,7 @@ def _valid(peer):
 
 
 def _attack(peers, messages, seed):
-    """Send mutated messages of every verb, each peer in its own thread; how many were refused, by error."""
+    """Send mutated messages of every call, each peer in its own thread; how many were refused, by error."""
 
     def attack(peer):
         chance, found = random.Random(f"{seed}/{peer.run}"), {}
@@ -71,9 +71,9 @@ def _attack(peers, messages, seed):
             if valid is None:
                 peer.greet()
                 valid = _valid(peer)
-            verb = chance.choice(list(valid))
-            named = refused_as(peer, verb, _mutated(chance, valid[verb]))
-            assert named != "FailureError", f"{verb} met a bug of ours; the server's log has its trace"
+            call = chance.choice(list(valid))
+            named = refused_as(peer, call, _mutated(chance, valid[call]))
+            assert named != "FailureError", f"{call} met a bug of ours; the server's log has its trace"
             found[named] = found.get(named, 0) + 1
             if (
                 named is None or named == "SessionError"

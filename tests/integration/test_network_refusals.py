@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from tests.integration.certificates import issue
-from tests.integration.network import Server
-from tests.integration.peers import SEQ, WIDTH, Peer, model_of, refused_as
 
 from hosl.cli import main
 from hosl.errors import AccessError, ConfigError, LinkError
 from hosl.transport.channel import Channel, Patience, Proof
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
+from tests.integration.certificates import issue
+from tests.integration.network import Server
+from tests.integration.peers import SEQ, WIDTH, Peer, model_of, refused_as
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_an_honest_peer_is_answered(peer):
         ("too-many-bytes", "WireError", "bytes, "),
         ("truncated", "WireError", "ended before its question was complete"),
         ("more-after-the-end", "WireError", "more arrived than the question announced"),
-        ("reordered", "WireError", "this verb begins with `losses`, got `chunk`"),
-        ("other-verb", "WireError", "this verb begins with `losses`, got `step`"),
+        ("reordered", "WireError", "this call begins with `losses`, got `chunk`"),
+        ("other-call", "WireError", "this call begins with `losses`, got `step`"),
         ("garbage", "WireError", "are no Upload of protocol 1"),
         ("past", "StepError", "step 0 of client first is from the past"),
         ("future", "StepError", "step 7 of client first is from the future: the server waits for step 1"),
@@ -100,7 +100,7 @@ def test_a_wrong_question_is_refused_by_name(peer, what, error, said):
         "truncated": lambda: whole[:1],
         "more-after-the-end": lambda: [*whole, whole[1]],
         "reordered": lambda: [whole[1], whole[0]],
-        "other-verb": lambda: peer.upload("step"),
+        "other-call": lambda: peer.upload("step"),
         "garbage": lambda: [b"\xff\xfe\xfd"],
         "past": lambda: peer.upload("losses", step=0),
         "future": lambda: peer.upload("losses", step=7),
@@ -133,16 +133,16 @@ def test_a_repeated_step_is_answered_from_the_cache(peer):
 @pytest.mark.parametrize(
     ("changed", "error", "said"),
     [
-        ({"protocol": 2}, "AgreementError", "this server speaks protocol 1, the client 2"),
+        ({"protocol": 2}, "HandshakeError", "this server speaks protocol 1, the client 2"),
         ({"run": "../../etc"}, "WireError", "run name"),
-        ({"model": {"server_digest": "0" * 64}}, "AgreementError", "the server has server_digest = "),
-        ({"model": {"cut": 1}}, "AgreementError", "cut"),
+        ({"model": {"server_digest": "0" * 64}}, "HandshakeError", "the server has server_digest = "),
+        ({"model": {"cut": 1}}, "HandshakeError", "cut"),
         (
             {"training": {"learning_rate": 0.5}},
-            "AgreementError",
+            "HandshakeError",
             "the server has learning_rate = 0.001, this client 0.5",
         ),
-        ({"training": {"method": 77}}, "AgreementError", "method"),
+        ({"training": {"method": 77}}, "HandshakeError", "method"),
     ],
 )
 def test_sides_that_do_not_fit_are_told_both_values(peer, changed, error, said):
@@ -327,7 +327,7 @@ def test_an_expired_certificate_is_named(halves, tmp_path):
 
 AUTHORS = {
     "profile": "authors-head",
-    "zo": {"law": "sphere"},
+    "zo": {"distribution": "sphere"},
     "server": {"optimiser": {"name": "sgd", "momentum": 0.9}},
 }
 
@@ -336,8 +336,8 @@ AUTHORS = {
     ("settings", "says"),
     [
         (
-            {"zo": {"fo_point": "mean-plus"}},
-            "zo.fo_point: mean-plus asks the server for a step at several activations",
+            {"zo": {"server_gradient_at": "mean-plus"}},
+            "zo.server_gradient_at: mean-plus asks the server for a step at several activations",
         ),
         (AUTHORS, "profile authors-head asks the server for losses with dropout"),
     ],

@@ -5,14 +5,14 @@ import json
 import pytest
 import transformers as hf
 import yaml
-from tests.integration.network import Server, finished, join, split
 
 from hosl.cli import main
 from hosl.config import load_config
-from hosl.core.sizes import parse_bytes
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
-from hosl.run import budget
-from hosl.run.record import read_lines
+from hosl.system.byte_sizes import parse_bytes
+from hosl.system.run_folder import read_lines
+from hosl.training import memory_budget as budget
+from tests.integration.network import Server, finished, join, split
 
 pytestmark = pytest.mark.usefixtures(
     "unchecked"
@@ -113,14 +113,14 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_made(capsys, 
 
 
 def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, tmp_path):
-    for module in ("torch_budget", "budget"):
-        monkeypatch.setattr(f"hosl.run.{module}.RUNTIME_BASE_BYTES", 0.0)
+    for module in ("planner.budget", "training.memory_budget"):
+        monkeypatch.setattr(f"hosl.{module}.RUNTIME_BASE_BYTES", 0.0)
     settings = {"learning_rate": 1e-3, "memory_budget": "0.28MB"}
     config = tiny_run(client=settings, per_device_train_batch_size=64)
     assert main(["train", str(config)]) == 2
     said = capsys.readouterr().err
-    assert "nearest setting that fits: client.micro_batch_rows: " in said, said
-    rows = int(said.partition("client.micro_batch_rows: ")[2].split(",")[0])
+    assert "nearest setting that fits: client.micro_batch_size: " in said, said
+    rows = int(said.partition("client.micro_batch_size: ")[2].split(",")[0])
     assert main(["train", str(config), "--client.micro-batch-rows", str(rows)]) == 0
     peaks = [line["client_peak_bytes"] for line in read_lines(tmp_path / "run" / "timings.jsonl")]
     assert max(peaks) <= 1.05 * parse_bytes("0.28MB")

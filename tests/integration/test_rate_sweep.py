@@ -8,8 +8,7 @@ from msgspec.structs import replace
 
 from hosl.cli import main
 from hosl.config import Config, load_config
-from hosl.run.local import new_session
-from hosl.run.rate_sweep import (
+from hosl.training.learning_rate_sweep import (
     DESCENDED,
     HELD_OUT_BATCHES,
     PROBED,
@@ -20,6 +19,7 @@ from hosl.run.rate_sweep import (
     sweep,
     with_rate,
 )
+from hosl.training.local_session import new_session
 
 
 @pytest.mark.usefixtures("unchecked")

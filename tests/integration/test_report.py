@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from tests.integration.browser import browse, needs_chromium
 
 from hosl.cli import main
-from hosl.run.record import read_lines
+from hosl.system.run_folder import read_lines
+from tests.integration.browser import browse, needs_chromium
 
 PAGE_WHITE, PAGE_DARK = (255, 255, 255), (17, 22, 28)
 
@@ -37,10 +37,10 @@ def test_two_runs_stand_side_by_side_with_planned_lines(two_runs, tmp_path, caps
 def test_a_trained_run_knows_its_verbs_and_its_longest_batch(two_runs):
     _, run = two_runs
     line = read_lines(run / "timings.jsonl")[3]
-    assert list(line["client_verbs_s"]) == ["probes", "forward", "descend"]
-    assert list(line["server_verbs_s"]) == ["losses", "step"]
+    assert list(line["client_calls_s"]) == ["probes", "forward", "descend"]
+    assert list(line["server_calls_s"]) == ["losses", "step"]
     for party in ("client", "server"):
-        assert sum(line[f"{party}_verbs_s"].values()) == pytest.approx(line[f"{party}_s"], abs=1e-5)
+        assert sum(line[f"{party}_calls_s"].values()) == pytest.approx(line[f"{party}_s"], abs=1e-5)
     record = json.loads((run / "record.json").read_text())
     assert record["longest_batch"] == {"rows": 8, "tokens": 2}
     page = (run / "report.html").read_text()

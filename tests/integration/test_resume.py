@@ -10,8 +10,8 @@ import time
 import pytest
 
 from hosl.cli import main
-from hosl.run.local import load_run
-from hosl.run.loop import carry_on
+from hosl.training.local_session import load_run
+from hosl.training.loop import carry_on
 
 _HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
 _EXACT = ("metrics.jsonl", "model/model.safetensors")
@@ -104,7 +104,7 @@ def test_ctrl_c_ends_with_a_usable_checkpoint(tiny_run, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tiny_run, tmp_path, capsys):
-    from hosl.run.record import RunLock
+    from hosl.system.run_folder import RunLock
 
     assert main(["train", str(tiny_run())]) == 0
     with RunLock(tmp_path / "run"):

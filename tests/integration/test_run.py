@@ -12,7 +12,7 @@ import yaml
 import hosl
 from hosl.cli import main
 from hosl.config import Method
-from hosl.run.record import read_lines
+from hosl.system.run_folder import read_lines
 
 METHODS = get_args(Method)
 
@@ -106,12 +106,12 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         ({"method": "sgd"}, "Invalid enum value 'sgd' - at `$.method`"),
         ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
         (
-            {"method": "fo-recompute", "client": {"micro_batch_rows": 0}},
-            "client.micro_batch_rows must be >= 1 or null, got 0",
+            {"method": "fo-recompute", "client": {"micro_batch_size": 0}},
+            "client.micro_batch_size must be >= 1 or null, got 0",
         ),
         (
-            {"method": "fo-fo", "client": {"micro_batch_rows": 2}},
-            "client.micro_batch_rows: method fo-fo keeps the graph of the whole batch; leave it out",
+            {"method": "fo-fo", "client": {"micro_batch_size": 2}},
+            "client.micro_batch_size: method fo-fo keeps the graph of the whole batch; leave it out",
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},
@@ -142,12 +142,12 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
             "needs a client that is trained by random probes, method is fo-recompute",
         ),
         (
-            {"method": "hosl-gradient", "zo": {"fo_point": "first-plus"}},
-            "zo.fo_point: first-plus is for method hosl, profile paper, got method hosl-gradient",
+            {"method": "hosl-gradient", "zo": {"server_gradient_at": "first-plus"}},
+            "zo.server_gradient_at: first-plus is for method hosl, profile paper, got method hosl-gradient",
         ),
         (
-            {"zo": {"fo_point": "mean-plus"}, "clients": {"count": 2}},
-            "zo.fo_point: mean-plus is for one client in the server's own process, clients.count is 2",
+            {"zo": {"server_gradient_at": "mean-plus"}, "clients": {"count": 2}},
+            "zo.server_gradient_at: mean-plus is for one client in the server's own process, clients.count is 2",
         ),
         ({"report_to": ["tensorbored"]}, "Invalid enum value 'tensorbored'"),
     ],

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+
+from hosl.core.directions import direction, low_rank_factors
+from hosl.parties.clients.activation_guided import ActivationGuidedClient, MixedClient, leading_direction
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.split import set_trainable, split_model
 from tests.conftest import BLOCKS
 from tests.numerics.slopes import slope
 from tests.numerics.test_guided import _batch, _gradient, _weights
-
-from hosl.core.directions import direction, low_rank_factors
-from hosl.parties.activation_guided_client import ActivationGuidedClient, MixedClient, leading_direction
-from hosl.parties.torch_client import ZerothOrderClient
-from hosl.split import set_trainable, split_model
 
 EPSILON = 1e-5
 FAMILIES = ["bert", "opt", "gpt_neox", "gpt2"]
@@ -20,7 +20,7 @@ FAMILIES = ["bert", "opt", "gpt_neox", "gpt2"]
 def _client(model, kind=ActivationGuidedClient):
     half, _ = split_model(model, BLOCKS)
     set_trainable(half, "blocks")
-    return kind(half, law="rademacher")
+    return kind(half, distribution="rademacher")
 
 
 def _inputs(client, batch):
@@ -39,7 +39,7 @@ def _inputs(client, batch):
 
 
 def _direction(client, batch, seed):
-    """u by tensor, formed anew: a b^T where there is a b, the low-rank law elsewhere."""
+    """u by tensor, formed anew: a b^T where there is a b, the low-rank distribution elsewhere."""
     columns = {name: leading_direction(x) for name, x in _inputs(client, batch).items()}
     found = {}
     for name, p in client.trained.items():

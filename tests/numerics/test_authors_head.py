@@ -8,7 +8,7 @@ from hosl.core.directions import direction_seed
 from hosl.core.rounds import authors_head_round
 from hosl.errors import ConfigError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
-from hosl.parties.torch_client import ZerothOrderClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.split import split_model
 
 
@@ -16,7 +16,7 @@ from hosl.split import split_model
 def parties(tiny):
     client_half, server_half = split_model(tiny("bert"), 2)
     # all three rows at once, as probe_with_dropout evaluates them: other micro-batches round otherwise on some CPUs
-    client = NoisyZerothOrderClient(client_half, law="sphere", micro_batch_rows=3)
+    client = NoisyZerothOrderClient(client_half, distribution="sphere", micro_batch_size=3)
     return client, NoisyFirstOrderServer(server_half, learning_rate=lambda step: 1e-2)
 
 
@@ -47,7 +47,7 @@ def test_the_client_moves_after_every_pair_and_replays_so(parties, tiny, class_b
     )
     assert len(client.journal) == 3
     base, _ = split_model(tiny("bert"), 2)
-    again = NoisyZerothOrderClient(base, law="sphere")
+    again = NoisyZerothOrderClient(base, distribution="sphere")
     again.replay(client.journal)
     assert all(torch.equal(p, client.trained[name]) for name, p in again.trained.items())
     assert [len(update_seeds) for _, update_seeds, _ in client.journal.updates()] == [
@@ -56,5 +56,5 @@ def test_the_client_moves_after_every_pair_and_replays_so(parties, tiny, class_b
 
 
 def test_settings_that_are_not_the_published_codes_are_refused():
-    with pytest.raises(ConfigError, match=r"authors-head wants zo.law: sphere, got rademacher"):
+    with pytest.raises(ConfigError, match=r"authors-head wants zo.distribution: sphere, got rademacher"):
         parse_config({"profile": "authors-head", "method": "hosl"}, where="test")

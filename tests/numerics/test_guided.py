@@ -6,12 +6,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from tests.conftest import BLOCKS
 
-from hosl.core.parties import Batch, ClassTargets, StepReply
 from hosl.core.rounds import hosl_guided_round
-from hosl.parties.guided_client import GuidedClient
+from hosl.core.targets import Batch, ClassTargets, StepReply
+from hosl.parties.clients.guided import GuidedClient
 from hosl.split import split_model
+from tests.conftest import BLOCKS
 
 ROWS, ETA, EPSILON = 5, 0.3, 1e-3
 PRE_NORM = {"opt", "opt-projections", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "phi3"}
@@ -53,10 +53,12 @@ def _gradient(client, batch, seed=3):
 
 
 def _exact(client, batch, g):
-    """By writer: the exact gradient [out, in + 1] of <g, h>, and g^T [x, 1] in the same layout, from autograd's own."""
+    """By output projection: the exact gradient [out, in + 1] of <g, h>, and g^T [x, 1] likewise, from autograd."""
     read, found = {}, {}
-    writers = {name.removesuffix(".weight"): None for name in client.trained if name.endswith("weight")}
-    modules = {name: client.half.model.get_submodule(name) for name in writers}
+    output_projections = {
+        name.removesuffix(".weight"): None for name in client.trained if name.endswith("weight")
+    }
+    modules = {name: client.half.model.get_submodule(name) for name in output_projections}
     hooks = [
         m.register_forward_pre_hook(lambda m, args, n=name: read.__setitem__(n, args[0].detach()))
         for name, m in modules.items()
@@ -166,7 +168,7 @@ def test_micro_batches_change_nothing(tiny, model_name, padded, rows):
     model, batch = tiny(model_name, torch.float64), _batch(padded)
     found = []
     for at_once in (rows, 5):
-        client = _client(model, blocks=2, micro_batch_rows=at_once)
+        client = _client(model, blocks=2, micro_batch_size=at_once)
         server = _Linear(_gradient(client, batch))
         hosl_guided_round(client, server, batch, step=1, epsilon=EPSILON, learning_rate=ETA)
         found.append(_weights(client))

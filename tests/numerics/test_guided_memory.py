@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from tests.numerics.test_guided import _gradient, _Linear
 from transformers import OPTConfig, OPTForCausalLM
 
-from hosl.core.parties import Batch, ClassTargets
 from hosl.core.rounds import hosl_guided_round, hosl_node_round
-from hosl.parties.guided_client import GuidedClient
-from hosl.parties.node_client import NodeClient
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
+from hosl.core.targets import Batch, ClassTargets
+from hosl.parties.clients.guided import GuidedClient
+from hosl.parties.clients.node import NodeClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
 from hosl.split import split_model
+from tests.numerics.test_guided import _gradient, _Linear
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_large_batch_goes_forward_in_parts_and_moves_the_weights_as_a_whole(
     batch = Batch(ids, ClassTargets(np.ones(ids.shape, np.int8), np.zeros(9, np.int64)))
     moved = []
     for tokens in (8 * 4, 8 * 64):  # four rows at once, or all
-        monkeypatch.setattr("hosl.parties.torch_client.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("hosl.parties.clients.frozen.TOKENS_AT_ONCE", tokens)
         half, _ = split_model(tiny("opt", torch.float64), 3)
         client = kind(half)
         server = _Linear(_gradient(client, batch))

@@ -10,10 +10,11 @@ from hosl.core.directions import direction, direction_seed
 from hosl.core.journal import Journal
 from hosl.core.rounds import hosl_round
 from hosl.errors import ConfigError, ModelError
-from hosl.parties.probing import trained_parameters
-from hosl.parties.torch_client import FirstOrderClient, ZerothOrderClient
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
-from hosl.parties.torch_server import FirstOrderServer
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
+from hosl.parties.engine.perturbation import trained_parameters
+from hosl.parties.servers.basic import FirstOrderServer
 from hosl.split import (
     ClientHalf,
     LoraSpec,
@@ -153,14 +154,14 @@ def test_a_bfloat16_half_computes_in_bfloat16_and_answers_in_the_models_dtype(mo
     assert 1e-3 * _rms(original) < _rms(h - original) < 0.03 * _rms(original)
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_probes_over_an_int8_base_equal_two_forwards_with_the_adapters_written(
-    model_name, tiny, class_batch, law
+    model_name, tiny, class_batch, distribution
 ):
     """float64 computes and adapts, so only the order of sums may differ."""
     epsilon = 1e-2
     half = _adapted(_half(tiny, model_name, "int8", torch.float64)[0], torch.float64)
-    client = ZerothOrderClient(half, law=law)
+    client = ZerothOrderClient(half, distribution=distribution)
     assert client.trained
     assert all(".lora_" in name for name in client.trained)
     pair = client.probe(class_batch, 7, epsilon)
@@ -169,7 +170,7 @@ def test_probes_over_an_int8_base_equal_two_forwards_with_the_adapters_written(
         other = _adapted(_half(tiny, model_name, "int8", torch.float64)[0], torch.float64)
         with torch.no_grad():
             for name, p in trained_parameters(other.model).items():
-                p.add_(torch.from_numpy(direction(7, name, tuple(p.shape), law)), alpha=scale)
+                p.add_(torch.from_numpy(direction(7, name, tuple(p.shape), distribution)), alpha=scale)
             torch.testing.assert_close(h, other(*client._inputs(class_batch)), rtol=1e-10, atol=1e-12)
 
 
@@ -205,12 +206,12 @@ def test_probes_keep_every_bit_and_a_step_changes_the_adapters_alone(model_name,
 @pytest.mark.parametrize("base", DTYPES)
 def test_the_journal_rebuilds_the_adapters_bit_for_bit(tiny, class_batch, base):
     client_half, server_half = _half(tiny, "bert", base)
-    client = ZerothOrderClient(_adapted(client_half), law="rademacher")
+    client = ZerothOrderClient(_adapted(client_half), distribution="rademacher")
     server = FirstOrderServer(server_half, learning_rate=lambda step: 1e-3)
     for step in range(1, 31):
         seeds = [direction_seed(9, step, q) for q in range(2)]
         hosl_round(client, server, class_batch, step=step, seeds=seeds, epsilon=1e-2, learning_rate=1e-3)
-    late = ZerothOrderClient(_adapted(_half(tiny, "bert", base)[0]), law="rademacher")
+    late = ZerothOrderClient(_adapted(_half(tiny, "bert", base)[0]), distribution="rademacher")
     start = _bits(late.half)
     late.replay(Journal.from_bytes(client.journal.to_bytes()))
     rebuilt = late.half.state_dict()
@@ -271,10 +272,10 @@ class _Wide:
         layers = _linear_layers(self.half).values()
         return resident_bytes([t for m in layers for t in (m.weight, *m.buffers())])
 
-    def peak_bytes(self, kind, verb, *args):
+    def peak_bytes(self, kind, call, *args):
         client = kind(_adapted(self.half))
         memory = TorchMemory(resident_bytes([*self.half.model.parameters(), *self.half.model.buffers()]))
-        memory.watch(getattr(client, verb), *args)
+        memory.watch(getattr(client, call), *args)
         return memory.peak_bytes
 
 

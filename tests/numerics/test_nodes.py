@@ -5,14 +5,14 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from tests.conftest import BLOCKS
-from tests.numerics.test_guided import FLOAT32_NORMS, ROUNDING, _batch, _gradient, _Linear
 
 from hosl.core.directions import tile
 from hosl.core.rounds import hosl_guided_round, hosl_node_round
 from hosl.errors import NonFiniteError
-from hosl.parties.node_client import NodeClient
+from hosl.parties.clients.node import NodeClient
 from hosl.split import split_model
+from tests.conftest import BLOCKS
+from tests.numerics.test_guided import FLOAT32_NORMS, ROUNDING, _batch, _gradient, _Linear
 
 ETA, EPSILON = 0.3, 1e-4
 SEEDS = [11, 12, 13]
@@ -89,7 +89,7 @@ def _out_features(client):
 
 
 def test_slopes_are_the_tokens_exact_derivatives(tiny, model_name, padded):
-    client, batch = _client(tiny(model_name, torch.float64), micro_batch_rows=2), _batch(padded)
+    client, batch = _client(tiny(model_name, torch.float64), micro_batch_size=2), _batch(padded)
     g = _gradient(client, batch)
     _, exact_gradient = _at_query(client, batch, g)
     clean = client.forward_for_guides(batch)
@@ -164,7 +164,7 @@ def test_the_estimate_is_the_gradient_on_average(tiny, padded):
 def test_micro_batches_change_nothing(tiny, padded, rows):
     model, batch, found = tiny("gpt_neox", torch.float64), _batch(padded), []
     for at_once in (rows, 5):
-        client = _client(model, micro_batch_rows=at_once)
+        client = _client(model, micro_batch_size=at_once)
         server = _Linear(_gradient(client, batch))
         hosl_node_round(client, server, batch, step=1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA)
         found.append(_weights(client))

@@ -3,27 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from tests.numerics.slopes import slope
 from torch.func import functional_call, jvp
 
-from hosl.core.directions import LAWS, direction
-from hosl.parties.probing import SCRATCH_ELEMENTS, Probe, stacked, trained_parameters
-from hosl.parties.torch_client import ZerothOrderClient
-from hosl.parties.torch_server import FirstOrderServer
+from hosl.core.directions import DISTRIBUTIONS, direction
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.perturbation import SCRATCH_ELEMENTS, Probe, stacked, trained_parameters
+from hosl.parties.servers.basic import FirstOrderServer
 from hosl.split import split_model
+from tests.numerics.slopes import slope
 
-_PROBE = Probe(seed=3, epsilon=1e-3, law="gaussian")
+_PROBE = Probe(seed=3, epsilon=1e-3, distribution="gaussian")
 
 
 def _bits(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def _written(half, seed, scale, law):
+def _written(half, seed, scale, distribution):
     """The half's weights at theta + scale u, written out."""
     with torch.no_grad():
         for name, p in half.named_parameters():
-            p.add_(torch.from_numpy(direction(seed, name, tuple(p.shape), law)), alpha=scale)
+            p.add_(torch.from_numpy(direction(seed, name, tuple(p.shape), distribution)), alpha=scale)
 
 
 def _two_forwards(tiny, model_name, probe, padded_batch, dtype=torch.float64):
@@ -31,21 +31,23 @@ def _two_forwards(tiny, model_name, probe, padded_batch, dtype=torch.float64):
     outputs = []
     for scale in (probe.epsilon, -probe.epsilon):
         half, _ = split_model(tiny(model_name, dtype), 2)
-        _written(half, probe.seed, scale, probe.law)
+        _written(half, probe.seed, scale, probe.distribution)
         with torch.no_grad():
             outputs.append(half(*padded_batch))
     return outputs
 
 
 @pytest.mark.parametrize("scratch", [SCRATCH_ELEMENTS, 100])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_probe_equals_two_forwards_with_the_weights_written(
-    model_name, tiny, padded, law, scratch, monkeypatch
+    model_name, tiny, padded, distribution, scratch, monkeypatch
 ):
     """Every family, every weight trained, embeddings too. float64: only the order of sums may differ."""
-    monkeypatch.setattr("hosl.parties.probing.SCRATCH_ELEMENTS", scratch)  # 100: three rows at a time
+    monkeypatch.setattr(
+        "hosl.parties.engine.perturbation.SCRATCH_ELEMENTS", scratch
+    )  # 100: three rows at a time
     ids, mask = padded("right")
-    probe = Probe(7, 1e-2, law)
+    probe = Probe(7, 1e-2, distribution)
     client, _ = split_model(tiny(model_name, torch.float64), 2)
     with torch.no_grad(), stacked(client.model, [probe], 6):
         pair = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
@@ -53,10 +55,10 @@ def test_a_probe_equals_two_forwards_with_the_weights_written(
         torch.testing.assert_close(h, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("law", ["rademacher", "low-rank"])
-def test_stacked_probes_equal_those_that_go_one_by_one(model_name, tiny, padded, law):
+@pytest.mark.parametrize("distribution", ["rademacher", "low-rank"])
+def test_stacked_probes_equal_those_that_go_one_by_one(model_name, tiny, padded, distribution):
     ids, mask = padded("right")
-    probes = [Probe(seed, epsilon, law) for seed, epsilon in ((1, 1e-2), (2, 1e-2), (3, 1e-3))]
+    probes = [Probe(seed, epsilon, distribution) for seed, epsilon in ((1, 1e-2), (2, 1e-2), (3, 1e-3))]
     client, _ = split_model(tiny(model_name, torch.float64), 2)
     with torch.no_grad(), stacked(client.model, probes, rows=18):
         together = client(ids.repeat(6, 1), mask.repeat(6, 1)).chunk(3)
@@ -66,11 +68,13 @@ def test_stacked_probes_equal_those_that_go_one_by_one(model_name, tiny, padded,
         torch.testing.assert_close(pair, alone, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "low-rank"])
-def test_in_bfloat16_a_probe_is_as_near_to_the_exact_one_as_two_forwards_are(model_name, tiny, padded, law):
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "low-rank"])
+def test_in_bfloat16_a_probe_is_as_near_to_the_exact_one_as_two_forwards_are(
+    model_name, tiny, padded, distribution
+):
     """Exact: the same bfloat16 weights, shifted and multiplied in float64."""
     ids, mask = padded("none")
-    probe = Probe(7, 2e-2, law)
+    probe = Probe(7, 2e-2, distribution)
     client, _ = split_model(tiny(model_name, torch.bfloat16), 2)
     with torch.no_grad(), stacked(client.model, [probe], 6):
         pair = client(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
@@ -78,7 +82,7 @@ def test_in_bfloat16_a_probe_is_as_near_to_the_exact_one_as_two_forwards_are(mod
     for h, other, sign in zip(pair, written, (1, -1), strict=True):
         half, _ = split_model(tiny(model_name, torch.bfloat16), 2)
         half.convert(torch.float64)
-        _written(half, probe.seed, sign * probe.epsilon, law)
+        _written(half, probe.seed, sign * probe.epsilon, distribution)
         with torch.no_grad():
             exact = half(ids, mask)
         assert torch.linalg.norm(h - exact) <= 1.5 * torch.linalg.norm(other - exact)

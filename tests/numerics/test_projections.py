@@ -3,48 +3,54 @@
 import numpy as np
 import pytest
 import torch
-from tests.conftest import BLOCKS
-from tests.numerics.slopes import slope
-from tests.numerics.test_guided import FLOAT32_NORMS, _batch, _gradient, _Linear
 
 from hosl.core.directions import direction
-from hosl.core.parties import Batch, ClassTargets
 from hosl.core.rounds import (
     hosl_gradient_forward_mode_round,
     hosl_gradient_one_sided_round,
     hosl_gradient_round,
 )
+from hosl.core.targets import Batch, ClassTargets
 from hosl.errors import NonFiniteError
-from hosl.parties.torch_client import TOKENS_AT_ONCE, ZerothOrderClient, row_slices
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
+from hosl.parties.clients.frozen import TOKENS_AT_ONCE, row_slices
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
 from hosl.split import set_trainable, split_model
+from tests.conftest import BLOCKS
+from tests.numerics.slopes import slope
+from tests.numerics.test_guided import FLOAT32_NORMS, _batch, _gradient, _Linear
 
 SEEDS = [5, 6, 7]
 
 
-def _client(model, law="gaussian", trainable="blocks", **options):
+def _client(model, distribution="gaussian", trainable="blocks", **options):
     half, _ = split_model(model, BLOCKS)
     set_trainable(half, trainable)
-    return ZerothOrderClient(half, law=law, **options)
+    return ZerothOrderClient(half, distribution=distribution, **options)
 
 
-def _exact(client, batch, g, seed, law="gaussian"):
+def _exact(client, batch, g, seed, distribution="gaussian"):
     """<dL/dtheta, u> with autograd's gradient."""
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets.mask).long()
     (client.half(ids, mask) * g).sum().backward()
     total = 0.0
     for name, p in client.trained.items():
         if p.grad is not None:
-            total += float((p.grad * torch.from_numpy(direction(seed, name, tuple(p.shape), law))).sum())
+            total += float(
+                (p.grad * torch.from_numpy(direction(seed, name, tuple(p.shape), distribution))).sum()
+            )
             p.grad = None
     return total
 
 
-@pytest.mark.parametrize("law", ["gaussian", "low-rank"])
+@pytest.mark.parametrize("distribution", ["gaussian", "low-rank"])
 @pytest.mark.parametrize("rows", [1, 2, None])
-def test_micro_batches_change_nothing_but_rounding(tiny, model_name, padded, law, rows):
+def test_micro_batches_change_nothing_but_rounding(tiny, model_name, padded, distribution, rows):
     model, batch = tiny(model_name, torch.float64), _batch(padded)
-    some, whole = _client(model, law, micro_batch_rows=rows), _client(model, law, micro_batch_rows=5)
+    some, whole = (
+        _client(model, distribution, micro_batch_size=rows),
+        _client(model, distribution, micro_batch_size=5),
+    )
     g = _gradient(whole, batch)
     torch.testing.assert_close(some.forward(batch), whole.forward(batch), rtol=1e-10, atol=1e-12)
     pairs, expected = (list(c.probes(batch, SEEDS, 1e-2)) for c in (some, whole))
@@ -72,7 +78,9 @@ def test_low_rank_probes_of_a_step_share_their_forwards(tiny, padded, monkeypatc
     list(client.probes(batch, SEEDS, 1e-3))
     assert seen == [2 * len(SEEDS) * 5]  # one forward for all
     seen.clear()
-    monkeypatch.setattr("hosl.parties.torch_client.STACKED_TOKENS_AT_ONCE", 2 * 2 * batch.input_ids.size)
+    monkeypatch.setattr(
+        "hosl.parties.clients.zeroth_order.STACKED_TOKENS_AT_ONCE", 2 * 2 * batch.input_ids.size
+    )
     list(client.probes(batch, SEEDS, 1e-3))
     assert seen == [
         2 * 2 * 5,
@@ -106,14 +114,14 @@ def test_one_sided_errors_fall_with_epsilon_and_two_sided_ones_with_its_square(t
         assert fitted == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "low-rank"])
-def test_forward_mode_is_autograds_derivative(tiny, model_name, padded, law):
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "low-rank"])
+def test_forward_mode_is_autograds_derivative(tiny, model_name, padded, distribution):
     model, batch = tiny(model_name, torch.float64), _batch(padded)
-    client = _client(model, law, trainable="all", micro_batch_rows=2)
+    client = _client(model, distribution, trainable="all", micro_batch_size=2)
     # autograd gives the padding's own embedding no gradient, right only where padding is not scored
     g = _gradient(client, batch) * torch.from_numpy(batch.targets.mask)[:, :, None]
     before = {name: p.detach().clone() for name, p in client.trained.items()}
-    exact = [_exact(client, batch, g, seed, law) for seed in SEEDS]
+    exact = [_exact(client, batch, g, seed, distribution) for seed in SEEDS]
     found = [float(p.rows.sum()) for p in client.tangents(batch, SEEDS, g)]
     # a float32 norm rounds by 6e-8; no epsilon divides that here, but a few dozen such sums follow each other
     assert found == pytest.approx(exact, rel=1e-5 if model_name in FLOAT32_NORMS else 1e-10)
@@ -149,10 +157,10 @@ def _wide(rows=16, tokens=32):
     )
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
-def test_a_projected_probe_takes_little_more_memory_than_a_forward_pass(law):
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_a_projected_probe_takes_little_more_memory_than_a_forward_pass(distribution):
     model, batch = _wide()
-    client = _client(model, law)
+    client = _client(model, distribution)
     held = resident_bytes([*client.half.model.parameters(), *client.half.model.buffers()])
     g = _gradient(client, batch)
     forward, probe = TorchMemory(held), TorchMemory(held)

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers as hf
 
-from hosl.core.parties import Batch, ClassTargets
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient
-from hosl.parties.torch_memory import TorchMemory, resident_bytes
+from hosl.core.targets import Batch, ClassTargets
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.engine.memory import TorchMemory, resident_bytes
 from hosl.split import set_trainable, split_model
 
 BLOCKS, WIDTH, VOCABULARY, ROWS, SEQ = 6, 128, 4000, 8, 32
@@ -52,13 +52,13 @@ def _bound_bytes(at_once):
 
 
 @pytest.mark.parametrize("trainable", ["blocks", "all"])
-@pytest.mark.parametrize("micro_batch_rows", [None, 4, 1])
+@pytest.mark.parametrize("micro_batch_size", [None, 4, 1])
 def test_a_recomputing_client_stays_within_its_bound_and_plain_backprop_does_not(
-    peak_bytes, trainable, micro_batch_rows
+    peak_bytes, trainable, micro_batch_size
 ):
     """The bound leaves no room for a second block's gradients (0.8 MB) or a dense one of the token table (2 MB)."""
-    bound = _bound_bytes(micro_batch_rows or ROWS)
-    peak = peak_bytes(RecomputingClient, trainable, micro_batch_rows=micro_batch_rows)
-    print(f"{trainable}, micro-batches of {micro_batch_rows}: {peak} bytes, bound {bound}")
+    bound = _bound_bytes(micro_batch_size or ROWS)
+    peak = peak_bytes(RecomputingClient, trainable, micro_batch_size=micro_batch_size)
+    print(f"{trainable}, micro-batches of {micro_batch_size}: {peak} bytes, bound {bound}")
     assert bound - 500_000 < peak <= bound
     assert peak_bytes(FirstOrderClient, trainable) > bound

@@ -17,10 +17,12 @@ from hosl.core.rounds import (
     zo_round,
 )
 from hosl.errors import NonFiniteError
-from hosl.parties.optimisers import OptimiserSpec
-from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
-from hosl.parties.torch_loss import row_losses
-from hosl.parties.torch_server import FirstOrderServer, ZerothOrderServer
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.loss import row_losses
+from hosl.parties.engine.optimisers import OptimiserSpec
+from hosl.parties.servers.basic import FirstOrderServer, ZerothOrderServer
 from hosl.split import split_model
 
 ETA_C, ETA_S, EPSILON, Q = 3e-3, 5e-2, 1e-3, 3
@@ -216,7 +218,7 @@ def test_the_server_is_the_same_for_all_probes_and_steps_once(tiny, class_batch)
             return server.step(activations, targets, step=step, want_gradient=want_gradient)
 
     hosl_round(client, Watching(), class_batch, step=1, seeds=[1, 2], epsilon=EPSILON, learning_rate=ETA_C)
-    assert [verb for verb, _ in seen] == ["losses", "losses", "step"]
+    assert [call for call, _ in seen] == ["losses", "losses", "step"]
     assert len({weights for _, weights in seen}) == 1
     assert total() != seen[0][1]
 
@@ -305,7 +307,7 @@ def test_a_frozen_client_keeps_every_bit(tiny, class_batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_journal_rebuilds_the_client_bit_for_bit_after_200_steps(tiny, class_batch, dtype):
     client_half, server_half = split_model(tiny("bert", dtype), 2)
-    client = ZerothOrderClient(client_half, law="rademacher")
+    client = ZerothOrderClient(client_half, distribution="rademacher")
     server = FirstOrderServer(server_half, learning_rate=_constant(1e-3))
     for step in range(1, 201):
         seeds = [direction_seed(9, step, q) for q in range(2)]
@@ -314,7 +316,7 @@ def test_the_journal_rebuilds_the_client_bit_for_bit_after_200_steps(tiny, class
     assert len(data) <= 16 * 200 * 2
 
     base, _ = split_model(tiny("bert", dtype), 2)
-    late = ZerothOrderClient(base, law="rademacher")
+    late = ZerothOrderClient(base, distribution="rademacher")
     late.replay(Journal.from_bytes(data))
     rebuilt = _weights(base)
     assert all(torch.equal(rebuilt[name], p) for name, p in client_half.named_parameters())

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from hosl.core.rounds import fo_round, hosl_gradient_round, hosl_round
-from hosl.parties.headed_server import HeadedServer, LocalTrunk
-from hosl.parties.optimisers import OptimiserSpec
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient, ZerothOrderClient
-from hosl.parties.torch_server import FirstOrderServer
-from hosl.parties.torch_trunk import TrunkServer
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.optimisers import OptimiserSpec
+from hosl.parties.servers.basic import FirstOrderServer
+from hosl.parties.servers.headed import HeadedServer, LocalTrunk
+from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import split_model, split_u_shape
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hosl.core.directions import (
-    LAWS,
+    DISTRIBUTIONS,
     TILE_ELEMENTS,
     direction,
     direction_rows,
@@ -21,16 +21,16 @@ from hosl.core.directions import (
 DRAWN_LAWS = ["gaussian", "rademacher"]
 
 
-@pytest.mark.parametrize("law", DRAWN_LAWS)
+@pytest.mark.parametrize("distribution", DRAWN_LAWS)
 @settings(max_examples=60, deadline=None)
 @given(start=st.integers(0, 5000), length=st.integers(0, 3000))
-def test_any_tile_on_its_own_has_the_bits_it_has_in_the_whole(law, start, length):
-    whole = tile(11, "w", 0, 8000, law)
-    assert np.array_equal(tile(11, "w", start, start + length, law), whole[start : start + length])
+def test_any_tile_on_its_own_has_the_bits_it_has_in_the_whole(distribution, start, length):
+    whole = tile(11, "w", 0, 8000, distribution)
+    assert np.array_equal(tile(11, "w", start, start + length, distribution), whole[start : start + length])
 
 
 @pytest.mark.parametrize(
-    ("law", "digest"),
+    ("distribution", "digest"),
     [
         ("gaussian", "1a79ead7154188f7"),
         ("rademacher", "67c39f913f199585"),
@@ -38,25 +38,25 @@ def test_any_tile_on_its_own_has_the_bits_it_has_in_the_whole(law, start, length
         ("low-rank", "c0f43d0f9a14ed6b"),
     ],
 )
-def test_the_bits_of_a_direction_never_change(law, digest):
-    """A journal written by one version must replay in every later one. A change needs a new law and an ADR."""
-    u = direction(2**62 + 1, "model.layers.0.weight", (33, 17), law)
+def test_the_bits_of_a_direction_never_change(distribution, digest):
+    """A journal written by one version must replay in every later one. A change needs a new distribution and an ADR."""
+    u = direction(2**62 + 1, "model.layers.0.weight", (33, 17), distribution)
     assert hashlib.sha256(u.astype("<f4").tobytes()).hexdigest()[:16] == digest
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @settings(max_examples=40, deadline=None)
 @given(span=st.tuples(st.integers(0, 900), st.integers(0, 900)).map(sorted), data=st.data())
-def test_any_part_of_a_drawn_span_is_the_scaled_direction(law, dtype, span, data):
+def test_any_part_of_a_drawn_span_is_the_scaled_direction(distribution, dtype, span, data):
     """Once rounded: element by element, u in float32 times the scale."""
     low, high = span
     start = data.draw(st.integers(low, high))
     stop = data.draw(st.integers(start, high))
     out = np.empty(stop - start, dtype)
-    drawn(11, "w", (30, 30), law, -0.3, dtype, span=(low, high)).fill(start, stop, out)
+    drawn(11, "w", (30, 30), distribution, -0.3, dtype, span=(low, high)).fill(start, stop, out)
     assert np.array_equal(
-        out, direction(11, "w", (30, 30), law).ravel()[start:stop].astype(dtype) * dtype(-0.3)
+        out, direction(11, "w", (30, 30), distribution).ravel()[start:stop].astype(dtype) * dtype(-0.3)
     )
 
 
@@ -68,10 +68,10 @@ def test_low_rank_is_an_outer_product_of_signs():
     assert np.array_equal(u, np.outer(a, b))
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_chosen_rows_equal_those_of_the_whole_matrix(law):
-    whole = direction(5, "embed", (50, 24), law)
-    assert np.array_equal(direction_rows(5, "embed", (50, 24), [0, 7, 49], law), whole[[0, 7, 49]])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_chosen_rows_equal_those_of_the_whole_matrix(distribution):
+    whole = direction(5, "embed", (50, 24), distribution)
+    assert np.array_equal(direction_rows(5, "embed", (50, 24), [0, 7, 49], distribution), whole[[0, 7, 49]])
 
 
 def test_seed_and_name_both_choose_the_stream():
@@ -107,26 +107,30 @@ def test_sphere_has_the_norm_of_its_dimension():
     assert np.linalg.norm(u) == pytest.approx(np.sqrt(3000), rel=1e-6)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_the_estimate_is_unbiased(law):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_estimate_is_unbiased(distribution):
     """E[(g.u) u] = g, to three standard errors of its own mean."""
     gradient = np.random.Generator(np.random.Philox(1)).standard_normal(12)
     n, d = 4000, gradient.size
-    directions = np.stack([direction(seed, "w", (3, 4), law).astype(np.float64).ravel() for seed in range(n)])
+    directions = np.stack(
+        [direction(seed, "w", (3, 4), distribution).astype(np.float64).ravel() for seed in range(n)]
+    )
     mean = (directions * (directions @ gradient)[:, None]).mean(axis=0)
     standard_error = np.linalg.norm(gradient) * np.sqrt((d + 1) / n)
     assert np.linalg.norm(mean - gradient) < 3 * standard_error
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_the_sum_over_tiles_equals_the_sum_of_whole_directions(law):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_sum_over_tiles_equals_the_sum_of_whole_directions(distribution):
     elements = TILE_ELEMENTS + 100
     seeds, scales = [1, 2, 3], [0.5, -1.25, 2.0]
     whole = sum(
-        s * direction(seed, "w", (elements,), law).astype(np.float64)
+        s * direction(seed, "w", (elements,), distribution).astype(np.float64)
         for seed, s in zip(seeds, scales, strict=True)
     )
-    parts = [part.copy() for _, _, part in direction_sum("w", (elements,), seeds, scales, law, np.float64)]
+    parts = [
+        part.copy() for _, _, part in direction_sum("w", (elements,), seeds, scales, distribution, np.float64)
+    ]
     assert len(parts) == 2
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=4 * np.finfo(np.float64).eps * 8)
 

@@ -16,7 +16,7 @@ for package in ("hosl.core", "hosl.tasks"):
         importlib.import_module(module.name)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 before_mib = int(status["VmRSS"].split()[0]) / 1024
-import hosl.run.join
+import hosl.network.join
 heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "pandas", "pyarrow"} & set(sys.modules)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 rss_mib = int(status["VmRSS"].split()[0]) / 1024

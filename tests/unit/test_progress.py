@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hosl.run import study
-from hosl.run.progress import Bar, Lines, Pace
-from hosl.run.study_files import Places
-from hosl.run.study_grid import Grid
+from hosl.study import run as study
+from hosl.study.files import Places
+from hosl.study.grid import Grid
+from hosl.system.progress import Bar, Lines, Pace
 
 RUNS = 112
 
@@ -16,7 +16,7 @@ RUNS = 112
 def clock(monkeypatch):
     """`clock.s` is what time it is."""
     held = SimpleNamespace(s=0.0)
-    monkeypatch.setattr("hosl.run.progress.time", SimpleNamespace(monotonic=lambda: held.s))
+    monkeypatch.setattr("hosl.system.progress.time", SimpleNamespace(monotonic=lambda: held.s))
     monkeypatch.setenv("COLUMNS", "200")
     return held
 

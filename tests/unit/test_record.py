@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from hosl.run.record import checkout_commit, versions
+from hosl.system.machine import checkout_commit, versions
 
 
 def git(folder, *words):

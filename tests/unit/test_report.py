@@ -14,17 +14,17 @@ import pytest
 import yaml
 
 from hosl.config import parse_config
-from hosl.config_sections import ClientConfig
+from hosl.config.sections import ClientConfig
 from hosl.errors import FolderError
-from hosl.run.report import write_comparison, write_report
-from hosl.run.report_colours import looks
-from hosl.run.report_costs import step_parts
-from hosl.run.report_groups import PlannedLine, comparisons
-from hosl.run.report_runs import read_run, run_folders
-from hosl.run.report_tables import results
-from hosl.run.study_grid import merged
+from hosl.report.build import write_comparison, write_report
+from hosl.report.costs import step_parts
+from hosl.report.groups import PlannedLine, comparisons
+from hosl.report.runs import read_run, run_folders
+from hosl.report.style import looks
+from hosl.report.tables import results
+from hosl.study.grid import merged
 
-VERBS = {
+CALLS = {
     "frozen": (["forward"], ["step"]),
     "hosl": (["probes", "forward", "descend"], ["losses", "step"]),
     "hosl-node": (["forward_for_guides", "guide", "slope", "node_slopes", "descend_nodes"], ["step"]),
@@ -38,7 +38,7 @@ REACHED = {"frozen": 0.5, "hosl": 0.55, "hosl-node": 0.6, "fo-fo": 0.8, "fo-reco
 def made(tmp_path):
     """`made(name, method, **settings)` writes the folder of a finished run and returns it."""
 
-    def make(name, method="hosl", *, steps=6, finished=True, record=None, verbs=True, **settings):
+    def make(name, method="hosl", *, steps=6, finished=True, record=None, calls=True, **settings):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         config = merged({"method": method, "max_steps": 6, "output_dir": str(folder)}, settings)
@@ -52,14 +52,14 @@ def made(tmp_path):
             "cut": config["model"]["cut"], "trained_parameters": {"client": 12345, "server": 67},
         }  # fmt: skip
         (folder / "record.json").write_text(json.dumps(facts | (record or {})))
-        _write_lines(folder, config, steps, finished, verbs)
+        _write_lines(folder, config, steps, finished, calls)
         return folder
 
     return make
 
 
-def _write_lines(folder, config, steps, finished, verbs):
-    of_client, of_server = VERBS[config["method"]]
+def _write_lines(folder, config, steps, finished, calls):
+    of_client, of_server = CALLS[config["method"]]
     seed, metrics, timings = config["seed"], [], []
     for step in range(1, steps + 1):
         metrics.append({
@@ -69,9 +69,9 @@ def _write_lines(folder, config, steps, finished, verbs):
             "step": step, "step_s": 1.0, "client_s": 0.6, "server_s": 0.3, "server_peak_bytes": 2**20,
             "client_peak_bytes": (2 if config["method"] == "fo-fo" else 1) * config["model"]["cut"] * 2**24,
         }  # fmt: skip
-        if verbs:
-            line["client_verbs_s"] = {verb: 0.6 / len(of_client) for verb in of_client}
-            line["server_verbs_s"] = {verb: 0.3 / len(of_server) for verb in of_server}
+        if calls:
+            line["client_calls_s"] = {call: 0.6 / len(of_client) for call in of_client}
+            line["server_calls_s"] = {call: 0.3 / len(of_server) for call in of_server}
         timings.append(line)
         if step % 3 == 0:
             metrics.append(_evaluation("dev", step, config))
@@ -121,17 +121,21 @@ def test_a_label_does_not_say_what_most_have(made):
     kinds = [
         {},
         {"epsilon": 1e-2},
-        {"fo_point": "first-plus"},
-        {"epsilon": 1e-2, "fo_point": "mean-plus"},
+        {"server_gradient_at": "first-plus"},
+        {"epsilon": 1e-2, "server_gradient_at": "mean-plus"},
         {"epsilon": 1e-4},
     ]
     groups = _groups(*(made(f"r{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds)))
     assert [group.label for group in groups] == [
-        "hosl, epsilon 0.001", "hosl, epsilon 0.01", "hosl, epsilon 0.001, fo point first-plus",
-        "hosl, epsilon 0.01, fo point mean-plus", "hosl, epsilon 0.0001",
+        "hosl, epsilon 0.001", "hosl, epsilon 0.01", "hosl, epsilon 0.001, server gradient at first-plus",
+        "hosl, epsilon 0.01, server gradient at mean-plus", "hosl, epsilon 0.0001",
     ]  # fmt: skip
     groups = _groups(*(made(f"s{place}", zo={"directions": 2} | zo) for place, zo in enumerate(kinds[:3])))
-    assert [group.label for group in groups] == ["hosl", "hosl, epsilon 0.01", "hosl, fo point first-plus"]
+    assert [group.label for group in groups] == [
+        "hosl",
+        "hosl, epsilon 0.01",
+        "hosl, server gradient at first-plus",
+    ]
 
 
 def test_a_rate_that_is_left_out_is_the_usual_one(made):
@@ -207,7 +211,7 @@ def test_a_step_is_told_in_the_order_in_which_it_happens(made):
         ("server", "forward, backward, update", 0.15), ("client", "update along directions", 0.2),
         ("rest", "drawing the batch, bookkeeping", 0.1),
     ]  # fmt: skip
-    (group,) = _groups(made("b", verbs=False))
+    (group,) = _groups(made("b", calls=False))
     assert [(part.party, round(part.seconds, 3)) for part in step_parts(group)] == [
         ("client", 0.6), ("server", 0.3), ("rest", 0.1),
     ]  # fmt: skip
@@ -310,15 +314,15 @@ def test_settings_are_told_beside_the_defaults_of_their_own_kind_of_task(made):
 
 def test_names_of_settings_versions_and_verbs_are_text(made, tmp_path):
     folders = [made(name, record={"versions": {"<i>v": name, "machine": "L"}}) for name in ("a", "b")]
-    for folder in folders:  # of a version with other settings and verbs
+    for folder in folders:  # of a version with other settings and calls
         with (folder / "config.yaml").open("a") as file:
             file.write(f"<i>new: {folder.name}\n")
         timings = (folder / "timings.jsonl").read_text()
-        (folder / "timings.jsonl").write_text(timings.replace('"probes"', '"<i>verb"'))
+        (folder / "timings.jsonl").write_text(timings.replace('"probes"', '"<i>call"'))
     for page in (write_report(folders[0]), write_comparison(folders, tmp_path / "page.html")):
         text = _checked(page)
         assert "<i>" not in text
-        assert all(f"&lt;i&gt;{name}" in text for name in ("new", "v", "verb"))
+        assert all(f"&lt;i&gt;{name}" in text for name in ("new", "v", "call"))
 
 
 def test_a_run_on_one_thread_is_made_again_on_one(made):
@@ -383,7 +387,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(made, tmp_path):
 
 
 def test_a_report_needs_no_torch():
-    script = "import sys, hosl.run.report, hosl.run.report_plan; print('torch' in sys.modules)"
+    script = "import sys, hosl.report.build, hosl.report.planned; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
 

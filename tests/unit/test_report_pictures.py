@@ -4,13 +4,13 @@ import itertools
 import json
 
 import pytest
-from tests.unit import test_report
 
-from hosl.run import report_pictures
-from hosl.run.report import write_comparison, write_report
-from hosl.run.report_colours import looks
-from hosl.run.report_labels import Label, spread_apart
-from hosl.run.report_page import amount, duration
+from hosl.report import figures as report_pictures
+from hosl.report.build import write_comparison, write_report
+from hosl.report.html import amount, duration
+from hosl.report.labels import Label, spread_apart
+from hosl.report.style import looks
+from tests.unit import test_report
 
 made = test_report.made
 

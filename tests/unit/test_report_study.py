@@ -4,11 +4,11 @@ import csv
 import json
 
 import pytest
-from tests.unit import test_report
 
 from hosl.errors import FolderError
-from hosl.run.report import write_study_report
-from hosl.run.report_runs import run_folders
+from hosl.report.build import write_study_report
+from hosl.report.runs import run_folders
+from tests.unit import test_report
 
 made, _checked = test_report.made, test_report._checked
 

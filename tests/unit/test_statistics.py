@@ -6,17 +6,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hosl.run.statistics import (
+from hosl.report.statistics import (
     GapClosure,
     NoGap,
     gap_closure,
-    jackknife_interval,
     mean_interval,
     p_floor,
     paired_p,
     spread,
     t_quantile,
 )
+from research.convergence_rate.jackknife import jackknife_interval
 
 
 def test_the_spread_divides_by_n_minus_one():

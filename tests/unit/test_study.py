@@ -10,14 +10,14 @@ import yaml
 from msgspec import structs
 
 from hosl.errors import ConfigError, NonFiniteError
-from hosl.run import study as study_module
-from hosl.run.record import cores
-from hosl.run.study import config_of_run, run_study
-from hosl.run.study_config import parse_study, read_study, study_grid, study_groups
-from hosl.run.study_files import Places
-from hosl.run.study_grid import Grid, Row, merged
-from hosl.run.study_runs import run_lines
-from hosl.run.study_table import caption, group_table, latex, markdown
+from hosl.study import run as study_module
+from hosl.study.config import parse_study, read_study, study_grid, study_groups
+from hosl.study.files import Places
+from hosl.study.grid import Grid, Row, merged
+from hosl.study.run import config_of_run, run_study
+from hosl.study.runs_csv import run_lines
+from hosl.study.tables import caption, group_table, latex, markdown
+from hosl.system.machine import cores
 
 STUDY = {
     "output_dir": "out",
@@ -91,7 +91,7 @@ def _loss(run):
 
 def test_rates_are_tried_on_the_first_seed_and_the_best_runs_on_all():
     rows = (
-        Row("frozen", {"method": "frozen"}, server_rates=(1.0, 2.0)),
+        Row("frozen", {"method": "frozen"}, server_learning_rates=(1.0, 2.0)),
         Row("hosl", {"method": "hosl"}, (0.1, 0.2, 0.3)),
         Row("zo-zo", {"method": "zo-zo"}, (0.5,), one_rate=True),
     )
@@ -107,7 +107,7 @@ def test_rates_are_tried_on_the_first_seed_and_the_best_runs_on_all():
 
 
 def test_what_waits_for_nothing_can_start_at_once():
-    grid = Grid((Row("frozen", {}, server_rates=(1.0, 2.0)), Row("hosl", {}, (0.1,))), (0,))
+    grid = Grid((Row("frozen", {}, server_learning_rates=(1.0, 2.0)), Row("hosl", {}, (0.1,))), (0,))
     assert [run.name for run in grid.needed({})] == ["frozen-0-1-seed0", "frozen-0-2-seed0"]
 
 
@@ -120,7 +120,7 @@ def test_a_row_that_diverges_at_every_rate_is_not_run_again(study):
 
 
 def test_a_frozen_row_that_diverges_at_every_rate_stops_the_study(study):
-    grid = study_grid(study(server_rates=[1.0, 2.0]))
+    grid = study_grid(study(server_learning_rates=[1.0, 2.0]))
     with pytest.raises(NonFiniteError, match="row a-frozen diverged at every server rate tried"):
         _play(grid, lambda run: None)
 
@@ -160,10 +160,13 @@ def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the
         ({"cuts": [1], "tasks": {"b": {"model": {"cut": 2}}}}, "tasks.b.model.cut: `cuts` has them"),
         ({"tasks": {"a/b": {}}}, "`a/b` names files"),
         ({"tasks": {}}, "tasks is empty"),
-        ({"server_rates": [0.1], "tasks": {"a": OWN_SERVER}}, "tasks.a.server.learning_rate: `server_rates` has them"),
         (
-            {"server_rates": [0.1], "methods": _hosl(settings=OWN_SERVER)},
-            "methods.hosl.settings.server.learning_rate: `server_rates` has them",
+            {"server_learning_rates": [0.1], "tasks": {"a": OWN_SERVER}},
+            "tasks.a.server.learning_rate: `server_learning_rates` has them",
+        ),
+        (
+            {"server_learning_rates": [0.1], "methods": _hosl(settings=OWN_SERVER)},
+            "methods.hosl.settings.server.learning_rate: `server_learning_rates` has them",
         ),
         (
             {"methods": _hosl(settings=OWN_SERVER, one_rate=True)},
@@ -172,14 +175,14 @@ def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the
         ({"tasks": {"a": {"method": "hosl"}}}, "tasks.a.method: each row of `methods` has its own"),
         ({"seeds": [1, 1]}, "seeds names one twice"),
         ({"seeds": [0, -1]}, "seeds must be >= 0, got [0, -1]"),
-        ({"server_rates": [0.1, 0.1]}, "server_rates names one twice"),
+        ({"server_learning_rates": [0.1, 0.1]}, "server_learning_rates names one twice"),
         ({"cuts": [3, 3]}, "cuts names one twice"),
         ({"directions": [2, 2]}, "directions names one twice"),
         ({"methods": _hosl(rates=[0.1, math.inf])}, "methods.hosl.rates must be finite numbers >= 0, got [0.1, inf]"),
-        ({"server_rates": [math.nan]}, "server_rates must be finite numbers >= 0"),
+        ({"server_learning_rates": [math.nan]}, "server_learning_rates must be finite numbers >= 0"),
         ({"methods": _hosl(rates=[0.01, 0.01000001])}, "different numbers, in their first six digits"),
         ({"at_once": 0}, "at_once must be >= 1 or null, got 0"),
-        ({"server_rates": ["1e-3"]}, "YAML reads 1e-3 as text"),
+        ({"server_learning_rates": ["1e-3"]}, "YAML reads 1e-3 as text"),
     ],
 )  # fmt: skip
 def test_a_study_that_cannot_be_meant_is_refused(study, settings, said):
@@ -262,7 +265,7 @@ def test_every_run_that_is_needed_has_a_config_by_its_name(study):
 
 def test_a_row_may_have_its_own_server_rate_where_the_study_gives_none(study):
     grid = study_grid(study(methods=_hosl(settings=OWN_SERVER), tasks={"a": {}}))
-    assert {row.server_rates for row in grid.rows} == {(0.5,), (9.0,)}
+    assert {row.server_learning_rates for row in grid.rows} == {(0.5,), (9.0,)}
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.unit import test_study
 
 from hosl.config import dump_config
 from hosl.errors import FolderError
-from hosl.run.study import run_grid
-from hosl.run.study_config import study_grid
-from hosl.run.study_files import Places, begun, check_same_study, read_summaries
+from hosl.study.config import study_grid
+from hosl.study.files import Places, begun, check_same_study, read_summaries
+from hosl.study.run import run_grid
+from tests.unit import test_study
 
 study, STUDY = test_study.study, test_study.STUDY
 _keep, _loss, _play = test_study._keep, test_study._loss, test_study._play

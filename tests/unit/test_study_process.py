@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.unit import test_study
 
 from hosl.errors import FailureError
-from hosl.run import study_process
-from hosl.run.study_config import study_grid
-from hosl.run.study_files import Places
-from hosl.run.study_process import _DIVERGED, RunProcess, make_alone
+from hosl.study import process as study_process
+from hosl.study.config import study_grid
+from hosl.study.files import Places
+from hosl.study.process import _DIVERGED, RunProcess, make_alone
+from tests.unit import test_study
 
 SOURCES = Path(__file__).parents[2] / "src"
 study = test_study.study
@@ -93,7 +93,7 @@ def test_a_run_alone_that_a_signal_ended_says_so(study, monkeypatch):
 def test_every_message_of_a_non_finite_error_is_known_as_divergence():
     messages = []
     for path in SOURCES.rglob("*.py"):
-        if path.name == "study_grid.py":  # a study's own, no run says it
+        if path.name == "grid.py":  # a study's own, no run says it
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NonFiniteError":

@@ -5,10 +5,10 @@ from dataclasses import replace
 import yaml
 from msgspec import structs
 
-from hosl.run.study_config import parse_study, study_grid, study_groups
-from hosl.run.study_grid import merged
-from hosl.run.study_pictures import _labels
-from hosl.run.study_table import caption, group_table
+from hosl.study.config import parse_study, study_grid, study_groups
+from hosl.study.figures import _labels
+from hosl.study.grid import merged
+from hosl.study.tables import caption, group_table
 
 STUDY = """
 output_dir: out

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosl.config import Config, Method, ZOConfig
-from hosl.core.directions import LAWS
-from hosl.core.parties import ClassTargets, OptionTargets
+from hosl.core.directions import DISTRIBUTIONS
+from hosl.core.targets import ClassTargets, OptionTargets
 from hosl.errors import HoslError, LimitError, WireError
-from hosl.parties.torch_wire import from_wire, to_wire
-from hosl.run.agreement import config_of, training_message
+from hosl.network.handshake import config_of, training_message
+from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 from hosl.wire.targets import targets_from_message, targets_to_message
@@ -108,7 +108,7 @@ def test_every_name_of_an_enum_comes_back():
         (pb.Method, "hosl-gradient"),
         (pb.Compression, "int8"),
         (pb.Labels, "client"),
-        (pb.Law, "sphere"),
+        (pb.Distribution, "sphere"),
     ):
         assert from_enum(kind, to_enum(kind, name)) == name
 
@@ -154,10 +154,13 @@ def test_no_field_can_carry_text_or_token_ids():
     assert found == allowed
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_every_law_of_directions_has_a_name_on_the_wire(law):
-    agreed = training_message(Config(zo=ZOConfig(law=law)))
-    assert config_of(pb.Model(family="bert", dtype=pb.FLOAT32), agreed, device="cpu").zo.law == law
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_law_of_directions_has_a_name_on_the_wire(distribution):
+    agreed = training_message(Config(zo=ZOConfig(distribution=distribution)))
+    assert (
+        config_of(pb.Model(family="bert", dtype=pb.FLOAT32), agreed, device="cpu").zo.distribution
+        == distribution
+    )
 
 
 @pytest.mark.parametrize("method", get_args(Method))

@@ -19,7 +19,7 @@ def run(words: list[str]) -> int:
     known, overrides = parser.parse_known_args(words)
     config = overridden(load_config(known.config), overrides)
 
-    from hosl.run.audit import audit
+    from hosl.network.audit import audit
     from hosl.split.folder_facts import half_facts
     from hosl.tasks import TextTokenizer, load_task
 

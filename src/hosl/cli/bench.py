@@ -38,8 +38,8 @@ def _step(words: list[str]) -> int:
     parser.add_argument("--memory-repeats", type=int, default=1, help="each in a process of its own; 0: none")
     known = parser.parse_args(words)
 
+    from hosl.bench.step import StepBench, bench_step
     from hosl.methods.rows import rows_called
-    from hosl.run.bench_step import StepBench, bench_step
 
     bench = StepBench(
         shape=known.shape, cut=known.cut, rows=known.batch, tokens=known.tokens, directions=known.directions,
@@ -58,8 +58,8 @@ def _memory(words: list[str]) -> int:
     )
     known = parser.parse_args(words)
 
+    from hosl.bench.memory import bench_memory
     from hosl.methods.rows import rows_called
-    from hosl.run.bench_memory import bench_memory
 
     rows = rows_called(known.methods)
     steps = 0 if known.once else 1
@@ -76,7 +76,7 @@ def _plan(words: list[str]) -> int:
     )
     known = parser.parse_args(words)
 
-    from hosl.run.bench_plan import bench_plan
+    from hosl.bench.plan_accuracy import bench_plan
 
     return _show(bench_plan(say=_say, probe_s=known.probe_seconds), known.json)
 
@@ -115,7 +115,7 @@ def _link(words: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
     parser.add_argument("--method", default="hosl", choices=get_args(Method))
     parser.add_argument("--directions", type=int, default=2)
-    parser.add_argument("--law", default="rademacher", choices=("gaussian", "rademacher"))
+    parser.add_argument("--distribution", default="rademacher", choices=("gaussian", "rademacher"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compression", default="none", choices=("none", "bf16", "int8"))
     parser.add_argument("--rtt", default="0ms", help="such as 50ms")
@@ -123,12 +123,13 @@ def _link(words: list[str]) -> int:
     parser.add_argument("--down", help="such as 100mbit; default: no limit")
     known = parser.parse_args(words)
 
-    from hosl.run.bench_link import LinkBench, bench_link
+    from hosl.bench.link import LinkBench, bench_link
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
     config = Config(
         method=known.method, model=ModelConfig(cut=known.cut, dtype=known.dtype),
-        zo=ZOConfig(directions=known.directions, law=known.law), wire=WireConfig(compression=known.compression),
+        zo=ZOConfig(directions=known.directions, distribution=known.distribution),
+        wire=WireConfig(compression=known.compression),
     )  # fmt: skip
     link = LinkSpec(
         rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,

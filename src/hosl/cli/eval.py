@@ -14,7 +14,7 @@ def run(words: list[str]) -> int:
     known = parser.parse_args(words)
 
     from hosl.evaluation import evaluate
-    from hosl.run.local import load_run
+    from hosl.training.local_session import load_run
 
     session = load_run(Path(known.run))
     examples = session.task.test if known.split == "test" else session.task.dev

@@ -12,7 +12,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("out", help="a folder to make; adapters also go to OUT/adapter")
     known = parser.parse_args(words)
 
-    from hosl.run.train import export
+    from hosl.training.train import export
 
     export(Path(known.run), Path(known.out))
     answer({"run": known.run, "out": known.out}, as_json=known.json)

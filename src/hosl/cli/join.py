@@ -26,7 +26,7 @@ def run(words: list[str]) -> int:
         raise ConfigError("--certificate and --key go together; give both or neither")
     config = overridden(load_config(known.config), overrides)
 
-    from hosl.run.join import JoinOptions, join
+    from hosl.network.join import JoinOptions, join
     from hosl.transport.channel import Proof
     from hosl.transport.join_line import JoinLine
 

@@ -35,7 +35,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
     known = parser.parse_args(words)
 
-    from hosl.core.sizes import parse_bytes
+    from hosl.system.byte_sizes import parse_bytes
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
     limit = float(parse_bytes(known.device_memory)) if known.device_memory else None
@@ -51,7 +51,7 @@ def run(words: list[str]) -> int:
     if known.write and Path(known.write).exists():
         raise ConfigError(f"--write {known.write}: there is such a file already; choose another name")
 
-    from hosl.run.planning import Planning, planned
+    from hosl.planner.request import Planning, planned
 
     asked = Planning(
         what=known.what, device_memory_bytes=limit, link=link, rows=known.batch, tokens=known.tokens,

@@ -15,9 +15,9 @@ def run(words: list[str]) -> int:
     )  # fmt: skip
     known = parser.parse_args(words)
 
-    from hosl.run.report import write_comparison, write_report, write_study_report
-    from hosl.run.report_plan import planned_lines
-    from hosl.run.report_runs import is_study, run_folders
+    from hosl.report.build import write_comparison, write_report, write_study_report
+    from hosl.report.planned import planned_lines
+    from hosl.report.runs import is_study, run_folders
 
     folders, out = [Path(word) for word in known.run], Path(known.out) if known.out else None
     if len(folders) > 1:

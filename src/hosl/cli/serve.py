@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
     )
     known = parser.parse_args(words)
 
-    from hosl.run.serve import ServeOptions, serve
+    from hosl.network.serve import ServeOptions, serve
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hosl.cli.answers import answer, verb_parser
 from hosl.config import Config, load_config
+from hosl.config.former_names import FORMER_NAMES
 from hosl.errors import ConfigError
 
 
@@ -32,7 +33,7 @@ def run(words: list[str]) -> int:
         )
     config = None if known.resume else overridden(load_config(known.config), overrides)
 
-    from hosl.run.train import resume, start  # torch and transformers, only now
+    from hosl.training.train import resume, start  # torch and transformers, only now
 
     summary = start(config) if config is not None else resume(Path(known.resume))
     answer(summary, as_json=known.json)
@@ -47,6 +48,7 @@ def overridden(config: Config, words: list[str]) -> Config:
     """
     import tyro
 
+    words = [_with_new_name(word) for word in words]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(sys.stderr if "--help" in words else said):
@@ -59,3 +61,16 @@ def overridden(config: Config, words: list[str]) -> Config:
             return config
         plain = " ".join(said.getvalue().translate(str.maketrans("", "", "╭╮╰╯│─")).split())
         raise ConfigError(plain) from None
+
+
+def _with_new_name(word: str) -> str:
+    """`--zo.law` by its name of now."""
+    option, given, value = word.partition("=")
+    for path, new in FORMER_NAMES.items():
+        if option.replace("_", "-") == f"--{path}".replace("_", "-"):
+            now = f"--{path.partition('.')[0]}.{new}"
+            sys.stderr.write(
+                f"hosl: {option} is called {now} now; the former name is read until version 0.3\n"
+            )
+            return now + given + value
+    return word

@@ -15,20 +15,20 @@ from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 
-from hosl.core.shapes import Float
+from hosl.core.array_types import Float
 
-Law: TypeAlias = Literal["gaussian", "rademacher", "sphere", "low-rank"]
+Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "low-rank"]
 """gaussian: N(0, 1) (the paper). rademacher: +-1, cheaper. sphere: gaussian rescaled per tensor to norm sqrt(numel)
 (the authors' code, paper.md section 11). low-rank: a b^T with a and b +-1 for a matrix, +-1 for a vector; all probes
 of a step can share one pass over the weights. All have E[u u^T] = I."""
 
-LAWS: tuple[Law, ...] = get_args(Law)
+DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 
 TILE_ELEMENTS = 1 << 18
-"""How much of a tensor is drawn at a time: 1 MiB of float32, and a multiple of every law's block."""
+"""How much of a tensor is drawn at a time: 1 MiB of float32, and a multiple of every distribution's block."""
 
 _WORDS_PER_BLOCK = 4  # one Philox counter value gives four 64-bit words
-_BITS_PER_ELEMENT: dict[Law, int] = {"gaussian": 16, "sphere": 16, "rademacher": 1, "low-rank": 1}
+_BITS_PER_ELEMENT: dict[Distribution, int] = {"gaussian": 16, "sphere": 16, "rademacher": 1, "low-rank": 1}
 _TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
 
 
@@ -44,7 +44,7 @@ def direction_seed(run_seed: int, step: int, q: int, half: str = "client") -> in
 
 @lru_cache(maxsize=1)
 def gaussian_table() -> Float[np.ndarray, "65536"]:
-    """The 2^16 equally likely values of the gaussian law: quantile midpoints of N(0, 1), scaled to variance 1.
+    """The 2^16 equally likely values of the gaussian distribution: quantile midpoints of N(0, 1), scaled to variance 1.
 
     Its distribution function is within 2^-17 of N(0, 1)'s; the largest value is 4.32 (a true normal exceeds it
     once in 65,000 draws). Moments: mean 0 exactly, variance 1, kurtosis 2.999. float32.
@@ -62,14 +62,18 @@ def gaussian_table() -> Float[np.ndarray, "65536"]:
     return table
 
 
-def tile(seed: int, name: str, start: int, stop: int, law: Law) -> Float[np.ndarray, " elements"]:
+def tile(
+    seed: int, name: str, start: int, stop: int, distribution: Distribution
+) -> Float[np.ndarray, " elements"]:
     """Elements start..stop-1 of u(seed) for the tensor called `name`, flattened row by row; float32.
 
-    Requires: law is gaussian or rademacher; `sphere` needs the whole tensor's norm (`sphere_scale`), and low-rank
-    its shape (`drawn`).
+    Requires: distribution is gaussian or rademacher; `sphere` needs the whole tensor's norm (`sphere_scale`), and
+    low-rank its shape (`drawn`).
     """
     u = np.empty(stop - start, dtype=np.float32)
-    _Entries(seed, name, start, stop, law, scale_table(law, 1.0, 1.0, np.float32)).fill(start, stop, u)
+    _Entries(seed, name, start, stop, distribution, scale_table(distribution, 1.0, 1.0, np.float32)).fill(
+        start, stop, u
+    )
     return u
 
 
@@ -86,7 +90,7 @@ def drawn(
     seed: int,
     name: str,
     shape: Sequence[int],
-    law: Law,
+    distribution: Distribution,
     scale: float = 1.0,
     dtype: type = np.float32,
     span: tuple[int, int] | None = None,
@@ -96,20 +100,20 @@ def drawn(
     Each element is u's float32 value times `scale`, rounded once to `dtype`. Holds 2 bytes an element for gaussian and
     sphere, 1 bit for rademacher, one row and one column for low-rank.
     """
-    if law == "low-rank" and len(shape) > 1:
+    if distribution == "low-rank" and len(shape) > 1:
         return _Outer(*low_rank_factors(seed, name, shape), scale, dtype)
     elements = math.prod(shape)
-    table = scale_table(law, sphere_scale(seed, name, elements, law), scale, dtype)
-    return _Entries(seed, name, *(span or (0, elements)), law, table)
+    table = scale_table(distribution, sphere_scale(seed, name, elements, distribution), scale, dtype)
+    return _Entries(seed, name, *(span or (0, elements)), distribution, table)
 
 
 @lru_cache(maxsize=32)  # a step's directions, for all tensors and tiles; 256 KiB each
-def scale_table(law: Law, norm: float, scale: float, dtype: type) -> np.ndarray:
-    """What a law's random bits stand for, times `scale`: [65536] by 16 bits, or for signs [256, 8] by a byte.
+def scale_table(distribution: Distribution, norm: float, scale: float, dtype: type) -> np.ndarray:
+    """What a distribution's random bits stand for, times `scale`: [65536] by 16 bits, or for signs [256, 8] by a byte.
 
-    `norm` is sphere's, 1 for the other laws: u is rounded to float32 before it meets `scale`.
+    `norm` is sphere's, 1 for the other distributions: u is rounded to float32 before it meets `scale`.
     """
-    if law in ("gaussian", "sphere"):
+    if distribution in ("gaussian", "sphere"):
         table = (gaussian_table() * np.float32(norm)).astype(dtype) * dtype(scale)
     else:
         signs = (np.arange(256)[:, None] >> np.arange(8)) & 1
@@ -119,11 +123,13 @@ def scale_table(law: Law, norm: float, scale: float, dtype: type) -> np.ndarray:
 
 
 class _Entries:
-    """Laws with a number per element, read out of a table by its bits."""
+    """Distributions with a number per element, read out of a table by its bits."""
 
-    def __init__(self, seed: int, name: str, start: int, stop: int, law: Law, table: np.ndarray) -> None:
+    def __init__(
+        self, seed: int, name: str, start: int, stop: int, distribution: Distribution, table: np.ndarray
+    ) -> None:
         self._table = table
-        per_word = 64 // _BITS_PER_ELEMENT[law]
+        per_word = 64 // _BITS_PER_ELEMENT[distribution]
         first_block = start // (per_word * _WORDS_PER_BLOCK)
         self._first = first_block * per_word * _WORDS_PER_BLOCK
         words = -(-(stop - self._first) // per_word)
@@ -173,27 +179,29 @@ def low_rank_factors(
     )
 
 
-def sphere_scale(seed: int, name: str, elements: int, law: Law) -> float:
-    """What to multiply a tensor's gaussian u with so that its norm is sqrt(elements); 1 for the other laws."""
-    return _sphere_scale(seed, name, elements) if law == "sphere" else 1.0
+def sphere_scale(seed: int, name: str, elements: int, distribution: Distribution) -> float:
+    """What to multiply a tensor's gaussian u with so that its norm is sqrt(elements); 1 for the other distributions."""
+    return _sphere_scale(seed, name, elements) if distribution == "sphere" else 1.0
 
 
-def direction(seed: int, name: str, shape: Sequence[int], law: Law) -> Float[np.ndarray, "..."]:
+def direction(
+    seed: int, name: str, shape: Sequence[int], distribution: Distribution
+) -> Float[np.ndarray, "..."]:
     """u(seed) for one whole tensor; float32. Allocates the tensor's size."""
     u = np.empty(math.prod(shape), dtype=np.float32)
-    drawn(seed, name, shape, law).fill(0, len(u), u)
+    drawn(seed, name, shape, distribution).fill(0, len(u), u)
     return u.reshape(shape)
 
 
 def direction_rows(
-    seed: int, name: str, shape: Sequence[int], rows: Sequence[int], law: Law
+    seed: int, name: str, shape: Sequence[int], rows: Sequence[int], distribution: Distribution
 ) -> Float[np.ndarray, "rows width"]:
     """The given rows of u(seed) for a matrix of `shape`, without drawing the others; float32."""
     _, width = shape
     u = np.empty((len(rows), width), dtype=np.float32)
     for place, row in enumerate(rows):
         span = (row * width, (row + 1) * width)
-        drawn(seed, name, shape, law, span=span).fill(*span, u[place])
+        drawn(seed, name, shape, distribution, span=span).fill(*span, u[place])
     return u
 
 
@@ -202,7 +210,7 @@ def direction_sum(
     shape: Sequence[int],
     seeds: Sequence[int],
     scales: Sequence[float],
-    law: Law,
+    distribution: Distribution,
     dtype: type,
 ) -> Iterator[tuple[int, int, Float[np.ndarray, " elements"]]]:
     """(start, stop, sum_q scale_q u(seed_q)) for each tile of a tensor; the subtrahend of l.8.
@@ -216,7 +224,7 @@ def direction_sum(
         part, summand = total[: stop - start], term[: stop - start]
         part.fill(0)
         for seed, scale in zip(seeds, scales, strict=True):
-            drawn(seed, name, shape, law, scale, dtype, (start, stop)).fill(start, stop, summand)
+            drawn(seed, name, shape, distribution, scale, dtype, (start, stop)).fill(start, stop, summand)
             part += summand
         yield start, stop, part
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hosl.core.shapes import Float
+from hosl.core.array_types import Float
 from hosl.errors import NonFiniteError
 
 
@@ -38,7 +38,7 @@ def central_difference(loss_plus: float, loss_minus: float, epsilon: float) -> f
 
 
 def difference_quotient(loss_plus: float, loss_minus: float, epsilon: float) -> float:
-    """(L+ - L-) / (2 epsilon), whatever the losses; where one is NaN or infinite, `step_control` rejects the result."""
+    """(L+ - L-) / (2 epsilon), whatever the losses; where one is NaN or infinite, `clipping` rejects the result."""
     return (loss_plus - loss_minus) / (2 * epsilon)
 
 

@@ -6,8 +6,9 @@ One entry is one direction of one update, theta_c -= scale * u(seed), in 16 byte
     offset 4   seed    uint64
     offset 12  scale   float32; eta c / Q of paper.md l.8, finite
 
-Entries of one step are summed before they are subtracted (`directions.direction_sum`), as the update did. Law, base
-weights and tensor names are the checkpoint's to say (`hosl.checkpoint`). Source: methods.md (d).
+Entries of one step are summed before they are subtracted (`directions.direction_sum`), as the update did.
+Distribution, base weights and tensor names are the checkpoint's to say (`hosl.system.checkpoint`). Source: methods.md
+(d).
 """
 
 from collections.abc import Iterator, Sequence

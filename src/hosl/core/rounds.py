@@ -1,17 +1,17 @@
 """Every algorithm as one function of two parties, one statement per line of the paper.
 
-Start here. Labels l.N, I-N, D-N are those of docs/algorithm.md (arXiv 2601.10940, Alg. 1-3). A round never looks inside
-an activation and never asks where the server is: in this process or across a network is the party's business.
-A new method is a new function here, never a flag on an old one.
+Start here. Labels l.N, I-N, D-N are those of docs/concepts/algorithm.md (arXiv 2601.10940, Alg. 1-3). A round never
+looks inside an activation and never asks where the server is: in this process or across a network is the party's
+business. A new method is a new function here, never a flag on an old one.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hosl.core.clipping import PLAIN, CoefficientControl
 from hosl.core.estimators import central_difference, difference_quotient, loss_noise
-from hosl.core.parties import (
-    Batch,
+from hosl.core.protocols import (
     ClientSide,
     FirstOrderClientSide,
     FirstOrderServerSide,
@@ -25,7 +25,7 @@ from hosl.core.parties import (
     ZerothOrderClientSide,
     ZerothOrderServerSide,
 )
-from hosl.core.step_control import PLAIN, StepControl
+from hosl.core.targets import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def hosl_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """One step of HOSL (arXiv 2601.10940, Alg. 1): zeroth-order client, first-order server."""
     answers = []
@@ -81,7 +81,7 @@ def hosl_first_plus_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """As `hosl_round`, the server's gradient at the first + probe in place of the clean pass: 2Q forwards and uploads.
 
@@ -113,7 +113,7 @@ def hosl_mean_plus_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """As `hosl_round`, the server's gradient that of the mean loss over all + probes: 2Q forwards and uploads.
 
@@ -140,7 +140,7 @@ def hosl_gradient_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """HOSL with a returned gradient: the server sends dL/dh once, the client projects its probes on it.
 
@@ -162,7 +162,7 @@ def hosl_gradient_one_sided_round(
     seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """As `hosl_gradient_round`, with Q + 1 forward passes: the clean one stands in for h-.
 
@@ -184,7 +184,7 @@ def hosl_gradient_forward_mode_round(
     step: int,
     seeds: Sequence[int],
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """As `hosl_gradient_round`, with exact directional derivatives <g, J u>. Source: methods.md (e)."""
     reply = server.step(client.forward(batch), batch.targets, step=step, want_gradient=True)  # l.6 l.7
@@ -201,7 +201,7 @@ def hosl_guided_round(
     step: int,
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """HOSL along directions formed from the returned gradient; one per tensor, no seeds. methods.md (i).
 
@@ -227,20 +227,20 @@ def hosl_node_round(
 ) -> RoundResult:
     """As `hosl_guided_round`, and the last block's queries by node perturbation. Source: methods.md (i).
 
-    Its coefficients: the writers' slopes, then for each seed the sum of its tokens' slopes.
+    Its coefficients: the output projections' slopes, then for each seed the sum of its tokens' slopes.
     """
     h = client.forward_for_guides(batch)
     reply = server.step(h, batch.targets, step=step, want_gradient=True)  # l.6 l.7
     names = client.guide(reply.gradient)
-    writers = PLAIN.judge([client.slope(name, reply.gradient, epsilon) for name in names])
+    projections = PLAIN.judge([client.slope(name, reply.gradient, epsilon) for name in names])
     slopes = list(
         client.node_slopes(h, seeds, epsilon, reply.gradient)
     )  # l.1 to l.5, a scalar for each token
     nodes = PLAIN.judge([float(of_tokens.sum()) for of_tokens in slopes])
     client.descend_nodes(nodes.of(seeds), nodes.of(slopes), learning_rate)  # l.8
-    client.descend_along(writers.of(names), writers.coefficients, learning_rate)
+    client.descend_along(projections.of(names), projections.coefficients, learning_rate)
     return RoundResult(
-        reply.loss, (*writers.measured, *nodes.measured), rejected=writers.rejected + nodes.rejected
+        reply.loss, (*projections.measured, *nodes.measured), rejected=projections.rejected + nodes.rejected
     )
 
 
@@ -269,7 +269,7 @@ def zo_round(
     server_seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """ZO-ZO: both halves perturbed together, independent directions (I7), both updated after the probes.
 
@@ -294,7 +294,7 @@ def fo_zo_round(
     server_seeds: Sequence[int],
     epsilon: float,
     learning_rate: float,
-    control: StepControl = PLAIN,
+    control: CoefficientControl = PLAIN,
 ) -> RoundResult:
     """FO-ZO: first-order client, zeroth-order server. Exists in the authors' code; kept for completeness.
 

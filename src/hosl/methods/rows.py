@@ -27,18 +27,19 @@ class Row:
     client: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
 
-    def config(self, *, cut: int, directions: int, micro_batch_rows: int | None = None) -> Config:
+    def config(self, *, cut: int, directions: int, micro_batch_size: int | None = None) -> Config:
         """This row's run at a cut, with Q directions where the method has any.
 
         Raises:
             ConfigError: if the method does not allow what was asked.
         """
         base = Config(
-            zo=ZOConfig(directions=directions, law="rademacher"), client=ClientConfig(learning_rate=1e-9)
+            zo=ZOConfig(directions=directions, distribution="rademacher"),
+            client=ClientConfig(learning_rate=1e-9),
         )
-        return self.applied(base, cut=cut, micro_batch_rows=micro_batch_rows)
+        return self.applied(base, cut=cut, micro_batch_size=micro_batch_size)
 
-    def applied(self, base: Config, *, cut: int, micro_batch_rows: int | None = None) -> Config:
+    def applied(self, base: Config, *, cut: int, micro_batch_size: int | None = None) -> Config:
         """`base`, trained in this way at this cut.
 
         Raises:
@@ -48,15 +49,15 @@ class Row:
         settings |= {"method": self.method, "profile": "paper"}
         plain = msgspec.to_builtins(Config())
         settings["zo"] |= {
-            name: plain["zo"][name] for name in ("fo_point", "sides", "derivative", "guidance")
+            name: plain["zo"][name] for name in ("server_gradient_at", "sides", "derivative", "guidance")
         } | dict(self.zo)
         settings["model"] |= {"cut": cut, **self.model}
         of_row = {
-            name: plain["client"][name] for name in ("trainable", "dtype", "optimiser", "micro_batch_rows")
+            name: plain["client"][name] for name in ("trainable", "dtype", "optimiser", "micro_batch_size")
         }
         settings["client"] |= of_row | dict(self.client)
         if self.method not in ("fo-fo", "fo-zo"):
-            settings["client"]["micro_batch_rows"] = micro_batch_rows
+            settings["client"]["micro_batch_size"] = micro_batch_size
         return parse_config(settings, where=f"of the row {self.name}")
 
 
@@ -69,15 +70,15 @@ FIRST_ORDER = Row("fo-fo", "fo-fo", client={"optimiser": SGD})
 ROWS = (
     FORWARD,
     Row("hosl", "hosl"),
-    Row("hosl, gaussian", "hosl", {"law": "gaussian"}),
-    Row("hosl, low-rank", "hosl", {"law": "low-rank"}),
-    Row("hosl, first-plus", "hosl", {"fo_point": "first-plus"}),
-    Row("hosl, mean-plus", "hosl", {"fo_point": "mean-plus"}),
+    Row("hosl, gaussian", "hosl", {"distribution": "gaussian"}),
+    Row("hosl, low-rank", "hosl", {"distribution": "low-rank"}),
+    Row("hosl, first-plus", "hosl", {"server_gradient_at": "first-plus"}),
+    Row("hosl, mean-plus", "hosl", {"server_gradient_at": "mean-plus"}),
     Row("hosl-gradient", "hosl-gradient"),
     Row("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
     Row("hosl-gradient, forward-mode", "hosl-gradient", {"derivative": "forward-mode"}),
-    Row("hosl-gradient, low-rank", "hosl-gradient", {"law": "low-rank"}),
-    Row("hosl-gradient, low-rank, one-sided", "hosl-gradient", {"law": "low-rank", "sides": "one"}),
+    Row("hosl-gradient, low-rank", "hosl-gradient", {"distribution": "low-rank"}),
+    Row("hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}),
     Row("hosl-gradient, activation-guided", "hosl-gradient", {"guidance": "activation"}),
     Row("hosl-gradient, mixed", "hosl-gradient", {"guidance": "mixed"}),
     Row("hosl-guided", "hosl-guided"),

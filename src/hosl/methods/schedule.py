@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from hosl.config import Config
-from hosl.core.parties import Batch
+from hosl.core.targets import Batch
 from hosl.tasks import Task
 
 
@@ -25,6 +25,12 @@ def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:
         epoch, place = divmod(position, examples)
         indices.append(int(_permutation(seed, epoch, examples)[place]))
     return indices
+
+
+def longest_batch(task: Task, config: Config) -> tuple[int, int]:
+    """Rows and tokens of the longest batch that training can draw."""
+    tokens = max(len(example.rows[example.label if len(example.rows) > 1 else 0]) for example in task.train)
+    return min(config.per_device_train_batch_size, len(task.train)), tokens
 
 
 def learning_rate(config: Config, base: float) -> Callable[[int], float]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hosl.config import Config
+from hosl.core.clipping import CoefficientControl
 from hosl.core.directions import direction_seed
-from hosl.core.parties import Batch
 from hosl.core.rounds import (
     RoundResult,
     authors_head_round,
@@ -25,13 +25,13 @@ from hosl.core.rounds import (
     hosl_round,
     zo_round,
 )
-from hosl.core.step_control import StepControl
+from hosl.core.targets import Batch
 from hosl.methods.schedule import learning_rate
 
 
-def step_control(config: Config) -> StepControl:
+def coefficient_control(config: Config) -> CoefficientControl:
     """What the config says of a step's coefficients, with nothing to look back on."""
-    return StepControl(clip=config.zo.clip, row_clip=config.zo.row_clip, normalise=config.zo.normalise)
+    return CoefficientControl(clip=config.zo.clip, row_clip=config.zo.row_clip, normalise=config.zo.normalise)
 
 
 def method_round(
@@ -42,13 +42,13 @@ def method_round(
     step: int,
     *,
     half: str = "client",
-    control: StepControl | None = None,
+    control: CoefficientControl | None = None,
 ) -> RoundResult:
     """One step of the config's method between two parties.
 
     Args:
         config: method, seed, zo settings and learning rate.
-        client: has the verbs that the method asks for.
+        client: has the calls that the method asks for.
         server: likewise.
         batch: of this step.
         step: from 1.
@@ -66,7 +66,7 @@ def method_round(
         dropout = {"dropout_seed": direction_seed(config.seed, step, 0, "server")}
         settings: dict[str, Any] = dropout | seeds | epsilon | eta
         return authors_head_round(client, server, batch, step=step, **settings)
-    controlled = {"control": control or step_control(config)}
+    controlled = {"control": control or coefficient_control(config)}
     rounds: dict[str, tuple[Callable[..., RoundResult], dict[str, Any]]] = {
         "hosl": (hosl_round, seeds | epsilon | eta | controlled),
         "hosl, first-plus": (hosl_first_plus_round, seeds | epsilon | eta | controlled),
@@ -83,8 +83,8 @@ def method_round(
         "frozen": (frozen_round, {}),
     }
     variant = config.method
-    if config.zo.fo_point != "clean":
-        variant += f", {config.zo.fo_point}"
+    if config.zo.server_gradient_at != "clean":
+        variant += f", {config.zo.server_gradient_at}"
     if config.zo.sides == "one":
         variant += ", one-sided"
     if config.zo.derivative == "forward-mode":

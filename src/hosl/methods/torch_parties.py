@@ -7,16 +7,19 @@ import torch
 
 from hosl.config import Config
 from hosl.methods.schedule import learning_rate
-from hosl.parties.activation_guided_client import ActivationGuidedClient, MixedClient
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
-from hosl.parties.guided_client import GuidedClient
-from hosl.parties.headed_server import HeadedServer, Trunk
-from hosl.parties.node_client import NodeClient
-from hosl.parties.recomputing_client import RecomputingClient
-from hosl.parties.torch_client import FirstOrderClient, FrozenClient, ZerothOrderClient
-from hosl.parties.torch_memory import resident_bytes
-from hosl.parties.torch_server import FirstOrderServer, SynchronousServer, TorchServer, ZerothOrderServer
-from hosl.parties.torch_trunk import TrunkServer
+from hosl.parties.clients.activation_guided import ActivationGuidedClient, MixedClient
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.guided import GuidedClient
+from hosl.parties.clients.node import NodeClient
+from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.memory import resident_bytes
+from hosl.parties.servers.basic import FirstOrderServer, TorchServer, ZerothOrderServer
+from hosl.parties.servers.headed import HeadedServer, Trunk
+from hosl.parties.servers.synchronous import SynchronousServer
+from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,23 +52,23 @@ def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: boo
 
 def client_on(config: Config, half: ClientHalf) -> FrozenClient:
     """The client party of a method on a half that is prepared."""
-    device, rows = config.client.device, config.client.micro_batch_rows
+    device, rows = config.client.device, config.client.micro_batch_size
     match config.method:
         case "frozen":
-            return FrozenClient(half, micro_batch_rows=rows, device=device)
+            return FrozenClient(half, micro_batch_size=rows, device=device)
         case "fo-fo" | "fo-zo":
             return FirstOrderClient(half, optimiser=config.client.optimiser, device=device)
         case "fo-recompute":
-            return RecomputingClient(half, micro_batch_rows=rows, device=device)
+            return RecomputingClient(half, micro_batch_size=rows, device=device)
         case "hosl-guided" | "hosl-node":
             kind = GuidedClient if config.method == "hosl-guided" else NodeClient
-            return kind(half, blocks=config.zo.guided_blocks, micro_batch_rows=rows, device=device)
+            return kind(half, blocks=config.zo.guided_blocks, micro_batch_size=rows, device=device)
         case "hosl" | "hosl-gradient" | "zo-zo":
             guided = {"activation": ActivationGuidedClient, "mixed": MixedClient}
             kind = guided.get(config.zo.guidance, ZerothOrderClient)
             if config.profile == "authors-head":
                 kind = NoisyZerothOrderClient
-            return kind(half, law=config.zo.law, micro_batch_rows=rows, device=device)
+            return kind(half, distribution=config.zo.distribution, micro_batch_size=rows, device=device)
 
 
 def make_server(
@@ -91,7 +94,7 @@ def make_server(
     if isinstance(half, TrunkHalf):
         return TrunkServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
     if config.method in ("zo-zo", "fo-zo"):
-        return ZerothOrderServer(half, learning_rate=eta, law=config.zo.law, device=device)
+        return ZerothOrderServer(half, learning_rate=eta, distribution=config.zo.distribution, device=device)
     kind = SynchronousServer if synchronous else FirstOrderServer
     if config.profile == "authors-head":
         kind = NoisyFirstOrderServer
@@ -111,7 +114,7 @@ def make_head(config: Config, half: HeadHalf, client_half: ClientHalf, trunk: Tr
 
 
 def party_bytes(party: Any) -> int:
-    """Bytes of the weights, buffers and optimiser state that a party holds between its verbs."""
+    """Bytes of the weights, buffers and optimiser state that a party holds between its calls."""
     tensors = [*party.half.model.parameters(), *party.half.model.buffers()]
     if isinstance(party, FirstOrderClient | FirstOrderServer):
         for state in party.optimiser.state.values():

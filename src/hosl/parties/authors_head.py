@@ -1,7 +1,7 @@
 """The two parties with the authors' published defects D1-D3, D6, for the profile authors-head and nothing else.
 
-They exist so that a difference between our numbers and the published ones can be attributed (docs/algorithm.md).
-Dropout is torch's own, from a seed, inside a fence that puts the global random state back.
+They exist so that a difference between our numbers and the published ones can be attributed
+(docs/concepts/algorithm.md). Dropout is torch's own, from a seed, in a context that puts the global random state back.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from hosl.core.array_types import Float
 from hosl.core.journal import Journal
-from hosl.core.parties import Batch, Pair, StepReply, Targets
-from hosl.core.shapes import Float
-from hosl.parties.probing import Probe, descend_, stacked
-from hosl.parties.torch_client import ZerothOrderClient
-from hosl.parties.torch_server import FirstOrderServer
+from hosl.core.targets import Batch, Pair, StepReply, Targets
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.engine.perturbation import Probe, descend_, stacked
+from hosl.parties.servers.basic import FirstOrderServer
 
 
 @contextmanager
 def dropout(half: Any, seed: int) -> Iterator[None]:
-    """Within this fence `half` drops as its config says, drawing from `seed`; afterwards it is in eval mode again."""
+    """Within this context `half` drops as its config says, drawing from `seed`; afterwards it is in eval mode again."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         half.train()
@@ -38,7 +38,7 @@ class NoisyZerothOrderClient(ZerothOrderClient):
     def probe_with_dropout(self, batch: Batch, seed: int, epsilon: float, dropout_seed: int) -> Pair:
         """h+ with dropout, h- without, [rows, seq, width] each."""
         ids, mask = self._inputs(batch)
-        probe = Probe(seed, epsilon, self.law)
+        probe = Probe(seed, epsilon, self.distribution)
         with torch.no_grad(), stacked(self.half.model, [probe], 2 * len(ids)):
             with dropout(self.half, dropout_seed):
                 h_plus, _ = self.half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
@@ -49,7 +49,7 @@ class NoisyZerothOrderClient(ZerothOrderClient):
         """Apply the journal's updates one direction at a time, as they were made (D6)."""
         for _, seeds, scales in journal.updates(after=after):
             for seed, scale in zip(seeds, scales, strict=True):
-                descend_(self.trained, [seed], [scale], self.law)
+                descend_(self.trained, [seed], [scale], self.distribution)
         self.journal = journal
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from hosl.config import Config
-from hosl.core.parties import ClassTargets, OptionTargets, Targets
-from hosl.methods.made_up import fixed_batch
+from hosl.core.targets import ClassTargets, OptionTargets, Targets
 from hosl.methods.step import method_round
+from hosl.methods.synthetic import fixed_batch
 from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_client_half_
-from hosl.parties.torch_client import TOKENS_AT_ONCE, ZerothOrderClient
-from hosl.planner.doubles import CountingServer, InOnePart, Still, Traffic, Unformed
+from hosl.parties.clients.frozen import TOKENS_AT_ONCE
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
+from hosl.planner.fakes import CountingServer, InOnePart, Still, Traffic, Unformed
 from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf
 from hosl.split.quantised import Int8Linear
@@ -84,7 +85,7 @@ def _in_micro_batches(
     config: Config, rows: int, tokens: int, run: Callable[[int], tuple[PartyCost, Traffic]]
 ) -> tuple[PartyCost, Traffic]:
     """`run` of so many rows; where these make many micro-batches, which are all alike, from two of them and three."""
-    together = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+    together = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
     if config.method in ("fo-fo", "fo-zo") or rows <= 4 * together:
         return run(rows)
     two, three = run(2 * together), run(3 * together)
@@ -131,7 +132,7 @@ def _known_memory(
 ) -> PartyCost:
     config = _without_guidance(config)
     # but low-rank probes are evaluated together, and + probes may be kept for the server's step
-    if config.zo.law != "low-rank" and config.zo.fo_point == "clean":
+    if config.zo.distribution != "low-rank" and config.zo.server_gradient_at == "clean":
         config = _with_directions(config, 1)
     key = (msgspec.json.encode(config), rows, tokens)
     if key not in known:
@@ -156,11 +157,15 @@ def _with_any_directions(
 ) -> tuple[PartyCost, Traffic]:
     """Directions are all alike, too, unless low-rank ones are evaluated together."""
     q = config.zo.directions
-    if q == 1 or config.zo.law == "low-rank" or config.method in (*BACKWARD, "frozen", "hosl-guided"):
+    if (
+        q == 1
+        or config.zo.distribution == "low-rank"
+        or config.method in (*BACKWARD, "frozen", "hosl-guided")
+    ):
         return _run(config, shape, rows, tokens)
-    if config.method in ("hosl-node", "zo-zo") or config.zo.fo_point != "clean":
+    if config.method in ("hosl-node", "zo-zo") or config.zo.server_gradient_at != "clean":
         # where a + probe is kept for the server's step, the second pair is the first that is computed beside it
-        first = 1 if config.zo.fo_point == "clean" else 2
+        first = 1 if config.zo.server_gradient_at == "clean" else 2
         few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (first, first + 1)]
         return _line(few[0], few[1], q - first)
     # beside its probes such a step makes one clean pass; a pair is let go before the next, so one holds what many hold
@@ -190,7 +195,12 @@ def lowest_with_block(config: Config) -> int:
 def clean_pass(config: Config) -> Config:
     """A forward pass of the same client, by itself."""
     plain = msgspec.structs.replace(
-        config.zo, fo_point="clean", sides="two", derivative="difference", row_clip=None, guidance="none"
+        config.zo,
+        server_gradient_at="clean",
+        sides="two",
+        derivative="difference",
+        row_clip=None,
+        guidance="none",
     )
     return msgspec.structs.replace(config, method="frozen", profile="paper", zo=plain)
 

@@ -87,7 +87,7 @@ class Work:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Within this fence new tensors have no data. Models are given over by `empty_`; arrays come in as they are.
+    """Within this context new tensors have no data. Models are given over by `empty_`; arrays come in as they are.
 
     Numbers that code reads out of tensors are made up (`_MadeUp`, `_Numbers`).
     """

@@ -8,8 +8,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from hosl.core.directions import Law, drawn
-from hosl.parties.probing import Scratch, descend_
+from hosl.core.directions import Distribution, drawn
+from hosl.parties.engine.perturbation import Scratch, descend_
 from hosl.planner.dry_run import Attention, Product, Work
 
 _TOO_LARGE_BYTES = 1 << 30
@@ -83,11 +83,11 @@ def assumed_server(tera_flops: float) -> Machine:
     )  # fmt: skip
 
 
-def probed(work: Work, law: Law, *, base: Machine, budget_s: float = 10.0) -> Machine:
+def probed(work: Work, distribution: Distribution, *, base: Machine, budget_s: float = 10.0) -> Machine:
     """This machine, measured with what `work` is made of, in about `budget_s` seconds.
 
     Products and attention are measured at their own shapes, most costly first; then what a layer does elsewhere, the
-    forming of W + epsilon u by `law`, and an update.
+    forming of W + epsilon u by `distribution`, and an update.
     """
     deadline = time.perf_counter() + budget_s
     products = _measured(work.products, lambda p: p.flops, _time_product, deadline - budget_s * 0.4)
@@ -96,7 +96,7 @@ def probed(work: Work, law: Law, *, base: Machine, budget_s: float = 10.0) -> Ma
     width = max((p.inner for p in work.products if p.batch == 1), default=768)
     return replace(
         base, products_s=products, attention_s=attention, moved_bytes_per_s=_moved_bytes_per_s(tokens, width),
-        formed_per_s=_formed_per_s(law), updated_per_s=_updated_per_s(law), call_s=_call_s(),
+        formed_per_s=_formed_per_s(distribution), updated_per_s=_updated_per_s(distribution), call_s=_call_s(),
     )  # fmt: skip
 
 
@@ -162,21 +162,21 @@ def _moved_bytes_per_s(tokens: int, width: int) -> float:
     return 7 * x.nbytes / _best_s(layer)
 
 
-def _formed_per_s(law: Law) -> float:
+def _formed_per_s(distribution: Distribution) -> float:
     scratch, weight = Scratch(), torch.ones(1024, 2048)
     (tile,) = scratch.tiles([weight])
 
     def form() -> None:
-        u = drawn(1, "w", tuple(weight.shape), law, 1e-3, np.float32)
+        u = drawn(1, "w", tuple(weight.shape), distribution, 1e-3, np.float32)
         for sign in (+1, -1):
             scratch.form_(tile, weight, u, sign)
 
     return 2 * weight.numel() / _best_s(form)
 
 
-def _updated_per_s(law: Law) -> float:
+def _updated_per_s(distribution: Distribution) -> float:
     trained = {"w": torch.nn.Parameter(torch.ones(1024, 2048))}
-    return trained["w"].numel() / _best_s(lambda: descend_(trained, [1, 2], [1e-9, 1e-9], law)) * 2
+    return trained["w"].numel() / _best_s(lambda: descend_(trained, [1, 2], [1e-9, 1e-9], distribution)) * 2
 
 
 def _call_s() -> float:

@@ -35,7 +35,7 @@ def draw_memory(rows: Sequence[PlanRow], limit_bytes: float | None, title: str, 
     except ImportError:
         raise ConfigError("--picture needs matplotlib: pip install 'hosl[report]'") from None
 
-    usual = [row for row in rows if row.config.client.micro_batch_rows is None]
+    usual = [row for row in rows if row.config.client.micro_batch_size is None]
     names = list(dict.fromkeys(row.name for row in usual))
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for place, name in enumerate(names):

@@ -12,7 +12,7 @@ import msgspec
 from hosl.config import Config
 from hosl.errors import ConfigError
 from hosl.methods.rows import ROWS, Row
-from hosl.parties.torch_client import TOKENS_AT_ONCE
+from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.planner.costs import (
     PartyCost,
     Traffic,
@@ -35,7 +35,7 @@ PLANNED = (
 """The rows of `hosl.methods.rows` that a plan compares where it is not told otherwise."""
 
 _LEARNS = ("hosl-node", "hosl-guided", "hosl-gradient", "hosl-gradient, int8 + LoRA", "hosl", "frozen")
-"""Forward-only ways, the one that closed most of the gap first (docs/results.md)."""
+"""Forward-only ways, the one that closed most of the gap first (docs/results/index.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Question:
 
     shape: ModelShape
     base: Config
-    """Settings that every row shares: directions, law, steps, optimisers, wire."""
+    """Settings that every row shares: directions, distribution, steps, optimisers, wire."""
     rows: int
     """Of the longest batch; a candidate answer is a row."""
     tokens: int
@@ -98,14 +98,14 @@ def plan(question: Question, *, cuts: Sequence[int], names: Sequence[str] = PLAN
     found: list[PlanRow] = []
     servers = _Servers(question)
     for name in names:
-        usual = _along(question, by_name[name], cuts, servers, micro_batch_rows=None)
+        usual = _along(question, by_name[name], cuts, servers, micro_batch_size=None)
         found += usual
         if by_name[name].method not in ("fo-fo", "fo-zo") and any(
             _activations_are_too_much(question, row) for row in usual
         ):
-            found += _along(question, by_name[name], cuts, servers, micro_batch_rows=1)
+            found += _along(question, by_name[name], cuts, servers, micro_batch_size=1)
     return sorted(
-        found, key=lambda row: (row.cut, names.index(row.name), row.config.client.micro_batch_rows or 0)
+        found, key=lambda row: (row.cut, names.index(row.name), row.config.client.micro_batch_size or 0)
     )
 
 
@@ -136,11 +136,11 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
     for name in _LEARNS:
         same = [row for row in fitting if row.name == name and row.cut <= cut]
         if same:
-            row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_rows is not None)))
+            row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
             return (
                 row,
-                f"of the forward-only ways that fit, {name} stands first on BANKING77 (docs/results.md){lower}",
+                f"of the forward-only ways that fit, {name} stands first on BANKING77 (docs/results/index.md){lower}",
             )
     smallest = min(rows, key=lambda row: row.client_process_bytes)
     raise ConfigError(
@@ -181,8 +181,8 @@ def nearest_that_fits(
         return all(demand.needed_bytes <= limit_bytes for demand in takes(tried))
 
     base = config
-    if base.method not in ("fo-fo", "fo-zo") and base.client.micro_batch_rows != 1:
-        usual = config.client.micro_batch_rows or max(TOKENS_AT_ONCE // tokens, 1)
+    if base.method not in ("fo-fo", "fo-zo") and base.client.micro_batch_size != 1:
+        usual = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
         rows = _rows_at_once(takes, config, usual, limit_bytes)
         if rows is not None:
             return _with_rows_at_once(config, rows)
@@ -229,7 +229,7 @@ def _rows_at_once(
 
 
 def _with_rows_at_once(config: Config, rows: int) -> Config:
-    client = msgspec.structs.replace(config.client, micro_batch_rows=rows)
+    client = msgspec.structs.replace(config.client, micro_batch_size=rows)
     return msgspec.structs.replace(config, client=client)
 
 
@@ -260,16 +260,16 @@ class _Servers:
 
 
 def _along(
-    question: Question, row: Row, cuts: Sequence[int], servers: _Servers, *, micro_batch_rows: int | None
+    question: Question, row: Row, cuts: Sequence[int], servers: _Servers, *, micro_batch_size: int | None
 ) -> list[PlanRow]:
     shape = question.shape
     lowest = lowest_cut(row.method, question.base.zo.guided_blocks, row.client.get("trainable", ""))
     usable = [cut for cut in cuts if cut >= lowest]
-    configs = {cut: row.applied(question.base, cut=cut, micro_batch_rows=micro_batch_rows) for cut in usable}
+    configs = {cut: row.applied(question.base, cut=cut, micro_batch_size=micro_batch_size) for cut in usable}
     traffics: list[Traffic] = []
 
     def at(cut: int) -> PartyCost:
-        config = row.applied(question.base, cut=cut, micro_batch_rows=micro_batch_rows)
+        config = row.applied(question.base, cut=cut, micro_batch_size=micro_batch_size)
         cost, traffic = client_cost_at(config, shape, question.rows, question.tokens)
         traffics.append(traffic)
         return cost

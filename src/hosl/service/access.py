@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl.errors import AccessError, ConfigError
-from hosl.folders import whole_file
+from hosl.system.atomic import whole_file
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _CERTIFICATE_DAYS = 825

@@ -1,6 +1,6 @@
-"""The verbs of the service: receive and check a question, compute in turn, answer. Nothing here knows torch.
+"""The calls of the service: receive and check a question, compute in turn, answer. Nothing here knows torch.
 
-All of this runs in one event loop; compute runs in the scheduler's one thread. Each verb is an async generator of the
+All of this runs in one event loop; compute runs in the scheduler's one thread. Each call is an async generator of the
 messages that it answers. Errors become status codes in one place (`_served`).
 """
 
@@ -26,7 +26,7 @@ from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_from_message, targets_from_message
 from hosl.wire.tensors import CHUNK_BYTES, WireArray, pack
 
-_Verb = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
+_Call = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
 
 
 class Calls:
@@ -49,8 +49,8 @@ class Calls:
         self.round_closed = asyncio.Condition()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """What a gRPC server is given: every verb, in raw bytes."""
-        verbs: dict[str, _Verb] = {
+        """What a gRPC server is given: every call, in raw bytes."""
+        calls: dict[str, _Call] = {
             "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
             "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
             "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states,
@@ -58,12 +58,12 @@ class Calls:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                name: grpc.stream_stream_rpc_method_handler(self._served(name, verb))
-                for name, verb in verbs.items()
+                name: grpc.stream_stream_rpc_method_handler(self._served(name, call))
+                for name, call in calls.items()
             },
         )
 
-    def _served(self, name: str, verb: _Verb) -> Callable[[Any, Any], AsyncIterator[bytes]]:
+    def _served(self, name: str, call: _Call) -> Callable[[Any, Any], AsyncIterator[bytes]]:
         async def serve(frames: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             client = "?"
             try:
@@ -75,7 +75,7 @@ class Calls:
                         idle_s=self._idle_s,
                         allowed=lambda: _same(self._access.client_of(token), client),
                     )
-                    async for answer in verb(self, client, incoming):
+                    async for answer in call(self, client, incoming):
                         data = answer.SerializeToString()
                         self._status.transferred(client, up=incoming.received_bytes, down=len(data))
                         incoming.received_bytes = 0
@@ -300,7 +300,7 @@ class Calls:
         async with self.round_closed:
             self.round_closed.notify_all()
 
-    # ---- shared by the verbs ----
+    # ---- shared by the calls ----
 
     async def _activations(
         self, incoming: Incoming, session: Session, headers: Any, targets: pb.Targets | pb.Positions

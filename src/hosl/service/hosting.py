@@ -1,4 +1,4 @@
-"""What the service needs of a server half, whatever it runs on: `hosl.run.serve` gives it one on PyTorch."""
+"""What the service needs of a server half, whatever it runs on: `hosl.network.serve` gives it one on PyTorch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from hosl.core.journal import Journal
-from hosl.core.parties import PositionTargets, Targets
+from hosl.core.targets import PositionTargets, Targets
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
@@ -87,4 +87,4 @@ class HostedHalf(Protocol):
 
 
 OpenHalf = Callable[[pb.Model, pb.Training], HostedHalf]
-"""Makes the half that a Hello asks for, at its base weights; raises AgreementError if this server has another one."""
+"""Makes the half that a Hello asks for, at its base weights; raises HandshakeError if this server has another one."""

@@ -43,14 +43,14 @@ class Incoming:
         return parsed
 
     async def question(self, name: str) -> Any:
-        """The first message of an upload, which must ask what the verb says.
+        """The first message of an upload, which must ask what the call says.
 
         Raises:
             WireError: if it asks something else.
         """
         upload = await self.message(pb.Upload)
         if upload.WhichOneof("part") != name:
-            raise WireError(f"this verb begins with `{name}`, got `{upload.WhichOneof('part')}`")
+            raise WireError(f"this call begins with `{name}`, got `{upload.WhichOneof('part')}`")
         return getattr(upload, name)
 
     async def tensor(self, header: pb.Tensor, *, tensor_bytes: int) -> WireArray:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.core.journal import Journal
-from hosl.core.parties import PositionTargets, Targets
-from hosl.errors import AgreementError, SessionError, StepError
+from hosl.core.targets import PositionTargets, Targets
+from hosl.errors import HandshakeError, SessionError, StepError
 from hosl.service.hosting import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
 from hosl.wire import hosl_pb2 as pb
@@ -65,13 +65,13 @@ class ServedRun:
         """Refuse another model or other settings than the run's.
 
         Raises:
-            AgreementError: naming the first difference with both values.
+            HandshakeError: naming the first difference with both values.
         """
         for ours, theirs in ((self.model, model), (self.training, training)):
             for field_ in ours.DESCRIPTOR.fields:
                 mine, other = getattr(ours, field_.name), getattr(theirs, field_.name)
                 if mine != other:
-                    raise AgreementError(
+                    raise HandshakeError(
                         f"run {self.name}: the server has {field_.name} = {_shown(mine)}, this client {_shown(other)}; "
                         "give both the same config, or choose another output_dir for another run"
                     )
@@ -83,7 +83,7 @@ class ServedRun:
         one client; shared halves follow the journal, a personal half goes back to what the server has seen of it.
 
         Raises:
-            AgreementError: if there is no such state.
+            HandshakeError: if there is no such state.
         """
         recorded = self.steps.get(client, 0)
         theirs = {*restorable, current}
@@ -91,7 +91,7 @@ class ServedRun:
             mine = {*self.saved_steps(), self.server_step, 0}
             common = max(theirs & mine, default=None)
             if common is None:
-                raise AgreementError(
+                raise HandshakeError(
                     f"run {self.name}: the client can go on from steps {sorted(theirs)}, the server from "
                     f"{sorted(mine)}; no state is common: start a new run"
                 )

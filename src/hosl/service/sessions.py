@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict
 
-from hosl.errors import AgreementError, LimitError, SessionError, WireError
-from hosl.folders import whole_file
+from hosl.errors import HandshakeError, LimitError, SessionError, WireError
 from hosl.service.hosting import OpenHalf
 from hosl.service.runs import ServedRun
+from hosl.system.atomic import whole_file
 from hosl.wire import hosl_pb2 as pb
 
 PROTOCOL = 1
@@ -60,11 +60,11 @@ class Sessions:
         Runs in the compute thread: it may load and move weights.
 
         Raises:
-            WireError: if the request cannot be meant so. AgreementError: if the two sides do not fit.
+            WireError: if the request cannot be meant so. HandshakeError: if the two sides do not fit.
             LimitError: if this server is busy with other runs.
         """
         if request.protocol != PROTOCOL:
-            raise AgreementError(
+            raise HandshakeError(
                 f"this server speaks protocol {PROTOCOL}, the client {request.protocol}; install the same version of "
                 "hosl on both sides"
             )
@@ -77,7 +77,7 @@ class Sessions:
         run = self._run(client, request)
         run.agree(request.model, request.training)
         if client not in run.steps and len(run.steps) >= max(run.training.clients, 1):
-            raise AgreementError(
+            raise HandshakeError(
                 f"run {run.name} is for {max(run.training.clients, 1)} clients and has {', '.join(sorted(run.steps))}; "
                 "set clients.count higher for all, or choose another output_dir"
             )
@@ -94,24 +94,23 @@ class Sessions:
             return self.runs[request.run]
         self._make_room()
         folder = self._folder / request.run
-        agreement = folder / "agreement.json"
+        handshake, begun = folder / "handshake.json", _begun(folder)
         model, training = request.model, request.training
-        if agreement.is_file():
-            stored = msgspec.json.decode(agreement.read_bytes())
+        if begun is not None:
             model, training = (
-                ParseDict(stored["model"], pb.Model()),
-                ParseDict(stored["training"], pb.Training()),
+                ParseDict(begun["model"], pb.Model()),
+                ParseDict(begun["training"], pb.Training()),
             )
         check_training(training)
         run = ServedRun(
             request.run, model, training, self._open_half(model, training), folder / "checkpoints"
         )
-        if not agreement.is_file():
+        if begun is None:
             folder.mkdir(parents=True, exist_ok=True)
             facts: dict[str, Any] = {
                 "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
             }  # fmt: skip
-            whole_file(agreement, msgspec.json.format(msgspec.json.encode(facts), indent=1))
+            whole_file(handshake, msgspec.json.format(msgspec.json.encode(facts), indent=1))
         elif saved := run.saved_steps():
             run.go_back(saved[-1])
         self.runs[request.run] = run
@@ -134,6 +133,19 @@ class Sessions:
                 del self._sessions[name]
 
 
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """What the first Hello of a run said; None: there is no such run yet."""
+    former = folder / "agreement.json"  # its name, and that of `distribution` in it, before version 0.2
+    for file in (folder / "handshake.json", former):
+        if file.is_file():
+            stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
+            training = stored["training"]
+            if "law" in training:
+                training["distribution"] = training.pop("law")
+            return stored
+    return None
+
+
 def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
     """Do something with every run in memory."""
     for run in list(sessions.runs.values()):
@@ -144,19 +156,19 @@ def check_training(training: pb.Training) -> None:
     """Refuse settings that contradict each other, whoever sent them.
 
     Raises:
-        AgreementError: saying which.
+        HandshakeError: saying which.
     """
     if training.max_steps < 1 or not 0 <= training.learning_rate < float("inf"):
-        raise AgreementError(
+        raise HandshakeError(
             f"max_steps must be >= 1 and the learning rate a number >= 0, got {training.max_steps} and "
             f"{training.learning_rate}"
         )
     zeroth = training.method in (pb.ZO_ZO, pb.FO_ZO)
     if training.order == pb.SYNCHRONOUS and zeroth:
-        raise AgreementError(
+        raise HandshakeError(
             "the synchronous schedule needs a first-order server; use sequential with zo-zo and fo-zo"
         )
     if training.halves == pb.SHARED and training.method in (pb.FO_FO, pb.FO_ZO):
-        raise AgreementError(
+        raise HandshakeError(
             "shared client halves need a journal, and a first-order client has none; use personal"
         )

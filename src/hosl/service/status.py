@@ -29,8 +29,8 @@ class Status:
         )
         self._seconds = Counter("hosl_compute_seconds", "Seconds of compute", ["run"], registry=self.registry)
         self._bytes = Counter("hosl_bytes", "Message bytes", ["client", "direction"], registry=self.registry)
-        self._calls = Counter("hosl_calls", "Calls begun", ["client", "verb"], registry=self.registry)
-        self._refusals = Counter("hosl_refusals", "Calls refused", ["verb", "error"], registry=self.registry)
+        self._calls = Counter("hosl_calls", "Calls begun", ["client", "call"], registry=self.registry)
+        self._refusals = Counter("hosl_refusals", "Calls refused", ["call", "error"], registry=self.registry)
         self._loss = Gauge("hosl_loss_nats", "Last training loss", ["run"], registry=self.registry)
         self._queue = Gauge("hosl_queue", "Pieces of work that wait", registry=self.registry)
         self._running = Gauge("hosl_calls_running", "Calls under way", registry=self.registry)
@@ -47,9 +47,9 @@ class Status:
         self._queue.set_function(length)
 
     @contextmanager
-    def call(self, client: str, verb: str) -> Iterator[None]:
+    def call(self, client: str, name: str) -> Iterator[None]:
         """One call, from its first message to its end."""
-        self._calls.labels(client, verb).inc()
+        self._calls.labels(client, name).inc()
         with self._lock:
             seen = self._clients.setdefault(client, {"bytes_up": 0, "bytes_down": 0, "steps": 0})
             seen["last_seen"] = time.time()
@@ -94,16 +94,16 @@ class Status:
         if dropped:
             self.line("dropped", run=run.name, round=number, clients=dropped)
 
-    def refused(self, client: str, verb: str, error: HoslError) -> None:
+    def refused(self, client: str, call: str, error: HoslError) -> None:
         """A call was refused, or failed in a way that has a name."""
-        self._refusals.labels(verb, type(error).__name__).inc()
-        self.line("refused", client=client, verb=verb, error=type(error).__name__, said=str(error)[:300])
+        self._refusals.labels(call, type(error).__name__).inc()
+        self.line("refused", client=client, call=call, error=type(error).__name__, said=str(error)[:300])
 
-    def broke(self, client: str, verb: str, error: Exception) -> None:
+    def broke(self, client: str, call: str, error: Exception) -> None:
         """A call met a bug of ours."""
-        self._refusals.labels(verb, "FailureError").inc()
+        self._refusals.labels(call, "FailureError").inc()
         trace = "".join(traceback.format_exception(error))[-2000:]
-        self.line("failed", client=client, verb=verb, error=type(error).__name__, trace=trace)
+        self.line("failed", client=client, call=call, error=type(error).__name__, trace=trace)
 
     def line(self, event: str, **facts: Any) -> None:
         """One structured log line."""

@@ -22,13 +22,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from hosl.errors import ModelError
-from hosl.folders import whole_folder
 from hosl.split.export import copy_tokenizer
 from hosl.split.families import Family, Head, family_of
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
 from hosl.split.streaming import Source, tensors_digest, write_tensors
 from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_, tied_names
+from hosl.system.atomic import whole_folder
 
 _FORMAT = 1
 Piece = Literal["client", "server", "head"]

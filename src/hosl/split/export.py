@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 from hosl.errors import ConfigError
-from hosl.folders import whole_folder
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
+from hosl.system.atomic import whole_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",

@@ -28,7 +28,7 @@ class Family:
     """Modules before the blocks; what the server half has instead."""
     server_only: dict[str, StandIn]
     """Modules after the blocks; what the client half has instead."""
-    writers: tuple[str, str]
+    output_projections: tuple[str, str]
     """The layers of a block whose outputs are added to the residual stream: attention's and the feed-forward's last."""
     query: str
     """The layer of a block that computes the queries."""
@@ -42,7 +42,7 @@ def _llama_like(model_type: str, query: str = "self_attn.q_proj", place: QueryPl
         blocks="model.layers",
         client_only={"model.embed_tokens": "none"},
         server_only={"model.norm": "identity", "lm_head": "identity"},
-        writers=("self_attn.o_proj", "mlp.down_proj"),
+        output_projections=("self_attn.o_proj", "mlp.down_proj"),
         query=query,
         query_place=place,
     )
@@ -63,7 +63,7 @@ _ROWS = (
             "model.decoder.project_out": "none",
             "lm_head": "identity",
         },
-        writers=("self_attn.out_proj", "fc2"),
+        output_projections=("self_attn.out_proj", "fc2"),
         query="self_attn.q_proj",
     ),
     Family(
@@ -72,7 +72,7 @@ _ROWS = (
         blocks="transformer.h",
         client_only={"transformer.wte": "none", "transformer.wpe": "zeros", "transformer.drop": "identity"},
         server_only={"transformer.ln_f": "identity", "lm_head": "identity"},
-        writers=("attn.c_proj", "mlp.c_proj"),
+        output_projections=("attn.c_proj", "mlp.c_proj"),
         query="attn.c_attn",
         query_place="first",
     ),
@@ -82,7 +82,7 @@ _ROWS = (
         blocks="gpt_neox.layers",
         client_only={"gpt_neox.embed_in": "none", "gpt_neox.emb_dropout": "identity"},
         server_only={"gpt_neox.final_layer_norm": "identity", "lm_head": "identity"},
-        writers=("attention.dense", "mlp.dense_4h_to_h"),
+        output_projections=("attention.dense", "mlp.dense_4h_to_h"),
         query="attention.query_key_value",
         query_place="by head",
     ),
@@ -94,7 +94,7 @@ _ROWS = (
         blocks="bert.encoder.layer",
         client_only={"bert.embeddings": "inputs_embeds"},
         server_only={"bert.pooler": "none", "classifier": "identity"},
-        writers=("attention.output.dense", "output.dense"),
+        output_projections=("attention.output.dense", "output.dense"),
         query="attention.self.query",
     ),
     Family(
@@ -103,7 +103,7 @@ _ROWS = (
         blocks="roberta.encoder.layer",
         client_only={"roberta.embeddings": "inputs_embeds"},
         server_only={"classifier": "identity"},
-        writers=("attention.output.dense", "output.dense"),
+        output_projections=("attention.output.dense", "output.dense"),
         query="attention.self.query",
     ),
     Family(
@@ -112,7 +112,7 @@ _ROWS = (
         blocks="distilbert.transformer.layer",
         client_only={"distilbert.embeddings": "inputs_embeds"},
         server_only={"pre_classifier": "identity", "classifier": "identity"},
-        writers=("attention.out_lin", "ffn.lin2"),
+        output_projections=("attention.out_lin", "ffn.lin2"),
         query="attention.q_lin",
     ),
 )

@@ -42,9 +42,9 @@ class Half:
         return self._family.blocks
 
     @property
-    def writers(self) -> tuple[str, str]:
+    def output_projections(self) -> tuple[str, str]:
         """The layers of a block whose outputs are added to the residual stream, by their names within the block."""
-        return self._family.writers
+        return self._family.output_projections
 
     @property
     def query(self) -> str:

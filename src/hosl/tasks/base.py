@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from hosl.core.parties import Batch
+from hosl.core.targets import Batch
 
 
 @dataclass(frozen=True, slots=True)

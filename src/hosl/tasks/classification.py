@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from hosl.core.parties import Batch
+from hosl.core.targets import Batch
 from hosl.tasks.base import Example, content_order
 from hosl.tasks.collate import class_batch
 from hosl.tasks.tokenizer import TextTokenizer

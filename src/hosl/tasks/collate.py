@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hosl.core.parties import Batch, ClassTargets, OptionTargets
+from hosl.core.targets import Batch, ClassTargets, OptionTargets
 from hosl.tasks.base import Example
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from hosl.core.garbage import uncollected
 from hosl.errors import TaskError
-from hosl.folders import whole_file
+from hosl.system.atomic import whole_file
+from hosl.system.gc_paused import uncollected
 from hosl.tasks.classification import ClassificationTask, LabelledText, carve, encode_classes
 from hosl.tasks.configs import DocstringsConfig
 from hosl.tasks.tokenizer import TextTokenizer

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hosl.core.parties import Batch
+from hosl.core.targets import Batch
 from hosl.errors import TaskError
 from hosl.tasks.base import Example, content_order
 from hosl.tasks.collate import option_batch

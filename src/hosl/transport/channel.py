@@ -1,6 +1,6 @@
 """One connection to a server: pinned TLS, the token on every call, errors as hosl's own, and when to try again.
 
-Timeouts are three in all (`Patience`). What the calls say: `hosl.wire`; what they mean: `hosl.parties.remote_server`.
+Timeouts are three in all (`Patience`). What the calls say: `hosl.wire`; what they mean: `hosl.parties.remote.server`.
 """
 
 import ipaddress
@@ -72,24 +72,24 @@ class Channel:
         """Let go of the connection."""
         self._channel.close()
 
-    def ask(self, verb: str, question: Any, answer: type[_Answer]) -> _Answer:
+    def ask(self, name: str, question: Any, answer: type[_Answer]) -> _Answer:
         """One message there, one back."""
         stub = self._channel.unary_unary(
-            f"/{SERVICE}/{verb}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
         )
         return self._answered(lambda: stub(question, metadata=self._metadata))
 
-    def upload(self, verb: str, frames: Iterable[pb.Upload], answer: type[_Answer]) -> _Answer:
+    def upload(self, name: str, frames: Iterable[pb.Upload], answer: type[_Answer]) -> _Answer:
         """Many messages there, one back."""
         stub = self._channel.stream_unary(
-            f"/{SERVICE}/{verb}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
         )
         return self._answered(lambda: stub(iter(frames), metadata=self._metadata))
 
-    def converse(self, verb: str, frames: Iterable[Any], answer: type[_Answer]) -> Iterator[_Answer]:
+    def converse(self, name: str, frames: Iterable[Any], answer: type[_Answer]) -> Iterator[_Answer]:
         """Many messages either way; ends the call when the caller stops reading."""
         stub = self._channel.stream_stream(
-            f"/{SERVICE}/{verb}", request_serializer=self._sent, response_deserializer=self._received(answer)
+            f"/{SERVICE}/{name}", request_serializer=self._sent, response_deserializer=self._received(answer)
         )
         call = stub(iter(frames), metadata=self._metadata)
         try:

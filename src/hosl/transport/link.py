@@ -156,10 +156,10 @@ class _Allowance:
 
 
 class Link:
-    """The proxy, in a thread of its own while the fence is open; what it does, it has done when a method returns."""
+    """The proxy, in a thread of its own while the context is open; what it does, it has done when a method returns."""
 
     address: tuple[str, int]
-    """Where clients connect to; known inside the fence."""
+    """Where clients connect to; known inside the context."""
 
     def __init__(self, target: tuple[str, int], spec: LinkSpec, *, host: str = "127.0.0.1") -> None:
         self._target, self._spec, self._host = target, spec, host
@@ -214,7 +214,7 @@ class Link:
         self._in_loop(self._flow)
 
     def _in_loop(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        assert self._thread.is_alive(), "the link's fence is closed"
+        assert self._thread.is_alive(), "the link's context is closed"
         asyncio.run_coroutine_threadsafe(work(), self._loop).result()
 
     async def _main(self, ready: "Future[tuple[str, int]]") -> None:

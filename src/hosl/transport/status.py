@@ -10,8 +10,8 @@ import grpc
 import hosl.errors
 from hosl.errors import (
     AccessError,
-    AgreementError,
     FailureError,
+    HandshakeError,
     HoslError,
     LimitError,
     LinkError,
@@ -26,7 +26,7 @@ ERROR_KEY = "hosl-error"
 
 _CODES: dict[type[HoslError], grpc.StatusCode] = {
     AccessError: grpc.StatusCode.UNAUTHENTICATED,
-    AgreementError: grpc.StatusCode.FAILED_PRECONDITION,
+    HandshakeError: grpc.StatusCode.FAILED_PRECONDITION,
     SessionError: grpc.StatusCode.FAILED_PRECONDITION,
     StepError: grpc.StatusCode.OUT_OF_RANGE,
     WireError: grpc.StatusCode.INVALID_ARGUMENT,

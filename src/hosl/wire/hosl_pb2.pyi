@@ -30,13 +30,13 @@ class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FO_ZO: _ClassVar[Method]
     FROZEN: _ClassVar[Method]
 
-class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Distribution(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    LAW_UNSPECIFIED: _ClassVar[Law]
-    GAUSSIAN: _ClassVar[Law]
-    RADEMACHER: _ClassVar[Law]
-    SPHERE: _ClassVar[Law]
-    LOW_RANK: _ClassVar[Law]
+    DISTRIBUTION_UNSPECIFIED: _ClassVar[Distribution]
+    GAUSSIAN: _ClassVar[Distribution]
+    RADEMACHER: _ClassVar[Distribution]
+    SPHERE: _ClassVar[Distribution]
+    LOW_RANK: _ClassVar[Distribution]
 
 class Trainable(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -84,11 +84,11 @@ FO_FO: Method
 ZO_ZO: Method
 FO_ZO: Method
 FROZEN: Method
-LAW_UNSPECIFIED: Law
-GAUSSIAN: Law
-RADEMACHER: Law
-SPHERE: Law
-LOW_RANK: Law
+DISTRIBUTION_UNSPECIFIED: Distribution
+GAUSSIAN: Distribution
+RADEMACHER: Distribution
+SPHERE: Distribution
+LOW_RANK: Distribution
 TRAINABLE_UNSPECIFIED: Trainable
 ALL: Trainable
 LORA: Trainable
@@ -142,10 +142,10 @@ class Model(_message.Message):
     def __init__(self, family: _Optional[str] = ..., cut: _Optional[int] = ..., base_digest: _Optional[str] = ..., client_digest: _Optional[str] = ..., server_digest: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., labels: _Optional[_Union[Labels, str]] = ...) -> None: ...
 
 class Training(_message.Message):
-    __slots__ = ("method", "seed", "law", "trainable", "learning_rate", "optimiser", "lora", "schedule", "warmup_steps", "max_steps", "compression", "clients", "halves", "order", "grace_s")
+    __slots__ = ("method", "seed", "distribution", "trainable", "learning_rate", "optimiser", "lora", "schedule", "warmup_steps", "max_steps", "compression", "clients", "halves", "order", "grace_s")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
-    LAW_FIELD_NUMBER: _ClassVar[int]
+    DISTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     OPTIMISER_FIELD_NUMBER: _ClassVar[int]
@@ -160,7 +160,7 @@ class Training(_message.Message):
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
     method: Method
     seed: int
-    law: Law
+    distribution: Distribution
     trainable: Trainable
     learning_rate: float
     optimiser: Optimiser
@@ -173,7 +173,7 @@ class Training(_message.Message):
     halves: Halves
     order: Order
     grace_s: float
-    def __init__(self, method: _Optional[_Union[Method, str]] = ..., seed: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., trainable: _Optional[_Union[Trainable, str]] = ..., learning_rate: _Optional[float] = ..., optimiser: _Optional[_Union[Optimiser, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., warmup_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., clients: _Optional[int] = ..., halves: _Optional[_Union[Halves, str]] = ..., order: _Optional[_Union[Order, str]] = ..., grace_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, method: _Optional[_Union[Method, str]] = ..., seed: _Optional[int] = ..., distribution: _Optional[_Union[Distribution, str]] = ..., trainable: _Optional[_Union[Trainable, str]] = ..., learning_rate: _Optional[float] = ..., optimiser: _Optional[_Union[Optimiser, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., warmup_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., clients: _Optional[int] = ..., halves: _Optional[_Union[Halves, str]] = ..., order: _Optional[_Union[Order, str]] = ..., grace_s: _Optional[float] = ...) -> None: ...
 
 class Optimiser(_message.Message):
     __slots__ = ("name", "momentum", "weight_decay")

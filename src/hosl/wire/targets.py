@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hosl.core.parties import ClassTargets, OptionTargets, PositionTargets, Targets
+from hosl.core.targets import ClassTargets, OptionTargets, PositionTargets, Targets
 from hosl.errors import WireError
 from hosl.wire import hosl_pb2 as pb
 

@@ -1,0 +1,1 @@
+"""What a step costs: time, memory, bytes, and how far off the planner is."""

@@ -1,0 +1,92 @@
+"""A run's config read from YAML and written to it, with the nearest right name for a wrong one."""
+
+import difflib
+import re
+import types
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import yaml
+
+from hosl.config.former_names import with_new_names
+from hosl.config.schema import Config
+from hosl.errors import ConfigError
+
+
+def load_config(path: str | Path, *, warn: bool = True) -> Config:
+    """A checked `Config` from a YAML file; `warn` as in `parse_config`.
+
+    Raises:
+        ConfigError: if there is no such file, it is not YAML, or a setting is unknown or impossible.
+    """
+    content = read_yaml(path, kind="config", instead="`hosl train --help` lists the settings")
+    if content is None:
+        raise ConfigError(
+            f"config {path} is empty; a run needs at least one setting, such as `max_steps: 300`"
+        )
+    return parse_config(content, where=str(path), warn=warn)
+
+
+def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
+    """What a YAML file says; None for an empty one. `kind` names it in errors, `instead` says what helps without it.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{kind} {path}: no such file; {instead}") from None
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"{kind} {path} cannot be read as text: {cause}") from cause
+    except yaml.YAMLError as cause:
+        raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(cause).split())}") from cause
+
+
+def parse_config(content: object, *, where: str, warn: bool = True) -> Config:
+    """A checked `Config` from plain data, as YAML gives it.
+
+    Args:
+        content: a mapping; former names are read, too.
+        where: names it in errors.
+        warn: whether former names are warned of; False for what hosl itself wrote, in an earlier version.
+
+    Raises:
+        ConfigError: if a setting is unknown or impossible.
+    """
+    content = with_new_names(content, where=where, warn=warn)
+    try:
+        return msgspec.convert(content, Config)
+    except msgspec.ValidationError as cause:
+        raise ConfigError(f"config {where}: {cause}{_hint(str(cause), content)}") from cause
+
+
+def dump_config(config: Config) -> str:
+    """Complete YAML, every default spelled out; `load_config` reads it back to an equal Config."""
+    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+
+
+def _hint(message: str, content: object) -> str:
+    unknown = re.search(r"unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?", message)
+    if unknown:
+        allowed = _field_names(unknown[2] or "", content)
+        nearest = difflib.get_close_matches(unknown[1], allowed, n=1)
+        best = f"; did you mean `{nearest[0]}`?" if nearest else ""
+        return f"{best} Allowed here: {', '.join(allowed)}."
+    if re.search(r"Expected `float.*got `str`|Invalid enum value '[\d.]+e", message):
+        return ". YAML reads 1e-3 as text: write 1.0e-3"
+    return ""
+
+
+def _field_names(path: str, content: object) -> list[str]:
+    """The fields of the struct at a dotted path of the schema; of a union, the one that `content` chose."""
+    struct: Any = Config
+    for key in filter(None, path.split(".")):
+        struct = get_type_hints(struct)[key]
+        content = content.get(key, {}) if isinstance(content, dict) else {}
+        if get_origin(struct) in (Union, types.UnionType):
+            kind = content.get("kind") if isinstance(content, dict) else None
+            choices = get_args(struct)
+            struct = next((c for c in choices if c.__struct_config__.tag == kind), choices[0])
+    return [field.encode_name for field in msgspec.structs.fields(struct)]

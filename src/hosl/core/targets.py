@@ -1,0 +1,83 @@
+"""Batches, targets and replies: what the two parties say to each other.
+
+The data boundary is these types. A `Batch` stays with the client; of it, only `Batch.targets` may cross to the
+server. No field of `Targets` can carry the input's token ids or text. Who says them to whom: `hosl.core.protocols`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from hosl.core.array_types import Int
+
+Activations: TypeAlias = Any
+"""Hidden states at the cut, [rows, seq, width]; a torch tensor or an array. Rounds never look inside."""
+
+
+Pair: TypeAlias = tuple[Activations, Activations]
+"""The activations at theta_c + epsilon u and at theta_c - epsilon u, in this order."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassTargets:
+    """Targets of a classification head: one label per row."""
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    labels: Int[np.ndarray, " rows"]
+    """The index of the right class; int64."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptionTargets:
+    """Targets of a language-model head: the tokens of one candidate answer (option) per row.
+
+    Rows with options shorter than the longest are filled: position 0, token -1. A filled place is not scored.
+    """
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    positions: Int[np.ndarray, "rows span"]
+    """Where the logits that predict each option token stand: that token's own position minus 1; int32."""
+    tokens: Int[np.ndarray, "rows span"]
+    """The option's tokens, -1 where filled; int32."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionTargets:
+    """Where the scored positions are, without what is right there: all that a server sees when labels stay away."""
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    positions: Int[np.ndarray, " positions"]
+    """The scored positions of any row, ascending; int64."""
+
+
+Targets: TypeAlias = ClassTargets | OptionTargets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One mini-batch on the client. Only `targets` may leave the device."""
+
+    input_ids: Int[np.ndarray, "rows seq"]
+    """Token ids; int64."""
+    targets: Targets
+
+
+@dataclass(frozen=True, slots=True)
+class StepReply:
+    """What the server answers to a training step."""
+
+    loss: float
+    """Mean loss of the batch at the theta_s that entered the step, in nats."""
+    gradient: Activations | None = None
+    """dL/dh at the same theta_s, shaped like the activations; None unless asked for."""
+
+
+def positions_of(targets: Targets) -> PositionTargets:
+    """The scored positions of any row, ascending; position 0 for a classification head."""
+    if isinstance(targets, ClassTargets):
+        return PositionTargets(targets.mask, np.zeros(1, np.int64))
+    return PositionTargets(targets.mask, np.unique(targets.positions[targets.tokens >= 0]).astype(np.int64))

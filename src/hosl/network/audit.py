@@ -1,0 +1,93 @@
+"""`hosl audit`: every field that can leave the device in a run of this config, with its shape and size. No torch."""
+
+from typing import Any
+
+import numpy as np
+
+from hosl.config import Config
+from hosl.core.targets import Batch, ClassTargets, positions_of
+from hosl.methods.schedule import batch_of_step
+from hosl.tasks import Task
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.targets import positions_to_message, targets_to_message
+from hosl.wire.tensors import packed_bytes
+
+LEARNS = {
+    "activations": "much of the input where the cut is shallow: activations are not private (SECURITY.md)",
+    "mask": "how many tokens each row has",
+    "labels": "the class of every training and evaluation example",
+    "options": "the candidate answers' tokens, and so the label of every example",
+    "positions": "where the scored tokens stand, and so how long the candidate answers are",
+    "gradient at the states": "often the labels: the gradient's direction differs by class (SECURITY.md)",
+    "update": "K numbers per step that depend on this device's data, relayed to the other devices",
+    "hello": "model, settings and software version",
+}
+
+
+def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[dict[str, Any]]:
+    """One row per field: when it is sent, its shape, its bytes per step, and what a curious server could learn.
+
+    Args:
+        config: of the run.
+        task: its data; the first `steps` batches are collated to know their sizes.
+        width: of the model's hidden state.
+        steps: how many batches to average over.
+    """
+    batches = [batch_of_step(config, task, step) for step in range(1, steps + 1)]
+    clean = (
+        config.zo.server_gradient_at == "clean"
+    )  # else the server's step is at a probe that is sent anyway
+    probed = 2 * config.zo.directions
+    uploads = {"hosl": probed + clean, "zo-zo": probed, "fo-zo": probed + 1}.get(config.method, 1)
+    questions = {"hosl": config.zo.directions + 1, "zo-zo": config.zo.directions}.get(config.method, 1)
+    compression = config.wire.compression
+    activation_bytes = [
+        packed_bytes((*batch.input_ids.shape, width), config.model.dtype, compression) for batch in batches
+    ]
+    rows, seq = batches[0].input_ids.shape
+    found = [
+        _row("activations", f"{uploads} a step", f"[{rows}, {seq}, {width}] {config.model.dtype}, wire {compression}",
+             uploads * float(np.mean(activation_bytes))),
+        _row("mask", f"{questions} a step", f"[{rows}, {seq}] bits", questions * float(np.mean(
+            [len(targets_to_message(batch.targets).mask.bits) for batch in batches]))),
+    ]  # fmt: skip
+    if config.wire.labels == "client":
+        found += _when_labels_stay(config, batches, questions, width)
+    else:
+        name = "labels" if isinstance(batches[0].targets, ClassTargets) else "options"
+        sizes = [_targets_bytes(targets_to_message(batch.targets)) for batch in batches]
+        found.append(
+            _row(name, f"{questions} a step", f"[{rows}, ...] integers", questions * float(np.mean(sizes)))
+        )
+    if config.clients.halves == "shared":
+        entry = config.zo.directions * 12
+        found.append(_row("update", "1 a step", f"{config.zo.directions} seeds and scales", float(entry)))
+    found.append(_row("hello", "1 a connection", "settings and digests", 0.0))
+    return found
+
+
+def _when_labels_stay(
+    config: Config, batches: list[Batch], questions: int, width: int
+) -> list[dict[str, Any]]:
+    positions = [positions_of(batch.targets) for batch in batches]
+    rows, places = len(positions[0].mask), len(positions[0].positions)
+    sizes = [positions_to_message(p).ByteSize() - len(positions_to_message(p).mask.bits) for p in positions]
+    gradients = [
+        packed_bytes((len(p.mask), len(p.positions), width), config.model.dtype, "none") for p in positions
+    ]
+    shape = f"[{rows}, {places}, {width}] {config.model.dtype}"
+    return [
+        _row("positions", f"{questions} a step", f"[{places}] integers", questions * float(np.mean(sizes))),
+        _row("gradient at the states", "1 a step", shape, float(np.mean(gradients))),
+    ]
+
+
+def _targets_bytes(message: pb.Targets) -> int:
+    return message.ByteSize() - len(message.mask.bits)
+
+
+def _row(field: str, when: str, shape: str, bytes_per_step: float) -> dict[str, Any]:
+    return {
+        "field": field, "sent": when, "shape": shape, "bytes_per_step": round(bytes_per_step),
+        "a curious server learns": LEARNS[field],
+    }  # fmt: skip

@@ -1,0 +1,164 @@
+"""A run whose server is elsewhere: the client's session, and which state both sides go on from. No torch.
+
+Alone, a client and its server go on from the newest checkpoint that both have; with shared halves the server's journal
+is the truth.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hosl.core.rounds import RoundResult
+from hosl.core.targets import Batch
+from hosl.errors import CheckpointError, StepMoved
+from hosl.methods.step import method_round
+from hosl.parties.metered import Metered
+from hosl.parties.remote.server import RemoteServer, WatchedServer
+from hosl.parties.remote.shared_client import SharedClient
+from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.system.machine import process_peak_bytes
+from hosl.training.session import Session
+
+
+@dataclass
+class JoinedSession(Session):
+    """A client half here, its server elsewhere."""
+
+    remote: RemoteServer = field(kw_only=True)
+    """The connection; `server` is what rounds talk to: this, or the head that we hold over it."""
+    folder: Path = Path()
+    """The client half's folder."""
+    runtime: Any = None
+    """The module that knows the client's runtime, such as `hosl.network.torch_runtime`."""
+    snapshot_step: int = 0
+    _incarnation: str = ""
+    _wire_bytes: tuple[int, int] = (0, 0)
+
+    def round(self, batch: Batch, step: int) -> RoundResult:
+        """One step of the config's method; the server's costs are those that it reports."""
+        self.meters.server = self.remote.meter
+        client = Metered(self.client, self.meters.client)
+        clients = self.config.clients
+        own = clients.count > 1 and clients.directions == "own"
+        name = f"client/{self.remote.client}" if own else "client"
+        result = method_round(self.config, client, self.server, batch, step, half=name, control=self.control)
+        self.control = self.control.after(result.coefficients)
+        if clients.schedule == "synchronous" and clients.halves == "personal":
+            for reply in self.remote.journal(step, 0, (), (), len(batch.input_ids)):
+                if reply.late:
+                    raise StepMoved(reply.step)
+        return result
+
+    def done(self, step: int) -> None:
+        """The round of `step` is complete on both sides."""
+        self.step = step
+        self.remote.at(step)
+
+    def measure_memory(self, *, on: bool) -> None:
+        """Start or stop measuring the memory of the client's calls; the server measures its own."""
+        self.meters.client.memory = self.runtime.memory_meter(self._own_client) if on else None
+
+    def client_bytes(self) -> float:
+        """What this process has had resident at most."""
+        return float(process_peak_bytes())
+
+    def costs(self) -> dict[str, Any]:
+        """Message bytes as the connection counted them, and what calls took beyond the server's compute."""
+        now = self.remote.channel.bytes_up, self.remote.channel.bytes_down
+        before, self._wire_bytes = self._wire_bytes, now
+        wire_s, self.remote.wire_s = self.remote.wire_s, 0.0
+        return {
+            "wire_s": round(wire_s, 6),
+            "wire_bytes_up": now[0] - before[0],
+            "wire_bytes_down": now[1] - before[1],
+        }
+
+    def notes(self) -> dict[str, float]:
+        """What compression does to the signal, in the steps in which it is measured."""
+        return self.remote.notes() if isinstance(self.remote, WatchedServer) else {}
+
+    def restorable(self, run: Path) -> list[int]:
+        """The steps whose state this client can go to: its base weights and its checkpoints."""
+        return [0, *sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))]
+
+    def save(self, run: Path, facts: dict[str, Any]) -> None:
+        """The server writes its half, then this client its own; the checkpoint before stays until the next."""
+        self.remote.save(self.step)
+        if (run / "checkpoints" / f"step-{self.step:08d}").is_dir():
+            return  # written before a kill that the server did not survive with us
+        checkpoint = Checkpoint(step=self.step)
+        # shared halves are rebuilt from the server's journal, whose steps are not this client's: no snapshots
+        snapshots = sys.maxsize if isinstance(self.client, SharedClient) else self.config.snapshot_steps
+        self.snapshot_step = self.runtime.put_client(
+            checkpoint, self._own_client, snapshot_step=self.snapshot_step, snapshot_steps=snapshots
+        )
+        if self._labels_stay:
+            self.runtime.put_head(checkpoint, self.server)
+        checkpoint.state |= {
+            "model_digest": self.facts["model"]["digest"],
+            "task_digest": self.facts["task"]["digest"],
+            "distribution": self.config.zo.distribution,
+            **facts,
+        }
+        write_checkpoint(run / "checkpoints", checkpoint, keep=2)
+
+    def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
+        """Take the state after `step`, because the server goes on from there."""
+        if self.config.clients.halves == "shared":
+            return self._catch_up(step)
+        if (
+            self.client is not None and step > self.step
+        ):  # a round was closed without us: our half stays as it is
+            self.done(step)
+            return None
+        self.client = None  # lets go of the old half before it is loaded again
+        self.client, self.snapshot_step = self.runtime.open_client(self.config, self.folder), 0
+        if self._labels_stay:
+            self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
+        facts: dict[str, Any] = {}
+        if step:
+            path = run / "checkpoints" / f"step-{step:08d}"
+            checkpoint = read_checkpoint(path)
+            self._check_task(checkpoint, path)
+            self.snapshot_step = self.runtime.restore_client_(self.client, checkpoint)
+            if self._labels_stay:
+                self.runtime.restore_head_(self.server, checkpoint)
+            facts = checkpoint.state
+        self.control = self.control.restored(facts)
+        drop_checkpoints_after(run / "checkpoints", step)
+        self.done(step)
+        return facts
+
+    def finish(self) -> None:
+        """Shared halves: take what the others did since our last step. The digest is what they can be compared by."""
+        if self.config.clients.halves == "shared":
+            self.client.catch_up()
+        self.facts["final_client_digest"] = self.runtime.trained_digest(self._own_client)
+
+    @property
+    def _labels_stay(self) -> bool:
+        return self.config.wire.labels == "client"
+
+    @property
+    def _own_client(self) -> Any:
+        return self.client.client if isinstance(self.client, SharedClient) else self.client
+
+    def _catch_up(self, step: int) -> None:
+        if self._incarnation != self.remote.incarnation:
+            # a server that was restarted may have gone back: its journal is the truth, from the base weights on
+            self.client = None
+            base = self.runtime.open_client(self.config, self.folder)
+            synchronous = self.config.clients.schedule == "synchronous"
+            self.client = SharedClient(base, self.remote, synchronous=synchronous)
+            self._incarnation = self.remote.incarnation
+        self.done(step)
+        self.client.catch_up()
+
+    def _check_task(self, checkpoint: Checkpoint, path: Path) -> None:
+        before, now = checkpoint.state["task_digest"], self.facts["task"]["digest"]
+        if before != now:
+            raise CheckpointError(
+                f"{path} was trained with other data: {self.task.name} had the digest {before[:12]}, now {now[:12]}; "
+                "put the original files back, or choose another output_dir"
+            )

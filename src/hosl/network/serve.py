@@ -1,0 +1,259 @@
+"""`hosl serve`: the server process, from a half's folder to a listening service, and its orderly end."""
+
+import asyncio
+import json
+import os
+import signal
+import ssl
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hosl.errors import ConfigError, HandshakeError
+from hosl.network.handshake import config_of
+from hosl.split.folder_facts import half_facts
+from hosl.system.run_folder import RunLock
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.enums import from_enum
+
+_TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256-GCM-SHA384"}
+"""A TLS 1.2 cipher that the other kind of key would need: gRPC cannot be told to refuse TLS 1.2, but it finds none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What `hosl serve` can be told."""
+
+    half: Path
+    """OUT/server of `hosl split`."""
+    listen: str = "127.0.0.1:7070"
+    service: Path = Path("runs/service")
+    """Where certificate, clients and runs are kept."""
+    page: str | None = None
+    """host:port of the live page, metrics and health check; None: no page."""
+    public: str | None = None
+    """host:port that join lines name; None: the listening one."""
+    certificate: Path | None = None
+    key: Path | None = None
+    client_authority: Path | None = None
+    """PEM file of the authority whose certificates clients must show (mTLS)."""
+    plaintext: bool = False
+    device: str = "cpu"
+    runs_at_once: int = 1
+    tensor_limit_bytes: int = 256 << 20
+    calls_per_s: int = 200
+    idle_s: float = 60.0
+    say: Callable[[str], None] = field(default=lambda text: print_line(text))
+
+
+def print_line(text: str) -> None:
+    """One line on standard output, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or SIGINT; what is in hand is finished, every run is saved.
+
+    Raises:
+        RequestError: if the half, the address or the certificate cannot serve.
+    """
+    facts = half_facts(options.half, "server")
+    host, port = parse_address(options.listen)
+    if options.plaintext and host not in ("127.0.0.1", "localhost", "::1"):
+        raise ConfigError(
+            f"plaintext is for loopback only, got --listen {options.listen}; leave --plaintext out"
+        )
+    options.service.mkdir(parents=True, exist_ok=True)
+    with RunLock(options.service):
+        credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
+        asyncio.run(_serve(options, facts, host, port, credentials))
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """host:port.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"address {text!r} is not host:port with a port up to 65535, such as 0.0.0.0:7070")
+    return host.strip("[]"), int(port)
+
+
+async def _serve(
+    options: ServeOptions,
+    facts: dict[str, Any],
+    host: str,
+    port: int,
+    credentials: tuple[bytes, bytes, str | None] | None,
+) -> None:
+    import grpc.aio
+
+    from hosl.service.access import Access
+    from hosl.service.calls import Calls
+    from hosl.service.limits import Limits
+    from hosl.service.page import Page
+    from hosl.service.scheduler import Scheduler
+    from hosl.service.sessions import Sessions, each_run
+    from hosl.service.status import Status
+
+    access, scheduler, status = Access(options.service), Scheduler(), Status()
+    limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
+    sessions = Sessions(options.service, _opener(options, facts), runs_at_once=options.runs_at_once)
+    calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
+    status.watch_queue(lambda: scheduler.queue)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", limits.message_bytes),
+            ("grpc.max_send_message_length", limits.message_bytes),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.keepalive_time_ms", int(options.idle_s * 500)),
+            ("grpc.keepalive_timeout_ms", int(options.idle_s * 500)),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    )
+    server.add_generic_rpc_handlers((calls.handler(),))
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound = _bind(server, address, credentials, options)
+    except RuntimeError as cause:
+        raise ConfigError(f"{options.listen} cannot be listened on: {cause}; is the port taken?") from cause
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    page = None if options.page is None else Page(
+        parse_address(options.page), access, status, _page_context(options, credentials)
+    )  # fmt: skip
+    await server.start()
+    _announce(options, access, host, bound, credentials, page)
+    status.ready = True
+    await ended.wait()
+    status.ready = False
+    status.line("draining")
+    await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
+    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save()))
+    scheduler.close()
+    if page:
+        page.close()
+    status.line("stopped")
+
+
+def _bind(
+    server: Any, address: str, credentials: tuple[bytes, bytes, str | None] | None, options: ServeOptions
+) -> int:
+    import grpc
+
+    if credentials is None:
+        return server.add_insecure_port(address)
+    pem, key, _ = credentials
+    authority = _read(options.client_authority) if options.client_authority else None
+    made = grpc.ssl_server_credentials([(key, pem)], authority, require_client_auth=authority is not None)
+    return server.add_secure_port(address, made)
+
+
+def _credentials(options: ServeOptions) -> tuple[bytes, bytes, str | None] | None:
+    """Certificate and key in PEM, and the fingerprint for join lines (None: an authority vouches for it)."""
+    from hosl.service.access import certificate
+    from hosl.transport.join_line import fingerprint_of
+
+    if options.plaintext:
+        return None
+    if (options.certificate is None) != (options.key is None):
+        raise ConfigError("--certificate and --key go together; give both, or neither to have one made")
+    if options.certificate and options.key:
+        pem, key, proof = _read(options.certificate), _read(options.key), None
+    else:
+        pem, key, der = certificate(options.service)
+        proof = fingerprint_of(der)
+    kind = "rsa" if _is_rsa(key) else "ec"
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = _TLS12_CIPHER[kind]
+    return pem, key, proof
+
+
+def _is_rsa(key: bytes) -> bool:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        return isinstance(load_pem_private_key(key, None), RSAPrivateKey)
+    except (ValueError, TypeError) as cause:
+        raise ConfigError(
+            f"the key file holds no readable private key without a password: {cause}"
+        ) from cause
+
+
+def _page_context(
+    options: ServeOptions, credentials: tuple[bytes, bytes, str | None] | None
+) -> ssl.SSLContext | None:
+    if credentials is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    files = (
+        options.certificate or options.service / "certificate.pem",
+        options.key or options.service / "key.pem",
+    )
+    context.load_cert_chain(*files)
+    return context
+
+
+def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
+    """Opens the half that a Hello asks for, if it is this server's."""
+    from hosl.methods.torch_parties import DTYPES
+    from hosl.network.torch_hosting import TorchHosted
+    from hosl.split import load_half
+
+    def open_half(model: pb.Model, training: pb.Training) -> TorchHosted:
+        ours = pb.Model(
+            family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"],
+            client_digest=facts["client_digest"], server_digest=facts["server_digest"], dtype=model.dtype,
+            labels=pb.LABELS_AT_CLIENT if facts.get("labels") == "client" else pb.LABELS_AT_SERVER,
+        )  # fmt: skip
+        for field_ in ours.DESCRIPTOR.fields:
+            mine, theirs = getattr(ours, field_.name), getattr(model, field_.name)
+            if mine != theirs:
+                raise HandshakeError(
+                    f"the halves do not fit: {field_.name} is {str(mine)[:16]} on the server and {str(theirs)[:16]} on "
+                    "the client; use both folders of one `hosl split`"
+                )
+        config = config_of(model, training, device=options.device)
+        dtype = DTYPES[from_enum(pb.DType, model.dtype)]
+
+        def fresh() -> Any:
+            return load_half(options.half).convert(dtype)
+
+        synchronous = training.order == pb.SYNCHRONOUS
+        return TorchHosted(config, fresh, facts.get("new_weights", ()), synchronous=synchronous)
+
+    return open_half
+
+
+def _announce(options: ServeOptions, access: Any, host: str, port: int, credentials: Any, page: Any) -> None:
+    from hosl.transport.join_line import JoinLine
+
+    public_host, public_port = parse_address(options.public) if options.public else (host, port)
+    facts = {
+        "address": f"{public_host}:{public_port}", "fingerprint": credentials[2] if credentials else None,
+        "plaintext": credentials is None,
+    }  # fmt: skip
+    (options.service / "address.json").write_text(json.dumps(facts), encoding="utf-8")
+    if not access.names():
+        line = JoinLine(public_host, public_port, access.enrol("first"), facts["fingerprint"])
+        options.say(f"join line of client `first` (shown once; whoever has it is this client):\n{line}")
+    else:
+        names = ", ".join(client["name"] for client in access.names() if not client["revoked"])
+        options.say(f"enrolled clients: {names or 'none'}; `hosl clients add NAME` prints a new join line")
+    options.say(f"serving {options.half} on {host}:{port}" + (f"; live page on {page.url}" if page else ""))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as cause:
+        raise ConfigError(f"{path} cannot be read: {cause.strerror}; give a PEM file") from cause

@@ -1,0 +1,164 @@
+"""A server half on PyTorch for the service: arrays in, arrays out, checkpoints, and back to any of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hosl.config import Config
+from hosl.core.journal import Journal
+from hosl.core.targets import ClassTargets, OptionTargets, PositionTargets, StepReply, Targets
+from hosl.errors import CheckpointError, WireError
+from hosl.methods.torch_parties import make_server
+from hosl.parties.remote.torch_wire import from_wire, to_wire
+from hosl.parties.servers.basic import TorchServer
+from hosl.parties.servers.trunk import TrunkServer
+from hosl.service.hosting import Stepped
+from hosl.split import ServerHalf
+from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.training.checkpointing import put_server, restore_server_
+from hosl.wire.tensors import WireArray
+
+
+class TorchHosted:
+    """Implements `service.hosting.HostedHalf`."""
+
+    def __init__(
+        self,
+        config: Config,
+        open_half: Callable[[], ServerHalf],
+        new_weights: Sequence[str],
+        *,
+        synchronous: bool,
+    ) -> None:
+        """Load the half at its base weights.
+
+        Args:
+            config: the run's, as Hello told it.
+            open_half: loads the half from the split folder.
+            new_weights: names that the checkpoint did not hold.
+            synchronous: whether updates are made from several clients' gradients.
+        """
+        self._config, self._open_half, self._new_weights = config, open_half, list(new_weights)
+        self._synchronous = synchronous
+        self.party = self._fresh()
+
+    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> None:
+        """Refuse activations of the wrong width, and targets that the head does not have."""
+        config: Any = self.party.half.config
+        text = config.get_text_config()
+        if shape[2] != text.hidden_size:
+            raise WireError(f"activations are {text.hidden_size} wide in this model, got {shape[2]}")
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest is not None and shape[1] > longest:
+            raise WireError(f"this model reads {longest} positions, got {shape[1]}")
+        if isinstance(targets, ClassTargets) and int(targets.labels.max()) >= config.num_labels:
+            raise WireError(
+                f"label {targets.labels.max()} is outside 0..{config.num_labels - 1} of this model's head"
+            )
+        if isinstance(targets, OptionTargets) and int(targets.tokens.max()) >= text.vocab_size:
+            raise WireError(f"token {targets.tokens.max()} is outside the vocabulary of {text.vocab_size}")
+        of_classes = type(self.party.half.model).__name__.endswith("ForSequenceClassification")
+        if isinstance(targets, ClassTargets) != of_classes and not isinstance(targets, PositionTargets):
+            raise WireError(
+                f"this model's head takes {'classes' if of_classes else 'option tokens'}, got the other kind"
+            )
+
+    def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
+        """See `HostedHalf`."""
+        return list(self._able("losses")([from_wire(h) for h in activations], targets))
+
+    def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
+        """See `HostedHalf`."""
+        return self._able("scores")(from_wire(activations), targets)
+
+    def gradient(self, activations: WireArray, targets: Targets) -> Stepped:
+        """See `HostedHalf`."""
+        return _stepped(self._able("gradient")(from_wire(activations), targets))
+
+    def probe(
+        self, pair: Sequence[WireArray], targets: Targets, seed: int, epsilon: float
+    ) -> tuple[float, float]:
+        """See `HostedHalf`."""
+        h_plus, h_minus = (from_wire(h) for h in pair)
+        return self._able("probe")((h_plus, h_minus), targets, seed, epsilon)
+
+    def step(self, activations: WireArray, targets: Targets, step: int, want_gradient: bool) -> Stepped:
+        """See `HostedHalf`."""
+        reply = self._able("step")(from_wire(activations), targets, step=step, want_gradient=want_gradient)
+        return _stepped(reply)
+
+    def states(self, activations: Sequence[WireArray], positions: PositionTargets) -> list[WireArray]:
+        """See `HostedHalf`."""
+        return [to_wire(s) for s in self._able("states")([from_wire(h) for h in activations], positions)]
+
+    def states_for_step(
+        self, activations: WireArray, positions: PositionTargets
+    ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
+        """See `HostedHalf`."""
+        states, finish = self._able("states_for_step")(from_wire(activations), positions)
+
+        def update(gradient: WireArray, step: int, want_gradient: bool) -> Stepped:
+            return _stepped(finish(from_wire(gradient), step, want_gradient))
+
+        return to_wire(states), update
+
+    def contribute(
+        self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
+    ) -> Stepped:
+        """See `HostedHalf`."""
+        reply = self._able("contribute")(
+            from_wire(activations), targets, examples, want_gradient=want_gradient
+        )
+        return _stepped(reply)
+
+    def apply(self, step: int) -> None:
+        """See `HostedHalf`."""
+        self._able("apply")(step)
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """See `HostedHalf`."""
+        self._able("descend")(step, list(seeds), list(coefficients))
+
+    def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
+        """See `HostedHalf`."""
+        checkpoint = Checkpoint(step=step, state=dict(facts))
+        put_server(checkpoint, self.party)
+        checkpoint.journal = journal.to_bytes() if journal is not None else None
+        write_checkpoint(folder, checkpoint, keep=2)
+
+    def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:
+        """See `HostedHalf`."""
+        self.party = self._fresh()
+        drop_checkpoints_after(folder, step)
+        if step == 0:
+            return {}, Journal()
+        path = folder / f"step-{step:08d}"
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint of step {step} in {folder}")
+        checkpoint = read_checkpoint(path)
+        restore_server_(self.party, checkpoint)
+        return checkpoint.state, Journal.from_bytes(checkpoint.journal or b"")
+
+    def _fresh(self) -> TorchServer | TrunkServer:
+        self.party: Any = None  # lets go of the old half before the new one is loaded
+        server = make_server(
+            self._config, self._open_half(), self._new_weights, synchronous=self._synchronous
+        )
+        return server
+
+    def _able(self, call: str) -> Any:
+        able = getattr(self.party, call, None)
+        if able is None:
+            raise WireError(
+                f"a server of method {self._config.method} has no call {call}; the two sides disagree"
+            )
+        return able
+
+
+def _stepped(reply: StepReply) -> Stepped:
+    gradient = reply.gradient
+    assert gradient is None or isinstance(gradient, torch.Tensor), "a torch server answers with tensors"
+    return Stepped(reply.loss, None if gradient is None else to_wire(gradient))

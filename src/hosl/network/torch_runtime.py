@@ -1,0 +1,49 @@
+"""The client's runtime on PyTorch: what `hosl.network.join` asks of a runtime, under the names that it asks for."""
+
+from pathlib import Path
+from typing import Any
+
+from hosl.config import Config
+from hosl.methods.torch_parties import DTYPES, make_client, make_head, party_bytes, trained_elements
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.engine.memory import CudaMemory, TorchMemory, memory_of
+from hosl.parties.remote.torch_wire import from_wire, to_wire
+from hosl.parties.remote.trunk import RemoteTrunk
+from hosl.parties.servers.headed import HeadedServer
+from hosl.planner.budget import check_before_data, check_before_run
+from hosl.split import ClientHalf, load_half, load_head
+from hosl.split.streaming import tensors_digest
+from hosl.training.checkpointing import put_client, put_head, restore_client_, restore_head_
+
+__all__ = [
+    "check_before_data", "check_before_run", "from_wire", "memory_meter", "open_client", "open_head",
+    "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
+    "trained_elements",
+]  # fmt: skip
+
+
+def open_client(config: Config, folder: Path) -> FrozenClient:
+    """The client party of a run at its base weights, from the half's folder."""
+    half = load_half(folder)
+    assert isinstance(half, ClientHalf), "half.json was checked to be a client's"
+    half.convert(DTYPES[config.model.dtype])
+    return make_client(config, half)
+
+
+def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
+    """The head at its base weights, for a client whose labels stay: what rounds talk to in place of a server."""
+    half = load_head(folder, client.half)
+    half.convert(
+        DTYPES[config.model.dtype]
+    )  # a tied weight has that dtype already, and stays the same tensor
+    return make_head(config, half, client.half, trunk)
+
+
+def trained_digest(client: Any) -> str:
+    """SHA-256 over the trained weights of a client, by name: equal for equal halves."""
+    return tensors_digest({name: p.detach() for name, p in getattr(client, "trained", {}).items()})
+
+
+def memory_meter(client: Any) -> TorchMemory | CudaMemory:
+    """Measures the memory of this client's calls."""
+    return memory_of(client, party_bytes(client))

@@ -1,0 +1,1 @@
+"""Clients on PyTorch; each class answers only the calls that it can keep."""

@@ -1,0 +1,173 @@
+"""A client trained by probes on PyTorch: forward passes only, its state a journal."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from hosl.core.directions import Distribution
+from hosl.core.estimators import Projection, mean_scales
+from hosl.core.journal import Journal
+from hosl.core.targets import Batch, Pair
+from hosl.parties.clients.frozen import FrozenClient, in_one
+from hosl.parties.engine.forward_mode import along
+from hosl.parties.engine.perturbation import (
+    BOTH_SIDES,
+    PLUS_SIDE,
+    Probe,
+    Scratch,
+    Signs,
+    descend_,
+    stacked,
+    trained_parameters,
+)
+from hosl.split import ClientHalf
+
+STACKED_TOKENS_AT_ONCE = 1024
+"""Tokens with which low-rank probes fill a shared pass over the weights: the fastest (docs/results/benchmarks.md)."""
+
+
+class ZerothOrderClient(FrozenClient):
+    """A client trained by probes: forward passes only, weights read-only but for `descend`; keeps a journal."""
+
+    def __init__(
+        self,
+        half: ClientHalf,
+        *,
+        distribution: Distribution = "gaussian",
+        micro_batch_size: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(half, micro_batch_size=micro_batch_size, device=device)
+        self.distribution: Distribution = distribution
+        self.trained = trained_parameters(half.model)
+        self.journal = Journal()
+        self.new_scratch: Callable[[], Scratch] = Scratch
+
+    def probe(self, batch: Batch, seed: int, epsilon: float) -> Pair:
+        """The pair of one seed; see `probes`."""
+        (pair,) = self.probes(batch, [seed], epsilon)
+        return pair
+
+    def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
+        """For each seed f_c at theta_c + epsilon u(seed) and theta_c - epsilon u(seed), [rows, seq, width] each."""
+        for probes in self._groups(batch, seeds, epsilon, BOTH_SIDES):
+            pairs = list(in_one(self._signed(batch, probes, BOTH_SIDES), len(batch.input_ids)))
+            while pairs:  # what is handed out is not held here while the next is computed
+                yield _pair(pairs.pop(0))
+
+    def projections(
+        self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: torch.Tensor
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - h-> / (2 epsilon), row by row. No pair is ever held for all rows.
+
+        The difference first, then the sum in float64: no cancellation. Source: methods.md (a). The noise is
+        r sqrt(|g h+|^2 + |g h-|^2) / (2 epsilon), products by element, r half a unit in the last place of the
+        activations' dtype: elements are taken to be off by r h each, independently. Rounding inside the half adds up
+        to more: it is a floor.
+        """
+        for probes in self._groups(batch, seeds, epsilon, BOTH_SIDES):
+            yield from self._projected(batch, probes, BOTH_SIDES, gradient, None)
+
+    def one_sided_projections(
+        self, batch: Batch, clean: torch.Tensor, seeds: Sequence[int], epsilon: float, gradient: torch.Tensor
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - clean> / epsilon, row by row. Source: methods.md (a)."""
+        for probes in self._groups(batch, seeds, epsilon, PLUS_SIDE):
+            yield from self._projected(batch, probes, PLUS_SIDE, gradient, clean)
+
+    def tangents(self, batch: Batch, seeds: Sequence[int], gradient: torch.Tensor) -> Iterator[Projection]:
+        """For each seed <gradient, J u>, row by row, by forward-mode differentiation. Source: methods.md (e)."""
+        ids, mask = self._inputs(batch)
+        for seed in seeds:
+            slopes = np.empty(len(ids))
+            for rows in self._slices(ids, evaluations=2):
+                with torch.no_grad(), along(self.half.model, seed, self.distribution) as tangent_of:
+                    jvp = tangent_of(self.half(ids[rows], mask[rows]))
+                slopes[rows] = _row_sums(jvp, gradient[rows])
+            yield Projection(slopes, noise=0.0)
+
+    def _probe_along(self, batch: Batch, seed: int, epsilon: float) -> Probe:
+        return Probe(seed, epsilon, self.distribution)
+
+    def _groups(
+        self, batch: Batch, seeds: Sequence[int], epsilon: float, signs: Signs
+    ) -> Iterator[list[Probe]]:
+        """Probes that are evaluated at once: low-rank ones share a pass over the weights, as far as it pays."""
+        together = max(STACKED_TOKENS_AT_ONCE // (len(signs) * batch.input_ids.size), 1)
+        probes = [self._probe_along(batch, seed, epsilon) for seed in seeds]
+        for distribution, same in groupby(probes, key=lambda probe: probe.distribution):
+            of_distribution = list(same)
+            at_once = together if distribution == "low-rank" else 1
+            yield from (
+                of_distribution[start : start + at_once] for start in range(0, len(of_distribution), at_once)
+            )
+
+    def _signed(
+        self, batch: Batch, probes: Sequence[Probe], signs: Signs
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """For each micro-batch its rows, and h [probes, signs, rows, seq, width]."""
+        ids, mask = self._inputs(batch)
+        times = len(probes) * len(signs)
+        slices = self._slices(ids, evaluations=len(signs)) if len(probes) == 1 else [slice(0, len(ids))]
+        for rows in slices:
+            some_ids, some_mask = ids[rows], mask[rows]
+            with (
+                torch.no_grad(),
+                stacked(self.half.model, probes, times * len(some_ids), signs, self.new_scratch()),
+            ):
+                h = self.half(some_ids.repeat(times, 1), some_mask.repeat(times, 1))
+            yield rows, h.view(len(probes), len(signs), len(some_ids), *h.shape[1:])
+
+    def _projected(
+        self,
+        batch: Batch,
+        probes: Sequence[Probe],
+        signs: Signs,
+        gradient: torch.Tensor,
+        clean: torch.Tensor | None,
+    ) -> list[Projection]:
+        """Of every probe <gradient, h+ - h-> over the distance between the two; `clean` takes the place of h-."""
+        slopes, squares = np.empty((len(probes), len(batch.input_ids))), np.zeros(len(probes))
+        rounding, span = 0.0, 2.0 if clean is None else 1.0
+        for rows, h in self._signed(batch, probes, signs):
+            rounding, g = torch.finfo(h.dtype).eps / 2, gradient[rows].to(h.device)
+            for q, sides in enumerate(h):
+                first, second = sides if clean is None else (sides[0], clean[rows])
+                squares[q] += sum(float(torch.linalg.vector_norm(side * g)) ** 2 for side in (first, second))
+                distance = span * probes[q].epsilon
+                slopes[q, rows] = _row_sums(first - second, g) / distance
+        return [
+            Projection(rows, noise=rounding * math.sqrt(square) / (span * probe.epsilon))
+            for rows, square, probe in zip(slopes, squares, probes, strict=True)
+        ]
+
+    def descend(
+        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
+    ) -> None:
+        """theta_c -= eta_c / Q sum_q c_q u(seed_q), and the journal's entries for it. Source: paper.md l.8."""
+        self.apply(step, seeds, mean_scales(coefficients, learning_rate))
+
+    def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
+        """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` with the scales at hand."""
+        self.journal.append(step, seeds, scales)
+        descend_(self.trained, seeds, scales, self.distribution)
+
+    def replay(self, journal: Journal, *, after: int = 0) -> None:
+        """Apply the updates of `journal` later than step `after`; the weights must be those of that step."""
+        for _, seeds, scales in journal.updates(after=after):
+            descend_(self.trained, seeds, scales, self.distribution)
+        self.journal = journal
+
+
+def _pair(sides: torch.Tensor) -> Pair:
+    return sides[0], sides[1]
+
+
+def _row_sums(difference: torch.Tensor, gradient: torch.Tensor) -> np.ndarray:
+    """sum of difference * gradient for each row, [rows] in float64; products in float32 or better."""
+    exact = torch.promote_types(difference.dtype, torch.float32)
+    product = difference.to(exact) * gradient.to(difference.device, exact)
+    return product.sum(dim=(1, 2), dtype=torch.float64).cpu().numpy()

@@ -1,0 +1,1 @@
+"""What the parties on PyTorch are made of: perturbation, losses, memory, optimisers."""

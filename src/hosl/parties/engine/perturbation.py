@@ -1,0 +1,359 @@
+"""Probes over torch modules: f at theta + epsilon u and theta - epsilon u in one walk, the weights read-only.
+
+All evaluations travel as one batch: for each probe its plus rows, then its minus rows. Wherever a module owns a
+trained tensor, each sign's rows meet W + epsilon u or W - epsilon u, formed in scratch memory; everything else
+(attention, activations) sees one ordinary batch. No weight is written, so nothing drifts and a killed process leaves
+nothing perturbed (paper.md D14, methods.md (c)). Low-rank directions need no scratch, and any number of probes share
+one product with W. Updates: `descend_`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from hosl.core.directions import Distribution, Drawn, direction_rows, direction_sum, drawn, low_rank_factors
+
+SCRATCH_ELEMENTS = 1 << 22
+"""Largest part of a linear layer that is perturbed at once: 16 MiB in float32. Products with less are slower."""
+
+_PIECE_ELEMENTS = 1 << 16
+"""How much of u is in memory at once, in scratch that stays in a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One direction at one scale: theta +- epsilon u(seed)."""
+
+    seed: int
+    epsilon: float
+    distribution: Distribution
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By name of a linear layer's weight: b of u = a b^T [in], in place of the low-rank distribution's own."""
+
+
+Signs: TypeAlias = tuple[int, ...]
+"""On which sides of theta a probe is evaluated: +1 for theta + epsilon u, -1 for theta - epsilon u."""
+
+BOTH_SIDES: Signs = (+1, -1)
+PLUS_SIDE: Signs = (+1,)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that require a gradient, by Hugging Face's own names, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def stacked(
+    model: nn.Module,
+    probes: Sequence[Probe],
+    rows: int,
+    signs: Signs = BOTH_SIDES,
+    scratch: "Scratch | None" = None,
+) -> Iterator[None]:
+    """Within this context, `model` maps batches of `rows` rows: for each probe, for each sign, as many rows.
+
+    Requires: batches of exactly `rows` rows, no autograd. The context must not span a call to the other party.
+    """
+    scratch = scratch or Scratch()
+    covered: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+    try:
+        for module_name, module in model.named_modules():
+            names = {
+                key: f"{module_name}.{key}" if module_name else key
+                for key, p in module._parameters.items()
+                if p is not None and p.requires_grad
+            }
+            if names:
+                covered.append((module, module.__dict__.get("forward")))
+                module.forward = _perturbed_forward(module, names, probes, signs, rows, scratch)
+        yield
+    finally:
+        for module, previous in covered:
+            del module.forward  # uncovers the class's own
+            if previous is not None:
+                module.forward = previous
+
+
+def descend_(
+    trained: Mapping[str, nn.Parameter],
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    distribution: Distribution,
+) -> None:
+    """theta -= sum_q scale_q u(seed_q), in place, tile by tile; no buffer of the weights' size.
+
+    Source: paper.md l.8. Half-precision weights are updated through float32 and rounded to nearest.
+    """
+    with torch.no_grad():
+        for name, p in trained.items():
+            flat = p.view(-1)
+            for start, stop, total in direction_sum(
+                name, tuple(p.shape), seeds, scales, distribution, _numpy_compute(p)
+            ):
+                shift = torch.from_numpy(total).to(p.device)
+                tile = flat[start:stop]
+                if tile.dtype == shift.dtype:
+                    tile.sub_(shift)
+                else:
+                    tile.copy_(tile.to(shift.dtype) - shift)
+
+
+def _perturbed_forward(
+    module: nn.Module,
+    names: Mapping[str, str],
+    probes: Sequence[Probe],
+    signs: Signs,
+    rows: int,
+    scratch: "Scratch",
+) -> Callable[..., torch.Tensor]:
+    if isinstance(module, nn.Embedding):
+        return _signed_lookup(module, names, probes, signs, rows, scratch)
+    if type(module) is nn.Linear and "weight" in names:
+        if all(probe.distribution == "low-rank" for probe in probes):
+            return _low_rank_linear(module, names, probes, signs)
+        return _signed_linear(module, names, probes, signs, scratch)
+    return _signed_rows(module, names, probes, signs, rows, scratch)
+
+
+def _signed_rows(
+    module: nn.Module,
+    names: Mapping[str, str],
+    probes: Sequence[Probe],
+    signs: Signs,
+    rows: int,
+    scratch: "Scratch",
+) -> Callable[..., torch.Tensor]:
+    """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows."""
+    own_forward = module.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # some families flatten [rows, seq] before a layer; a probe's plus rows still come first
+        assert x.shape[0] % rows == 0, (
+            f"{module} got {tuple(x.shape)}; a probe of {rows} rows needs rows first"
+        )
+        weights = {key: p for key in names if (p := module._parameters[key]) is not None}
+        parts = iter(x.chunk(len(signs) * len(probes)))
+        outputs = []
+        try:
+            for probe in probes:
+                directions = [_drawn(p, names[key], probe) for key, p in weights.items()]
+                for sign in signs:
+                    tiles = scratch.tiles(list(weights.values()))
+                    for (key, p), tile, u in zip(weights.items(), tiles, directions, strict=True):
+                        scratch.form_(tile, p.detach(), u, sign)
+                        module._parameters[key] = tile  # pyright: ignore[reportArgumentType]
+                    outputs.append(own_forward(next(parts), *args, **kwargs))
+        finally:
+            module._parameters.update(weights)
+        return torch.cat(outputs)
+
+    return forward
+
+
+def _signed_linear(
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, scratch: "Scratch"
+) -> Callable[..., torch.Tensor]:
+    """A linear layer's forward by tiles of output features: bits drawn once, W +- epsilon u formed in scratch."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight, width, features = module.weight.detach(), module.in_features, module.out_features
+        parts = x.reshape(len(probes), len(signs), -1, width)
+        out = x.new_empty(len(probes), len(signs), parts.shape[2], features)
+        step = scratch.rows_at_once(features, width)
+        for probe, x_sides, y_sides in zip(probes, parts, out, strict=True):
+            biases = _shifted_biases(module, names, probe, signs)
+            for first, last in pairwise([*range(0, features, step), features]):
+                u = scratch.drawn(weight, names["weight"], probe, (first * width, last * width))
+                (tile,) = scratch.tiles([weight[first:last]])
+                for sign, x_sign, y, bias in zip(signs, x_sides, y_sides, biases, strict=True):
+                    scratch.form_(tile, weight[first:last], u, sign, start=first * width)
+                    if bias is None:
+                        torch.mm(x_sign, tile.T, out=y[:, first:last])
+                    else:
+                        torch.addmm(bias[first:last], x_sign, tile.T, out=y[:, first:last])
+        return out.view(*x.shape[:-1], features)
+
+    return forward
+
+
+def _shifted_biases(
+    module: nn.Linear, names: Mapping[str, str], probe: Probe, signs: Signs
+) -> list[torch.Tensor | None]:
+    """bias + epsilon u, bias - epsilon u, by sign; the bias itself for each where it is not trained."""
+    bias = None if module.bias is None else module.bias.detach()
+    if bias is None or "bias" not in names:
+        return [bias for _ in signs]
+    shift = _whole(bias, names["bias"], probe)
+    return [(bias + shift if sign > 0 else bias - shift).to(bias.dtype) for sign in signs]
+
+
+def _low_rank_linear(
+    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs
+) -> Callable[..., torch.Tensor]:
+    """y = W x + bias +- epsilon (a (b^T x) + u_bias): one product with W for all probes, no scratch.
+
+    Source: methods.md (f).
+    """
+    own_forward, weight = module.forward, module.weight
+    name = names["weight"]
+    factors = [low_rank_factors(probe.seed, name, tuple(weight.shape)) for probe in probes]
+    columns = torch.stack(
+        [
+            probe.columns.get(name, torch.from_numpy(b)).to(weight.device, weight.dtype)
+            for (_, b), probe in zip(factors, probes, strict=True)
+        ]
+    )
+    scaled = [
+        a * _numpy_compute(weight)(probe.epsilon) for (a, _), probe in zip(factors, probes, strict=True)
+    ]
+    rows = _by_sign([torch.from_numpy(a) for a in scaled], signs, weight)
+    evaluations = len(signs) * len(probes)
+    if "bias" in names:  # a second row, which every token takes once: y is read and written one time less
+        shifts = [_whole(module.bias, names["bias"], probe) for probe in probes]
+        rows = torch.cat([rows, _by_sign(shifts, signs, weight)], dim=1)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = own_forward(x)
+        parts = x.reshape(evaluations, -1, module.in_features)
+        along = parts.new_ones(*parts.shape[:2], rows.shape[1])
+        along[..., :1] = torch.bmm(parts, columns.repeat_interleave(len(signs), dim=0)[:, :, None])
+        y.view(evaluations, -1, module.out_features).baddbmm_(along, rows)
+        return y
+
+    return forward
+
+
+def _signed_lookup(
+    module: nn.Embedding,
+    names: Mapping[str, str],
+    probes: Sequence[Probe],
+    signs: Signs,
+    rows: int,
+    scratch: "Scratch",
+) -> Callable[..., torch.Tensor]:
+    """A forward for an embedding table: only the rows that the batch touches are drawn and perturbed.
+
+    The module's own forward runs (subclasses shift or scale), on a table that answers lookups with signs.
+    """
+    own_forward = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = module.weight
+        table: Any = scratch.answering(weight.detach())
+        table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, probes, signs, rows)
+        module._parameters["weight"] = table  # pyright: ignore[reportArgumentType]
+        try:
+            return own_forward(*args, **kwargs)
+        finally:
+            module._parameters["weight"] = weight  # pyright: ignore[reportArgumentType]
+
+    return forward
+
+
+class _SignedTable(torch.Tensor):
+    """An embedding table whose lookups are answered at +epsilon u or -epsilon u, by the row of the batch."""
+
+    answer: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding:
+            return args[1].answer(args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _looked_up(
+    weight: torch.Tensor, name: str, ids: torch.Tensor, probes: Sequence[Probe], signs: Signs, rows: int
+) -> torch.Tensor:
+    # position ids come as one row for the whole batch; the signs need rows of their own
+    ids = ids.expand(rows, *ids.shape[1:])
+    touched, place = torch.unique(ids, return_inverse=True)
+    found = nn.functional.embedding(ids, weight)
+    found = found.to(torch.promote_types(weight.dtype, torch.float32))
+    sides = zip(found.chunk(len(probes)), place.chunk(len(probes)), strict=True)
+    for probe, (found_sides, place_sides) in zip(probes, sides, strict=True):
+        u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.distribution)
+        shift = torch.from_numpy(u).to(found)[place_sides] * probe.epsilon
+        for sign, part in zip(signs, shift.chunk(len(signs)), strict=True):
+            part.mul_(sign)
+        found_sides += shift
+    return found.to(weight.dtype)
+
+
+class Scratch:
+    """Memory in which shifted weights are formed: one module's at a time, kept until the context ends.
+
+    A plan has one of its own, which takes each layer in one part and only counts what it would form.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._piece = np.empty(0, dtype=np.float32)
+
+    def rows_at_once(self, features: int, width: int) -> int:
+        """How many rows of a linear layer's weight are perturbed at once."""
+        return max(SCRATCH_ELEMENTS // width, 1)
+
+    def drawn(self, weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int]) -> Drawn:
+        """epsilon u for a span of a weight's elements."""
+        return _drawn(weight, name, probe, span)
+
+    def answering(self, table: torch.Tensor) -> torch.Tensor:
+        """The same embedding table, but lookups ask its `answer`."""
+        return table.as_subclass(_SignedTable)
+
+    def tiles(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A tile for each of these tensors, of its shape; earlier ones are given up."""
+        like = weights[0]
+        sizes = [w.numel() for w in weights]
+        if self._memory.numel() < sum(sizes) or self._memory.dtype != like.dtype:
+            self._memory = torch.empty(0)  # freed before the larger one is asked for
+            self._memory = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+        parts = self._memory[: sum(sizes)].split(sizes)
+        return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+    def form_(self, tile: torch.Tensor, weight: torch.Tensor, u: Drawn, sign: int, start: int = 0) -> None:
+        """tile = weight + sign u, piece by piece; `start`: where the weight begins in its tensor."""
+        flat, shifted = weight.reshape(-1), tile.view(-1)
+        combine = torch.add if sign > 0 else torch.sub
+        # another device is sent few large pieces, this one is given what its cache holds
+        size = min(_PIECE_ELEMENTS if weight.device.type == "cpu" else SCRATCH_ELEMENTS, len(flat))
+        if len(self._piece) < size or self._piece.dtype != _numpy_compute(weight):
+            self._piece = np.empty(size, dtype=_numpy_compute(weight))
+        for first, last in pairwise([*range(0, len(flat), size), len(flat)]):
+            piece = self._piece[: last - first]
+            u.fill(start + first, start + last, piece)
+            combine(flat[first:last], torch.from_numpy(piece).to(weight.device), out=shifted[first:last])
+
+
+def _drawn(weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int] | None = None) -> Drawn:
+    """epsilon u of one tensor, or of a span of its elements."""
+    return drawn(
+        probe.seed, name, tuple(weight.shape), probe.distribution, probe.epsilon, _numpy_compute(weight), span
+    )
+
+
+def _whole(weight: torch.Tensor, name: str, probe: Probe) -> torch.Tensor:
+    """epsilon u of a small tensor."""
+    u = np.empty(weight.numel(), dtype=_numpy_compute(weight))
+    _drawn(weight, name, probe).fill(0, len(u), u)
+    return torch.from_numpy(u).view(weight.shape).to(weight.device)
+
+
+def _by_sign(shifts: Sequence[torch.Tensor], signs: Signs, like: torch.Tensor) -> torch.Tensor:
+    """[len(shifts) len(signs), 1, features]: each shift times each sign, in the dtype of `like`."""
+    each = [shift if sign > 0 else -shift for shift in shifts for sign in signs]
+    return torch.stack(each)[:, None, :].to(like.device, like.dtype)
+
+
+def _numpy_compute(weight: torch.Tensor) -> type:
+    """In which dtype shifts are computed: float64 for float64 weights, float32 for all others."""
+    return np.float64 if weight.dtype == torch.float64 else np.float32

@@ -1,0 +1,1 @@
+"""Parties behind a transport: the server as its client sees it, shared halves, compression."""

@@ -1,0 +1,77 @@
+"""A zeroth-order client whose half stays equal to those of the other clients: every update goes through one journal.
+
+The server keeps the journal and its order. A client hands its update in and applies what comes back: its own and the
+others', in that order, so all halves are equal bit for bit at equal length. A late client catches up the same way.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from hosl.core.estimators import Projection, mean_scales
+from hosl.core.journal import Journal
+from hosl.core.protocols import ZerothOrderClientSide
+from hosl.core.targets import Activations, Batch, Pair
+from hosl.errors import StepMoved
+from hosl.parties.remote.server import RemoteServer
+
+
+@runtime_checkable
+class JournaledClient(ZerothOrderClientSide, Protocol):
+    """A client that applies updates as they come from a journal."""
+
+    journal: Journal
+
+    def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
+        """theta_c -= sum_q scale_q u(seed_q)."""
+        ...
+
+
+class SharedClient:
+    """Implements `ZerothOrderClientSide` over a client and the server that relays the journal."""
+
+    def __init__(self, client: JournaledClient, server: RemoteServer, *, synchronous: bool) -> None:
+        """`synchronous`: an update is the round's mean, and comes when the round closes."""
+        self.client, self._server, self._synchronous = client, server, synchronous
+        self._examples = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)  # what a checkpoint or a memory meter asks of the client
+
+    def forward(self, batch: Batch) -> Activations:
+        """h = f_c(x; theta_c)."""
+        self._examples = len(batch.input_ids)
+        return self.client.forward(batch)
+
+    def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
+        """For each seed f_c at theta_c +- epsilon u(seed)."""
+        self._examples = len(batch.input_ids)
+        return self.client.probes(batch, seeds, epsilon)
+
+    def projections(
+        self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: Activations
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - h-> / (2 epsilon)."""
+        return self.client.projections(batch, seeds, epsilon, gradient)
+
+    def descend(
+        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
+    ) -> None:
+        """Hand the update in, and apply those that the journal has got since.
+
+        Raises:
+            StepMoved: if the round was closed without us; what it brought has been applied.
+        """
+        scales = mean_scales(coefficients, learning_rate)
+        if self._exchange(step, seeds, scales, self._examples):
+            raise StepMoved(self.client.journal.last_step)
+
+    def catch_up(self) -> None:
+        """Apply the updates that the journal has got since the last time."""
+        self._exchange(self._server.current, (), (), 0)
+
+    def _exchange(self, step: int, seeds: Sequence[int], scales: Sequence[float], examples: int) -> bool:
+        replies = self._server.journal(step, self.client.journal.last_step, seeds, scales, examples)
+        for reply in replies:
+            for update in reply.updates:
+                self.client.apply(update.step, list(update.seeds), list(update.scales))
+        return self._synchronous and any(reply.late for reply in replies)

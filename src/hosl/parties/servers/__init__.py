@@ -1,0 +1,1 @@
+"""Servers on PyTorch; they answer, they never drive."""

@@ -1,0 +1,156 @@
+"""ServerSide on PyTorch: first-order, zeroth-order. It answers; it never drives (hosl.core.rounds does)."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from hosl.core.array_types import Float
+from hosl.core.directions import Distribution
+from hosl.core.estimators import mean_scales
+from hosl.core.targets import Pair, StepReply, Targets
+from hosl.errors import NonFiniteError
+from hosl.parties.engine.loss import row_losses, row_scores, wanted_positions
+from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
+from hosl.parties.engine.perturbation import Probe, descend_, stacked, trained_parameters
+from hosl.split import ServerHalf
+
+LearningRate = Callable[[int], float]
+"""The learning rate of each step; steps count from 1."""
+
+
+class TorchServer:
+    """What every server can do without changing: losses, scores, and the gradient at the cut."""
+
+    def __init__(self, half: ServerHalf, *, learning_rate: LearningRate, device: str = "cpu") -> None:
+        self.half = half
+        self.device = torch.device(device)
+        self.learning_rate = learning_rate
+        half.to(self.device)
+        half.eval()
+        self.trained = trained_parameters(half.model)
+
+    def losses(self, activations: Sequence[torch.Tensor], targets: Targets) -> list[float]:
+        """The mean loss of each activation, in nats. Inference: theta_s unchanged. Source: paper.md l.4."""
+        with torch.no_grad():
+            return [float(self._loss(h, targets)) for h in activations]
+
+    def scores(self, activations: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
+        """Log-probabilities per class, or per option, mean per token. Inference."""
+        with torch.no_grad():
+            return row_scores(self._logits(activations, targets), targets)
+
+    def gradient(self, activations: torch.Tensor, targets: Targets) -> StepReply:
+        """The loss and dL/dh; no gradient of theta_s is formed and theta_s is unchanged."""
+        h = activations.detach().to(self.device).requires_grad_()
+        with torch.enable_grad():
+            loss = self._loss(h, targets)
+        (gradient,) = torch.autograd.grad(loss, h)
+        return StepReply(loss=float(loss.detach()), gradient=gradient)
+
+    def _logits(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
+        mask = torch.from_numpy(targets.mask).to(self.device, torch.int64)
+        positions = wanted_positions(targets)
+        return self.half(h.to(self.device), mask, None if positions is None else positions.to(self.device))
+
+    def _loss(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
+        return row_losses(self._logits(h, targets), targets).mean()
+
+
+class FirstOrderServer(TorchServer):
+    """A server trained by backprop: HOSL's own, and FO-FO's."""
+
+    def __init__(
+        self,
+        half: ServerHalf,
+        *,
+        learning_rate: LearningRate,
+        optimiser: OptimiserSpec | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(half, learning_rate=learning_rate, device=device)
+        self.optimiser = make_optimiser(optimiser or OptimiserSpec(), self.trained.values())
+        self._answered: tuple[int, StepReply] | None = None
+
+    def step(
+        self, activations: torch.Tensor, targets: Targets, *, step: int, want_gradient: bool = False
+    ) -> StepReply:
+        """One update of theta_s at the learning rate of `step`; loss and dL/dh are those before it.
+
+        Asked again for the step it answered last, it repeats the answer and changes nothing. Source: paper.md l.7.
+
+        Raises:
+            NonFiniteError: if the loss is NaN or infinite; theta_s is then unchanged.
+        """
+        if self._answered is not None and self._answered[0] == step:
+            return self._answered[1]
+        h = activations.detach().to(self.device).requires_grad_(want_gradient)
+        loss = self._finite_loss(h, targets, step)
+        loss.backward()
+        reply = StepReply(loss=float(loss.detach()), gradient=h.grad)
+        optimiser_step(self.optimiser, self.learning_rate(step))
+        self._answered = (step, reply)
+        return reply
+
+    def step_at_mean(
+        self, activations: Sequence[torch.Tensor], targets: Targets, *, step: int
+    ) -> list[float]:
+        """One update of theta_s on the mean of the activations' losses; each one's loss before it, in nats.
+
+        One activation's graph is alive at a time. Source: paper.md section 11, server_gradient_at.
+
+        Raises:
+            NonFiniteError: if a loss is NaN or infinite; theta_s is then unchanged.
+        """
+        losses = []
+        for h in activations:
+            try:
+                loss = self._finite_loss(h.detach().to(self.device), targets, step)
+            except NonFiniteError:
+                self.optimiser.zero_grad()
+                raise
+            (loss / len(activations)).backward()
+            losses.append(float(loss.detach()))
+        optimiser_step(self.optimiser, self.learning_rate(step))
+        return losses
+
+    def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
+        loss = self._loss(h, targets)
+        if not torch.isfinite(loss.detach()):
+            raise NonFiniteError(
+                f"the training loss of step {step} is {float(loss.detach())}; it must be finite: lower "
+                "server.learning_rate or client.learning_rate, and look for extreme values in the data"
+            )
+        return loss
+
+
+class ZerothOrderServer(TorchServer):
+    """A server trained by probes, as the client is: ZO-ZO's, and FO-ZO's."""
+
+    def __init__(
+        self,
+        half: ServerHalf,
+        *,
+        learning_rate: LearningRate,
+        distribution: Distribution = "gaussian",
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(half, learning_rate=learning_rate, device=device)
+        self.distribution: Distribution = distribution
+
+    def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
+        """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed), in nats."""
+        h = torch.cat([side.to(self.device) for side in pair])
+        mask = torch.from_numpy(targets.mask).to(self.device, torch.int64).repeat(2, 1)
+        positions = wanted_positions(targets)
+        with torch.no_grad(), stacked(self.half.model, [Probe(seed, epsilon, self.distribution)], len(h)):
+            logits = self.half(h, mask, None if positions is None else positions.to(self.device))
+        logits_plus, logits_minus = logits.chunk(2)
+        return (
+            float(row_losses(logits_plus, targets).mean()),
+            float(row_losses(logits_minus, targets).mean()),
+        )
+
+    def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
+        """theta_s -= eta_s / Q sum_q c_q u(seed_q), at the learning rate of `step`."""
+        descend_(self.trained, seeds, mean_scales(coefficients, self.learning_rate(step)), self.distribution)

@@ -1,0 +1,42 @@
+"""A first-order server that several clients train together, one update a round."""
+
+import torch
+
+from hosl.core.targets import StepReply, Targets
+from hosl.errors import NonFiniteError
+from hosl.parties.engine.optimisers import optimiser_step
+from hosl.parties.servers.basic import FirstOrderServer
+
+
+class SynchronousServer(FirstOrderServer):
+    """A first-order server that several clients train together: gradients are gathered, then one update is made."""
+
+    _examples: int = 0
+
+    def contribute(
+        self, activations: torch.Tensor, targets: Targets, examples: int, *, want_gradient: bool = False
+    ) -> StepReply:
+        """Add this batch's gradient, weighed by its `examples`, to the round's; theta_s stays.
+
+        Raises:
+            NonFiniteError: if the loss is NaN or infinite; nothing was added then.
+        """
+        h = activations.detach().to(self.device).requires_grad_(want_gradient)
+        loss = self._loss(h, targets)
+        if not torch.isfinite(loss.detach()):
+            raise NonFiniteError(
+                f"a client's training loss is {float(loss.detach())}; it must be finite: lower the learning rates"
+            )
+        (loss * examples).backward()
+        self._examples += examples
+        return StepReply(float(loss.detach()), None if h.grad is None else h.grad / examples)
+
+    def apply(self, step: int) -> None:
+        """One update from the mean over all examples contributed since the last; none were: theta_s stays."""
+        if not self._examples:
+            return
+        for p in self.trained.values():
+            if p.grad is not None:
+                p.grad /= self._examples
+        optimiser_step(self.optimiser, self.learning_rate(step))
+        self._examples = 0

@@ -1,0 +1,128 @@
+"""client.memory_budget against the plan, before a run; against the process at every step: `budget`."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hosl.config import Config
+from hosl.errors import BudgetError
+from hosl.methods.schedule import longest_batch
+from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
+from hosl.system.byte_sizes import parse_bytes, told_bytes
+from hosl.system.gc_paused import uncollected
+from hosl.tasks import Task
+
+if TYPE_CHECKING:
+    from hosl.planner.plan import Demand
+
+_NETWORK_BYTES = 26 << 20
+"""What a connection adds to a client process, grpc's import included (docs/log.md, 2026-11-23)."""
+_NOTHING_ELSE = "raise the budget, or see `hosl plan` for ways that take less"
+
+
+def check_before_data(config: Config, model: str, *, head: Any = None, alone: bool) -> None:
+    """Refuse a budget that no data could meet at any cut: what Python takes, and the weights of one block.
+
+    Raises:
+        BudgetError: saying so.
+    """
+    if config.client.memory_budget is None:
+        return
+    limit, base = _limit(config), _base(alone)
+    if base < limit:  # only now: a run without a budget does without what a plan needs
+        from hosl.planner.costs import weight_bytes, with_cut
+        from hosl.planner.model_shape import model_shape
+
+        shape = model_shape(model, head=head)
+        if base + max(weight_bytes(with_cut(config, min(config.model.cut, 1)), shape)) <= limit:
+            return
+    raise BudgetError(
+        f"{_asked(limit)}, but the client would take {told_bytes(base)} before any weight, and there is no cut whose "
+        f"weights fit into what is left; {_NOTHING_ELSE}"
+    )
+
+
+def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> None:
+    """Refuse a budget that the longest batches of training and evaluation would not meet.
+
+    Raises:
+        BudgetError: naming the nearest setting that fits.
+    """
+    if config.client.memory_budget is None:
+        return
+    from hosl.planner.plan import most_needed, nearest_that_fits
+
+    limit = _limit(config)
+    tokens, takes = _takes(config, model, task, _base(alone))
+    with uncollected():
+        needed = most_needed(takes(config))
+        if needed <= limit:
+            return
+        nearest = nearest_that_fits(config, tokens, takes, limit)
+    if nearest is None:
+        advice = f"no micro-batch and no lower cut brings method {config.method} below it; {_NOTHING_ELSE}"
+    else:
+        advice = f"the nearest setting that fits: {_told(nearest, config)}"
+    raise BudgetError(
+        f"{_asked(limit)}, but the client would take {told_bytes(needed)} ({told_bytes(_base(alone))} of it before any "
+        f"weight); {advice}"
+    )
+
+
+def _takes(
+    config: Config, model: str, task: Task, base: float
+) -> tuple[int, Callable[[Config], "list[Demand]"]]:
+    """Tokens of the longest row, and what the longest batches of training and of evaluation take under a config."""
+    from hosl.planner.costs import BACKWARD, beyond_weights, clean_pass, client_memory, weight_bytes
+    from hosl.planner.model_shape import model_shape
+    from hosl.planner.plan import Demand
+
+    labels = len(task.labels) if task.head == "classification" else None
+    shape = model_shape(model, head=task.head, num_labels=labels)
+    rows, train = longest_batch(task, config)
+    longest = max(len(row) for e in (*task.dev, *task.test) for row in e.rows)
+    known: dict[Any, Any] = {}
+    answers: dict[bytes, list[Demand]] = {}
+
+    def takes(tried: Config) -> list[Demand]:
+        key = msgspec.json.encode(tried)
+        if key not in answers:
+            answers[key] = demands(tried)
+        return answers[key]
+
+    def demands(tried: Config) -> list[Demand]:
+        eval_rows = tried.per_device_eval_batch_size
+        step = cache(lambda: client_memory(tried, shape, known)(rows, train))
+
+        def training() -> float:
+            _, peak, loading = step()
+            return base + max(peak, loading)
+
+        def evaluation() -> float:  # forward passes, beside what training holds between its steps
+            held = step()[0] if tried.method in BACKWARD else weight_bytes(tried, shape)[0]
+            return base + held + beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
+
+        return [Demand(rows, training), Demand(eval_rows, evaluation)]
+
+    return max(train, longest), takes
+
+
+def _limit(config: Config) -> float:
+    return float(parse_bytes(config.client.memory_budget or ""))
+
+
+def _base(alone: bool) -> float:
+    return RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
+
+
+def _asked(limit: float) -> str:
+    return f"client.memory_budget is {told_bytes(limit)}"
+
+
+def _told(nearest: Config, config: Config) -> str:
+    changed = [f"client.micro_batch_size: {nearest.client.micro_batch_size}"]
+    if nearest.model.cut != config.model.cut:
+        changed.append(f"model.cut: {nearest.model.cut}")
+    return ", ".join(changed)

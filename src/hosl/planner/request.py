@@ -1,0 +1,197 @@
+"""`hosl plan` around the planner: what is asked in words, the task's longest batch, the table for people."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hosl.config import Config, ModelConfig, dump_config, load_config
+from hosl.errors import ConfigError, SplitError
+from hosl.methods.schedule import longest_batch
+from hosl.planner.dry_run import Work
+from hosl.planner.machine import assumed_cpu, assumed_server, probed
+from hosl.planner.model_shape import ModelShape, model_shape
+from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
+from hosl.split import resolve_model_folder
+from hosl.system.allocator import return_freed_memory
+from hosl.system.byte_sizes import told_bytes
+from hosl.system.gc_paused import uncollected
+from hosl.tasks import Task, TextTokenizer, load_task
+from hosl.transport.link import LinkSpec
+
+_TOKENS = 256
+_CUTS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """What `hosl plan` is asked."""
+
+    what: str
+    device_memory_bytes: float | None = None
+    link: LinkSpec
+    rows: int | None = None
+    tokens: int | None = None
+    cuts: tuple[int, ...] | None = None
+    cores: int = 1
+    probe: bool = False
+    server_tera_flops: float = 10.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan's rows and what follows from them."""
+
+    question: Question
+    rows: Sequence[PlanRow]
+    chosen: PlanRow | None
+    why: str
+
+    def facts(self) -> dict[str, Any]:
+        """For --json: units in the names."""
+        question = self.question
+        return {
+            "model": question.shape.name, "blocks": question.shape.blocks, "rows": question.rows,
+            "tokens": question.tokens, "steps": question.base.max_steps,
+            "device_memory_bytes": question.device_memory_bytes, "why": self.why,
+            "recommended": _facts(self.chosen) if self.chosen else None,
+            "ways": [_facts(row) for row in self.rows],
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """For people: what fits is marked, the recommended row with an arrow."""
+        question = self.question
+        limit = question.device_memory_bytes
+        head = (
+            f"{question.shape.name}, {question.shape.blocks} blocks, batches of {question.rows} x {question.tokens} "
+            f"tokens, {question.base.max_steps} steps; device: {'no limit' if limit is None else told_bytes(limit)}"
+        )
+        columns = [
+            "", "cut", "way", "rows at once", "client tensors", "process", "server", "up/step", "down/step", "client s",
+            "wire s", "server s", "hours",
+        ]  # fmt: skip
+        lines = [columns, *(_cells(row, row is self.chosen) for row in self.rows)]
+        widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+        text = [
+            "  ".join(
+                cell.ljust(width) if place == 2 else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([head, "", *text, "", f"+ fits, -> recommended: {self.why}", ""])
+
+    def write(self, path: Path) -> None:
+        """The recommended row as a config that `hosl train` reads.
+
+        Raises:
+            ConfigError: if nothing fits.
+        """
+        if self.chosen is None:
+            raise ConfigError(f"there is nothing to write: {self.why}")
+        path.write_text(dump_config(self.chosen.config), encoding="utf-8")
+
+    def draw(self, path: Path) -> None:
+        """Memory against cut, as a picture."""
+        from hosl.planner.picture import draw_memory
+
+        question = self.question
+        title = f"{question.shape.name}: {question.rows} x {question.tokens} tokens"
+        draw_memory(self.rows, question.device_memory_bytes, title, path)
+
+
+def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> Planned:
+    """Answer; `say` hears what takes a while.
+
+    Raises:
+        ConfigError, SplitError, ModelError, TaskError: if there is no such model, or it cannot be cut or trained so.
+    """
+    question = _question(asked, say)
+    shape, base = question.shape, question.base
+    cuts = asked.cuts or _spread(shape.blocks, base.model.cut)
+    outside = [cut for cut in cuts if not 0 <= cut <= shape.blocks]
+    if outside:
+        raise SplitError(
+            f"cut={outside[0]} is outside 0..{shape.blocks}: {shape.name} has {shape.blocks} blocks"
+        )
+    if asked.probe:
+        say("measuring this machine")
+        return_freed_memory()  # as `hosl join` does: fresh pages take their time
+        work = of_config(question).client.work
+        question = _with_machine(question, work)
+    with uncollected():
+        rows = plan(question, cuts=cuts)
+    try:
+        chosen, why = recommended(rows, cut=base.model.cut)
+    except ConfigError as nothing:
+        chosen, why = None, str(nothing)
+    return Planned(question, rows, chosen, why)
+
+
+def shape_of(config: Config, task: Task) -> ModelShape:
+    """The shape of a config's model, with the head that its task needs."""
+    labels = len(task.labels) if task.head == "classification" else None
+    return model_shape(config.model.name, head=task.head, num_labels=labels)
+
+
+def _question(asked: Planning, say: Callable[[str], None]) -> Question:
+    if asked.what.endswith((".yaml", ".yml")):
+        base = load_config(asked.what)
+        say(f"reading the task of {asked.what}")
+        folder = resolve_model_folder(base.model.name)
+        task = load_task(base.task, TextTokenizer.load(folder), seed=base.seed)
+        shape = shape_of(base, task)
+        rows, tokens = longest_batch(task, base)
+    else:
+        shape = model_shape(asked.what)
+        base = Config(model=ModelConfig(name=asked.what, cut=max(shape.blocks // 2, 1)))
+        rows, tokens = base.per_device_train_batch_size, min(_TOKENS, shape.longest or _TOKENS)
+    tokens = asked.tokens or tokens
+    if shape.longest is not None and tokens > shape.longest:
+        raise ConfigError(f"--tokens {tokens}: {shape.name} reads {shape.longest} positions at most")
+    return Question(
+        shape=shape, base=base, rows=asked.rows or rows, tokens=tokens, client=assumed_cpu(asked.cores),
+        server=assumed_server(asked.server_tera_flops), link=asked.link, device_memory_bytes=asked.device_memory_bytes,
+    )  # fmt: skip
+
+
+def _with_machine(question: Question, work: Work) -> Question:
+    return replace(question, client=probed(work, question.base.zo.distribution, base=question.client))
+
+
+def _spread(blocks: int, wanted: int) -> list[int]:
+    """At most `_CUTS` cuts from the first block to the last, the wanted one among them."""
+    step = max(-(-blocks // _CUTS), 1)
+    return sorted({*range(step, blocks + 1, step), min(wanted, blocks), blocks})
+
+
+def _cells(row: PlanRow, chosen: bool) -> list[str]:
+    at_once = row.config.client.micro_batch_size
+    traffic = row.traffic
+    return [
+        "->" if chosen else "+" if row.fits else "", str(row.cut), row.name,
+        "usual" if at_once is None else str(at_once),
+        told_bytes(row.client.peak_bytes), told_bytes(row.client_process_bytes), told_bytes(row.server.peak_bytes),
+        _told_traffic(traffic.bytes_up), _told_traffic(traffic.bytes_down), f"{row.client_s:.2f}", f"{row.wire_s:.2f}",
+        f"{row.server_s:.2f}", f"{row.hours:.2f}",
+    ]  # fmt: skip
+
+
+def _told_traffic(count: int) -> str:
+    return (
+        f"{count} B" if count < 2**10 else f"{count / 2**10:.0f} KiB" if count < 2**20 else told_bytes(count)
+    )
+
+
+def _facts(row: PlanRow) -> dict[str, Any]:
+    return {
+        "cut": row.cut, "way": row.name, "method": row.config.method, "fits": row.fits,
+        "micro_batch_size": row.config.client.micro_batch_size,
+        "client_static_bytes": round(row.client.static_bytes),
+        "client_tensor_peak_bytes": round(row.client.peak_bytes),
+        "client_process_bytes": round(row.client_process_bytes),
+        "server_tensor_peak_bytes": round(row.server.peak_bytes), "bytes_up": row.traffic.bytes_up,
+        "bytes_down": row.traffic.bytes_down, "round_trips": row.traffic.round_trips,
+        "client_s": round(row.client_s, 4), "wire_s": round(row.wire_s, 4), "server_s": round(row.server_s, 4),
+        "hours": round(row.hours, 3),
+    }  # fmt: skip

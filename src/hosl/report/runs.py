@@ -1,0 +1,275 @@
+"""Runs read back from their folders, for a report; and which runs a study's folder stands for."""
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from hosl.config import WITHOUT_DIRECTIONS, Config, load_config
+from hosl.errors import ConfigError, FolderError
+from hosl.system.run_folder import read_lines
+
+CHOSEN_RUNS = "runs.csv"
+"""Of a finished study: which of its runs have the rates that were chosen."""
+_COMMAND = re.compile(r"(?:\w+=\S* )*hosl train .*/([^/]+)\.yaml'?")
+"""Of a run of a study, maybe behind variables of the environment; its config has the run's name."""
+
+_FILES = ("metrics.jsonl", "timings.jsonl", "config.yaml", "record.json")
+_OWN = ("seed", "output_dir", "report_to")
+"""Settings in which the runs of one group may differ."""
+_SAME_WORK = ("max_steps", "per_device_train_batch_size", "task.")
+_TEST_ROWS = ("max_tokens", "train_rows", "dev_rows")
+"""Of a task's settings: those that leave the test rows as they are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files."""
+
+    folder: Path
+    config: dict[str, Any]
+    """As plain data, with the client's rate as a number."""
+    parsed: Config | None
+    """None: of a version whose settings this one does not know."""
+    record: dict[str, Any]
+    steps: list[dict[str, Any]]
+    """A line per step."""
+    dev: list[dict[str, Any]]
+    """A line per evaluation."""
+    test: dict[str, Any] | None
+    """None: the run is not finished."""
+    timings: list[dict[str, Any]]
+    begun_ns: int
+    """When it was made, by its config: a run writes that once, whatever happens to it later."""
+
+    @property
+    def method(self) -> str:
+        """Of its config."""
+        return self.config["method"]
+
+    @property
+    def cut(self) -> int:
+        """Blocks on the client; a half that was split earlier knows it, the config does not."""
+        return self.record["cut"]
+
+    @property
+    def seed(self) -> int:
+        """Of its config."""
+        return self.config["seed"]
+
+    @property
+    def joined(self) -> bool:
+        """Whether its server was another process (`hosl join`)."""
+        return "run_id" in self.record
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted path -> value, without what the runs of a group may differ in."""
+        found = flat({name: value for name, value in self.config.items() if name not in _OWN})
+        if (
+            self.method in WITHOUT_DIRECTIONS
+        ):  # a study's order of `directions` must not tear its frozen row apart
+            found.pop("zo.directions", None)
+        return found | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Task and model: what a number has to share with another to be compared with it."""
+        task = {name: value for name, value in self.config["task"].items() if name not in _TEST_ROWS}
+        return json.dumps([self.record["task"]["name"], task], sort_keys=True), self.record["model"]["digest"]
+
+    @property
+    def draws_rows(self) -> bool:
+        """As `seed_draws_rows`."""
+        return seed_draws_rows(self.config["task"])
+
+
+@dataclass(frozen=True)
+class ChosenRun:
+    """A line of a finished study's runs.csv."""
+
+    folder: Path
+    task: str
+    """As the study calls it."""
+    row: str
+    """Of the study's table."""
+
+
+Ends = Mapping[Path, tuple[Run | None, Run | None]]
+"""Folder of a study's run -> runs of the rows that are 0 and 1 of gap closure beside it."""
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run wrote.
+
+    Raises:
+        FolderError: if it is no run's folder, or its run has not begun.
+    """
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        raise FolderError(
+            f"{folder} is no run's folder: it {_found(folder, missing)}; a report wants folders that `hosl train` or "
+            "`hosl join` made, or one of `hosl study`"
+        )
+    try:
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / "timings.jsonl")
+        config, parsed = _config(folder / "config.yaml")
+    except (ValueError, yaml.YAMLError) as cause:
+        raise FolderError(f"{folder}: its files cannot be read: {cause}") from cause
+    if not isinstance(config, dict) or not {"model", "task", "cut"} <= record.keys():
+        raise FolderError(f"{folder}: its run has not begun yet; wait for its first step")
+    return Run(
+        folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
+        dev=[line for line in metrics if line.get("split") == "dev"],
+        test=next((line for line in metrics if line.get("split") == "test"), None), timings=timings,
+        begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
+    )  # fmt: skip
+
+
+def run_folders(asked: Sequence[Path]) -> list[Path]:
+    """Folders of runs; of a study its chosen runs, each folder once, however it was written.
+
+    Raises:
+        FolderError: if a study's folder has no run yet, or no whole runs.csv.
+    """
+    found: dict[Path, Path] = {}
+    for folder in asked:
+        for of_run in _of_study(folder) if is_study(folder) else [folder]:
+            found.setdefault(of_run.resolve(), of_run)
+    return list(found.values())
+
+
+def chosen_runs(study: Path) -> list[ChosenRun] | None:
+    """The chosen runs of a finished study; None: it is not finished.
+
+    Raises:
+        FolderError: if its runs.csv is cut short, or has runs that are not there.
+    """
+    file = study / CHOSEN_RUNS
+    try:
+        with file.open(newline="", encoding="utf-8") as text:
+            lines = list(csv.DictReader(text))
+    except FileNotFoundError:
+        return None
+    except (ValueError, csv.Error) as cause:
+        raise _no_list(file, f"cannot be read: {cause}") from cause
+    found = [_chosen_run(file, place, line) for place, line in enumerate(lines, start=2)]
+    if not any(found):
+        raise _no_list(file, "has no chosen run")
+    return list(dict.fromkeys(run for run in found if run))
+
+
+def study_ends(runs: Sequence[Run], chosen: Sequence[ChosenRun], rows: tuple[str, str]) -> Ends:
+    """For every chosen run the two of the same task at the same cut; None: the study has none such."""
+    both = list(zip(chosen, runs, strict=True))
+    of_row = {(one.task, run.cut, one.row): run for one, run in both}
+    return {
+        run.folder: (of_row.get((one.task, run.cut, rows[0])), of_row.get((one.task, run.cut, rows[1])))
+        for one, run in both
+    }
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is one of `hosl study`."""
+    return (folder / "runs").is_dir() and not (folder / "metrics.jsonl").is_file()
+
+
+def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted path -> value."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[above + name] = value
+    return found
+
+
+def same_work(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether runs made the same steps of the same task, by dotted paths; else their gap closure means nothing."""
+    return all(value == others.get(path) for path, value in settings.items() if path.startswith(_SAME_WORK))
+
+
+def seed_draws_rows(task: Mapping[str, Any]) -> bool:
+    """Whether the seed chooses the rows of train or dev: then the task's digest is another for every seed."""
+    return task.get("kind") not in ("docstrings", "files") or task.get("train_rows") is not None
+
+
+def told(value: Any) -> str:
+    """A value of a config, short."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else ", ".join(map(told, value)) if isinstance(value, list) else str(value)
+
+
+def _timings(path: Path) -> list[dict[str, Any]]:
+    """The lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
+    return [
+        {name.replace("_verbs_s", "_calls_s"): value for name, value in line.items()}
+        for line in read_lines(path)
+    ]
+
+
+def _config(path: Path) -> tuple[Any, Config | None]:
+    try:
+        config = load_config(path, warn=False)
+    except ConfigError:  # of another version: what it says can still be shown
+        return yaml.safe_load(path.read_text(encoding="utf-8")), None
+    plain = msgspec.to_builtins(config)
+    if config.client.learning_rate is None:
+        plain["client"]["learning_rate"] = config.client_rate
+    return plain, config
+
+
+def _of_study(folder: Path) -> list[Path]:
+    """The chosen runs of a finished study; of another, all that have begun."""
+    chosen = chosen_runs(folder)
+    if chosen is not None:
+        return [run.folder for run in chosen]
+    found = [path for path in sorted((folder / "runs").iterdir()) if (path / "metrics.jsonl").is_file()]
+    if not found:
+        raise FolderError(f"{folder} is a study's folder, but no run has begun in {folder / 'runs'}")
+    return found
+
+
+def _chosen_run(file: Path, place: int, line: dict[Any, Any]) -> ChosenRun | None:
+    """The run of a line of runs.csv; None: it was only tried."""
+    if None in line or not all(line.get(name) for name in ("task", "row", "chosen", "command")):
+        raise _no_list(file, f"lacks a part of line {place}")
+    command = _COMMAND.fullmatch(line["command"])
+    if command is None:
+        raise _no_list(file, f"has no whole command in line {place}")
+    if line["chosen"] != "True":
+        return None
+    folder = file.parent / "runs" / command[1]
+    if not (folder / "metrics.jsonl").is_file():
+        raise FolderError(
+            f"{file} has {command[1]} as chosen, which is not in {folder.parent}; put it back, or remove "
+            f"{file.parent}/summaries/{command[1]}.json and call `hosl study` again, which makes it anew"
+        )
+    return ChosenRun(folder, line["task"], line["row"])
+
+
+def _no_list(file: Path, found: str) -> FolderError:
+    return FolderError(
+        f"{file} {found}: it was cut short, or is of other runs than are there; call `hosl study` again, which writes "
+        "it anew, or remove it for a page of all runs that have begun"
+    )
+
+
+def _found(folder: Path, missing: list[str]) -> str:
+    if not folder.exists():
+        return "does not exist"
+    if not folder.is_dir():
+        return "is a file"
+    names = sorted(path.name for path in folder.iterdir())
+    holds = f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "nothing"
+    return f"lacks {', '.join(missing)} and holds {holds}"

@@ -1,1 +1,0 @@
-"""The only place with clocks, files, loops and printing: setting up, running, recording and reporting a run."""

@@ -1,0 +1,1 @@
+"""Many runs as one resumable queue, and the tables and figures of them."""

@@ -1,0 +1,66 @@
+"""runs.csv of a study, one line per run: for whoever draws tables of their own. Parquet too where pyarrow is there."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hosl.report.runs import CHOSEN_RUNS
+from hosl.study.config import Group
+from hosl.study.grid import Summary
+from hosl.system.atomic import whole_file
+
+_METRICS = (
+    "steps", "train_loss_nats", "dev_accuracy", "dev_loss_nats", "test_accuracy", "test_loss_nats", "median_step_s",
+    "client_peak_bytes", "server_peak_bytes", "process_peak_bytes", "bytes_up_per_step", "bytes_down_per_step",
+)  # fmt: skip
+
+
+def write_runs(
+    groups: list[Group],
+    made: Sequence[Summary],
+    chosen: dict[str, list[Summary]],
+    out: Path,
+) -> None:
+    """Write runs.csv, and runs.parquet if pyarrow can be imported."""
+    lines = run_lines(groups, made, chosen)
+    text = io.StringIO(newline="")
+    rows = csv.DictWriter(text, list(lines[0]))
+    rows.writeheader()
+    rows.writerows(lines)
+    whole_file(out / CHOSEN_RUNS, text.getvalue().encode())
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), out / "runs.parquet")
+
+
+def run_lines(
+    groups: list[Group], made: Sequence[Summary], chosen: dict[str, list[Summary]]
+) -> list[dict[str, Any]]:
+    """A line per run; test stays empty but for chosen runs, as nobody may choose by it."""
+    places = {row: (group, method) for group in reversed(groups) for method, row in group.rows.items()}
+    picked = {
+        (run["row"], run["seed"], run["rate"], run["server_rate"]) for runs in chosen.values() for run in runs
+    }
+    lines = []
+    for summary in made:
+        group, method = places[summary["row"]]
+        config = summary["config"]
+        is_chosen = (summary["row"], summary["seed"], summary["rate"], summary["server_rate"]) in picked
+        line = {
+            "task": group.task, "row": method, "method": config["method"], "model": config["model"]["name"],
+            "cut": config["model"]["cut"], "directions": config["zo"]["directions"],
+            "client_trainable": config["client"]["trainable"], "client_rate": summary["rate"],
+            "server_rate": summary["server_rate"], "seed": summary["seed"], "chosen": is_chosen,
+            "diverged": "diverged" in summary,
+        }  # fmt: skip
+        for key in _METRICS:
+            hidden = key.startswith("test_") and not is_chosen
+            line[key] = None if hidden else summary.get(key)
+        line |= {name: summary["versions"][name] for name in ("hosl", "torch", "machine")}
+        lines.append(line | {"command": summary["command"]})
+    return lines

@@ -1,0 +1,118 @@
+"""The parts of a checkpoint that parties on PyTorch have: weights, optimiser state, journal."""
+
+import torch
+
+from hosl.core.journal import Journal
+from hosl.errors import CheckpointError
+from hosl.parties.clients.activation_guided import ActivationGuidedClient
+from hosl.parties.clients.first_order import FirstOrderClient
+from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.guided import GuidedClient
+from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.servers.basic import FirstOrderServer, TorchServer
+from hosl.parties.servers.headed import HeadedServer
+from hosl.parties.servers.trunk import TrunkServer
+from hosl.system.checkpoint import Checkpoint
+
+_SAVED_WHOLE = (FirstOrderClient, RecomputingClient, GuidedClient, ActivationGuidedClient)
+"""Clients whose updates no journal gives again: their checkpoints hold the trained weights."""
+
+
+def put_client(
+    checkpoint: Checkpoint, client: FrozenClient, *, snapshot_step: int, snapshot_steps: int
+) -> int:
+    """Add the client's part to a checkpoint; returns the step of the snapshot that it rests on.
+
+    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; a
+    first-order one's is its weights, and the state of its optimiser where it has one.
+    """
+    if isinstance(client, _SAVED_WHOLE):
+        checkpoint.tensors["client/trained"] = dict(client.trained)
+    elif isinstance(client, ZerothOrderClient):
+        checkpoint.journal = client.journal.to_bytes()
+        if checkpoint.step - snapshot_step >= snapshot_steps:
+            checkpoint.tensors["client/trained"] = dict(client.trained)
+            snapshot_step = checkpoint.step
+        elif snapshot_step:
+            checkpoint.linked = ("client/trained.safetensors",)
+    if isinstance(client, FirstOrderClient):
+        checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
+    checkpoint.state["snapshot_step"] = snapshot_step
+    return snapshot_step
+
+
+def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
+    """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
+    tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
+    if isinstance(client, _SAVED_WHOLE):
+        _restore_weights_(client.trained, tensors["client/trained"])
+    if isinstance(client, FirstOrderClient):
+        _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])
+    elif isinstance(client, ZerothOrderClient):
+        if snapshot_step:
+            _restore_weights_(client.trained, tensors["client/trained"])
+        client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
+    return snapshot_step
+
+
+def put_head(checkpoint: Checkpoint, server: HeadedServer) -> None:
+    """Add the head's part to a client's checkpoint."""
+    checkpoint.tensors["client/head"] = dict(server.trained)
+    if server.optimiser is not None:
+        checkpoint.tensors["client/head-optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
+
+
+def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
+    """Bring a head at its base weights to a checkpoint."""
+    _restore_weights_(server.trained, checkpoint.tensors["client/head"])
+    if server.optimiser is not None:
+        _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["client/head-optimiser"])
+
+
+def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer) -> None:
+    """Add the server's part to a checkpoint."""
+    checkpoint.tensors["server/trained"] = dict(server.trained)
+    if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
+        checkpoint.tensors["server/optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
+
+
+def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -> None:
+    """Bring a server to a checkpoint."""
+    _restore_weights_(server.trained, checkpoint.tensors["server/trained"])
+    if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
+        _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["server/optimiser"])
+
+
+def _optimiser_tensors(
+    optimiser: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """An optimiser's state as named tensors, `parameter/entry`; for safetensors."""
+    return {
+        f"{name}/{entry}": torch.as_tensor(value)
+        for name, p in trained.items()
+        for entry, value in optimiser.state.get(p, {}).items()
+        if value is not None
+    }
+
+
+def _restore_optimiser_(
+    optimiser: torch.optim.Optimizer,
+    trained: dict[str, torch.nn.Parameter],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    for key, value in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        keep_on_cpu = entry == "step"
+        optimiser.state[trained[name]][entry] = value if keep_on_cpu else value.to(trained[name].device)
+
+
+def _restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    if trained.keys() != tensors.keys():
+        wrong = sorted(trained.keys() ^ tensors.keys())
+        raise CheckpointError(
+            f"the checkpoint trains {len(tensors)} tensors, this run {len(trained)}; {wrong[0]} is on one side only"
+        )
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[name])

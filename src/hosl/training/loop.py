@@ -1,0 +1,164 @@
+"""The steps of a run, one after the other: draw a batch, run the round, write down, evaluate, save. No torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from hosl.core.rounds import RoundResult
+from hosl.errors import OverBudgetError, StepMoved
+from hosl.evaluation import Evaluation, evaluate
+from hosl.methods.schedule import batch_of_step, learning_rate
+from hosl.system.interrupts import Stop
+from hosl.system.machine import process_peak_bytes
+from hosl.system.progress import View, open_view
+from hosl.system.run_folder import MEMORY_STEPS, Record, read_lines
+from hosl.tasks import Example
+from hosl.training.memory_budget import over_budget
+from hosl.training.session import Session
+from hosl.training.summary import farewell, greeting, run_summary
+
+
+def carry_on(
+    session: Any, run: Path, resume_command: str, finish: Callable[[Any, Path], None], *, metrics_bytes: int
+) -> dict[str, Any]:
+    """Everything between a session that is ready and its summary: the steps left, the one look at test, `finish`.
+
+    Args:
+        session: at the step to go on from.
+        run: its folder.
+        resume_command: what a person types to go on after an interruption; `{run}` is filled in.
+        finish: what is left to do with a finished session and its folder.
+        metrics_bytes: how much of metrics.jsonl belongs to the steps done.
+    """
+    config = session.config
+    record = Record(run, metrics_bytes=metrics_bytes, step=session.step)
+    try:
+        with (
+            Stop() as stop,
+            open_view(f"{config.method} {run}", session.step, config.max_steps) as view,
+        ):
+            view.say(greeting(session, run))
+            train(session, record, run, view, stop)
+            if session.step < config.max_steps:
+                view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
+                return run_summary(session, run, finished=False)
+            if not _has_dev_line(record, run, session.step):  # carried over the last steps by other clients
+                _evaluate_dev(session, record, session.step)
+            test = _evaluated(session, session.task.test)
+            record.metrics(step=session.step, split="test", **asdict(test))
+            record.flush()
+            session.finish()
+            finish(session, run)
+            summary = run_summary(session, run, finished=True)
+            view.say(farewell(summary, run))
+            return summary
+    finally:
+        record.close()
+
+
+def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -> None:
+    """Run the steps that are left, until the last one or until `stop` is asked for; ends with a checkpoint.
+
+    Where the server turns out to be at another step, the client goes there, and the record with it.
+    """
+    first, shown = session.step + 1, dict[str, str]()
+    while session.step < session.config.max_steps and not stop.asked:
+        try:
+            _one_step(session, record, run, first, shown, stop)
+        except StepMoved as moved:
+            before = session.step
+            for meter in (session.meters.client, session.meters.server):
+                meter.take()  # what the step that was broken off has cost belongs to no line
+            facts = session.go_to(run, moved.step)
+            if facts is not None:
+                record.cut_back(facts.get("metrics_bytes", 0), moved.step)
+            view.say(f"the server is at step {moved.step}, this client was at {before}: going on from there")
+        view.step(session.step, shown)
+
+
+def save(session: Session, record: Record, run: Path) -> None:
+    """A checkpoint at the session's step."""
+    session.save(run, {"metrics_bytes": record.flush(), **session.control.state()})
+
+
+def _one_step(
+    session: Session, record: Record, run: Path, first: int, shown: dict[str, str], stop: Stop
+) -> None:
+    config, step, begin = session.config, session.step + 1, perf_counter()
+    session.measure_memory(on=step < first + 2 or step % MEMORY_STEPS == 0)
+    result = session.round(batch_of_step(config, session.task, step), step)
+    session.measure_memory(on=False)
+    session.done(step)
+    seconds = perf_counter() - begin
+    _write_step(session, record, step, seconds, result)
+    shown |= {"loss": f"{result.loss:.4f}", "s/step": f"{seconds:.2f}"}
+    shown["client"] = f"{session.meters.client.peak_bytes / 2**20:.0f} MiB"
+    last = step == config.max_steps
+    if step % config.eval_steps == 0 or last:
+        shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
+    over = over_budget(session)
+    if step % config.save_steps == 0 or last or stop.asked or over:
+        save(session, record, run)
+    if over:
+        raise OverBudgetError(over)
+
+
+def _write_step(session: Session, record: Record, step: int, seconds: float, result: RoundResult) -> None:
+    config, client, server = session.config, session.meters.client.take(), session.meters.server.take()
+    record.metrics(
+        step=step,
+        loss_nats=result.loss,
+        coefficients=list(result.coefficients),
+        client_learning_rate=learning_rate(config, config.client_rate)(step),
+        server_learning_rate=learning_rate(config, config.server.learning_rate)(step),
+        bytes_up=server.bytes_in,
+        bytes_down=server.bytes_out,
+        **_probes(result),
+        **session.notes(),
+    )
+    record.timings(
+        step=step,
+        step_s=round(seconds, 6),
+        client_s=round(client.seconds, 6),
+        server_s=round(server.seconds, 6),
+        client_static_bytes=client.static_bytes,
+        server_static_bytes=server.static_bytes,
+        client_peak_bytes=client.peak_bytes,
+        server_peak_bytes=server.peak_bytes,
+        process_peak_bytes=process_peak_bytes(),
+        client_calls_s=_rounded(client.by_call),
+        server_calls_s=_rounded(server.by_call),
+        **session.costs(),
+    )
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {call: round(of_call, 6) for call, of_call in seconds.items()}
+
+
+def _probes(result: RoundResult) -> dict[str, float | int]:
+    if not result.coefficients:
+        return {}
+    known = {} if result.noise is None else {"probe_noise": result.noise}
+    return {"rejected_probes": result.rejected, "probe_signal": result.signal} | known
+
+
+def _has_dev_line(record: Record, run: Path, step: int) -> bool:
+    record.flush()
+    lines = read_lines(run / "metrics.jsonl")
+    return any(line.get("split") == "dev" and line["step"] == step for line in lines)
+
+
+def _evaluate_dev(session: Session, record: Record, step: int) -> float:
+    dev = _evaluated(session, session.task.dev)
+    record.metrics(step=step, split="dev", **asdict(dev))
+    return dev.accuracy
+
+
+def _evaluated(session: Session, examples: Sequence[Example]) -> Evaluation:
+    return evaluate(
+        session.client, session.asked_server(metered=False), session.task, examples,
+        rows_per_batch=session.config.per_device_eval_batch_size,
+    )  # fmt: skip

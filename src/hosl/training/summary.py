@@ -1,0 +1,51 @@
+"""A run in few words: the summary that a call answers with, and what a person reads at the ends. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+from hosl.system.run_folder import read_lines
+from hosl.training.session import Session
+
+
+def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any]:
+    """What a run's files say of it: losses, accuracies, seconds, peaks, bytes per step."""
+    metrics, timings = read_lines(run / "metrics.jsonl"), read_lines(run / "timings.jsonl")
+    steps = [line for line in metrics if "split" not in line]
+    summary: dict[str, Any] = {
+        "run": str(run), "finished": finished, "method": session.config.method, "steps": session.step,
+        "train_loss_nats": steps[-1]["loss_nats"] if steps else None,
+    }  # fmt: skip
+    if "final_client_digest" in session.facts:
+        summary["client_digest"] = session.facts["final_client_digest"]
+    for line in metrics:
+        if "split" in line:
+            summary[f"{line['split']}_accuracy"] = line["accuracy"]
+            summary[f"{line['split']}_loss_nats"] = line["loss_nats"]
+    if timings:
+        middle = sorted(line["step_s"] for line in timings)[len(timings) // 2]
+        summary["median_step_s"] = middle
+        for key in ("client_peak_bytes", "server_peak_bytes", "process_peak_bytes"):
+            summary[key] = max(line[key] for line in timings)
+    if steps:
+        summary["bytes_up_per_step"] = sum(line["bytes_up"] for line in steps) // len(steps)
+        summary["bytes_down_per_step"] = sum(line["bytes_down"] for line in steps) // len(steps)
+    return summary
+
+
+def greeting(session: Session, run: Path) -> str:
+    """What is about to be trained."""
+    task, facts = session.task, session.facts
+    trained = ", ".join(f"{side} {count:,}" for side, count in facts["trained_parameters"].items())
+    return (
+        f"{session.config.method} on {task.name}: {len(task.train)} train, {len(task.dev)} dev, {len(task.test)} "
+        f"test examples; {facts['model']['family']} cut at {facts['cut']}; trained: {trained} parameters; {run}"
+    )
+
+
+def farewell(summary: dict[str, Any], run: Path) -> str:
+    """How it went, and where to look."""
+    model = f", {run}/model loads in transformers" if (run / "model").is_dir() else ""
+    return (
+        f"done: test accuracy {summary['test_accuracy']:.4f} (dev {summary['dev_accuracy']:.4f}); "
+        f"{run}/report.html shows the run{model}"
+    )

@@ -1,0 +1,102 @@
+"""One run from start to end: setup -> train -> test once -> export and report. `hosl train` calls them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hosl.config import Config, dump_config
+from hosl.errors import FolderError
+from hosl.report.build import write_report
+from hosl.report.planned import planned_lines
+from hosl.split import export_adapter, export_checkpoint
+from hosl.system.checkpoint import newest_checkpoint
+from hosl.system.machine import machine, process_bytes, versions
+from hosl.system.run_folder import RunLock, new_folder
+from hosl.training.learning_rate_sweep import with_rate
+from hosl.training.local_session import LocalSession, load_run, new_session
+from hosl.training.loop import carry_on
+from hosl.training.trackers import check_trackers, feed_trackers
+
+_HOSL_TRAIN = "hosl train --resume {run}"
+
+
+def start(config: Config) -> dict[str, Any]:
+    """Train from the beginning in a new folder; returns the run's summary.
+
+    The folder is `config.output_dir`, or, where that is taken, the same name with -2, -3, ...
+    """
+    check_trackers(config)
+    before_bytes = process_bytes()
+    config, swept = with_rate(config, _say)
+    session = new_session(config)  # what can be refused is refused before a folder is made
+    run = new_folder(Path(config.output_dir))
+    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    record = {
+        "versions": versions(), "machine": machine() | {"threads": torch.get_num_threads()},
+        "process_base_bytes": before_bytes, **session.facts,
+    }  # fmt: skip
+    if swept is not None:
+        record["sweep"] = swept.facts()
+    (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    with RunLock(run):
+        return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=0)
+
+
+def resume(run: Path) -> dict[str, Any]:
+    """Go on from the newest checkpoint of a run's folder; returns the run's summary.
+
+    Raises:
+        FolderError: if `run` is not a run's folder, or another process is at work in it.
+    """
+    if not (run / "config.yaml").is_file():
+        raise FolderError(
+            f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
+        )
+    with RunLock(run):
+        session = load_run(run)
+        path = newest_checkpoint(run / "checkpoints")
+        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"] if path else {}
+        return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=facts.get("metrics_bytes", 0))
+
+
+def export(run: Path, out: Path) -> None:
+    """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
+
+    Where client.dtype made the base low-precision, adapters are merged into the original weights, as peft's users do.
+
+    Raises:
+        FolderError: if `run` is not a run's folder, or `out` is taken.
+    """
+    export_session(load_run(run, low_precision=False), out)
+
+
+def export_session(session: LocalSession, out: Path) -> None:
+    """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
+    config = session.config
+    labels = session.task.labels if session.task.head == "classification" else None
+    export_checkpoint(
+        session.client_half,
+        session.server_half,
+        out,
+        tokenizer_folder=session.tokenizer_folder,
+        labels=labels,
+    )
+    if "lora" in (config.client.trainable, config.server.trainable) and config.method != "frozen":
+        export_adapter(session.client_half, session.server_half, out / "adapter")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"hosl: {text}\n")
+
+
+def _finish(session: LocalSession, run: Path) -> None:
+    if not (run / "model").exists():
+        if session.config.client.dtype == "model":
+            export_session(session, run / "model")
+        else:
+            export(run, run / "model")  # the session no longer has the original weights
+    write_report(run, planner=planned_lines)
+    feed_trackers(session.config, run)

@@ -1,0 +1,116 @@
+"""The documentation: a site that builds strictly, reference pages that are what the code says, code that runs."""
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import hosl
+from hosl.cli import main
+from hosl.config import Config
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+needs_mkdocs = pytest.mark.skipif(
+    importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed: make docs"
+)
+
+
+def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """A strict build of the site of `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=folder, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def site_sources(folder: Path) -> Path:
+    """A copy of what the site is made of; other files of the repository are links, so that pages may link to them."""
+    folder.mkdir()
+    shutil.copytree(DOCS, folder / "docs")
+    for path in ROOT.iterdir():
+        if path.name != "docs" and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@needs_mkdocs
+def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+    built = build(ROOT, tmp_path / "site")
+    assert built.returncode == 0, built.stderr
+    loads = re.compile(
+        r"""<(?:script|img|iframe)[^>]*\bsrc=["']?(https?:)?//|<link[^>]*rel=["']?(?:stylesheet|preconnect)["']?[^>]*href=["']?(?:https?:)?//"""
+    )
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 40
+    assert [p.name for p in pages if loads.search(p.read_text(encoding="utf-8"))] == []
+
+
+@needs_mkdocs
+@pytest.mark.parametrize(
+    "link",
+    ["[gone](gone.md)", "[no such part](glossary.md#no-such-part)", "[no source](../../src/hosl/gone.py)"],
+    ids=["page", "anchor", "source"],
+)
+def test_a_dead_link_fails_the_build(tmp_path, link):
+    folder = site_sources(tmp_path / "repository")
+    with (folder / "docs" / "concepts" / "paper.md").open("a") as page:
+        page.write(f"\n{link}\n")
+    built = build(folder, tmp_path / "site")
+    assert built.returncode != 0
+    assert "concepts/paper.md" in built.stderr + built.stdout
+
+
+def test_the_reference_pages_are_what_the_code_says():
+    stale_pages = runpy.run_path(str(ROOT / "scripts" / "reference_pages.py"))["stale_pages"]
+    assert list(stale_pages(DOCS / "reference")) == [], "run scripts/reference_pages.py"
+
+
+def key_paths(settings: Any, path: str = "") -> list[str]:
+    """The dotted path of every key of a complete config."""
+    if not isinstance(settings, dict):
+        return [path]
+    return [p for key, value in settings.items() for p in key_paths(value, f"{path}.{key}".lstrip("."))]
+
+
+def test_every_key_of_a_config_stands_on_its_page():
+    page = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
+    paths = key_paths(msgspec.to_builtins(Config()))
+    assert len(paths) > 40
+    assert [path for path in paths if f"| `{path}` |" not in page] == []
+
+
+def test_every_key_of_a_config_says_what_it_means():
+    page = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([^`]+)` \|.*\|  \|$", page, re.MULTILINE) == []
+
+
+def test_every_verb_and_every_public_name_stands_on_its_page(capsys):
+    assert main(["--help"]) == 0
+    verbs = re.findall(r"^  ([a-z][\w-]*) ", capsys.readouterr().out, re.MULTILINE)
+    assert "train" in verbs
+    commands = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    names = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    assert [verb for verb in verbs if f"\n## hosl {verb}\n" not in commands] == []
+    assert [name for name in hosl.__all__ if f"\n## {name}\n" not in names] == []
+
+
+def test_the_loop_of_the_how_to_runs():
+    page = (DOCS / "how-to" / "own-loop.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    found: dict[str, Any] = {}
+    exec(loop, found)
+    assert found["result"].loss < found["first_loss"]
+
+
+def test_every_decision_is_listed():
+    listed = (DOCS / "adr" / "index.md").read_text(encoding="utf-8")
+    assert [p.name for p in (DOCS / "adr").glob("0*.md") if f"({p.name})" not in listed] == []
