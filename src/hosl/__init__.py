@@ -12,6 +12,7 @@ _HOMES = {
     "OptionTargets": "hosl.core.targets",
     "Journal": "hosl.core.journal",
     "direction_seed": "hosl.core.directions",
+    "StepInputs": "hosl.core.rounds",
     "hosl_round": "hosl.core.rounds",
     "hosl_gradient_round": "hosl.core.rounds",
     "hosl_guided_round": "hosl.core.rounds",

@@ -262,9 +262,9 @@ def test_an_unknown_verb_lists_the_known_ones(capsys):
     assert "unknown verb `trian`; allowed: train, eval" in capsys.readouterr().err
 
 
-def test_the_loop_in_the_readme_runs(monkeypatch, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (loop,) = [block for block in readme.split("```python\n")[1:] if "hosl_round(" in block]
+def test_the_loop_in_the_documentation_runs():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "own-loop.md").read_text(encoding="utf-8")
+    (loop,) = [block for block in page.split("```python\n")[1:] if "hosl_round(" in block]
     found = {}
     exec(loop.split("```")[0], found)
     assert found["result"].loss < found["first_loss"]

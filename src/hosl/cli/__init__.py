@@ -47,7 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         lines = [f"  {verb:<8}{text}" for verb, text in _VERBS.items()]
-        sys.stdout.write("\n".join(["hosl VERB ...", "", *lines, "", "hosl VERB --help tells more.", ""]))
+        last = "hosl VERB --help tells more, hosl --version which hosl this is."
+        sys.stdout.write("\n".join(["hosl VERB ...", "", *lines, "", last, ""]))
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version  # 35 ms of every command
+
+        sys.stdout.write(f"hosl {version('hosl')}\n")
         return 0
     if words[0] not in _VERBS:
         return _refuse(f"unknown verb `{words[0]}`; allowed: {', '.join(_VERBS)}")
