@@ -152,7 +152,7 @@ def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the
     [
         ({"methods": {"fo-fo": {"rates": [0.1]}}}, "frozen: methods has no row `frozen`, only fo-fo"),
         ({"methods": {"frozen": {}, "hosl": {"rates": [0.1]}}}, "first_order: methods has no row `fo-fo`"),
-        ({"first_order": "hosl"}, "first_order: row `hosl` has method hosl; it must be fo-fo or fo-recompute"),
+        ({"first_order": "hosl"}, "first_order: row `hosl` has method hosl; it must be fo-recompute or fo-fo"),
         ({"methods": STUDY["methods"] | {"zo-zo": {"rates": [0.1]}}}, "equally many rates, or the best-tuned wins"),
         ({"methods": STUDY["methods"] | {"frozen": {"rates": [0.1]}}}, "a frozen client has no rate"),
         ({"methods": STUDY["methods"] | {"frozen": {"one_rate": True}}}, "methods.frozen.one_rate: a frozen client"),

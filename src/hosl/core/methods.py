@@ -91,6 +91,13 @@ class Method:
         """Whether it trains parts of the client's last blocks, and so needs as many on the client."""
         return self.trains == "last-blocks"
 
+    @property
+    def end(self) -> Literal["frozen", "first_order"] | None:
+        """Which end of gap closure the method can be: 0, a client that never changes; 1, backprop on both sides."""
+        if self.trains == "nothing":
+            return "frozen"
+        return "first_order" if self.backward != "none" and self.server == "first-order" else None
+
     def uploads(self, directions: int) -> int:
         """Activations sent in a step with so many directions."""
         return self.uploads_per_direction * directions + self.clean_uploads

@@ -12,7 +12,7 @@ import msgspec
 
 from hosl.config import parse_config, read_yaml
 from hosl.config.former_names import with_new_name, with_new_names
-from hosl.core.methods import METHODS
+from hosl.core.methods import FROZEN, METHODS
 from hosl.errors import ConfigError
 from hosl.study.grid import Arm, Grid, merged
 
@@ -95,10 +95,8 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return method is None or bool(method.draws)
 
     def _check_reference_rows(self) -> None:
-        for what, name, allowed in (
-            ("frozen", self.frozen, ("frozen",)),
-            ("first_order", self.first_order, ("fo-fo", "fo-recompute")),
-        ):
+        for what, name in (("frozen", self.frozen), ("first_order", self.first_order)):
+            allowed = [method.name for method in METHODS.values() if method.end == what]
             if name not in self.methods:
                 raise ConfigError(
                     f"{what}: methods has no row `{name}`, only {', '.join(self.methods)}; every comparison needs a "
@@ -111,7 +109,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 )
 
     def _check_rates(self) -> None:
-        moving = {n: len(m.rates) for n, m in self.methods.items() if self.method_of(n) != "frozen"}
+        moving = {n: len(m.rates) for n, m in self.methods.items() if self.method_of(n) != FROZEN}
         for name in self.methods.keys() - moving.keys():
             if self.methods[name].rates:
                 raise ConfigError(f"methods.{name}.rates: a frozen client has no rate; leave it out")
