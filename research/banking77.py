@@ -1,6 +1,6 @@
 """Does the client learn? Every method at equal steps on BANKING77 with the whole encoder on the device; five seeds.
 
-    HOSL_DATA=... python research/banking77.py [--table] [--curves FILE.svg]     # resumes; --table makes no run
+    HOSL_DATA=... python research/banking77.py [--table] [--curves FILE.svg] [--memory FILE.svg]     # resumes; --table makes no run
 
 Four tries per method on seed 0, the lowest dev loss chosen. The server's rate is tuned on the frozen client and kept.
 No forward-only row has more than 2Q + 1 = 5 forward passes a step: hosl-node evaluates 1 block of 6, 16 times.
@@ -90,12 +90,17 @@ if __name__ == "__main__":
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--table", action="store_true", help="of what is there; make no run")
     words.add_argument("--curves", type=Path, help="where to draw the dev losses of the rows of DRAWN")
+    words.add_argument("--memory", type=Path, help="where to draw their accuracy against the client's memory")
     known = words.parse_args()
     done = read_summaries(GRID, PLACES)
     rows = GRID.chosen(done if known.table else run_grid(GRID, PLACES, done=done))
     print(table(rows))
+    title = "BANKING77, MiniLM-L6, all six blocks on the device"
+    drawn = looks({arm.name: arm.settings["method"] for arm in ARMS if arm.name in DRAWN}, on_paper)
+    shown = {name: rows[name] for name in DRAWN if name in rows}
     if known.curves is not None:
-        drawn = looks({arm.name: arm.settings["method"] for arm in ARMS if arm.name in DRAWN}, on_paper)
-        curves = {name: dev_curve(rows[name]) for name in DRAWN if name in rows}
-        title = "BANKING77, MiniLM-L6, all six blocks on the device"
+        curves = {name: dev_curve(runs) for name, runs in shown.items()}
         figures.save(figures.dev_losses(curves, {}, title, drawn), known.curves, drawn)
+    if known.memory is not None:
+        arms = [study_arm(name, runs) for name, runs in shown.items()]
+        figures.save(figures.accuracy_against_memory(arms, drawn, title), known.memory, drawn)
