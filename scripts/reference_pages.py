@@ -3,7 +3,7 @@
     python scripts/reference_pages.py            # writes them
     python scripts/reference_pages.py --check    # exit status 1 names those that are not what the code says
 
-Only what the package shows is read: `hosl.config.Config`, the help of every verb of `hosl.cli.main`, `hosl.__all__`. So
+Only what the package shows is read: `hosl.config.Config`, the help of every command, `hosl.__all__`. So
 the pages follow when modules move, and are the same on every machine.
 """
 
@@ -170,32 +170,32 @@ def shown_default(field: msgspec.structs.FieldInfo) -> str:
     return f"`{as_yaml}`"
 
 
-def verbs() -> dict[str, str]:
-    """verb -> its line in `hosl --help`."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+def commands() -> dict[str, str]:
+    """command -> its line in `hosl --help`."""
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text):
         hosl.cli.main(["--help"])
-    return dict(re.findall(r"^  ([a-z][\w-]*) +(\S.*)$", said.getvalue(), re.MULTILINE))
+    return dict(re.findall(r"^  ([a-z][\w-]*) +(\S.*)$", help_text.getvalue(), re.MULTILINE))
 
 
 def cli_page() -> str:
-    """Every verb with its arguments."""
+    """Every command with its arguments."""
     parts = [
         MADE,
         "# Commands\n",
-        "`hosl VERB --help` tells the same. Most verbs take `--json`: the result as one JSON object on standard "
-        'output, and nothing else there; of a failure, `{"error": {"kind": ..., "message": ...}}`. Verbs that read the '
+        "`hosl COMMAND --help` tells the same. Most commands take `--json`: the result as one JSON object on standard "
+        'output, and nothing else there; of a failure, `{"error": {"kind": ..., "message": ...}}`. Commands that read the '
         "config of a run take any [setting](config.md) of it as `--a.b value`. Exit status: 0 done, 1 the work failed, "
         "2 the request was wrong, 3 the run diverged, 130 interrupted.\n",
     ]
-    found = verbs()
+    lines = commands()
     parts.append(
-        table(("verb", "what it does"), [(f"[`{v}`](#hosl-{v})", cell(t)) for v, t in found.items()])
+        table(("command", "what it does"), [(f"[`{c}`](#hosl-{c})", cell(t)) for c, t in lines.items()])
     )
-    for verb in found:
-        parser = parser_of([verb])
-        parts.append(f"## hosl {verb}\n\n" + arguments(parser))
-        for words in inner_verbs(parser, verb):
+    for command in lines:
+        parser = parser_of([command])
+        parts.append(f"## hosl {command}\n\n" + arguments(parser))
+        for words in inner_commands(parser, command):
             parts.append(f"### hosl {' '.join(words)}\n\n" + arguments(parser_of(words)))
     return "\n".join(parts)
 
@@ -220,10 +220,10 @@ def parser_of(words: list[str]) -> argparse.ArgumentParser:
     raise SystemExit(f"hosl {' '.join(words)} --help shows no parser")
 
 
-def inner_verbs(parser: argparse.ArgumentParser, verb: str) -> list[list[str]]:
-    """Words such as [bench, step] whose help is another's than the verb's own."""
+def inner_commands(parser: argparse.ArgumentParser, command: str) -> list[list[str]]:
+    """Words such as [bench, step] whose help is another's than the command's own."""
     first = next((a for a in parser._actions if not a.option_strings and a.choices), None)
-    pairs = [[verb, str(choice)] for choice in (first.choices if first and first.choices else ())]
+    pairs = [[command, str(choice)] for choice in (first.choices if first and first.choices else ())]
     return [words for words in pairs if parser_of(words).prog != parser.prog]
 
 

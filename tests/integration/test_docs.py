@@ -93,13 +93,13 @@ def test_every_key_of_a_config_says_what_it_means():
     assert re.findall(r"^\| `([^`]+)` \|.*\|  \|$", page, re.MULTILINE) == []
 
 
-def test_every_verb_and_every_public_name_stands_on_its_page(capsys):
+def test_every_command_and_every_public_name_stands_on_its_page(capsys):
     assert main(["--help"]) == 0
-    verbs = re.findall(r"^  ([a-z][\w-]*) ", capsys.readouterr().out, re.MULTILINE)
-    assert "train" in verbs
-    commands = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    names_of_commands = re.findall(r"^  ([a-z][\w-]*) ", capsys.readouterr().out, re.MULTILINE)
+    assert "train" in names_of_commands
+    page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
     names = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
-    assert [verb for verb in verbs if f"\n## hosl {verb}\n" not in commands] == []
+    assert [name for name in names_of_commands if f"\n## hosl {name}\n" not in page] == []
     assert [name for name in hosl.__all__ if f"\n## {name}\n" not in names] == []
 
 

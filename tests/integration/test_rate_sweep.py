@@ -9,9 +9,7 @@ from msgspec.structs import replace
 from hosl.cli import main
 from hosl.config import Config, load_config
 from hosl.training.learning_rate_sweep import (
-    DESCENDED,
     HELD_OUT_BATCHES,
-    PROBED,
     Tried,
     _batches,
     _chosen,
@@ -27,13 +25,14 @@ def test_the_run_after_a_sweep_is_the_run_with_that_number(tiny_run, tmp_path, c
     config = tiny_run(method="hosl-gradient", client={"learning_rate": "auto"})
     assert main(["train", str(config), "--json", "--output-dir", str(tmp_path / "auto")]) == 0
     said = capsys.readouterr().err
+    rates = load_config(config).learning_rates.to_try_for("blocks")
     kept = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["client"]["learning_rate"]
-    assert kept in PROBED
+    assert kept in rates
     assert f"client.learning_rate: {kept:g}: " in said
     assert "s left" in said
     record = json.loads((tmp_path / "auto" / "record.json").read_text())["sweep"]
     assert record["client_learning_rate"] == kept
-    assert [tried["rate"] for tried in record["tried"]] == list(PROBED)
+    assert [tried["rate"] for tried in record["tried"]] == list(rates)
     by_hand = tiny_run(method="hosl-gradient", client={"learning_rate": kept})
     assert main(["train", str(by_hand), "--json", "--output-dir", str(tmp_path / "number")]) == 0
     assert (tmp_path / "auto" / "metrics.jsonl").read_bytes() == (
@@ -45,11 +44,11 @@ def test_a_sweep_repeats_itself_and_reads_rows_that_no_step_saw(tiny_run):
     config = load_config(
         tiny_run(method="hosl-node", client={"learning_rate": "auto", "trainable": "blocks"})
     )
-    said = []
+    rates, said = config.learning_rates.to_try_for("blocks"), []
     first, second = (sweep(config, said.append, steps=2) for _ in range(2))
     assert first == second
-    assert [tried.rate for tried in first.tried] == list(DESCENDED)
-    assert len(said) == 2 * (len(DESCENDED) + 1)
+    assert [tried.rate for tried in first.tried] == list(rates)
+    assert len(said) == 2 * (len(rates) + 1)
 
 
 def _of(rate, gain, error: float | None = 0.01):

@@ -259,7 +259,7 @@ def test_help_is_quick_to_import():
 
 def test_an_unknown_verb_lists_the_known_ones(capsys):
     assert main(["trian"]) == 2
-    assert "unknown verb `trian`; allowed: train, eval" in capsys.readouterr().err
+    assert "unknown command `trian`; allowed: train, eval" in capsys.readouterr().err
 
 
 def test_the_loop_in_the_documentation_runs():

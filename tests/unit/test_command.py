@@ -1,4 +1,4 @@
-"""`hosl` before any verb, in a process of its own."""
+"""`hosl` before any command, in a process of its own."""
 
 import subprocess
 import sys
@@ -30,12 +30,12 @@ def test_the_version_is_told_without_torch():
 
 
 def test_python_m_hosl_is_the_command():
-    assert run("-m", "hosl", "--help").stdout.startswith("hosl VERB ...")
-    refused = run("-m", "hosl", "no-such-verb")
+    assert run("-m", "hosl", "--help").stdout.startswith("hosl COMMAND ...")
+    refused = run("-m", "hosl", "no-such-command")
     assert refused.returncode == 2
-    assert "unknown verb `no-such-verb`" in refused.stderr
+    assert "unknown command `no-such-command`" in refused.stderr
 
 
-def test_help_names_every_flag_that_needs_no_verb(capsys):
+def test_help_names_every_flag_that_needs_no_command(capsys):
     assert main(["--help"]) == 0
     assert "--version" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A client's steps without any server or network: what it costs by itself. In a process of its own: `client_alone`."""
+"""The cost of a client by itself: its steps without any server or network, in a process of its own (`client_alone`)."""
 
 import json
 import subprocess
@@ -14,30 +14,36 @@ from hosl.errors import FailureError
 
 
 def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int = 1) -> dict[str, Any]:
-    """Memory of the client's steps, in bytes, measured in a fresh process that loads no network code.
+    """Memory and time of the client's steps, measured in a fresh process that loads no network code.
 
-    `steps` are made before the one whose tensors are followed; with 0, that one is all there is, in half the time, and
-    what the process peaks at holds the profiler's records, too.
+    Args:
+        config: the settings of the client.
+        half: its folder, OUT/client of `hosl split`.
+        rows: rows of the batch.
+        tokens: tokens per row.
+        steps: steps before the one whose tensors are followed. With 0 that step is the only one: half the time, but the
+            peak of the process then includes the profiler's records.
 
     Returns:
-        process_peak_bytes: the most the process has had resident, loading included. tensor_peak_bytes: of tensors
-        during a step, weights and optimiser state included; forward_peak_bytes: during a plain forward pass, weights
-        included; held_bytes: between steps. client_s: seconds of a step inside the client, the median of all steps but
-        the first. bytes_up, bytes_down: of a step, as `hosl.parties.metered` counts them.
+        process_peak_bytes: the largest resident size of the process, loading included. tensor_peak_bytes: the peak of
+        tensors during a step, weights and optimiser state included; forward_peak_bytes: during a plain forward pass,
+        weights included; held_bytes: between steps. client_s: seconds of a step inside the client, the median of all
+        steps but the first. bytes_up, bytes_down: bytes of a step, as `hosl.parties.metered` counts them.
 
     Raises:
-        FailureError: if the process fails, which is also what too little memory looks like.
+        FailureError: if the process fails; too little memory looks the same.
     """
     settings = msgspec.json.encode(config).decode()
     numbers = [str(number) for number in (rows, tokens, steps)]
     command = [sys.executable, "-m", "hosl.bench.isolated_client", settings, str(half), *numbers]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        said = " ".join(ran.stderr.strip().splitlines()[-1:]) or f"it ended with status {ran.returncode}"
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        last_lines = process.stderr.strip().splitlines()[-1:]
+        reason = " ".join(last_lines) or f"it ended with status {process.returncode}"
         raise FailureError(
-            f"the client alone ({config.method}, {rows} x {tokens} tokens) could not be measured: {said}"
+            f"the client alone ({config.method}, {rows} x {tokens} tokens) could not be measured: {reason}"
         )
-    return json.loads(ran.stdout)
+    return json.loads(process.stdout)
 
 
 def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> dict[str, Any]:
@@ -55,12 +61,12 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     loaded.convert(DTYPES[config.model.dtype])
     client = make_client(config, loaded)
     batch, server = fixed_batch(client, rows, tokens), NoServer()
-    of_client, of_server, seconds = Meter(), Meter(), []
+    client_meter, server_meter, seconds = Meter(), Meter(), []
     weights = party_bytes(client)  # later an optimiser's state is held, too
     for step in range(1, steps + 1):
-        of_server.take()
-        method_round(config, metered(client, of_client), metered(server, of_server), batch, step)
-        seconds.append(of_client.take().seconds)
+        server_meter.take()
+        method_round(config, metered(client, client_meter), metered(server, server_meter), batch, step)
+        seconds.append(client_meter.take().seconds)
     process_peak, held = process_peak_bytes(), party_bytes(client)
     forward, step_memory = TorchMemory(weights), TorchMemory(held)
     forward.watch(client.forward, batch)
@@ -72,12 +78,12 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
         "forward_peak_bytes": forward.peak_bytes,
         "tensor_peak_bytes": step_memory.peak_bytes,
         "client_s": median(seconds[1:] or seconds or [0.0]),
-        "bytes_up": of_server.bytes_in,
-        "bytes_down": of_server.bytes_out,
+        "bytes_up": server_meter.bytes_in,
+        "bytes_down": server_meter.bytes_out,
     }
 
 
 if __name__ == "__main__":
-    asked, folder, *numbers = sys.argv[1:]
-    known = parse_config(msgspec.json.decode(asked), where="of the benchmark")
-    sys.stdout.write(json.dumps(_measure(known, Path(folder), *map(int, numbers))) + "\n")
+    settings, folder, *numbers = sys.argv[1:]
+    parsed = parse_config(msgspec.json.decode(settings), where="of the benchmark")
+    sys.stdout.write(json.dumps(_measure(parsed, Path(folder), *map(int, numbers))) + "\n")

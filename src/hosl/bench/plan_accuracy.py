@@ -1,4 +1,4 @@
-"""`hosl bench plan`: what the planner predicts against what is measured, over families, cuts, methods and batches."""
+"""`hosl bench plan`: the planner's predictions against measurements, over families, cuts, methods and batches."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from hosl.bench.isolated_client import client_alone
-from hosl.methods.variants import VARIANTS
+from hosl.methods.variants import FORWARD, variants_called
 from hosl.planner.machine import assumed_cpu, probed
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import Question, of_config
@@ -20,7 +20,7 @@ from hosl.system.allocator import return_freed_memory
 
 _DIRECTIONS = 2
 _STEPS = 4
-"""Timed, after one that warms up."""
+"""Timed steps, after one that warms up."""
 _WIDTH = 512
 _SIZES = {"hidden_size": _WIDTH, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 8000}
 _MODELS: dict[str, tuple[Head, Any, dict[str, Any]]] = {
@@ -36,18 +36,20 @@ _CASES = (
     ("frozen", 6, 32, 128), ("hosl", 2, 16, 64), ("hosl-gradient", 4, 32, 128), ("hosl-node", 3, 16, 128),
     ("fo-fo", 5, 8, 128), ("fo-recompute", 3, 16, 128), ("hosl-gradient, int8 + LoRA", 4, 8, 128),
 )  # fmt: skip
-"""Way, cut, rows, tokens; for each family."""
+"""(way, cut, rows, tokens) of the cases of each family."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration."""
+    """One configuration to predict and to measure."""
 
     family: str
     way: str
+    """The name of a variant (`hosl.methods.variants`)."""
     cut: int
     rows: int
     tokens: int
+    """Tokens per row."""
 
 
 CASES = tuple(Case(family, *case) for family in _MODELS for case in _CASES)
@@ -59,23 +61,24 @@ def bench_plan(
     """Predict and measure each case; each measurement has a process of its own.
 
     Returns:
-        A line per case with prediction, measurement and their ratio for client tensors, process, bytes and seconds, and
-        `worst`: of each, the largest deviation from 1, and of tensors how many are within 5 %.
+        `methods`: a row per case with prediction, measurement and their ratio for client tensors, process, bytes and
+        seconds. `worst`: the largest deviation from 1 of each ratio, and the share of cases whose tensors are within
+        5 %.
     """
-    return_freed_memory()  # as the measured client does: fresh pages take their time
-    lines: list[dict[str, Any]] = []
+    return_freed_memory()  # as the measured client does: the system takes time for fresh pages
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="hosl-bench-") as name:
         shapes = dict(_saved(Path(name), {case.family for case in cases}))
         base_bytes = _runtime_base_bytes(shapes, Path(name))
-        for place, case in enumerate(cases):
-            say(f"{place + 1} of {len(cases)}: {case}")
-            lines.append(_line(case, shapes[case.family], Path(name), base_bytes, probe_s))
-    return {"runtime_base_bytes": round(base_bytes), "worst": _worst(lines), "methods": lines}
+        for number, case in enumerate(cases, start=1):
+            say(f"{number} of {len(cases)}: {case}")
+            rows.append(_row(case, shapes[case.family], Path(name), base_bytes, probe_s))
+    return {"runtime_base_bytes": round(base_bytes), "worst": _worst(rows), "methods": rows}
 
 
-def _line(case: Case, shape: ModelShape, folder: Path, base_bytes: float, probe_s: float) -> dict[str, Any]:
-    row = next(row for row in VARIANTS if row.name == case.way)
-    config = row.config(cut=case.cut, directions=_DIRECTIONS)
+def _row(case: Case, shape: ModelShape, folder: Path, base_bytes: float, probe_s: float) -> dict[str, Any]:
+    (variant,) = variants_called(case.way)
+    config = variant.config(cut=case.cut, directions=_DIRECTIONS)
     question = Question(
         shape=shape, base=config, rows=case.rows, tokens=case.tokens, client=assumed_cpu(1), server=assumed_cpu(1),
         runtime_base_bytes=base_bytes,
@@ -85,7 +88,7 @@ def _line(case: Case, shape: ModelShape, folder: Path, base_bytes: float, probe_
     predicted_s = machine.seconds(
         planned.client.work, formed=planned.client.formed, updated=planned.client.updated
     )
-    half = split_folder_of(folder, case.family, case.cut, shape)
+    half = _client_half(folder, case.family, case.cut, shape)
     measured = client_alone(config, half, case.rows, case.tokens, _STEPS + 1)
     pairs = {
         "tensors": (planned.client.peak_bytes, measured["tensor_peak_bytes"]),
@@ -94,14 +97,14 @@ def _line(case: Case, shape: ModelShape, folder: Path, base_bytes: float, probe_
         "bytes_down": (planned.traffic.bytes_down, measured["bytes_down"]),
         "seconds": (predicted_s, measured["client_s"]),
     }
-    line: dict[str, Any] = {"name": f"{case.family}, {case.way}, cut {case.cut}, {case.rows} x {case.tokens}"}
-    for key, (predicted, found) in pairs.items():
-        line |= {f"{key}_predicted": predicted, f"{key}_measured": found, f"{key}_ratio": predicted / found}
-    return line
+    row: dict[str, Any] = {"name": f"{case.family}, {case.way}, cut {case.cut}, {case.rows} x {case.tokens}"}
+    for key, (predicted, actual) in pairs.items():
+        row |= {f"{key}_predicted": predicted, f"{key}_measured": actual, f"{key}_ratio": predicted / actual}
+    return row
 
 
-def split_folder_of(folder: Path, family: str, cut: int, shape: ModelShape) -> Path:
-    """The client half of a saved model at a cut, made once."""
+def _client_half(folder: Path, family: str, cut: int, shape: ModelShape) -> Path:
+    """The folder of a saved model's client half at a cut; made once."""
     halves = folder / f"{family}-{cut}"
     if not halves.exists():
         labels = 2 if shape.head == "classification" else None
@@ -110,7 +113,7 @@ def split_folder_of(folder: Path, family: str, cut: int, shape: ModelShape) -> P
 
 
 def _saved(folder: Path, families: set[str]) -> Iterator[tuple[str, ModelShape]]:
-    """Random models on disk, and their shapes as a plan reads them."""
+    """Save a random model of each family; yields (family, its shape as a plan reads it)."""
     for family in sorted(families):
         head, config_class, sizes = _MODELS[family]
         auto: Any = hf.AutoModelForCausalLM if head == "causal" else hf.AutoModelForSequenceClassification
@@ -121,17 +124,17 @@ def _saved(folder: Path, families: set[str]) -> Iterator[tuple[str, ModelShape]]
 
 
 def _runtime_base_bytes(shapes: dict[str, ModelShape], folder: Path) -> float:
-    """What this machine's Python takes with torch: of the smallest client, the process less its tensors."""
+    """Bytes of this machine's Python with torch: the process of the smallest client less its tensors."""
     family, shape = next(iter(shapes.items()))
-    half = split_folder_of(folder, family, 1, shape)
-    config = next(row for row in VARIANTS if row.name == "frozen").config(cut=1, directions=1)
+    half = _client_half(folder, family, 1, shape)
+    config = FORWARD.config(cut=1, directions=1)
     smallest = client_alone(config, half, 1, 32, 2)
     return smallest["process_peak_bytes"] - smallest["tensor_peak_bytes"]
 
 
-def _worst(lines: list[dict[str, Any]]) -> dict[str, float]:
+def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
     keys = ("tensors", "process", "bytes_up", "bytes_down", "seconds")
-    off = {key: [abs(line[f"{key}_ratio"] - 1) for line in lines] for key in keys}
-    return {key: max(values) for key, values in off.items()} | {
-        "tensors_within_5_percent": sum(value <= 0.05 for value in off["tensors"]) / len(lines)
-    }
+    deviations = {key: [abs(row[f"{key}_ratio"] - 1) for row in rows] for key in keys}
+    within = sum(deviation <= 0.05 for deviation in deviations["tensors"])
+    worst = {key: max(of_key) for key, of_key in deviations.items()}
+    return worst | {"tensors_within_5_percent": within / len(rows)}

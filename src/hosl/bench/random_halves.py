@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hosl.errors import FailureError
 
@@ -14,15 +16,37 @@ _PROGRAM = (
 )
 
 
-def random_halves(shape: str, cut: int, folder: Path) -> Path:
-    """The folder of both halves, below `folder`. Made by another process, so that this one's memory stays its own.
+@dataclass(frozen=True)
+class BenchSizes:
+    """The model of a benchmark and its batch."""
+
+    shape: str
+    """The name of a known shape (`hosl.split.shapes`); its weights are random."""
+    cut: int
+    """Blocks on the client."""
+    rows: int
+    """Rows of the batch."""
+    tokens: int
+    """Tokens per row."""
+
+    def facts(self) -> dict[str, Any]:
+        """The sizes as they open a benchmark's result."""
+        return {"shape": self.shape, "cut": self.cut, "rows": self.rows, "tokens": self.tokens}
+
+
+def random_halves(sizes: BenchSizes, folder: Path) -> Path:
+    """Make both halves below `folder`; returns the folder with `client` and `server` in it.
+
+    Another process makes them, so that the memory of this process stays its own.
 
     Raises:
         FailureError: if the shape is unknown, has no such cut, or there is no room.
     """
-    command = [sys.executable, "-c", _PROGRAM, str(folder), shape, str(cut)]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode:
-        said = made.stderr.strip().splitlines()[-1:]
-        raise FailureError(f"the benchmark's model ({shape}, cut {cut}) could not be made: {' '.join(said)}")
+    command = [sys.executable, "-c", _PROGRAM, str(folder), sizes.shape, str(sizes.cut)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        reason = " ".join(process.stderr.strip().splitlines()[-1:])
+        raise FailureError(
+            f"the benchmark's model ({sizes.shape}, cut {sizes.cut}) could not be made: {reason}"
+        )
     return folder / "halves"

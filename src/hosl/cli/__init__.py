@@ -1,7 +1,7 @@
-"""The `hosl` command: finds the verb, runs it, and turns errors into one line and an exit status.
+"""The `hosl` program: it finds the command, runs it, and turns errors into one line and an exit status.
 
-0 done, 1 the work failed, 2 the request was wrong, 3 the run diverged, 130 interrupted. Nothing heavy is imported
-before a verb needs it.
+0 done, 1 the work failed, 2 the request was wrong, 3 the run diverged, 130 interrupted. No heavy import before a
+command needs it.
 """
 
 import gc
@@ -13,7 +13,7 @@ from importlib import import_module
 
 from hosl.errors import HoslError
 
-_VERBS = {
+_COMMANDS = {
     "train": "fine-tune a split model: hosl train CONFIG.yaml [--a.b value] | --resume RUN",
     "eval": "accuracy of a run's newest weights: hosl eval RUN [--split dev|test]",
     "export": "one Hugging Face checkpoint from a run: hosl export RUN OUT",
@@ -43,38 +43,39 @@ def command() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Every verb takes --json: its result or its error on standard output."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        lines = [f"  {verb:<8}{text}" for verb, text in _VERBS.items()]
-        last = "hosl VERB --help tells more, hosl --version which hosl this is."
-        sys.stdout.write("\n".join(["hosl VERB ...", "", *lines, "", last, ""]))
+    """Run one command; returns the exit status. With --json its result or its error stands on standard output."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<8}{text}" for name, text in _COMMANDS.items()]
+        last = "hosl COMMAND --help tells more, hosl --version which hosl this is."
+        sys.stdout.write("\n".join(["hosl COMMAND ...", "", *lines, "", last, ""]))
         return 0
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         from importlib.metadata import version  # 35 ms of every command
 
         sys.stdout.write(f"hosl {version('hosl')}\n")
         return 0
-    if words[0] not in _VERBS:
-        return _refuse(f"unknown verb `{words[0]}`; allowed: {', '.join(_VERBS)}")
+    if arguments[0] not in _COMMANDS:
+        return _refuse(f"unknown command `{arguments[0]}`; allowed: {', '.join(_COMMANDS)}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, our memory meter, greets on stderr
-    verb: Callable[[list[str]], int] = import_module(f"hosl.cli.{words[0]}").run
+    run: Callable[[list[str]], int] = import_module(f"hosl.cli.{arguments[0]}").run
     try:
-        return verb(words[1:])
+        return run(arguments[1:])
     except HoslError as error:
-        if "--json" in words:
-            said = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
-            sys.stdout.write(json.dumps({"error": said}) + "\n")
+        if "--json" in arguments:
+            failure = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
+            sys.stdout.write(json.dumps({"error": failure}) + "\n")
         return _refuse(str(error), status=error.exit_status)
     except KeyboardInterrupt:
-        return _refuse(f"interrupted; go on with {_again(words)}", status=130)
+        return _refuse(f"interrupted; go on with {_again(arguments)}", status=130)
     except OSError as error:
         return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}", status=1)
 
 
-def _again(words: list[str]) -> str:
-    one_run = words[0] == "train" or any(word.partition("=")[0] == "--run" for word in words)
-    return "`hosl train --resume RUN`" if one_run else f"the same `hosl {words[0]}`"
+def _again(arguments: list[str]) -> str:
+    """The command that goes on with what was interrupted."""
+    one_run = arguments[0] == "train" or any(text.partition("=")[0] == "--run" for text in arguments)
+    return "`hosl train --resume RUN`" if one_run else f"the same `hosl {arguments[0]}`"
 
 
 def _refuse(message: str, status: int = 2) -> int:

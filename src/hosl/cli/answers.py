@@ -1,4 +1,4 @@
-"""How a verb takes its words and gives its result: argparse for the words, text or JSON for the result."""
+"""The arguments and the result of a command: argparse reads the arguments, the result is text or JSON."""
 
 import argparse
 import json
@@ -9,23 +9,27 @@ from hosl.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises hosl's own error instead of leaving the process."""
+    """An argument parser that raises hosl's own error instead of leaving the process."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the words, in one line."""
+        """Refuse the arguments, in one line.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` shows what is allowed")
 
 
-def verb_parser(verb: str, description: str, *, as_json: bool = True) -> Parser:
-    """A parser for one verb, with --json where it has a result."""
-    parser = Parser(prog=f"hosl {verb}", description=description)
+def command_parser(command: str, description: str, *, as_json: bool = True) -> Parser:
+    """The parser of one command, with --json where the command has a result."""
+    parser = Parser(prog=f"hosl {command}", description=description)
     if as_json:
         parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 
 def answer(result: dict[str, Any], *, as_json: bool) -> None:
-    """Print a verb's result: one JSON object, or `key: value` lines."""
+    """Print a command's result: one JSON object, or `key: value` lines."""
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
     else:

@@ -1,44 +1,43 @@
-"""`hosl audit OUT/client --config task.yaml`: what leaves the device in this run, field by field."""
+"""`hosl audit OUT/client --config task.yaml`: the fields that leave the device in this run, one by one."""
 
 import json
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 from hosl.cli.train import overridden
 from hosl.config import load_config
 from hosl.errors import ModelError
 
 
-def run(words: list[str]) -> int:
-    """Print the table; nothing is sent."""
-    parser = verb_parser(
+def run(arguments: list[str]) -> int:
+    """Print the table; nothing is sent. Returns the exit status.
+
+    Raises:
+        RequestError, ModelError: if the config or the half cannot be read, or do not fit together.
+    """
+    parser = command_parser(
         "audit", "Every field that can leave the device. Settings of the config as --a.b value."
     )
     parser.add_argument("half", help="OUT/client of `hosl split`")
     parser.add_argument("--config", required=True, help="a YAML file, as for `hosl join`")
-    known, overrides = parser.parse_known_args(words)
-    config = overridden(load_config(known.config), overrides)
+    options, overrides = parser.parse_known_args(arguments)
+    config = overridden(load_config(options.config), overrides)
 
     from hosl.network.audit import audit
     from hosl.split.folder_facts import half_facts
     from hosl.tasks import TextTokenizer, load_task
 
-    folder = Path(known.half)
+    folder = Path(options.half)
     half_facts(folder, "client")
     sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     width = next((sizes[name] for name in ("hidden_size", "n_embd", "dim") if name in sizes), None)
     if width is None:
         raise ModelError(f"{folder}/config.json names no hidden_size, n_embd or dim; split the model again")
     rows = audit(config, load_task(config.task, TextTokenizer.load(folder), seed=config.seed), width=width)
-    if known.json:
-        answer({"fields": rows}, as_json=True)
-    else:
-        answer(
-            {
-                row["field"]: f"{row['sent']}; {row['shape']}; {row['bytes_per_step']:,} bytes a step; "
-                f"a curious server learns {row['a curious server learns']}"
-                for row in rows
-            },
-            as_json=False,
-        )
+    lines = {
+        row["field"]: f"{row['sent']}; {row['shape']}; {row['bytes_per_step']:,} bytes a step; "
+        f"a curious server learns {row['a curious server learns']}"
+        for row in rows
+    }
+    answer({"fields": rows} if options.json else lines, as_json=options.json)
     return 0

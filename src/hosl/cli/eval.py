@@ -3,26 +3,31 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 
 
-def run(words: list[str]) -> int:
-    """Evaluate and print; nothing in the run's folder changes."""
-    parser = verb_parser("eval", "Accuracy, macro F1 and loss of a run's newest weights.")
+def run(arguments: list[str]) -> int:
+    """Evaluate and print; nothing in the run's folder changes. Returns the exit status.
+
+    Raises:
+        FolderError, CheckpointError: if the folder holds no run, or a damaged one.
+    """
+    parser = command_parser("eval", "Accuracy, macro F1 and loss of a run's newest weights.")
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
-    known = parser.parse_args(words)
+    options = parser.parse_args(arguments)
 
     from hosl.evaluation import evaluate
     from hosl.training.local_session import load_run
 
-    session = load_run(Path(known.run))
-    examples = session.task.test if known.split == "test" else session.task.dev
-    found = evaluate(
+    session = load_run(Path(options.run))
+    examples = session.task.test if options.split == "test" else session.task.dev
+    evaluation = evaluate(
         session.client, session.asked_server(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     answer(
-        {"run": known.run, "step": session.step, "split": known.split, **asdict(found)}, as_json=known.json
+        {"run": options.run, "step": session.step, "split": options.split, **asdict(evaluation)},
+        as_json=options.json,
     )
     return 0

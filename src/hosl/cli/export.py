@@ -2,18 +2,22 @@
 
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 
 
-def run(words: list[str]) -> int:
-    """Write OUT; it must not exist, or be empty."""
-    parser = verb_parser("export", "Merge both halves into one checkpoint that plain transformers loads.")
+def run(arguments: list[str]) -> int:
+    """Write OUT, which must not exist or be empty. Returns the exit status.
+
+    Raises:
+        FolderError: if RUN holds no run, or OUT is taken.
+    """
+    parser = command_parser("export", "Merge both halves into one checkpoint that plain transformers loads.")
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("out", help="a folder to make; adapters also go to OUT/adapter")
-    known = parser.parse_args(words)
+    options = parser.parse_args(arguments)
 
     from hosl.training.train import export
 
-    export(Path(known.run), Path(known.out))
-    answer({"run": known.run, "out": known.out}, as_json=known.json)
+    export(Path(options.run), Path(options.out))
+    answer({"run": options.run, "out": options.out}, as_json=options.json)
     return 0

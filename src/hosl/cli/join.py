@@ -3,15 +3,24 @@
 import sys
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 from hosl.cli.train import overridden
 from hosl.config import load_config
 from hosl.errors import ConfigError
 
 
-def run(words: list[str]) -> int:
-    """Train; summary on standard output, progress on standard error. The same command goes on after an interruption."""
-    parser = verb_parser("join", "Train a client half with a server. Settings of the config as --a.b value.")
+def run(arguments: list[str]) -> int:
+    """Train; the summary goes to standard output, progress to standard error. The same command resumes the run.
+
+    Returns the exit status: 130 after Ctrl-C.
+
+    Raises:
+        RequestError: if an argument, the config or the half cannot be used, or the server refuses.
+        FailureError: if the training fails.
+    """
+    parser = command_parser(
+        "join", "Train a client half with a server. Settings of the config as --a.b value."
+    )
     parser.add_argument("half", help="OUT/client of `hosl split`")
     parser.add_argument(
         "--to", required=True, metavar="LINE", help="the join line, in quotes; or @FILE that holds it"
@@ -21,27 +30,27 @@ def run(words: list[str]) -> int:
     parser.add_argument("--certificate", help="PEM file of our own certificate (mTLS); with --key")
     parser.add_argument("--key", help="PEM file of its private key")
     parser.add_argument("--plaintext", action="store_true", help="no TLS; to a loopback address only")
-    known, overrides = parser.parse_known_args(words)
-    if (known.certificate is None) != (known.key is None):
+    options, overrides = parser.parse_known_args(arguments)
+    if (options.certificate is None) != (options.key is None):
         raise ConfigError("--certificate and --key go together; give both or neither")
-    config = overridden(load_config(known.config), overrides)
+    config = overridden(load_config(options.config), overrides)
 
     from hosl.network.join import JoinOptions, join
     from hosl.transport.channel import Proof
     from hosl.transport.join_line import JoinLine
 
-    line = known.to
+    line = options.to
     if line.startswith("@"):
         try:
             line = Path(line[1:]).read_text(encoding="utf-8")
         except OSError as cause:
-            raise ConfigError(f"--to {known.to}: {cause.strerror}; the file holds one join line") from cause
+            raise ConfigError(f"--to {options.to}: {cause.strerror}; the file holds one join line") from cause
     proof = Proof(
-        authority=Path(known.authority) if known.authority else None,
-        identity=(Path(known.certificate), Path(known.key)) if known.certificate else None,
-        plaintext=known.plaintext,
+        authority=Path(options.authority) if options.authority else None,
+        identity=(Path(options.certificate), Path(options.key)) if options.certificate else None,
+        plaintext=options.plaintext,
     )
-    options = JoinOptions(half=Path(known.half), line=JoinLine.parse(line), proof=proof)
-    summary = join(config, options, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
-    answer(summary, as_json=known.json)
+    target = JoinOptions(half=Path(options.half), line=JoinLine.parse(line), proof=proof)
+    summary = join(config, target, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
+    answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130

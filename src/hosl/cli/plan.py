@@ -1,15 +1,21 @@
-"""`hosl plan CONFIG.yaml | MODEL`: cut x way to train, with memory, bytes and hours, before anything is run."""
+"""`hosl plan CONFIG.yaml | MODEL`: memory, bytes and hours of every cut and way to train, before a run."""
 
 import sys
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 from hosl.errors import ConfigError
 
 
-def run(words: list[str]) -> int:
-    """Print the table, or one JSON object; write the recommended row as a config, and a picture, where asked."""
-    parser = verb_parser(
+def run(arguments: list[str]) -> int:
+    """Print the table, or one JSON object; on request, write the recommended row as a config, and a picture.
+
+    Returns the exit status.
+
+    Raises:
+        RequestError, ModelError: if an argument is impossible, or the model cannot be planned.
+    """
+    parser = command_parser(
         "plan", "What every way to train would take on this device, without running or loading any."
     )
     parser.add_argument(
@@ -33,39 +39,40 @@ def run(words: list[str]) -> int:
     parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
     parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
     parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
-    known = parser.parse_args(words)
+    options = parser.parse_args(arguments)
 
     from hosl.system.byte_sizes import parse_bytes
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
 
-    limit = float(parse_bytes(known.device_memory)) if known.device_memory else None
+    limit = float(parse_bytes(options.device_memory)) if options.device_memory else None
+    down = options.down or options.up
     link = LinkSpec(
-        rtt_s=parse_duration(known.rtt), up_bits_per_s=parse_rate(known.up) if known.up else None,
-        down_bits_per_s=parse_rate(known.down or known.up) if known.down or known.up else None,
+        rtt_s=parse_duration(options.rtt), up_bits_per_s=parse_rate(options.up) if options.up else None,
+        down_bits_per_s=parse_rate(down) if down else None,
     )  # fmt: skip
     for name in ("batch", "tokens", "cores", "server_tflops"):
-        value = getattr(known, name)
+        value = getattr(options, name)
         if value is not None and not value > 0:
             raise ConfigError(f"hosl plan --{name.replace('_', '-')} must be above 0, got {value}")
-    if known.write and Path(known.write).exists():
-        raise ConfigError(f"--write {known.write}: there is such a file already; choose another name")
+    if options.write and Path(options.write).exists():
+        raise ConfigError(f"--write {options.write}: there is such a file already; choose another name")
 
     from hosl.planner.request import Planning, planned
     from hosl.report.planned import draw_plan
 
-    asked = Planning(
-        what=known.what, device_memory_bytes=limit, link=link, rows=known.batch, tokens=known.tokens,
-        cuts=_cuts(known.cuts), cores=known.cores, probe=known.probe, server_tera_flops=known.server_tflops,
+    planning = Planning(
+        what=options.what, device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
+        cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
     )  # fmt: skip
-    found = planned(asked, say=_say)
-    if known.write:
-        found.write(Path(known.write))
-    if known.picture:
-        draw_plan(found, Path(known.picture))
-    if known.json:
-        answer(found.facts(), as_json=True)
+    result = planned(planning, say=_say)
+    if options.write:
+        result.write(Path(options.write))
+    if options.picture:
+        draw_plan(result, Path(options.picture))
+    if options.json:
+        answer(result.facts(), as_json=True)
     else:
-        sys.stdout.write(found.table())
+        sys.stdout.write(result.table())
     return 0
 
 

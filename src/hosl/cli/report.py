@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 
 
 def run(words: list[str]) -> int:
     """Write the page and print where it is."""
-    parser = verb_parser("report", "One page of one run or of many: curves, accuracy, memory, bytes, time.")
+    parser = command_parser(
+        "report", "One page of one run or of many: curves, accuracy, memory, bytes, time."
+    )
     parser.add_argument("run", nargs="+", help="a run's folder, or a study's, whose chosen runs are taken")
     parser.add_argument(
         "-o", "--out", metavar="FILE",

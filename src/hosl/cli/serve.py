@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
-from hosl.cli.answers import verb_parser
+from hosl.cli.answers import command_parser
 
 
-def run(words: list[str]) -> int:
-    """Serve until SIGTERM or Ctrl-C; the join line goes to standard output, the log to standard error."""
-    parser = verb_parser("serve", "Train a server half with the devices that join.", as_json=False)
+def run(arguments: list[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C; the join line goes to standard output, the log to standard error.
+
+    Returns the exit status.
+
+    Raises:
+        RequestError: if an argument, the half or the certificate cannot be used.
+    """
+    parser = command_parser("serve", "Train a server half with the devices that join.", as_json=False)
     parser.add_argument("half", help="OUT/server of `hosl split`")
     parser.add_argument(
         "--listen", default="127.0.0.1:7070", help="host:port, default 127.0.0.1:7070; port 0: any free one"
@@ -32,7 +38,7 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--idle", type=float, default=60.0, help="seconds without a sign of life before a call is dropped"
     )
-    known = parser.parse_args(words)
+    options = parser.parse_args(arguments)
 
     from hosl.network.serve import ServeOptions, serve
 
@@ -41,11 +47,11 @@ def run(words: list[str]) -> int:
 
     serve(
         ServeOptions(
-            half=Path(known.half), listen=known.listen, service=Path(known.service), page=known.page,
-            public=known.public, certificate=path(known.certificate), key=path(known.key),
-            client_authority=path(known.client_authority), plaintext=known.plaintext, device=known.device,
-            runs_at_once=known.runs_at_once, tensor_limit_bytes=known.tensor_limit << 20,
-            calls_per_s=known.calls_per_s, idle_s=known.idle,
+            half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
+            public=options.public, certificate=path(options.certificate), key=path(options.key),
+            client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
+            runs_at_once=options.runs_at_once, tensor_limit_bytes=options.tensor_limit << 20,
+            calls_per_s=options.calls_per_s, idle_s=options.idle,
         )
     )  # fmt: skip
     return 0

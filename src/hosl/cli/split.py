@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 
 
-def run(words: list[str]) -> int:
-    """Split; each side gets only its own tensors, read one at a time."""
-    parser = verb_parser("split", "Cut a checkpoint into a client folder and a server folder.")
+def run(arguments: list[str]) -> int:
+    """Split; each side gets only its own tensors, read one at a time. Returns the exit status.
+
+    Raises:
+        RequestError, ModelError: if the model cannot be read or cut, or OUT is taken.
+    """
+    parser = command_parser("split", "Cut a checkpoint into a client folder and a server folder.")
     parser.add_argument("model", help="a local folder or a hub name")
     parser.add_argument("out", help="a folder to make: OUT/client goes to the device, OUT/server stays")
     parser.add_argument(
@@ -26,13 +30,13 @@ def run(words: list[str]) -> int:
         default="server",
         help="client: norm and head go to the device too",
     )
-    known = parser.parse_args(words)
+    options = parser.parse_args(arguments)
 
     from hosl.split import split_folder
 
     info = split_folder(
-        known.model, known.cut, Path(known.out), head=known.head, num_labels=known.num_labels, seed=known.seed,
-        labels=known.labels_at,
+        options.model, options.cut, Path(options.out), head=options.head, num_labels=options.num_labels,
+        seed=options.seed, labels=options.labels_at,
     )  # fmt: skip
-    answer({"out": known.out, "cut": known.cut, **info.facts()}, as_json=known.json)
+    answer({"out": options.out, "cut": options.cut, **info.facts()}, as_json=options.json)
     return 0

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import answer, verb_parser
+from hosl.cli.answers import answer, command_parser
 from hosl.study.config import Study, parse_study, read_study
 from hosl.study.process import make_alone
 from hosl.study.run import check_runs, config_of_run, first_run, run_study
@@ -13,7 +13,7 @@ from hosl.study.run import check_runs, config_of_run, first_run, run_study
 
 def run(words: list[str]) -> int:
     """Make the runs that are missing, then render; progress on standard error. 130 after Ctrl-C."""
-    parser = verb_parser(
+    parser = command_parser(
         "study",
         "Run every method on every task with tuned rates and all seeds; go on where a call before has stopped.",
     )

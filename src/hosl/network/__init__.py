@@ -1,1 +1,1 @@
-"""The same run on two machines: `serve` and `join`, what the two sides agree on, and what leaves the device."""
+"""A run across two machines: `serve`, `join`, the settings that both sides agree on, and `audit`."""

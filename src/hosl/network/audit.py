@@ -1,4 +1,4 @@
-"""`hosl audit`: every field that can leave the device in a run of this config, with its shape and size. No torch."""
+"""`hosl audit`: every field that can leave the device in a run of a config, with its shape and size. No torch."""
 
 from typing import Any
 
@@ -28,59 +28,59 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
     """One row per field: when it is sent, its shape, its bytes per step, and what a curious server could learn.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         task: its data; the first `steps` batches are collated to know their sizes.
-        width: of the model's hidden state.
-        steps: how many batches to average over.
+        width: the width of the model's hidden state.
+        steps: the number of batches to average over.
     """
     batches = [batch_of_step(config, task, step) for step in range(1, steps + 1)]
     method, directions = config.method_row, config.zo.directions
     # at first-plus the server's step is at a probe that is sent anyway
     uploads = method.uploads(directions) - (config.zo.server_gradient_at == "first-plus")
-    questions = method.questions(directions)
+    requests = method.questions(directions)
     compression = config.wire.compression
     activation_bytes = [
         packed_bytes((*batch.input_ids.shape, width), config.model.dtype, compression) for batch in batches
     ]
     rows, seq = batches[0].input_ids.shape
-    found = [
+    fields = [
         _row("activations", f"{uploads} a step", f"[{rows}, {seq}, {width}] {config.model.dtype}, wire {compression}",
              uploads * float(np.mean(activation_bytes))),
-        _row("mask", f"{questions} a step", f"[{rows}, {seq}] bits", questions * float(np.mean(
+        _row("mask", f"{requests} a step", f"[{rows}, {seq}] bits", requests * float(np.mean(
             [len(targets_to_message(batch.targets).mask.bits) for batch in batches]))),
     ]  # fmt: skip
     if config.wire.labels == "client":
-        found += _when_labels_stay(config, batches, questions, width)
+        fields += _fields_when_labels_stay(config, batches, requests, width)
     else:
         name = "labels" if isinstance(batches[0].targets, ClassTargets) else "options"
-        sizes = [_targets_bytes(targets_to_message(batch.targets)) for batch in batches]
-        found.append(
-            _row(name, f"{questions} a step", f"[{rows}, ...] integers", questions * float(np.mean(sizes)))
+        sizes = [_bytes_beside_mask(targets_to_message(batch.targets)) for batch in batches]
+        fields.append(
+            _row(name, f"{requests} a step", f"[{rows}, ...] integers", requests * float(np.mean(sizes)))
         )
     if config.clients.halves == "shared":
         entry = config.zo.directions * 12
-        found.append(_row("update", "1 a step", f"{config.zo.directions} seeds and scales", float(entry)))
-    found.append(_row("hello", "1 a connection", "settings and digests", 0.0))
-    return found
+        fields.append(_row("update", "1 a step", f"{config.zo.directions} seeds and scales", float(entry)))
+    fields.append(_row("hello", "1 a connection", "settings and digests", 0.0))
+    return fields
 
 
-def _when_labels_stay(
-    config: Config, batches: list[Batch], questions: int, width: int
+def _fields_when_labels_stay(
+    config: Config, batches: list[Batch], requests: int, width: int
 ) -> list[dict[str, Any]]:
     positions = [positions_of(batch.targets) for batch in batches]
-    rows, places = len(positions[0].mask), len(positions[0].positions)
-    sizes = [positions_to_message(p).ByteSize() - len(positions_to_message(p).mask.bits) for p in positions]
+    rows, count = len(positions[0].mask), len(positions[0].positions)
+    sizes = [_bytes_beside_mask(positions_to_message(p)) for p in positions]
     gradients = [
         packed_bytes((len(p.mask), len(p.positions), width), config.model.dtype, "none") for p in positions
     ]
-    shape = f"[{rows}, {places}, {width}] {config.model.dtype}"
+    shape = f"[{rows}, {count}, {width}] {config.model.dtype}"
     return [
-        _row("positions", f"{questions} a step", f"[{places}] integers", questions * float(np.mean(sizes))),
+        _row("positions", f"{requests} a step", f"[{count}] integers", requests * float(np.mean(sizes))),
         _row("gradient at the states", "1 a step", shape, float(np.mean(gradients))),
     ]
 
 
-def _targets_bytes(message: pb.Targets) -> int:
+def _bytes_beside_mask(message: pb.Targets | pb.Positions) -> int:
     return message.ByteSize() - len(message.mask.bits)
 
 

@@ -1,4 +1,4 @@
-"""What the two sides of a network run agree on, as messages and back as settings. No torch."""
+"""The settings that the two sides of a network run agree on: as messages, and back as a config. No torch."""
 
 from typing import Any
 
@@ -10,11 +10,9 @@ from hosl.split.specs import LoraSpec
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F64": "float64"}
-
 
 def model_message(facts: dict[str, Any], config: Config) -> pb.Model:
-    """The model as a half's half.json describes it, in the dtype of the run."""
+    """The message about the model: the facts of a half's half.json, and the dtype of the run."""
     return pb.Model(
         family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"],
         client_digest=facts["client_digest"], server_digest=facts["server_digest"],
@@ -23,7 +21,7 @@ def model_message(facts: dict[str, Any], config: Config) -> pb.Model:
 
 
 def training_message(config: Config) -> pb.Training:
-    """The settings of a run that the server must know."""
+    """The message about the training: the settings of a run that the server must know."""
     server, clients = config.server, config.clients
     optimiser = pb.Optimiser(
         name=to_enum(pb.OptimiserName, server.optimiser.name), momentum=server.optimiser.momentum,
@@ -32,22 +30,28 @@ def training_message(config: Config) -> pb.Training:
     lora = pb.Lora(r=server.lora.r, alpha=server.lora.alpha, target_modules=server.lora.target_modules or ())
     return pb.Training(
         method=to_enum(pb.Method, config.method_row.on_the_wire), seed=config.seed,
-        distribution=to_enum(pb.Distribution,
-        config.zo.distribution), trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate,
-        optimiser=optimiser, lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type),
-        warmup_steps=config.warmup_steps, max_steps=config.max_steps, compression=to_enum(pb.Compression,
-        config.wire.compression), clients=clients.count, halves=to_enum(pb.Halves, clients.halves),
-        order=to_enum(pb.Order, clients.schedule), grace_s=clients.grace_s,
+        distribution=to_enum(pb.Distribution, config.zo.distribution),
+        trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate, optimiser=optimiser,
+        lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type), warmup_steps=config.warmup_steps,
+        max_steps=config.max_steps, compression=to_enum(pb.Compression, config.wire.compression),
+        clients=clients.count, halves=to_enum(pb.Halves, clients.halves), order=to_enum(pb.Order, clients.schedule),
+        grace_s=clients.grace_s,
     )  # fmt: skip
 
 
 def config_of(model: pb.Model, training: pb.Training, *, device: str) -> Config:
-    """The settings that a server half is made with; what concerns the client alone stays at its default.
+    """The config that a server half is made with; settings of the client alone keep their defaults.
+
+    Args:
+        model: the message about the model.
+        training: the message about the training.
+        device: the torch device of the server.
 
     Raises:
-        WireError: if a message names what does not exist. ConfigError: if settings contradict each other.
+        WireError: if a message holds a value that its enumeration does not have.
+        ConfigError: if settings contradict each other.
     """
-    optimiser: Any = OptimiserSpec(
+    optimiser = OptimiserSpec(
         name=_name(pb.OptimiserName, training.optimiser.name), momentum=training.optimiser.momentum,
         weight_decay=training.optimiser.weight_decay,
     )  # fmt: skip
@@ -61,8 +65,8 @@ def config_of(model: pb.Model, training: pb.Training, *, device: str) -> Config:
         schedule=_name(pb.Order, training.order), grace_s=training.grace_s,
     )  # fmt: skip
     base = Config(
-        method=_name(pb.Method, training.method), seed=training.seed, zo=ZOConfig(distribution=_name(pb.Distribution,
-        training.distribution)), server=ServerConfig(
+        method=_name(pb.Method, training.method), seed=training.seed,
+        zo=ZOConfig(distribution=_name(pb.Distribution, training.distribution)), server=ServerConfig(
             trainable=_name(pb.Trainable, training.trainable), learning_rate=training.learning_rate,
             optimiser=optimiser, lora=lora, device=device,
         ),
@@ -76,4 +80,5 @@ def config_of(model: pb.Model, training: pb.Training, *, device: str) -> Config:
 
 
 def _name(kind: Any, value: int) -> Any:
+    """The name of a value; Any, because a setting accepts only the names of its own enumeration."""
     return from_enum(kind, value)

@@ -1,7 +1,7 @@
 """`hosl join`: a device trains its half with a server across a network. Torch comes only with the client's runtime.
 
-The same steps, metrics and checkpoints as `hosl train`. Which state a run goes on from is the server's and the client's
-to settle at every Hello: alone, the newest checkpoint that both have.
+The same steps, metrics and checkpoints as `hosl train`. Server and client settle at every Hello from which state the
+run goes on: with one client, from the newest checkpoint that both sides have.
 """
 
 import json
@@ -35,23 +35,29 @@ from hosl.wire import hosl_pb2 as pb
 
 @dataclass(frozen=True, kw_only=True)
 class JoinOptions:
-    """What `hosl join` is told beside the config."""
+    """The arguments of `hosl join` beside the config."""
 
     half: Path
-    """OUT/client of `hosl split`."""
+    """The folder of the client half: OUT/client of `hosl split`."""
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
+    """The certificates that each side shows the other."""
 
 
 def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
     """Train this device's half with the server of the join line; returns the run's summary.
 
-    The same command goes on with its own run when it was interrupted; a finished run is left alone and the next one is
-    called -2, -3, ...
+    An unfinished run of the same config is resumed. A finished run stays as it is: the folder of the next one ends in
+    -2, -3, ...
+
+    Args:
+        config: the settings of the run.
+        options: the half, and the way to the server.
+        say: is called with one line of text for a person at a time.
 
     Raises:
-        ConfigError: if the config asks for what only `hosl train` has.
-        AccessError, HandshakeError, LinkError: if the server cannot be trusted, does not fit, or does not answer.
+        ConfigError: if a setting exists for `hosl train` only.
+        AccessError, HandshakeError, LinkError: if the server cannot be trusted, does not fit, or does not reply.
     """
     check_trackers(config)
     config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
@@ -64,22 +70,22 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed)
     _check_fit(config, options, facts, task)
     runtime.check_before_run(as_split, str(options.half), task, alone=True)
-    place = _run_folder(config)
-    with RunLock(place.run):
+    run = _joined_run(config)
+    with RunLock(run.folder):
         try:
-            session, metrics_bytes = _joined(config, options, facts, task, place, say)
+            session, metrics_bytes = _joined(config, options, facts, task, run, say)
         except BaseException:
-            if not (place.run / "metrics.jsonl").is_file():
-                shutil.rmtree(place.run)  # refused before the first step: nothing half-made stays
+            if not (run.folder / "metrics.jsonl").is_file():
+                shutil.rmtree(run.folder)  # refused before the first step: nothing half-made stays
             raise
         try:
-            return carry_on(session, place.run, "the same command", _finish, metrics_bytes=metrics_bytes)
+            return carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
         finally:
             session.remote.close()
 
 
 def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
-    """The config with the cut that the half has; the config's own is not asked on a device."""
+    """The config with the cut of the half; a device ignores model.cut."""
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=facts["cut"]))
 
 
@@ -97,7 +103,7 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
 
 
 def _check_served(config: Config) -> None:
-    """Refuse what a server across a network is never asked for."""
+    """Refuse settings that need a server in the same process."""
     if config.profile != "paper":
         raise ConfigError(
             f"profile {config.profile} asks the server for losses with dropout, which only `hosl train` has; use "
@@ -110,18 +116,21 @@ def _joined(
     options: JoinOptions,
     facts: dict[str, Any],
     task: Task,
-    place: "_Place",
+    run: "_JoinedRun",
     say: Callable[[str], None],
 ) -> tuple[JoinedSession, int]:
-    """Connect, greet, and bring the client to the state from which both go on; and where its metrics end then."""
+    """Connect, greet, and bring the client to the state from which both sides go on.
+
+    Returns the session, and the bytes of metrics.jsonl that belong to this state.
+    """
     runtime: Any = import_module("hosl.network.torch_runtime")
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
-    channel = connect(options.line, patience=patience, proof=options.proof, known=place.known, say=say)
+    channel = connect(options.line, patience=patience, proof=options.proof, known=run.under_way, say=say)
 
     def greeting(current: int) -> pb.HelloRequest:
         return pb.HelloRequest(
-            protocol=1, run=place.identity, model=model_message(facts, config), training=training_message(config),
-            restorable=session.restorable(place.run), current=current, version=versions()["hosl"],
+            protocol=1, run=run.identity, model=model_message(facts, config), training=training_message(config),
+            restorable=session.restorable(run.folder), current=current, version=versions()["hosl"],
         )  # fmt: skip
 
     kind = RemoteServer if config.wire.compression == "none" else WatchedServer
@@ -129,63 +138,55 @@ def _joined(
         kind = RemoteTrunk
     remote = kind(channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say)
     session = JoinedSession(
-        config=config,
-        task=task,
-        client=NO_CLIENT_YET,
-        server=remote,
-        remote=remote,
-        folder=options.half,
+        config=config, task=task, client=NO_CLIENT_YET, server=remote, remote=remote, folder=options.half,
         runtime=runtime,
-    )
+    )  # fmt: skip
     session.facts = {
         "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
         "task": {"name": task.name, "digest": task_digest(task)},
         "cut": facts["cut"],
     }
     try:
-        known = session.go_to(place.run, channel.for_ever(remote.hello, say)) or {}
+        checkpoint_facts = session.go_to(run.folder, channel.for_ever(remote.hello, say)) or {}
     except BaseException:
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-    record = {
-        "run_id": place.identity, "versions": versions(), "machine": machine(), **session.facts,
-    }  # fmt: skip
-    (place.run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    return session, known.get("metrics_bytes", 0)
+    record = {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
+    (run.folder / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return session, checkpoint_facts.get("metrics_bytes", 0)
 
 
-class _Place(NamedTuple):
-    run: Path
+class _JoinedRun(NamedTuple):
+    folder: Path
     identity: str
     """The run's name on the server."""
-    known: bool
-    """Whether the run is under way."""
+    under_way: bool
+    """Whether the run was started by an earlier command."""
 
 
-def _run_folder(config: Config) -> _Place:
+def _joined_run(config: Config) -> _JoinedRun:
     """This config's unfinished run, or a new one."""
     wanted, text = Path(config.output_dir), dump_config(config)
     for folder in sorted(wanted.parent.glob(f"{wanted.name}*")):
         if _unfinished(folder, text):
             identity = json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"]
-            return _Place(folder, identity, known=True)
-    run = new_folder(wanted)
-    name = (
-        "".join(c if c.isalnum() or c in "._-" else "-" for c in run.name.lower()).strip("._-")[:40] or "run"
-    )
-    # alone, a run is its own on the server, whatever it is called; several clients find each other by the name
+            return _JoinedRun(folder, identity, under_way=True)
+    folder = new_folder(wanted)
+    allowed = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.name.lower())
+    name = allowed.strip("._-")[:40] or "run"
+    # several clients find each other by the name; the run of a single client must not meet another run of its name
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
-    (run / "record.json").write_text(json.dumps({"run_id": identity}), encoding="utf-8")
-    (run / "config.yaml").write_text(text, encoding="utf-8")
-    return _Place(run, identity, known=False)
+    (folder / "record.json").write_text(json.dumps({"run_id": identity}), encoding="utf-8")
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    return _JoinedRun(folder, identity, under_way=False)
 
 
 def _unfinished(folder: Path, config_text: str) -> bool:
     files = folder / "config.yaml", folder / "record.json"
     if not all(file.is_file() for file in files) or files[0].read_text(encoding="utf-8") != config_text:
         return False
-    return not (folder / "report.html").is_file()  # the last thing that a finished run writes
+    return not (folder / "report.html").is_file()  # the last file that a finished run writes
 
 
 def _finish(session: JoinedSession, run: Path) -> None:

@@ -1,7 +1,7 @@
-"""A run whose server is elsewhere: the client's session, and which state both sides go on from. No torch.
+"""The client's session of a run whose server is elsewhere, and the state from which both sides go on. No torch.
 
-Alone, a client and its server go on from the newest checkpoint that both have; with shared halves the server's journal
-is the truth.
+A single client and its server go on from the newest checkpoint that both have. With shared halves the server's journal
+decides.
 """
 
 import sys
@@ -27,15 +27,16 @@ NO_CLIENT_YET = cast(ClientSide, None)
 
 @dataclass
 class JoinedSession(Session[ClientSide, ServerSide]):
-    """A client half here, its server elsewhere."""
+    """The session of a client half in this process and a server in another."""
 
     remote: RemoteServer = field(kw_only=True)
-    """The connection; `server` is what rounds talk to: this, or the head that we hold over it."""
+    """The connection. The rounds call `server`, which is this connection or the client's own head above it."""
     folder: Path = Path()
     """The client half's folder."""
     runtime: Any = None
-    """The module that knows the client's runtime, such as `hosl.network.torch_runtime`."""
+    """The module of the client's runtime, such as `hosl.network.torch_runtime`."""
     snapshot_step: int = 0
+    """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
     _incarnation: str = ""
     _wire_bytes: tuple[int, int] = (0, 0)
 
@@ -55,7 +56,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         return result
 
     def done(self, step: int) -> None:
-        """The round of `step` is complete on both sides."""
+        """Note that the round of `step` is complete on both sides."""
         self.step = step
         self.remote.at(step)
 
@@ -64,22 +65,20 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         self.meters.client.memory = self.runtime.memory_meter(self._own_client) if on else None
 
     def client_bytes(self) -> float:
-        """What this process has had resident at most."""
+        """The largest resident size of this process so far, bytes."""
         return float(process_peak_bytes())
 
     def costs(self) -> dict[str, Any]:
-        """Message bytes as the connection counted them, and what calls took beyond the server's compute."""
-        now = self.remote.channel.bytes_up, self.remote.channel.bytes_down
-        before, self._wire_bytes = self._wire_bytes, now
+        """Message bytes as the connection counted them, and the seconds of calls beyond the server's compute."""
+        up, down = self.remote.channel.bytes_up, self.remote.channel.bytes_down
+        (up_before, down_before), self._wire_bytes = self._wire_bytes, (up, down)
         wire_s, self.remote.wire_s = self.remote.wire_s, 0.0
         return {
-            "wire_s": round(wire_s, 6),
-            "wire_bytes_up": now[0] - before[0],
-            "wire_bytes_down": now[1] - before[1],
-        }
+            "wire_s": round(wire_s, 6), "wire_bytes_up": up - up_before, "wire_bytes_down": down - down_before
+        }  # fmt: skip
 
     def notes(self) -> dict[str, float]:
-        """What compression does to the signal, in the steps in which it is measured."""
+        """The effect of compression on the signal, in the steps in which it is measured."""
         return self.remote.notes() if isinstance(self.remote, WatchedServer) else {}
 
     def restorable(self, run: Path) -> list[int]:
@@ -87,10 +86,10 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         return [0, *sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))]
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:
-        """The server writes its half, then this client its own; the checkpoint before stays until the next."""
+        """Let the server write its half, then write the client's; the previous checkpoint stays until the next."""
         self.remote.save(self.step)
         if (run / "checkpoints" / f"step-{self.step:08d}").is_dir():
-            return  # written before a kill that the server did not survive with us
+            return  # written already, before the server was killed
         checkpoint = Checkpoint(step=self.step)
         # shared halves are rebuilt from the server's journal, whose steps are not this client's: no snapshots
         snapshots = sys.maxsize if isinstance(self.client, SharedClient) else self.config.snapshot_steps
@@ -108,13 +107,17 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         write_checkpoint(run / "checkpoints", checkpoint, keep=2)
 
     def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
-        """Take the state after `step`, because the server goes on from there."""
+        """Take the state after `step`, because the server goes on from there.
+
+        Returns the facts of the checkpoint of that state; None where the client's half keeps what it has learned.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged, or belongs to other data.
+        """
         if self.config.clients.halves == "shared":
             return self._catch_up(step)
-        if (
-            self.client is not NO_CLIENT_YET and step > self.step
-        ):  # a round was closed without us: our half stays as it is
-            self.done(step)
+        if self.client is not NO_CLIENT_YET and step > self.step:
+            self.done(step)  # a round was closed without this client: its half stays as it is
             return None
         self.client = NO_CLIENT_YET  # lets go of the old half before it is loaded again
         self.client, self.snapshot_step = self.runtime.open_client(self.config, self.folder), 0
@@ -135,7 +138,10 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         return facts
 
     def finish(self) -> None:
-        """Shared halves: take what the others did since our last step. The digest is what they can be compared by."""
+        """Note the digest of the trained half, by which clients can be compared.
+
+        With shared halves, first take the updates of the other clients since this client's last step.
+        """
         if self.config.clients.halves == "shared":
             self._shared_client.catch_up()
         self.facts["final_client_digest"] = self.runtime.trained_digest(self._own_client)
@@ -155,7 +161,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
 
     def _catch_up(self, step: int) -> None:
         if self._incarnation != self.remote.incarnation:
-            # a server that was restarted may have gone back: its journal is the truth, from the base weights on
+            # a restarted server may have gone back: replay its journal, from the base weights on
             self.client = NO_CLIENT_YET
             base = self.runtime.open_client(self.config, self.folder)
             synchronous = self.config.clients.schedule == "synchronous"

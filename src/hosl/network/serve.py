@@ -9,56 +9,74 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.folder_facts import half_facts
 from hosl.system.run_folder import RunLock
 from hosl.wire import hosl_pb2 as pb
-from hosl.wire.enums import from_enum
 
 _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256-GCM-SHA384"}
-"""A TLS 1.2 cipher that the other kind of key would need: gRPC cannot be told to refuse TLS 1.2, but it finds none."""
+"""By kind of key, a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What `hosl serve` can be told."""
+    """The arguments of `hosl serve`."""
 
     half: Path
-    """OUT/server of `hosl split`."""
+    """The folder of the server half: OUT/server of `hosl split`."""
     listen: str = "127.0.0.1:7070"
+    """host:port; port 0 is any free one."""
     service: Path = Path("runs/service")
-    """Where certificate, clients and runs are kept."""
+    """The folder of the certificate, the clients and the runs."""
     page: str | None = None
     """host:port of the live page, metrics and health check; None: no page."""
     public: str | None = None
     """host:port that join lines name; None: the listening one."""
     certificate: Path | None = None
+    """PEM file; None: the certificate that the service makes at its first start."""
     key: Path | None = None
+    """PEM file of the certificate's private key."""
     client_authority: Path | None = None
     """PEM file of the authority whose certificates clients must show (mTLS)."""
     plaintext: bool = False
+    """Whether to serve without TLS; on loopback only."""
     device: str = "cpu"
+    """A torch device."""
     runs_at_once: int = 1
+    """Runs whose halves are in memory together."""
     tensor_limit_bytes: int = 256 << 20
+    """The largest activation that is accepted."""
     calls_per_s: int = 200
+    """Calls of one client per second, on average."""
     idle_s: float = 60.0
+    """Seconds without a sign of life before a call is dropped."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
+    """Is called with each line for the person who starts the server."""
+
+
+class _Credentials(NamedTuple):
+    certificate: bytes
+    """PEM."""
+    key: bytes
+    """PEM."""
+    fingerprint: str | None
+    """The fingerprint for join lines; None: an authority vouches for the certificate."""
 
 
 def print_line(text: str) -> None:
-    """One line on standard output, at once."""
+    """Write one line on standard output, and flush it."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or SIGINT; what is in hand is finished, every run is saved.
+    """Serve until SIGTERM or SIGINT; then finish the work in hand and save every run.
 
     Raises:
-        RequestError: if the half, the address or the certificate cannot serve.
+        RequestError: if the half, the address or the certificate cannot be used.
     """
     facts = half_facts(options.half, "server")
     host, port = parse_address(options.listen)
@@ -73,10 +91,10 @@ def serve(options: ServeOptions) -> None:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """host:port.
+    """The host and the port of a text host:port.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if the text has another form.
     """
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
@@ -89,7 +107,7 @@ async def _serve(
     facts: dict[str, Any],
     host: str,
     port: int,
-    credentials: tuple[bytes, bytes, str | None] | None,
+    credentials: _Credentials | None,
 ) -> None:
     import grpc.aio
 
@@ -128,7 +146,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     page = None if options.page is None else Page(
-        parse_address(options.page), access, status, _page_context(options, credentials)
+        parse_address(options.page), access, status, _page_context(options)
     )  # fmt: skip
     await server.start()
     _announce(options, access, host, bound, credentials, page)
@@ -144,21 +162,19 @@ async def _serve(
     status.line("stopped")
 
 
-def _bind(
-    server: Any, address: str, credentials: tuple[bytes, bytes, str | None] | None, options: ServeOptions
-) -> int:
+def _bind(server: Any, address: str, credentials: _Credentials | None, options: ServeOptions) -> int:
     import grpc
 
     if credentials is None:
         return server.add_insecure_port(address)
-    pem, key, _ = credentials
+    pairs = [(credentials.key, credentials.certificate)]
     authority = _read(options.client_authority) if options.client_authority else None
-    made = grpc.ssl_server_credentials([(key, pem)], authority, require_client_auth=authority is not None)
-    return server.add_secure_port(address, made)
+    tls = grpc.ssl_server_credentials(pairs, authority, require_client_auth=authority is not None)
+    return server.add_secure_port(address, tls)
 
 
-def _credentials(options: ServeOptions) -> tuple[bytes, bytes, str | None] | None:
-    """Certificate and key in PEM, and the fingerprint for join lines (None: an authority vouches for it)."""
+def _credentials(options: ServeOptions) -> _Credentials | None:
+    """The server's credentials; None: plaintext."""
     from hosl.service.access import certificate
     from hosl.transport.join_line import fingerprint_of
 
@@ -167,13 +183,13 @@ def _credentials(options: ServeOptions) -> tuple[bytes, bytes, str | None] | Non
     if (options.certificate is None) != (options.key is None):
         raise ConfigError("--certificate and --key go together; give both, or neither to have one made")
     if options.certificate and options.key:
-        pem, key, proof = _read(options.certificate), _read(options.key), None
+        credentials = _Credentials(_read(options.certificate), _read(options.key), None)
     else:
         pem, key, der = certificate(options.service)
-        proof = fingerprint_of(der)
-    kind = "rsa" if _is_rsa(key) else "ec"
+        credentials = _Credentials(pem, key, fingerprint_of(der))
+    kind = "rsa" if _is_rsa(credentials.key) else "ec"
     os.environ["GRPC_SSL_CIPHER_SUITES"] = _TLS12_CIPHER[kind]
-    return pem, key, proof
+    return credentials
 
 
 def _is_rsa(key: bytes) -> bool:
@@ -188,23 +204,19 @@ def _is_rsa(key: bytes) -> bool:
         ) from cause
 
 
-def _page_context(
-    options: ServeOptions, credentials: tuple[bytes, bytes, str | None] | None
-) -> ssl.SSLContext | None:
-    if credentials is None:
+def _page_context(options: ServeOptions) -> ssl.SSLContext | None:
+    if options.plaintext:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    files = (
-        options.certificate or options.service / "certificate.pem",
-        options.key or options.service / "key.pem",
+    context.load_cert_chain(
+        options.certificate or options.service / "certificate.pem", options.key or options.service / "key.pem"
     )
-    context.load_cert_chain(*files)
     return context
 
 
 def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
-    """Opens the half that a Hello asks for, if it is this server's."""
+    """The function that opens the half for a Hello, and refuses a Hello for another half."""
     from hosl.methods.torch_parties import DTYPES
     from hosl.network.torch_hosting import TorchHosted
     from hosl.split import load_half
@@ -223,7 +235,7 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
                     "the client; use both folders of one `hosl split`"
                 )
         config = config_of(model, training, device=options.device)
-        dtype = DTYPES[from_enum(pb.DType, model.dtype)]
+        dtype = DTYPES[config.model.dtype]
 
         def fresh() -> Any:
             return load_half(options.half).convert(dtype)
@@ -234,12 +246,14 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
     return open_half
 
 
-def _announce(options: ServeOptions, access: Any, host: str, port: int, credentials: Any, page: Any) -> None:
+def _announce(
+    options: ServeOptions, access: Any, host: str, port: int, credentials: _Credentials | None, page: Any
+) -> None:
     from hosl.transport.join_line import JoinLine
 
     public_host, public_port = parse_address(options.public) if options.public else (host, port)
     facts = {
-        "address": f"{public_host}:{public_port}", "fingerprint": credentials[2] if credentials else None,
+        "address": f"{public_host}:{public_port}", "fingerprint": credentials.fingerprint if credentials else None,
         "plaintext": credentials is None,
     }  # fmt: skip
     (options.service / "address.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A server half on PyTorch for the service: arrays in, arrays out, checkpoints, and back to any of them."""
+"""A server half on PyTorch for the service: arrays in, arrays out, and checkpoints."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +36,9 @@ class TorchHosted:
         """Load the half at its base weights.
 
         Args:
-            config: the run's, as Hello told it.
+            config: the settings of the run, from its Hello.
             open_half: loads the half from the split folder.
-            new_weights: names that the checkpoint did not hold.
+            new_weights: the names of weights that the checkpoint did not hold.
             synchronous: whether updates are made from several clients' gradients.
         """
         self._config, self._open_half, self._new_weights = config, open_half, list(new_weights)
@@ -46,7 +46,11 @@ class TorchHosted:
         self.party = self._fresh()
 
     def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> None:
-        """Refuse activations of the wrong width, and targets that the head does not have."""
+        """Refuse activations of the wrong width or length, and targets that the head does not have.
+
+        Raises:
+            WireError: naming both values.
+        """
         config: Any = self.party.half.config
         text = config.get_text_config()
         if shape[2] != text.hidden_size:
@@ -60,45 +64,45 @@ class TorchHosted:
             )
         if isinstance(targets, OptionTargets) and int(targets.tokens.max()) >= text.vocab_size:
             raise WireError(f"token {targets.tokens.max()} is outside the vocabulary of {text.vocab_size}")
-        of_classes = type(self.party.half.model).__name__.endswith("ForSequenceClassification")
-        if isinstance(targets, ClassTargets) != of_classes and not isinstance(targets, PositionTargets):
+        takes_classes = type(self.party.half.model).__name__.endswith("ForSequenceClassification")
+        if isinstance(targets, ClassTargets) != takes_classes and not isinstance(targets, PositionTargets):
             raise WireError(
-                f"this model's head takes {'classes' if of_classes else 'option tokens'}, got the other kind"
+                f"this model's head takes {'classes' if takes_classes else 'option tokens'}, got the other kind"
             )
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
         """See `HostedHalf`."""
-        return list(self._able("losses")([from_wire(h) for h in activations], targets))
+        return list(self._method("losses")([from_wire(h) for h in activations], targets))
 
     def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
         """See `HostedHalf`."""
-        return self._able("scores")(from_wire(activations), targets)
+        return self._method("scores")(from_wire(activations), targets)
 
     def gradient(self, activations: WireArray, targets: Targets) -> Stepped:
         """See `HostedHalf`."""
-        return _stepped(self._able("gradient")(from_wire(activations), targets))
+        return _stepped(self._method("gradient")(from_wire(activations), targets))
 
     def probe(
         self, pair: Sequence[WireArray], targets: Targets, seed: int, epsilon: float
     ) -> tuple[float, float]:
         """See `HostedHalf`."""
         h_plus, h_minus = (from_wire(h) for h in pair)
-        return self._able("probe")((h_plus, h_minus), targets, seed, epsilon)
+        return self._method("probe")((h_plus, h_minus), targets, seed, epsilon)
 
     def step(self, activations: WireArray, targets: Targets, step: int, want_gradient: bool) -> Stepped:
         """See `HostedHalf`."""
-        reply = self._able("step")(from_wire(activations), targets, step=step, want_gradient=want_gradient)
+        reply = self._method("step")(from_wire(activations), targets, step=step, want_gradient=want_gradient)
         return _stepped(reply)
 
     def states(self, activations: Sequence[WireArray], positions: PositionTargets) -> list[WireArray]:
         """See `HostedHalf`."""
-        return [to_wire(s) for s in self._able("states")([from_wire(h) for h in activations], positions)]
+        return [to_wire(s) for s in self._method("states")([from_wire(h) for h in activations], positions)]
 
     def states_for_step(
         self, activations: WireArray, positions: PositionTargets
     ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
         """See `HostedHalf`."""
-        states, finish = self._able("states_for_step")(from_wire(activations), positions)
+        states, finish = self._method("states_for_step")(from_wire(activations), positions)
 
         def update(gradient: WireArray, step: int, want_gradient: bool) -> Stepped:
             return _stepped(finish(from_wire(gradient), step, want_gradient))
@@ -109,18 +113,18 @@ class TorchHosted:
         self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
     ) -> Stepped:
         """See `HostedHalf`."""
-        reply = self._able("contribute")(
+        reply = self._method("contribute")(
             from_wire(activations), targets, examples, want_gradient=want_gradient
         )
         return _stepped(reply)
 
     def apply(self, step: int) -> None:
         """See `HostedHalf`."""
-        self._able("apply")(step)
+        self._method("apply")(step)
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """See `HostedHalf`."""
-        self._able("descend")(step, list(seeds), list(coefficients))
+        self._method("descend")(step, list(seeds), list(coefficients))
 
     def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
         """See `HostedHalf`."""
@@ -130,7 +134,11 @@ class TorchHosted:
         write_checkpoint(folder, checkpoint, keep=2)
 
     def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:
-        """See `HostedHalf`."""
+        """See `HostedHalf`.
+
+        Raises:
+            CheckpointError: if the checkpoint is missing or damaged.
+        """
         self.party = self._fresh()
         drop_checkpoints_after(folder, step)
         if step == 0:
@@ -143,22 +151,20 @@ class TorchHosted:
         return checkpoint.state, Journal.from_bytes(checkpoint.journal or b"")
 
     def _fresh(self) -> TorchServer | TrunkServer:
-        self.party: Any = None  # lets go of the old half before the new one is loaded
-        server = make_server(
-            self._config, self._open_half(), self._new_weights, synchronous=self._synchronous
-        )
-        return server
+        self.party: Any = None  # release the old half before the new one is loaded
+        return make_server(self._config, self._open_half(), self._new_weights, synchronous=self._synchronous)
 
-    def _able(self, call: str) -> Any:
-        able = getattr(self.party, call, None)
-        if able is None:
+    def _method(self, call: str) -> Any:
+        """The party's method of this name; not every server has every call."""
+        method = getattr(self.party, call, None)
+        if method is None:
             raise WireError(
                 f"a server of method {self._config.method} has no call {call}; the two sides disagree"
             )
-        return able
+        return method
 
 
 def _stepped(reply: StepReply) -> Stepped:
     gradient = reply.gradient
-    assert gradient is None or isinstance(gradient, torch.Tensor), "a torch server answers with tensors"
+    assert gradient is None or isinstance(gradient, torch.Tensor), "a torch server replies with tensors"
     return Stepped(reply.loss, None if gradient is None else to_wire(gradient))

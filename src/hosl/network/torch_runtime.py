@@ -1,4 +1,4 @@
-"""The client's runtime on PyTorch: what `hosl.network.join` asks of a runtime, under the names that it asks for."""
+"""The client's runtime on PyTorch: the functions that `hosl.network.join` and its session call on a runtime."""
 
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,19 @@ def open_client(config: Config, folder: Path) -> FrozenClient:
 
 
 def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
-    """The head at its base weights, for a client whose labels stay: what rounds talk to in place of a server."""
+    """The head at its base weights, for a client whose labels stay; rounds call it in place of the server."""
     half = load_head(folder, client.half)
     half.convert(
         DTYPES[config.model.dtype]
-    )  # a tied weight has that dtype already, and stays the same tensor
+    )  # a tied weight has this dtype already, and stays the same tensor
     return make_head(config, half, client.half, trunk)
 
 
 def trained_digest(client: Any) -> str:
-    """SHA-256 over the trained weights of a client, by name: equal for equal halves."""
+    """The SHA-256 digest of a client's trained weights, by name: equal for equal halves."""
     return tensors_digest({name: p.detach() for name, p in client.trained.items()})
 
 
 def memory_meter(client: Any) -> TorchMemory | CudaMemory:
-    """Measures the memory of this client's calls."""
+    """A meter of the memory of this client's calls."""
     return memory_of(client, party_bytes(client))
