@@ -1,6 +1,8 @@
 """Does the client learn? Every method at equal steps on BANKING77 with the whole encoder on the device; five seeds.
 
-    HOSL_DATA=... python research/banking77.py [--table] [--curves FILE.svg] [--memory FILE.svg]     # resumes; --table makes no run
+    HOSL_DATA=... python research/banking77.py [--table] [--curves FILE.svg] [--memory FILE.svg]
+
+It goes on where it was stopped; with --table it makes no run.
 
 Four tries per method on seed 0, the lowest dev loss chosen. The server's rate is tuned on the frozen client and kept.
 No forward-only row has more than 2Q + 1 = 5 forward passes a step: hosl-node evaluates 1 block of 6, 16 times.
