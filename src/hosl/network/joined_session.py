@@ -98,12 +98,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         )
         if self._labels_stay:
             self.runtime.put_head(checkpoint, self.server)
-        checkpoint.state |= {
-            "model_digest": self.facts["model"]["digest"],
-            "task_digest": self.facts["task"]["digest"],
-            "distribution": self.config.zo.distribution,
-            **facts,
-        }
+        checkpoint.state |= self.inputs() | facts
         write_checkpoint(run / "checkpoints", checkpoint, keep=2)
 
     def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
