@@ -22,7 +22,7 @@ from hosl.system.machine import process_peak_bytes
 from hosl.training.session import Session
 
 NO_CLIENT_YET = cast(ClientSide, None)
-"""In the client's place until `go_to` has loaded it."""
+"""The value of `client` until `go_to` has loaded the client."""
 
 
 @dataclass
