@@ -9,7 +9,7 @@ from hosl.errors import BudgetError
 from hosl.methods.schedule import longest_batch
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes, told_bytes
-from hosl.system.gc_paused import uncollected
+from hosl.system.gc_paused import gc_paused
 from hosl.tasks import Task
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
 
     limit = _limit(config)
     tokens, demands = _demands(config, model, task, _base(alone))
-    with uncollected():
+    with gc_paused():
         needed = most_needed(demands(config))
         if needed <= limit:
             return

@@ -11,7 +11,7 @@ from hosl.config import Config
 from hosl.errors import ConfigError, HoslError
 from hosl.report.groups import Comparison, PlannedLine, in_order
 from hosl.report.runs import Run
-from hosl.system.gc_paused import uncollected
+from hosl.system.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from hosl.planner.model_shape import ModelShape
@@ -33,7 +33,7 @@ def planned_lines(comparison: Comparison) -> list[PlannedLine]:
         return []
     cuts = sorted({1, shape.blocks, *comparison.cuts})  # blocks are alike: in between, memory is a line
     lines = []
-    with uncollected():
+    with gc_paused():
         for way, run, config in [*wanted, *_ends(wanted)]:
             # a picture is nothing to fail for: the planner may not follow a setting, or torch an operation without data
             with contextlib.suppress(HoslError, RuntimeError):

@@ -67,7 +67,7 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
     If the server is at another step, the client goes to that step, and the record is cut back with it.
     """
     first, shown = session.step + 1, dict[str, str]()
-    while session.step < session.config.max_steps and not stop.asked:
+    while session.step < session.config.max_steps and not stop.requested:
         try:
             _one_step(session, record, run, first, shown, stop)
         except StepMoved as moved:
@@ -102,7 +102,7 @@ def _one_step(
     if step % config.eval_steps == 0 or last:
         shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
     over = over_budget(session)
-    if step % config.save_steps == 0 or last or stop.asked or over:
+    if step % config.save_steps == 0 or last or stop.requested or over:
         save(session, record, run)
     if over:
         raise OverBudgetError(over)
