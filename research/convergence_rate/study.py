@@ -199,7 +199,7 @@ def _measure_missing(study: RateStudy, path: Path, done: Lines, stop: Stop) -> b
     ):
         while missing := missing_cells(study, done):
             cell = missing[0]
-            line = measure(study, cell, lambda: stop.asked)
+            line = measure(study, cell, lambda: stop.requested)
             if line is None:
                 return False
             file.write(json.dumps(line) + "\n")

@@ -11,7 +11,7 @@ from hosl.config import load_config
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
-from hosl.training import memory_budget as budget
+from hosl.training import local_session
 from tests.integration.network import Server, finished, join, split
 
 pytestmark = pytest.mark.usefixtures(
@@ -113,7 +113,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_made(capsys, 
 
 
 def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, tmp_path):
-    for module in ("planner.budget", "training.memory_budget"):
+    for module in ("planner.budget", "training.local_session"):
         monkeypatch.setattr(f"hosl.{module}.RUNTIME_BASE_BYTES", 0.0)
     settings = {"learning_rate": 1e-3, "memory_budget": "0.28MB"}
     config = tiny_run(client=settings, per_device_train_batch_size=64)
@@ -127,7 +127,9 @@ def test_the_nearest_setting_that_fits_is_named(capsys, tiny_run, monkeypatch, t
 
 
 def test_a_run_over_its_budget_is_stopped_with_its_state_saved(capsys, tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "RUNTIME_BASE_BYTES", 2 * RUNTIME_BASE_BYTES)  # what nobody could foresee
+    monkeypatch.setattr(
+        local_session, "RUNTIME_BASE_BYTES", 2 * RUNTIME_BASE_BYTES
+    )  # what nobody could foresee
     config = tiny_run(client={"learning_rate": 1e-3, "memory_budget": "400MiB"})
     assert main(["train", str(config)]) == 1
     assert "after step 1 the client has taken 690 MiB; the state is saved" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""What a step costs: time, memory, bytes, and how far off the planner is."""
+"""Benchmarks of one step: time, memory, bytes, and the accuracy of the planner."""

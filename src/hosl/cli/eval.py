@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     session = load_run(Path(options.run))
     examples = session.task.test if options.split == "test" else session.task.dev
     evaluation = evaluate(
-        session.client, session.asked_server(under_meter=False), session.task, examples,
+        session.client, session.server_to_call(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     answer(

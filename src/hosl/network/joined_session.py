@@ -22,7 +22,7 @@ from hosl.system.machine import process_peak_bytes
 from hosl.training.session import Session
 
 NO_CLIENT_YET = cast(ClientSide, None)
-"""In the client's place until `go_to` has loaded it."""
+"""The value of `client` until `go_to` has loaded the client."""
 
 
 @dataclass
@@ -98,12 +98,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         )
         if self._labels_stay:
             self.runtime.put_head(checkpoint, self.server)
-        checkpoint.state |= {
-            "model_digest": self.facts["model"]["digest"],
-            "task_digest": self.facts["task"]["digest"],
-            "distribution": self.config.zo.distribution,
-            **facts,
-        }
+        checkpoint.state |= self.inputs() | facts
         write_checkpoint(run / "checkpoints", checkpoint, keep=2)
 
     def go_to(self, run: Path, step: int) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from hosl.system.run_folder import RunLock
 from hosl.wire import hosl_pb2 as pb
 
 _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256-GCM-SHA384"}
-"""By kind of key, a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
+"""Kind of key -> a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Before running: does it fit, where to cut, what will it cost. `plan` is the table, `dry_run` what it rests on."""
+"""The plan before a run: memory, cuts and costs. `plan` is the table; `dry_run` counts the work that it rests on."""

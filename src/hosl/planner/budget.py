@@ -1,38 +1,42 @@
-"""client.memory_budget against the plan, before a run; against the process at every step: `budget`."""
+"""client.memory_budget against the plan, before a run; at every step: `training.memory_budget`."""
 
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from hosl.config import Config
 from hosl.errors import BudgetError
 from hosl.methods.schedule import longest_batch
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
-from hosl.system.gc_paused import uncollected
-from hosl.system.readable import readable_bytes as told_bytes
+from hosl.system.gc_paused import gc_paused
+from hosl.system.readable import readable_bytes
 from hosl.tasks import Task
 
 if TYPE_CHECKING:
     from hosl.planner.plan import Demand
 
 _NETWORK_BYTES = 26 << 20
-"""What a connection adds to a client process, grpc's import included (docs/log.md, 2026-11-23)."""
+"""The memory that a connection adds to a client process, grpc's import included (docs/log.md, 2026-11-23)."""
 _NOTHING_ELSE = "raise the budget, or see `hosl plan` for ways that take less"
 
 
 def check_before_data(config: Config, model: str, *, head: Any = None, alone: bool) -> None:
-    """Refuse a budget that no data could meet at any cut: what Python takes, and the weights of one block.
+    """Refuse a budget below the memory of Python and one block's weights: no data and no cut could meet it.
+
+    Args:
+        config: the settings of the run.
+        model: the model's name, or the folder of its half.
+        head: the head of the model; None: the one that its family has.
+        alone: whether the client has a process of its own, with a connection.
 
     Raises:
-        BudgetError: saying so.
+        BudgetError: if the budget is below.
     """
     if config.client.memory_budget is None:
         return
     limit, base = _limit(config), _base(alone)
-    if base < limit:  # only now: a run without a budget does without what a plan needs
+    if base < limit:  # imports only now: a run without a budget needs no planner
         from hosl.planner.costs import weight_bytes, with_cut
         from hosl.planner.model_shape import model_shape
 
@@ -40,13 +44,19 @@ def check_before_data(config: Config, model: str, *, head: Any = None, alone: bo
         if base + max(weight_bytes(with_cut(config, min(config.model.cut, 1)), shape)) <= limit:
             return
     raise BudgetError(
-        f"{_asked(limit)}, but the client would take {told_bytes(base)} before any weight, and there is no cut whose "
-        f"weights fit into what is left; {_NOTHING_ELSE}"
+        f"{_budget(limit)}, but the client would take {readable_bytes(base)} before any weight, and there is no cut "
+        f"whose weights fit into what is left; {_NOTHING_ELSE}"
     )
 
 
 def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> None:
-    """Refuse a budget that the longest batches of training and evaluation would not meet.
+    """Refuse a budget that the longest batches of training and evaluation would exceed.
+
+    Args:
+        config: the settings of the run.
+        model: the model's name, or the folder of its half.
+        task: the data.
+        alone: whether the client has a process of its own, with a connection.
 
     Raises:
         BudgetError: naming the nearest setting that fits.
@@ -56,27 +66,27 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     from hosl.planner.plan import most_needed, nearest_that_fits
 
     limit = _limit(config)
-    tokens, takes = _takes(config, model, task, _base(alone))
-    with uncollected():
-        needed = most_needed(takes(config))
+    tokens, demands = _demands(config, model, task, _base(alone))
+    with gc_paused():
+        needed = most_needed(demands(config))
         if needed <= limit:
             return
-        nearest = nearest_that_fits(config, tokens, takes, limit)
+        nearest = nearest_that_fits(config, tokens, demands, limit)
     if nearest is None:
         advice = f"no micro-batch and no lower cut brings method {config.method} below it; {_NOTHING_ELSE}"
     else:
-        advice = f"the nearest setting that fits: {_told(nearest, config)}"
+        advice = f"the nearest setting that fits: {_changes(nearest, config)}"
     raise BudgetError(
-        f"{_asked(limit)}, but the client would take {told_bytes(needed)} ({told_bytes(_base(alone))} of it before any "
-        f"weight); {advice}"
+        f"{_budget(limit)}, but the client would take {readable_bytes(needed)} ({readable_bytes(_base(alone))} of it "
+        f"before any weight); {advice}"
     )
 
 
-def _takes(
+def _demands(
     config: Config, model: str, task: Task, base: float
 ) -> tuple[int, Callable[[Config], "list[Demand]"]]:
-    """Tokens of the longest row, and what the longest batches of training and of evaluation take under a config."""
-    from hosl.planner.costs import beyond_weights, clean_pass, client_memory, weight_bytes
+    """The tokens of the longest row, and the function that gives a config's demands in training and evaluation."""
+    from hosl.planner.costs import CostCache, beyond_weights, clean_pass, client_memory, weight_bytes
     from hosl.planner.model_shape import model_shape
     from hosl.planner.plan import Demand
 
@@ -84,30 +94,24 @@ def _takes(
     shape = model_shape(model, head=task.head, num_labels=labels)
     rows, train = longest_batch(task, config)
     longest = max(len(row) for e in (*task.dev, *task.test) for row in e.rows)
-    known: dict[Any, Any] = {}
-    answers: dict[bytes, list[Demand]] = {}
+    costs: CostCache = {}
 
-    def takes(tried: Config) -> list[Demand]:
-        key = msgspec.json.encode(tried)
-        if key not in answers:
-            answers[key] = demands(tried)
-        return answers[key]
-
+    @cache
     def demands(tried: Config) -> list[Demand]:
         eval_rows = tried.per_device_eval_batch_size
-        step = cache(lambda: client_memory(tried, shape, known)(rows, train))
+        step = cache(lambda: client_memory(tried, shape, costs)(rows, train))
 
         def training() -> float:
             _, peak, loading = step()
             return base + max(peak, loading)
 
-        def evaluation() -> float:  # forward passes, beside what training holds between its steps
+        def evaluation() -> float:  # forward passes, beside the memory that training holds between its steps
             held = step()[0] if tried.method_row.backward != "none" else weight_bytes(tried, shape)[0]
-            return base + held + beyond_weights(clean_pass(tried), shape, known)(eval_rows, longest)
+            return base + held + beyond_weights(clean_pass(tried), shape, costs)(eval_rows, longest)
 
         return [Demand(rows, training), Demand(eval_rows, evaluation)]
 
-    return max(train, longest), takes
+    return max(train, longest), demands
 
 
 def _limit(config: Config) -> float:
@@ -118,12 +122,12 @@ def _base(alone: bool) -> float:
     return RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
 
 
-def _asked(limit: float) -> str:
-    return f"client.memory_budget is {told_bytes(limit)}"
+def _budget(limit: float) -> str:
+    return f"client.memory_budget is {readable_bytes(limit)}"
 
 
-def _told(nearest: Config, config: Config) -> str:
-    changed = [f"client.micro_batch_size: {nearest.client.micro_batch_size}"]
+def _changes(nearest: Config, config: Config) -> str:
+    changes = [f"client.micro_batch_size: {nearest.client.micro_batch_size}"]
     if nearest.model.cut != config.model.cut:
-        changed.append(f"model.cut: {nearest.model.cut}")
-    return ", ".join(changed)
+        changes.append(f"model.cut: {nearest.model.cut}")
+    return ", ".join(changes)

@@ -1,12 +1,12 @@
-"""What one step takes on either side: memory, arithmetic, bytes. The parties' own code, run without data.
+"""The cost of one step on either side: memory, arithmetic, bytes. The parties' own code runs without data.
 
-Everything here is exact for the cut that is asked for; `along_cuts` gets many cuts out of a few. Bytes of a run's
-wire: the tensors counted here, times what `hosl.wire` makes of them.
+Costs are exact at their cut; `along_cuts` derives those of many cuts from two. The bytes on the wire are those of the
+tensors counted here, packed as `hosl.wire` packs them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_c
 from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
-from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, still
+from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, without_updates
 from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf
 from hosl.split.quantised import Int8Linear
@@ -29,16 +29,16 @@ from hosl.split.quantised import Int8Linear
 
 @dataclass
 class PartyCost:
-    """One party's step."""
+    """The cost of one party's step."""
 
     static_bytes: float
     """Weights, buffers and optimiser state, held between steps."""
     peak_bytes: float
-    """Static and everything that is alive at the worst moment of a step."""
+    """Static bytes, and all that is alive at the worst moment of a step."""
     loading_bytes: float
-    """Resident while the half is loaded: its file is mapped in the checkpoint's dtype, and what is converted copied."""
+    """Resident while the half is loaded: its file, mapped in the checkpoint's dtype, and a copy if it is converted."""
     trained: float
-    """How many numbers are trained."""
+    """The number of trained numbers."""
     work: Work = field(default_factory=Work)
     formed: float = 0.0
     """Elements of shifted weights that probes form."""
@@ -46,9 +46,13 @@ class PartyCost:
     """Elements that an update along random directions moves, times the directions."""
 
 
+CostCache: TypeAlias = dict[tuple[Config, int, int], PartyCost]
+"""(config, rows, tokens) -> the cost of its step; for one model shape."""
+
+
 @dataclass(frozen=True)
 class StepCost:
-    """Both parties' step and what crosses between them."""
+    """The costs of both parties' step, and the traffic between them."""
 
     client: PartyCost
     server: PartyCost
@@ -56,13 +60,13 @@ class StepCost:
 
 
 def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> StepCost:
-    """A step of the config's method at the config's cut.
+    """The cost of a step of the config's method at the config's cut.
 
     Args:
         config: method, cut, dtypes, trainable sets, directions.
-        shape: of the whole model.
-        rows: of the batch; a candidate answer is a row.
-        tokens: per row, of the longest batch. One row has padding, as batches of text do.
+        shape: the shape of the whole model.
+        rows: rows of the batch; a candidate answer is a row.
+        tokens: tokens per row of the longest batch. One row has padding, as batches of text do.
 
     Raises:
         ConfigError, SplitError: if the config does not fit the model.
@@ -72,105 +76,111 @@ def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Step
 
 
 def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
-    """A client's step at the config's cut, and what crosses in it; see `step_cost`."""
+    """The cost of a client's step at the config's cut, and its traffic; see `step_cost`."""
     config = _on_cpu(config)
     return _in_micro_batches(
-        config, rows, tokens, lambda count: _with_any_directions(config, shape, count, tokens)
+        config, rows, tokens, lambda count: _run_with_any_directions(config, shape, count, tokens)
     )
 
 
 def _in_micro_batches(
     config: Config, rows: int, tokens: int, run: Callable[[int], tuple[PartyCost, Traffic]]
 ) -> tuple[PartyCost, Traffic]:
-    """`run` of so many rows; where these make many micro-batches, which are all alike, from two of them and three."""
+    """The result of `run(rows)`; of many micro-batches, which are alike, extrapolated from two and three of them."""
     together = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
     if config.method_row.backward == "graph" or rows <= 4 * together:
         return run(rows)
     two, three = run(2 * together), run(3 * together)
-    return _line(two, three, (rows - 2 * together) / together)
+    return _extrapolated(two, three, (rows - 2 * together) / together)
 
 
 def client_memory(
-    config: Config, shape: ModelShape, known: dict[Any, PartyCost] | None = None
+    config: Config, shape: ModelShape, costs: CostCache | None = None
 ) -> Callable[[int, int], tuple[float, float, float]]:
-    """As `client_cost_at`, for those who ask for memory only: static, peak and loading bytes, of rows and tokens.
+    """The memory of `client_cost_at` alone: a function of rows and tokens; it returns static, peak and loading bytes.
 
-    `known` keeps what was run for one cut and serves at others; of one shape.
+    `costs` keeps the results of one cut for others; of one shape.
     """
+    costs = {} if costs is None else costs
 
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
         if config.method_row.backward != "none":
-            cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
+            cost = _memory_cost(config, shape, rows, tokens, costs)
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = weight_bytes(config, shape)
-        return static, static + beyond_weights(config, shape, known)(rows, tokens), loading
+        return static, static + beyond_weights(config, shape, costs)(rows, tokens), loading
 
     return at
 
 
 def beyond_weights(
-    config: Config, shape: ModelShape, known: dict[Any, PartyCost] | None = None
+    config: Config, shape: ModelShape, costs: CostCache | None = None
 ) -> Callable[[int, int], float]:
-    """What a client that goes forward only holds at most, beyond its weights: bytes, of rows and tokens.
+    """The peak memory of a forward-only client beyond its weights: a function of rows and tokens; it returns bytes.
 
-    That is the same at every cut, so the lowest is enough to find it; and with one direction as with many.
+    This memory is the same at every cut, so the lowest one is run; and the same with one direction as with many.
     """
     assert config.method_row.backward == "none", f"{config.method} keeps something of every block"
     config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
+    costs = {} if costs is None else costs
 
     def at(rows: int, tokens: int) -> float:
-        cost = _known_memory(config, shape, rows, tokens, {} if known is None else known)
+        cost = _memory_cost(config, shape, rows, tokens, costs)
         return cost.peak_bytes - cost.static_bytes
 
     return at
 
 
-def _known_memory(
-    config: Config, shape: ModelShape, rows: int, tokens: int, known: dict[Any, PartyCost]
-) -> PartyCost:
+def _memory_cost(config: Config, shape: ModelShape, rows: int, tokens: int, costs: CostCache) -> PartyCost:
     config = _on_cpu(config)
-    # but low-rank probes are evaluated together, and + probes may be kept for the server's step
+    # low-rank probes are evaluated together, and a + probe may be kept for the server's step: there, directions count
     if config.zo.distribution != "low-rank" and config.zo.server_gradient_at == "clean":
         config = _with_directions(config, 1)
-    key = (msgspec.json.encode(config), rows, tokens)
-    if key not in known:
-        known[key], _ = _in_micro_batches(
+    key = (config, rows, tokens)
+    if key not in costs:
+        costs[key], _ = _in_micro_batches(
             config, rows, tokens, lambda count: _run(config, shape, count, tokens)
         )
-    return known[key]
+    return costs[key]
 
 
 def weight_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
-    """Bytes of a client's weights at the config's cut: between steps, and while they are loaded."""
-    half, _ = shape.of_blocks(max(config.model.cut, 1)).halves(config.model.cut)
-    checkpoint_bytes = float(storage_bytes(half.parameters()))
-    half.convert(DTYPES[config.model.dtype])
-    as_if_computed(lambda: prepare_client_half_(config, half))
+    """The bytes of a client's weights at the config's cut: between steps, and while they are loaded."""
+    half, checkpoint_bytes = _client_half(config, shape)
     static = float(storage_bytes([*half.parameters(), *half.model.buffers()]))
     return static, _loading_bytes(config, checkpoint_bytes, static)
 
 
-def _with_any_directions(
+def _client_half(config: Config, shape: ModelShape) -> tuple[ClientHalf, float]:
+    """The client's half on the meta device, prepared for training, and its bytes in the checkpoint."""
+    half, _ = shape.of_blocks(max(config.model.cut, 1)).halves(config.model.cut)
+    checkpoint_bytes = float(storage_bytes(half.parameters()))
+    half.convert(DTYPES[config.model.dtype])
+    as_if_computed(lambda: prepare_client_half_(config, half))
+    return half, checkpoint_bytes
+
+
+def _run_with_any_directions(
     config: Config, shape: ModelShape, rows: int, tokens: int
 ) -> tuple[PartyCost, Traffic]:
-    """Directions are all alike, too, unless low-rank ones are evaluated together."""
+    """The result of `_run`, extrapolated from few directions: all are alike, unless low-rank ones go together."""
     q, method = config.zo.directions, config.method_row
     if q == 1 or config.zo.distribution == "low-rank" or "client" not in method.draws:
         return _run(config, shape, rows, tokens)
     if method.needs_blocks or not method.clean_uploads or config.zo.server_gradient_at != "clean":
-        # where a + probe is kept for the server's step, the second pair is the first that is computed beside it
+        # if a + probe is kept for the server's step, the second pair is the first one computed beside it
         first = 1 if config.zo.server_gradient_at == "clean" else 2
         few = [_run(_with_directions(config, count), shape, rows, tokens) for count in (first, first + 1)]
-        return _line(few[0], few[1], q - first)
-    # beside its probes such a step makes one clean pass; a pair is let go before the next, so one holds what many hold
+        return _extrapolated(few[0], few[1], q - first)
+    # beside its probes such a step makes one clean pass; a pair is released before the next, so peaks are those of one
     one = _run(_with_directions(config, 1), shape, rows, tokens)
     clean, upload = _run(clean_pass(config), shape, rows, tokens)
-    without = replace(one[0], work=clean.work, formed=0.0, updated=0.0)
-    return _line((without, upload if method.uploads_per_direction else one[1]), one, q)
+    none = replace(one[0], work=clean.work, formed=0.0, updated=0.0)
+    return _extrapolated((none, upload if method.uploads_per_direction else one[1]), one, q)
 
 
 def with_cut(config: Config, cut: int) -> Config:
-    """The same with so many blocks on the client."""
+    """The config with `cut` blocks on the client."""
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=cut))
 
 
@@ -182,39 +192,24 @@ def lowest_cut(method: str, guided_blocks: int, trainable: str) -> int:
 
 
 def lowest_with_block(config: Config) -> int:
-    """The same, for a client of one block at least."""
+    """The lowest cut at which a client has the blocks that it trains, and at least one block."""
     return max(lowest_cut(config.method, config.zo.guided_blocks, config.client.trainable), 1)
 
 
 def clean_pass(config: Config) -> Config:
-    """A forward pass of the same client, by itself."""
+    """The config of the same client that only makes a forward pass."""
     plain = msgspec.structs.replace(
-        config.zo,
-        server_gradient_at="clean",
-        sides="two",
-        derivative="difference",
-        row_clip=None,
+        config.zo, server_gradient_at="clean", sides="two", derivative="difference", row_clip=None
     )
     return msgspec.structs.replace(config, method=FROZEN, profile="paper", zo=plain)
 
 
-def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
-    half, _ = shape.of_blocks(max(config.model.cut, 1)).halves(config.model.cut)
-    server = CountingServer()
-    cost = _client_cost(config, half, server, rows, tokens)
-    return cost, server.traffic(config, shape, rows, tokens)
-
-
-def _line(
+def _extrapolated(
     first: tuple[PartyCost, Traffic], second: tuple[PartyCost, Traffic], t: float | int
 ) -> tuple[PartyCost, Traffic]:
-    a, b = first[1], second[1]
-    traffic = Traffic(
-        round(a.bytes_up + t * (b.bytes_up - a.bytes_up)),
-        round(a.bytes_down + t * (b.bytes_down - a.bytes_down)),
-        round(a.round_trips + t * (b.round_trips - a.round_trips)),
-    )
-    return _between(first[0], second[0], t), traffic
+    """The point first + t (second - first), number by number."""
+    pairs = zip(astuple(first[1]), astuple(second[1]), strict=True)
+    return _between(first[0], second[0], t), Traffic(*(round(a + t * (b - a)) for a, b in pairs))
 
 
 def _with_directions(config: Config, directions: int) -> Config:
@@ -222,12 +217,10 @@ def _with_directions(config: Config, directions: int) -> Config:
     return msgspec.structs.replace(config, zo=zo)
 
 
-def _client_cost(
-    config: Config, half: ClientHalf, server: "CountingServer", rows: int, tokens: int
-) -> PartyCost:
-    checkpoint_bytes = float(storage_bytes(half.parameters()))
-    half.convert(DTYPES[config.model.dtype])
-    as_if_computed(lambda: prepare_client_half_(config, half))
+def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
+    """The cost of a client's step and its traffic, from a step without data."""
+    half, checkpoint_bytes = _client_half(config, shape)
+    server = CountingServer()
     with without_data():
         empty_(half.model)
         if config.method_row.backward == "none":
@@ -239,7 +232,7 @@ def _client_cost(
         if isinstance(client, ZerothOrderClient):
             client.new_scratch = lambda: scratch.emptied()
         batch = fixed_batch(client, rows, tokens)
-        party, step = still(client), 1
+        party, step = without_updates(client), 1
         if _has_state(client):
             method_round(config, party, server, batch, step)
             step += 1
@@ -249,15 +242,16 @@ def _client_cost(
         static = float(storage_bytes(alive))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
     by_seeds = isinstance(client, ZerothOrderClient)
-    return PartyCost(
+    cost = PartyCost(
         static_bytes=static, peak_bytes=static + work.peak_bytes,
         loading_bytes=_loading_bytes(config, checkpoint_bytes, static), trained=trained, work=work,
         formed=scratch.elements, updated=trained * config.zo.directions if by_seeds else 0.0,
     )  # fmt: skip
+    return cost, server.traffic(config, shape, rows, tokens)
 
 
 def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> PartyCost:
-    """A server's step: the losses of a step's probes, then its update, or its own probes."""
+    """The cost of a server's step: the losses of a step's probes, then its update, or its own probes."""
     _, half = shape.halves(config.model.cut)
     half.convert(DTYPES[config.model.dtype])
     on_cpu = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, device="cpu"))
@@ -273,13 +267,13 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
         work = work_of(lambda: _serve(config, server, h, targets), alive)
         if config.method_row.server == "first-order" and config.method_row.uploads_per_direction:
             pair = work_of(lambda: server.losses([h, h], targets), alive)
-            work = _together(work, pair, config.zo.directions)
+            peak_bytes = max(work.peak_bytes, pair.peak_bytes)  # they run one after the other
+            work = _combined(work, pair, lambda a, b: a + config.zo.directions * b)
+            work = replace(work, peak_bytes=peak_bytes)
         static = float(storage_bytes(_alive(server)))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
-    # a pair of activations arrives together
-    arrived = storage_bytes([h]) * (
-        2 if "client" in config.method_row.draws and config.method_row.uploads_per_direction else 1
-    )
+    pairs = "client" in config.method_row.draws and config.method_row.uploads_per_direction
+    arrived = storage_bytes([h]) * (2 if pairs else 1)  # a pair of activations arrives together
     return PartyCost(
         static_bytes=static, peak_bytes=static + arrived + work.peak_bytes, loading_bytes=static, trained=trained,
         work=work, formed=0.0, updated=0.0,
@@ -289,49 +283,46 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
 def along_cuts(
     cost_at: Callable[[int], PartyCost], sampled: Sequence[int], wanted: Sequence[int]
 ) -> dict[int, PartyCost]:
-    """Costs at many cuts from two: every figure is a line in the number of blocks, as all blocks are alike.
+    """The costs at many cuts from two: all blocks are alike, so every figure is linear in the number of blocks.
 
-    Peaks of plain backprop are the larger of two lines (the saved activations, the gradients) and follow the one that
-    is larger at the sampled cuts.
+    The peak of plain backprop is the larger of two lines (saved activations, gradients); the result follows the one
+    that is larger at the sampled cuts.
+
+    Args:
+        cost_at: the exact cost at a cut.
+        sampled: the two cuts to evaluate, ascending.
+        wanted: the cuts of the result.
     """
     low, high = sampled
     at_low, at_high = cost_at(low), cost_at(high)
     if (
         low == 0
-    ):  # without blocks there is no block's moment to be the worst: beyond weights it is the same at all cuts
+    ):  # the worst moment is in a block, and without blocks there is none; beyond weights it is the same
         worst = at_high.peak_bytes - at_high.static_bytes
         at_low = replace(at_low, peak_bytes=at_low.static_bytes + worst)
     return {cut: _between(at_low, at_high, (cut - low) / (high - low)) for cut in wanted}
 
 
 def _between(low: PartyCost, high: PartyCost, t: float | int) -> PartyCost:
+    """The point low + t (high - low), number by number, and no number below 0."""
+
     def line(a: float | int, b: float | int) -> float:
         return max(float(a + t * (b - a)), 0.0)
 
-    def counts(a: dict[Any, float], b: dict[Any, float]) -> dict[Any, float]:
-        return {key: line(a.get(key, 0.0), b.get(key, 0.0)) for key in a.keys() | b.keys()}
-
-    work = Work(
-        peak_bytes=round(line(low.work.peak_bytes, high.work.peak_bytes)),
-        products=counts(low.work.products, high.work.products),
-        attention=counts(low.work.attention, high.work.attention),
-        moved_bytes=round(line(low.work.moved_bytes, high.work.moved_bytes)),
-        calls=round(line(low.work.calls, high.work.calls)),
-    )
     names = ("static_bytes", "peak_bytes", "loading_bytes", "trained", "formed", "updated")
-    return PartyCost(**{name: line(getattr(low, name), getattr(high, name)) for name in names}, work=work)
+    numbers = {name: line(getattr(low, name), getattr(high, name)) for name in names}
+    return PartyCost(**numbers, work=_combined(low.work, high.work, line))
 
 
-def _together(work: Work, other: Work, times: int) -> Work:
-    """`work`, and `other` so many times, one after the other."""
+def _combined(a: Work, b: Work, number: Callable[[float, float], float]) -> Work:
+    """`number(a, b)` of every number of two works; operations that one of them lacks are 0 there."""
 
-    def counts(a: dict[Any, float], b: dict[Any, float]) -> dict[Any, float]:
-        return {key: a.get(key, 0.0) + times * b.get(key, 0.0) for key in a.keys() | b.keys()}
+    def counts(of_a: dict[Any, float], of_b: dict[Any, float]) -> dict[Any, float]:
+        return {key: number(of_a.get(key, 0.0), of_b.get(key, 0.0)) for key in of_a.keys() | of_b.keys()}
 
     return Work(
-        max(work.peak_bytes, other.peak_bytes), counts(work.products, other.products),
-        counts(work.attention, other.attention), work.moved_bytes + times * other.moved_bytes,
-        work.calls + times * other.calls,
+        round(number(a.peak_bytes, b.peak_bytes)), counts(a.products, b.products), counts(a.attention, b.attention),
+        round(number(a.moved_bytes, b.moved_bytes)), round(number(a.calls, b.calls)),
     )  # fmt: skip
 
 
@@ -354,7 +345,7 @@ def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
 
 
 def _on_cpu(config: Config) -> Config:
-    """The same with its client on the CPU, wherever it will run."""
+    """The config with its client on the CPU, wherever it will run."""
     return msgspec.structs.replace(config, client=msgspec.structs.replace(config.client, device="cpu"))
 
 
@@ -367,7 +358,7 @@ def _has_state(party: Any) -> bool:
 
 
 def _alive(party: Any) -> list[torch.Tensor]:
-    """What a party holds between its steps."""
+    """The tensors that a party holds between its steps."""
     tensors = [*party.half.model.parameters(), *party.half.model.buffers()]
     for state in getattr(getattr(party, "optimiser", None), "state", {}).values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]

@@ -1,8 +1,8 @@
-"""Torch code run on tensors without data: what it would hold at most, multiply and move.
+"""Torch code run on tensors without data: its peak memory, its products and the bytes that it moves.
 
-The plan's figures come from the parties' own code, not from a copy of it in formulas: weights, batches and every
-intermediate result are torch's fake tensors, which have shapes, dtypes and lifetimes but no memory. Fake tensors call
-themselves CPU tensors, so the kernels chosen are those of a CPU run. What a kernel takes inside is not seen.
+The plan's figures come from the parties' own code, not from a copy of it in formulas. Weights, batches and all
+intermediate results are torch's fake tensors, which have shapes, dtypes and lifetimes but no memory. Fake tensors are
+CPU tensors to torch, so it chooses the kernels of a CPU run. Memory inside a kernel is not counted.
 """
 
 import math
@@ -24,16 +24,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _ATEN = torch.ops.aten
 _FIRST_FACTOR = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}
-"""Matrix products, and the place of their first factor among the arguments; the second follows it."""
+"""Matrix products, and the position of their first factor among the arguments; the second follows it."""
 _ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: 0,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: 1,
 }
-"""Fused attention, and the place of the queries among the arguments; the keys follow them."""
+"""Fused attention, and the position of the queries among the arguments; the keys follow them."""
 
-
-_ONLY_ASK = (_ATEN.empty, _ATEN.new_empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty_strided)
-"""Operations that ask for memory and do not touch it."""
+_ALLOCATIONS = (_ATEN.empty, _ATEN.new_empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty_strided)
+"""Operations that allocate memory and do not touch it."""
 
 
 class Product(NamedTuple):
@@ -47,7 +46,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions."""
+        """The number of multiplications and additions."""
         return 2 * self.batch * self.rows * self.inner * self.columns
 
 
@@ -59,74 +58,74 @@ class Attention(NamedTuple):
     queries: int
     keys: int
     width: int
+    """The width of one head."""
     dtype: torch.dtype
     backward: bool
 
     @property
     def flops(self) -> int:
-        """Two products forward, five backward."""
+        """The multiplications and additions: of two products forward, five backward."""
         of_one = 2 * self.rows * self.heads * self.queries * self.keys * self.width
         return of_one * (5 if self.backward else 2)
 
 
 @dataclass
 class Work:
-    """What some code takes, counted on tensors without data."""
+    """The work of some code, counted on tensors without data."""
 
     peak_bytes: int = 0
-    """The most that was alive at once beyond what was alive before."""
+    """The peak of live memory beyond the memory that was alive before."""
     products: dict[Product, float] = field(default_factory=dict)
-    """How often each matrix product is made."""
+    """The number of times that each matrix product is made."""
     attention: dict[Attention, float] = field(default_factory=dict)
-    """How often fused attention is called."""
+    """The number of times that each fused attention is called."""
     moved_bytes: int = 0
-    """Read and written by everything that is neither of these."""
+    """Bytes that all other operations read and write."""
     calls: int = 0
     """Operations that touch data."""
 
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Within this context new tensors have no data. Models are given over by `empty_`; arrays come in as they are.
+    """A context manager in which new tensors have no data. `empty_` removes that of a model; arrays keep theirs.
 
-    Numbers that code reads out of tensors are made up (`_MadeUp`, `_Numbers`).
+    Numbers that code reads from tensors are synthetic (`_SyntheticContents`, `_SyntheticScalars`).
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _MadeUp(), _Numbers():
+    with FakeTensorMode(allow_non_fake_inputs=True), _SyntheticContents(), _SyntheticScalars():
         yield
 
 
 def empty_(model: nn.Module, device: str = "cpu") -> None:
-    """Give a model, best built on the meta device, parameters and buffers without data; ties stay ties.
+    """Replace a model's parameters and buffers by tensors without data; ties stay. Build the model on the meta device.
 
     Requires: inside `without_data`.
     """
-    made: dict[int, torch.Tensor] = {}
+    replacements: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, old in store.items():
                 if old is None:
                     continue
-                if id(old) not in made:
+                if id(old) not in replacements:
                     new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    is_parameter = isinstance(old, nn.Parameter)
-                    made[id(old)] = (
-                        nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
-                    )
-                store[key] = made[id(old)]  # pyright: ignore[reportArgumentType]
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    replacements[id(old)] = new
+                store[key] = replacements[id(old)]  # pyright: ignore[reportArgumentType]
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind tensors without data, each storage once."""
+    """The bytes of the storages behind tensors without data, each storage once."""
     storages = [t.untyped_storage() for t in tensors]
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 def work_of(code: Callable[[], Any], alive: Iterable[torch.Tensor]) -> Work:
-    """Run `code` and count.
+    """Run `code` and count its work.
 
     Args:
         code: may call any torch operation.
-        alive: tensors that are there before: they are not counted.
+        alive: tensors that exist before; their memory is not counted.
 
     Requires: inside `without_data`.
     """
@@ -137,33 +136,33 @@ def work_of(code: Callable[[], Any], alive: Iterable[torch.Tensor]) -> Work:
 
 
 def as_if_computed(code: Callable[[], Any]) -> Any:
-    """`code` on the meta device, with numbers made up where it reads them out of tensors."""
-    with torch.device("meta"), _MadeUp(), _Numbers():
+    """Run `code` on the meta device, with synthetic numbers where it reads numbers from tensors; returns its result."""
+    with torch.device("meta"), _SyntheticContents(), _SyntheticScalars():
         return code()
 
 
-class _Numbers(TorchDispatchMode):
-    """Numbers read out of tensors without data: True, or 1; masks choose everything."""
+class _SyntheticScalars(TorchDispatchMode):
+    """Scalars for code that reads them from tensors without data: True, or 1. A mask selects all elements."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATEN._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
         if func is _ATEN.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            # a mask chooses all: of an embedding's gradient, every row looked up
-            of, mask = args[0], args[1][0]
-            return of.new_empty((mask.numel(), *of.shape[mask.dim() :]))
+            # so the gradient of an embedding has every row that was looked up
+            indexed, mask = args[0], args[1][0]
+            return indexed.new_empty((mask.numel(), *indexed.shape[mask.dim() :]))
         return func(*args, **(kwargs or {}))
 
 
 class _Counting(TorchDispatchMode):
-    """Follows every storage from its birth to its end, and what is computed between."""
+    """A mode that follows every storage from its birth to its end, and counts the operations."""
 
     def __init__(self, work: Work, alive: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self._work, self._held_bytes = work, 0
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._storages: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for t in alive:
-            self._known[t.untyped_storage()] = True
+            self._storages[t.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -175,9 +174,9 @@ class _Counting(TorchDispatchMode):
         return out
 
     def _hold(self, storage: Any) -> None:
-        if storage in self._known:
+        if storage in self._storages:
             return
-        self._known[storage] = True
+        self._storages[storage] = True
         size_bytes = storage.nbytes()
         self._held_bytes += size_bytes
         self._work.peak_bytes = max(self._work.peak_bytes, self._held_bytes)
@@ -198,12 +197,14 @@ class _Counting(TorchDispatchMode):
             rows, heads, length, width = query.shape
             backward = _ATTENTION[packet] == 1
             _add(work.attention, Attention(rows, heads, length, key.shape[-2], width, query.dtype, backward))
-        elif outputs and packet not in _ONLY_ASK and not _is_view(func):  # no outputs: asks for its device
+        elif (
+            outputs and packet not in _ALLOCATIONS and not _is_view(func)
+        ):  # without outputs: a query of the device
             inputs = _tensors((args, kwargs))
             if _is_pointwise(func):
                 work.peak_bytes = max(work.peak_bytes, self._held_bytes + _promoted_bytes(inputs))
             if func.overloadpacket in (_ATEN.embedding, _ATEN.index, _ATEN.index_select):
-                inputs = outputs  # of a table only what is looked up is read
+                inputs = outputs  # only the rows that are looked up are read
             work.moved_bytes += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         else:
             return
@@ -211,12 +212,12 @@ class _Counting(TorchDispatchMode):
 
 
 def _dense(t: torch.Tensor) -> Iterable[torch.Tensor]:
-    """What holds a tensor's elements: itself, or the indices and values of a sparse gradient of embeddings."""
+    """The tensors with the elements of `t`: itself, or indices and values of a sparse gradient of embeddings."""
     return (t._indices(), t._values()) if t.layout is torch.sparse_coo else (t,)
 
 
 def _promoted_bytes(inputs: list[torch.Tensor]) -> int:
-    """What an operation on tensors of different dtypes takes besides its result: a CPU kernel copies the narrower."""
+    """The bytes of an operation on different dtypes besides its result: a CPU kernel copies the narrower tensors."""
     shaped = [t for t in inputs if t.dim()]
     widest = max((t.element_size() for t in shaped if t.is_floating_point()), default=0)
     return sum(t.numel() * widest for t in shaped if t.is_floating_point() and t.element_size() < widest)
@@ -244,8 +245,8 @@ def _is_pointwise(func: Any) -> bool:
     return torch.Tag.pointwise in func.tags
 
 
-class _MadeUp(TorchFunctionMode):
-    """What cannot be known without data is made up: arrays are ones, and no two elements of a tensor are equal."""
+class _SyntheticContents(TorchFunctionMode):
+    """Contents for code that reads whole tensors without data: arrays are ones, and all elements of a list differ."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.numpy:

@@ -1,4 +1,4 @@
-"""What takes the place of a client's scratch, layers, updates and server when a step runs without data."""
+"""Fakes of a client's scratch, layers, updates and server, for a step without data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,39 +21,39 @@ from hosl.wire.tensors import packed_bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """What crosses in one step."""
+    """The traffic of one step."""
 
     bytes_up: int
     bytes_down: int
     round_trips: int
-    """Questions whose answer the client waits for."""
+    """Requests whose reply the client waits for."""
 
 
 class Unformed(Scratch):
-    """Scratch of the right size without content: a layer is taken in one part, whose rows lie over each other."""
+    """Scratch of the right size without content: a layer is one tile, whose rows share their memory."""
 
     elements = 0.0
-    """Formed so far, by all of a step's probes."""
+    """Elements that the probes of a step have formed so far."""
 
     def emptied(self) -> "Unformed":
-        """Itself, as a new context finds it: without memory."""
+        """This scratch, without memory: as a context manager begins with it."""
         self.__init__()
         return self
 
     def rows_at_once(self, features: int, width: int) -> int:
-        """All."""
+        """All rows of a layer."""
         return features
 
     def drawn(self, weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int]) -> Drawn:
-        """Of one element: nobody reads it."""
+        """A direction of one element: nobody reads it."""
         return super().drawn(weight, name, probe, (0, 1))
 
     def answering(self, table: torch.Tensor) -> torch.Tensor:
-        """Itself: without data it has a class already, and lookups are seen to elsewhere (`dry_run`)."""
+        """The table itself: without data it has a class already, and `dry_run` handles its lookups."""
         return table
 
     def tiles(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """As large in memory as the real ones; see `Scratch`."""
+        """Tiles as large in memory as those of `Scratch`."""
         if len(weights) > 1 or weights[0].dim() != 2:
             return super().tiles(weights)
         (weight,) = weights
@@ -62,15 +62,15 @@ class Unformed(Scratch):
         return [part[:1].expand(len(weight), -1)]
 
     def form_(self, tile: torch.Tensor, weight: torch.Tensor, u: Any, sign: int, start: int = 0) -> None:
-        """Counts."""
+        """Count the elements; nothing is computed."""
         self.elements += tile.numel()
 
 
 class InOnePart(Int8Linear):
-    """A layer whose tiles, hundreds in a large one, are taken as one that lies over itself; no gradient."""
+    """A layer that computes with one tile whose rows share their memory, instead of hundreds of tiles; no gradient."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As `Int8Linear`, in size and work."""
+        """A forward pass with the size and the work of `Int8Linear`."""
         rows = input.reshape(-1, self.in_features)
         out = rows.new_empty(len(rows), self.out_features)
         tile = rows.new_empty(min(tile_rows(self.in_features), self.out_features), self.in_features)
@@ -81,26 +81,26 @@ class InOnePart(Int8Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
 
-def still(client: FrozenClient) -> FrozenClient:
-    """`client`, not moved along random directions: numpy would draw them all, and torch's memory has no part."""
+def without_updates(client: FrozenClient) -> FrozenClient:
+    """The client, whose updates along random directions do nothing: numpy would draw them, and torch takes no part."""
     if isinstance(client, ZerothOrderClient):
         client.descend = lambda *args, **kwargs: None
     return client
 
 
 class CountingServer(NoServer):
-    """Answers at once, and notes what crossed."""
+    """A server that replies at once and counts the traffic."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Start again."""
+        """Set all counts to 0."""
         self.uploads = self.gradients = self.questions = self.small_up = self.small_down = 0
 
     def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
         """See `NoServer`."""
-        self._asked(len(activations), targets)
+        self._count_request(len(activations), targets)
         self.small_down += 4 * len(activations)
         return super().losses(activations, targets)
 
@@ -108,14 +108,14 @@ class CountingServer(NoServer):
         self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
         """See `NoServer`."""
-        self._asked(1, targets)
+        self._count_request(1, targets)
         self.gradients += want_gradient
         self.small_down += 4
         return super().step(activations, targets, step=step, want_gradient=want_gradient)
 
     def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """See `NoServer`."""
-        self._asked(2, targets)
+        self._count_request(2, targets)
         self.small_down += 8
         return super().probe(pair, targets, seed, epsilon)
 
@@ -125,13 +125,13 @@ class CountingServer(NoServer):
         self.small_up += 12 * len(seeds)
 
     def traffic(self, config: Config, shape: ModelShape, rows: int, tokens: int) -> Traffic:
-        """In bytes, of what has been counted."""
+        """The traffic counted so far; `rows` and `tokens` are those of the batch."""
         size, dtype = (rows, tokens, shape.width), config.model.dtype
         up = self.uploads * packed_bytes(size, dtype, config.wire.compression)
         down = self.gradients * packed_bytes(size, dtype, "none")
         return Traffic(up + self.small_up, down + self.small_down, self.questions)
 
-    def _asked(self, uploads: int, targets: Targets) -> None:
+    def _count_request(self, uploads: int, targets: Targets) -> None:
         self.uploads += uploads
         self.questions += 1
         self.small_up += payload_bytes(targets)

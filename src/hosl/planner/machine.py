@@ -1,4 +1,4 @@
-"""How fast a machine is: assumed from its kind, or measured in a few seconds at the shapes that a step will have."""
+"""The speed of a machine: assumed from its kind, or measured in a few seconds at the shapes of a step."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,32 +13,32 @@ from hosl.parties.engine.perturbation import Scratch, descend_
 from hosl.planner.dry_run import Attention, Product, Work
 
 _TOO_LARGE_BYTES = 1 << 30
-"""Matrices of a probe; larger ones are measured with fewer columns, at the same speed."""
+"""The largest matrix to measure; a larger one is measured with fewer columns, at the same speed."""
 _MEASURED_SHARE = 0.9
-"""Of a step's arithmetic: the most costly shapes up to this share are measured one by one."""
+"""The share of a step's arithmetic whose shapes are measured one by one, the most costly first."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of one side."""
+    """The speeds of one side."""
 
     flops_per_s: Mapping[torch.dtype, float]
-    """Of matrix products, by dtype, where no shape has been measured."""
+    """The speed of matrix products by dtype, for shapes that are not measured."""
     moved_bytes_per_s: float
-    """Read and written by everything else, activations in and out of a core's cache."""
+    """Bytes per second that all other operations read and write, activations in and out of a core's cache."""
     formed_per_s: float
-    """Elements of shifted weights, drawn and added, by one probe."""
+    """Elements of shifted weights per second that one probe draws and adds."""
     updated_per_s: float
-    """Elements of one direction drawn and subtracted by an update."""
+    """Elements of one direction per second that an update draws and subtracts."""
     call_s: float
-    """What every operation takes beside its work."""
+    """Seconds of every operation beside its work."""
     products_s: Mapping[Product, float] = field(default_factory=dict)
     """Measured seconds of single products."""
     attention_s: Mapping[Attention, float] = field(default_factory=dict)
     """Measured seconds of single calls of fused attention."""
 
     def seconds(self, work: Work, *, formed: float = 0.0, updated: float = 0.0) -> float:
-        """How long a step's work takes here."""
+        """The seconds of a step's work on this machine; `formed` and `updated` are those of `costs.PartyCost`."""
         products = sum(count * self._product_s(product) for product, count in work.products.items())
         attention = sum(count * self._attention_s(call) for call, count in work.attention.items())
         other = work.moved_bytes / self.moved_bytes_per_s + work.calls * self.call_s
@@ -48,7 +48,7 @@ class Machine:
         if product in self.products_s:
             return self.products_s[product]
         like = [p for p in self.products_s if p.dtype == product.dtype]
-        if like:  # of those measured, the one of the most similar size tells the speed
+        if like:  # the measured one of the most similar size gives the speed
             nearest = min(like, key=lambda p: abs(np.log(max(p.flops, 1) / max(product.flops, 1))))
             return product.flops * self.products_s[nearest] / nearest.flops
         return product.flops / self._flops_per_s(product.dtype)
@@ -67,7 +67,7 @@ class Machine:
 
 
 def assumed_cpu(cores: int) -> Machine:
-    """A laptop's or a board's CPU: half of what one AVX-512 core was seen to reach, times the cores."""
+    """The CPU of a laptop or a board: half the measured speed of one AVX-512 core, times the cores."""
     return Machine(
         flops_per_s={torch.float32: 4e10 * cores, torch.bfloat16: 4e10 * cores, torch.float64: 2e10 * cores},
         moved_bytes_per_s=5e9, formed_per_s=5e8, updated_per_s=5e8, call_s=1e-5,
@@ -84,10 +84,10 @@ def assumed_server(tera_flops: float) -> Machine:
 
 
 def probed(work: Work, distribution: Distribution, *, base: Machine, budget_s: float = 10.0) -> Machine:
-    """This machine, measured with what `work` is made of, in about `budget_s` seconds.
+    """This machine, measured with the operations of `work` in about `budget_s` seconds.
 
-    Products and attention are measured at their own shapes, most costly first; then what a layer does elsewhere, the
-    forming of W + epsilon u by `distribution`, and an update.
+    Products and attention are measured at their own shapes, most costly first; then the other operations of a layer,
+    the forming of W + epsilon u with u from `distribution`, and an update.
     """
     deadline = time.perf_counter() + budget_s
     products = _measured(work.products, lambda p: p.flops, _time_product, deadline - budget_s * 0.4)
@@ -101,19 +101,19 @@ def probed(work: Work, distribution: Distribution, *, base: Machine, budget_s: f
 
 
 def _measured(counts: Mapping, flops: Callable, timed: Callable, deadline: float) -> dict:
-    """Seconds of each shape, most costly first, until `_MEASURED_SHARE` of all is measured or time is up."""
+    """The seconds of each shape, most costly first, until `_MEASURED_SHARE` of all is measured or time is up."""
     costs = {shape: flops(shape) * count for shape, count in counts.items()}
-    found, done, total = {}, 0.0, sum(costs.values())
+    seconds, done, total = {}, 0.0, sum(costs.values())
     for shape in sorted(costs, key=lambda shape: -costs[shape]):
-        if found and (done >= _MEASURED_SHARE * total or time.perf_counter() > deadline):
+        if seconds and (done >= _MEASURED_SHARE * total or time.perf_counter() > deadline):
             break
-        found[shape] = timed(shape)
+        seconds[shape] = timed(shape)
         done += costs[shape]
-    return found
+    return seconds
 
 
-def _best_s(call: Callable[[], object], *, at_least_s: float = 0.15) -> float:
-    """The median of several calls after a first one that warms up."""
+def _median_s(call: Callable[[], object], *, at_least_s: float = 0.15) -> float:
+    """The median seconds of several calls, after a first one that warms up."""
     call()
     times: list[float] = []
     while len(times) < 3 or sum(times) < at_least_s:
@@ -132,7 +132,7 @@ def _time_product(product: Product) -> float:
     second = torch.ones(batch, max(round(columns * share), 1), inner, dtype=dtype).transpose(1, 2)
     if batch == 1:
         first, second = first[0], second[0]
-    return _best_s(lambda: first @ second) / share
+    return _median_s(lambda: first @ second) / share
 
 
 def _time_attention(call: Attention) -> float:
@@ -145,13 +145,13 @@ def _time_attention(call: Attention) -> float:
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, keys, attn_mask=mask)
 
     if not call.backward:
-        return _best_s(forward)
+        return _median_s(forward)
     upper = torch.ones(call.rows, call.heads, call.queries, call.width, dtype=call.dtype)
-    return max(_best_s(lambda: forward().backward(upper)) - _best_s(forward), 1e-9)
+    return max(_median_s(lambda: forward().backward(upper)) - _median_s(forward), 1e-9)
 
 
 def _moved_bytes_per_s(tokens: int, width: int) -> float:
-    """Of what surrounds the products of a layer, in memory that is freshly asked for, as it is there."""
+    """The speed of the operations around a layer's products, in freshly allocated memory, as they run in a layer."""
     x, y = torch.ones(tokens, width), torch.ones(tokens, width)
     norm = torch.nn.LayerNorm(width)
 
@@ -159,7 +159,7 @@ def _moved_bytes_per_s(tokens: int, width: int) -> float:
         with torch.no_grad():
             torch.relu(norm(x) + y)
 
-    return 7 * x.nbytes / _best_s(layer)
+    return 7 * x.nbytes / _median_s(layer)
 
 
 def _formed_per_s(distribution: Distribution) -> float:
@@ -171,12 +171,12 @@ def _formed_per_s(distribution: Distribution) -> float:
         for sign in (+1, -1):
             scratch.form_(tile, weight, u, sign)
 
-    return 2 * weight.numel() / _best_s(form)
+    return 2 * weight.numel() / _median_s(form)
 
 
 def _updated_per_s(distribution: Distribution) -> float:
     trained = {"w": torch.nn.Parameter(torch.ones(1024, 2048))}
-    return trained["w"].numel() / _best_s(lambda: descend_(trained, [1, 2], [1e-9, 1e-9], distribution)) * 2
+    return trained["w"].numel() / _median_s(lambda: descend_(trained, [1, 2], [1e-9, 1e-9], distribution)) * 2
 
 
 def _call_s() -> float:
@@ -186,4 +186,4 @@ def _call_s() -> float:
         for _ in range(100):
             torch.add(x, x)
 
-    return _best_s(many) / 100 + 4e-6  # and what a module's Python takes around it
+    return _median_s(many) / 100 + 4e-6  # and what a module's Python takes around it

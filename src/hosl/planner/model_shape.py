@@ -1,4 +1,4 @@
-"""A model known by its config alone: halves on the meta device, of any depth, in no time and no memory."""
+"""A model from its config alone: halves of any depth on the meta device, without time or memory for weights."""
 
 import copy
 import json
@@ -16,35 +16,35 @@ from hosl.split.families import FAMILIES, Head
 from hosl.split.shapes import SHAPES, shape_config
 
 _PER_BLOCK = ("layer_types",)
-"""Settings of a config that have an entry for every block."""
+"""The settings of a config that have an entry for every block."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan has to know of a model."""
+    """The config of a model, and its head: all that a plan needs of a model."""
 
     name: str
     config: Any
-    """Hugging Face's."""
+    """The config of Hugging Face transformers."""
     head: Head
 
     @property
     def blocks(self) -> int:
-        """How many there are; cuts lie in 0..blocks."""
+        """The number of blocks; cuts lie in 0..blocks."""
         return self.config.get_text_config().num_hidden_layers
 
     @property
     def width(self) -> int:
-        """Of the hidden state at the cut."""
+        """The width of the hidden state at the cut."""
         return self.config.get_text_config().hidden_size
 
     @property
     def longest(self) -> int | None:
-        """How many tokens the model reads at most; None: its config does not say."""
+        """The largest number of tokens that the model reads; None: its config does not have it."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def of_blocks(self, count: int) -> "ModelShape":
-        """The same model with its first `count` blocks only."""
+        """The shape of the same model with its first `count` blocks only."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = count
@@ -54,7 +54,7 @@ class ModelShape:
         return replace(self, config=config)
 
     def halves(self, cut: int) -> tuple[ClientHalf, ServerHalf]:
-        """Both, on the meta device.
+        """The client half and the server half, on the meta device.
 
         Raises:
             SplitError: if the cut is outside the model.
@@ -68,7 +68,7 @@ class ModelShape:
                 return split_model(auto.from_config(self.config), cut)
         except HoslError:
             raise
-        except Exception as cause:  # whatever a model's constructor finds wrong with its numbers
+        except Exception as cause:  # a model's constructor may raise any error about its numbers
             reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
             raise ConfigError(
                 f"no model can be built from the config of {self.name}: {reason}; it must have what transformers' "
@@ -81,26 +81,26 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
 
     Args:
         name: a known shape (`hosl.split.shapes`), a folder with a config.json, a config.json, or a hub name.
-        head: of its top-level class; None: the one that its family has.
-        num_labels: of a classification head.
+        head: the head of its top-level class; None: the one that its family has.
+        num_labels: the number of labels of a classification head.
 
     Raises:
-        ConfigError: if the config lacks what a plan needs. SplitError: if hosl has no such family.
-        ModelError: if nothing is found under the name.
+        ConfigError: if the config lacks a setting that a plan needs, or hosl has no such family.
+        ModelError: if there is no model of this name.
     """
     if name in SHAPES:
         return ModelShape(name, shape_config(name), "causal")
     config = _read_config(name)
     if num_labels is not None:
         config.num_labels = num_labels
-    known: list[Head] = [
+    heads: list[Head] = [
         family_head for model_type, family_head in FAMILIES if model_type == config.model_type
     ]
-    if not known or (head is not None and head not in known):
-        rows = ", ".join(f"{model_type} ({of_row})" for model_type, of_row in FAMILIES)
+    if not heads or (head is not None and head not in heads):
+        rows = ", ".join(f"{model_type} ({family_head})" for model_type, family_head in FAMILIES)
         wanted = config.model_type if head is None else f"{config.model_type} ({head})"
         raise ConfigError(f"{name}: model_type {wanted} cannot be cut; known: {rows}")
-    return ModelShape(name, config, head or known[0])
+    return ModelShape(name, config, head or heads[0])
 
 
 def _read_config(name: str) -> Any:

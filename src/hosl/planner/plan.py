@@ -1,6 +1,6 @@
-"""The table of `hosl plan`: cut x way to train x micro-batch; memory, bytes, hours, what fits and what to take.
+"""The table of `hosl plan`: cut x way to train x micro-batch; memory, bytes, hours, the rows that fit and the choice.
 
-A row's figures are those of the parties' own code run without data (`costs`), at a machine's speed (`machine`).
+The figures of a row come from the parties' own code run without data (`costs`), at the speed of a machine (`machine`).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,37 +29,37 @@ from hosl.planner.model_shape import ModelShape
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.transport.link import LinkSpec
 
-# cheap and forward-only first, backprop last, as a person reads a plan
+# cheap and forward-only first, backprop last
 PLANNED = tuple(
     variant.name
     for variant in sorted(VARIANTS, key=lambda variant: list(METHODS).index(variant.method))
     if variant.planned
 )
-"""The names of the variants that a plan compares where it is not told otherwise."""
+"""The names of the variants that a plan compares by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a plan is asked."""
+    """The model, the run and the machines of a plan."""
 
     shape: ModelShape
     base: Config
     """Settings that every row shares: directions, distribution, steps, optimisers, wire."""
     rows: int
-    """Of the longest batch; a candidate answer is a row."""
+    """Rows of the longest batch; a candidate answer is a row."""
     tokens: int
-    """Per row."""
+    """Tokens per row."""
     client: Machine
     server: Machine
     link: LinkSpec = field(default_factory=LinkSpec)
     device_memory_bytes: float | None = None
-    """What the client process may take; None: everything fits."""
+    """The limit of the client process; None: every row fits."""
     runtime_base_bytes: float = RUNTIME_BASE_BYTES
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One way to run, and what it takes."""
+    """One way to run at one cut, and its costs."""
 
     name: str
     config: Config
@@ -79,38 +79,43 @@ class PlanRow:
 
     @property
     def step_s(self) -> float:
-        """A step, one side after the other."""
+        """Seconds of a step, one side after the other."""
         return self.client_s + self.wire_s + self.server_s
 
     @property
     def hours(self) -> float:
-        """Of the whole run's steps; evaluation and start are left out."""
+        """Hours of all steps of the run, without its start and evaluations."""
         return self.step_s * self.config.max_steps / 3600
 
 
 def plan(question: Question, *, cuts: Sequence[int], names: Sequence[str] = PLANNED) -> list[PlanRow]:
-    """Every named way at every cut, at the batch's usual micro-batches and, where that does not fit, row by row.
+    """The rows of every named way at every cut: with its usual micro-batches and, if that does not fit, row by row.
+
+    Args:
+        question: the model, the run and the machines.
+        cuts: blocks on the client.
+        names: names of variants (`hosl.methods.variants`).
 
     Raises:
         ConfigError, SplitError: if the model cannot be cut so.
     """
     by_name = {row.name: row for row in VARIANTS}
-    found: list[PlanRow] = []
+    rows: list[PlanRow] = []
     servers = _Servers(question)
     for name in names:
         usual = _along(question, by_name[name], cuts, servers, micro_batch_size=None)
-        found += usual
+        rows += usual
         if METHODS[by_name[name].method].backward != "graph" and any(
             _activations_are_too_much(question, row) for row in usual
         ):
-            found += _along(question, by_name[name], cuts, servers, micro_batch_size=1)
+            rows += _along(question, by_name[name], cuts, servers, micro_batch_size=1)
     return sorted(
-        found, key=lambda row: (row.cut, names.index(row.name), row.config.client.micro_batch_size or 0)
+        rows, key=lambda row: (row.cut, names.index(row.name), row.config.client.micro_batch_size or 0)
     )
 
 
-def _activations_are_too_much(question: Question, row: "PlanRow") -> bool:
-    """Whether smaller micro-batches could make the row fit: at a guess, with a quarter of the activations."""
+def _activations_are_too_much(question: Question, row: PlanRow) -> bool:
+    """Whether smaller micro-batches could make the row fit; assumed is a quarter of the activations."""
     limit, client = question.device_memory_bytes, row.client
     if row.fits or limit is None:
         return False
@@ -127,7 +132,7 @@ def of_config(question: Question, name: str = "as configured") -> PlanRow:
 
 
 def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
-    """The row to take, and why: at the wanted cut or the nearest below, the forward-only way that learns most.
+    """The row to take, and the reason: the forward-only way that learns most, at `cut` or the nearest cut below.
 
     Raises:
         ConfigError: if nothing fits.
@@ -152,76 +157,76 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one kind of batch makes a client process take; found when it is asked for, by a step run without data."""
+    """The memory that a client process needs for one kind of batch; computed when it is read."""
 
     rows: int
-    """Of the batch."""
-    find: Callable[[], float]
-    """Gives `needed_bytes`."""
+    """Rows of the batch."""
+    compute: Callable[[], float]
+    """Computes `needed_bytes`, by a step without data."""
 
     @cached_property
     def needed_bytes(self) -> float:
-        """The process's peak, weights and base included."""
-        return self.find()
+        """The peak of the process, weights and Python included."""
+        return self.compute()
 
 
 def nearest_that_fits(
-    config: Config, tokens: int, takes: Callable[[Config], Sequence[Demand]], limit_bytes: float
+    config: Config, tokens: int, demands_of: Callable[[Config], Sequence[Demand]], limit_bytes: float
 ) -> Config | None:
-    """The least change with which the client fits: smaller micro-batches, then a lower cut; None: neither helps.
+    """The config with the least change that fits: smaller micro-batches, then a lower cut; None: neither helps.
 
     Args:
-        config: what does not fit.
-        tokens: per row.
-        takes: what a client takes under a config, for each kind of batch; the same objects when it is asked again.
-        limit_bytes: what the process may take.
+        config: a config that does not fit.
+        tokens: tokens per row.
+        demands_of: the demands of a config, one for each kind of batch; the same objects at every call.
+        limit_bytes: the limit of the process.
     """
 
     def fits(tried: Config) -> bool:
-        return all(demand.needed_bytes <= limit_bytes for demand in takes(tried))
+        return all(demand.needed_bytes <= limit_bytes for demand in demands_of(tried))
 
     base = config
     if base.method_row.backward != "graph" and base.client.micro_batch_size != 1:
         usual = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
-        rows = _rows_at_once(takes, config, usual, limit_bytes)
+        rows = _rows_at_once(demands_of, config, usual, limit_bytes)
         if rows is not None:
             return _with_rows_at_once(config, rows)
         base = _with_rows_at_once(config, 1)
     lowest, highest = lowest_with_block(base), base.model.cut - 1
     if highest < lowest or not fits(with_cut(base, lowest)):
         return None
-    at_lowest = most_needed(takes(with_cut(base, lowest)))
-    a_block = max((most_needed(takes(base)) - at_lowest) / (base.model.cut - lowest), 1.0)
+    at_lowest = most_needed(demands_of(with_cut(base, lowest)))
+    a_block = max((most_needed(demands_of(base)) - at_lowest) / (base.model.cut - lowest), 1.0)
     guess = min(lowest + int((limit_bytes - at_lowest) / a_block), highest)
     tries = (with_cut(base, cut) for cut in range(guess, lowest - 1, -1))
     return next((tried for tried in tries if tried.model.cut == lowest or fits(tried)), None)
 
 
 def most_needed(demands: Sequence[Demand]) -> float:
-    """Bytes of the worst kind of batch."""
+    """The bytes for the worst kind of batch."""
     return max(demand.needed_bytes for demand in demands)
 
 
 def _rows_at_once(
-    takes: Callable[[Config], Sequence[Demand]], config: Config, most: int, limit_bytes: float
+    demands_of: Callable[[Config], Sequence[Demand]], config: Config, most: int, limit_bytes: float
 ) -> int | None:
-    """How many rows at once fit; None: not even one.
+    """The number of rows at once that fits; None: not even one row fits.
 
-    A batch that fits with `most` fits with fewer, so only the others are asked about. Memory is near a line in the rows
-    at once, which gives a guess; but a batch not taken whole is gathered beside its parts, so the guess is verified.
+    A batch that fits with `most` rows at once fits with fewer, so only the others are tried. Memory is nearly linear in
+    the rows at once, which gives a guess. The guess is verified, because the parts of a batch are gathered beside it.
     """
-    usual = takes(config)
-    tight = [place for place, demand in enumerate(usual) if demand.needed_bytes > limit_bytes]
+    usual = demands_of(config)
+    tight = [index for index, demand in enumerate(usual) if demand.needed_bytes > limit_bytes]
 
     def fit(rows: int) -> bool:
-        demands = takes(_with_rows_at_once(config, rows))
-        return all(demands[place].needed_bytes <= limit_bytes for place in tight)
+        demands = demands_of(_with_rows_at_once(config, rows))
+        return all(demands[index].needed_bytes <= limit_bytes for index in tight)
 
     if not fit(1):
         return None
-    least, guesses = takes(_with_rows_at_once(config, 1)), [most]
-    for place in tight:
-        many, one = usual[place], least[place]
+    least, guesses = demands_of(_with_rows_at_once(config, 1)), [most]
+    for index in tight:
+        many, one = usual[index], least[index]
         share = (limit_bytes - one.needed_bytes) / (many.needed_bytes - one.needed_bytes)
         guesses.append(1 + int(share * (min(most, many.rows) - 1)))
     guess = min(guesses)
@@ -234,34 +239,33 @@ def _with_rows_at_once(config: Config, rows: int) -> Config:
 
 
 def _by_choice() -> list[str]:
-    """The names of forward-only ways, the one to take first."""
+    """The names of the forward-only ways, the best one first."""
     ranked = [(variant.choice, variant.name) for variant in VARIANTS if variant.choice is not None]
     return [name for _, name in sorted(ranked)]
 
 
 class _Servers:
-    """Costs of a server half: they depend on the cut and on few settings, so rows share them."""
+    """The costs of a server half; rows share them, because they depend on the cut and on few settings."""
 
     def __init__(self, question: Question) -> None:
         self._question = question
-        self._known: dict[tuple[str, str], dict[int, PartyCost]] = {}
+        self._costs: dict[tuple[str, str], dict[int, PartyCost]] = {}
 
     def at(self, config: Config, cuts: Sequence[int]) -> dict[int, PartyCost]:
-        """By cut."""
+        """The cost at each cut."""
         key = (config.method_row.on_the_wire, config.model.dtype)
-        if key not in self._known:
+        if key not in self._costs:
             shape = self._question.shape
             total = shape.blocks
 
             def at(held: int) -> PartyCost:
                 # a server with `held` blocks, in a model that has one more
                 small = shape.of_blocks(held + 1)
-                of_held = with_cut(config, 1)
-                return server_cost(of_held, small, self._question.rows, self._question.tokens)
+                return server_cost(with_cut(config, 1), small, self._question.rows, self._question.tokens)
 
             by_held = along_cuts(at, (1, 2), [total - cut for cut in cuts])
-            self._known[key] = {cut: by_held[total - cut] for cut in cuts}
-        return self._known[key]
+            self._costs[key] = {cut: by_held[total - cut] for cut in cuts}
+        return self._costs[key]
 
 
 def _along(
@@ -290,9 +294,9 @@ def _along(
 
 
 def _sampled(row: Variant, blocks: int) -> tuple[int, int]:
-    """Two cuts from which all others follow.
+    """The two cuts from which all others follow.
 
-    Backprop treats the lowest block unlike the others; adapters and guided blocks want a block to be in.
+    Backprop treats the lowest block differently; adapters and guided blocks need a block on the client.
     """
     method = METHODS[row.method]
     if method.backward != "none":

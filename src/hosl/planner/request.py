@@ -14,7 +14,7 @@ from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
 from hosl.split import resolve_model_folder
 from hosl.system.allocator import return_freed_memory
-from hosl.system.gc_paused import uncollected
+from hosl.system.gc_paused import gc_paused
 from hosl.system.readable import readable_bytes, readable_count
 from hosl.tasks import Task, TextTokenizer, load_task
 from hosl.transport.link import LinkSpec
@@ -112,7 +112,7 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         return_freed_memory()  # as `hosl join` does: fresh pages take their time
         work = of_config(question).client.work
         question = _with_machine(question, work)
-    with uncollected():
+    with gc_paused():
         rows = plan(question, cuts=cuts)
     try:
         chosen, why = recommended(rows, cut=base.model.cut)

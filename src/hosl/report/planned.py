@@ -15,7 +15,7 @@ from hosl.report import figures
 from hosl.report.groups import PlannedLine, TaskGroups, in_order
 from hosl.report.runs import Run
 from hosl.report.style import looks, on_paper
-from hosl.system.gc_paused import uncollected
+from hosl.system.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from hosl.planner.model_shape import ModelShape
@@ -35,7 +35,7 @@ def planned_lines(part: TaskGroups) -> list[PlannedLine]:
         return []
     cuts = sorted({1, shape.blocks, *part.cuts})  # blocks are alike: in between, memory is a line
     lines = []
-    with uncollected():
+    with gc_paused():
         for way, run, config in [*wanted, *_ends(wanted)]:
             # a picture is nothing to fail for: the planner may not follow a setting, or torch an operation without data
             with contextlib.suppress(HoslError, RuntimeError):

@@ -125,9 +125,9 @@ def make_alone(config: Config, *, as_json: bool) -> int:
         file.write_text(dump_config(config), encoding="utf-8")
         with _hosl_train([str(file), *(["--json"] if as_json else [])]) as process:
             try:
-                while process.poll() is None and not stop.asked:
+                while process.poll() is None and not stop.requested:
                     time.sleep(POLL_S)
-                if stop.asked:
+                if stop.requested:
                     process.terminate()
                 status = process.wait()
             finally:  # a second Ctrl-C does not wait

@@ -158,7 +158,7 @@ def _start(
     grid: Grid, places: Places, done: dict[str, Summary], working: list[RunProcess], at_once: int, stop: Stop
 ) -> bool:
     """Start what there is room for, or stop all when asked; whether anything is at work."""
-    if stop.asked:
+    if stop.requested:
         for process in working:
             process.stop()
         return bool(working)

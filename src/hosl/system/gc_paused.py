@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Pause the collector inside the context.
 
     For seconds of work that creates millions of objects but no cycles: each pass would visit every object of torch.

@@ -8,7 +8,7 @@ class Stop:
     """A context manager that handles SIGINT and SIGTERM, and restores the former handlers at its end."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         """Whether a signal has asked the run to end."""
 
     def __enter__(self) -> "Stop":
@@ -22,6 +22,6 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -20,7 +20,7 @@ import msgspec
 
 from hosl.errors import TaskError
 from hosl.system.atomic import whole_file
-from hosl.system.gc_paused import uncollected
+from hosl.system.gc_paused import gc_paused
 from hosl.tasks.classification import ClassificationTask, LabelledText, carve, encode_classes
 from hosl.tasks.configs import DocstringsConfig
 from hosl.tasks.tokenizer import TextTokenizer
@@ -96,7 +96,7 @@ def _kept_texts(library: Path, cache: Path | None) -> tuple[tuple[str, ...], lis
             kept = msgspec.json.decode(cache.read_bytes(), type=_Kept)
             if kept.made_from == made_from:
                 return kept.labels, kept.texts
-    with uncollected():
+    with gc_paused():
         labels, texts = standard_library_texts(library)
     if cache is not None:
         with suppress(OSError):  # a read-only home or a full disk: the next command parses again

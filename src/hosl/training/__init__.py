@@ -1,1 +1,1 @@
-"""One run in one process, from its start to its end: setup, loop, evaluation, checkpoints, export."""
+"""The training of one run: setup, loop, evaluation, checkpoints, export."""

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that parties on PyTorch have: weights, optimiser state, journal."""
+"""The parts of a checkpoint that belong to parties on PyTorch: weights, optimiser state, journal."""
 
 import torch
 
@@ -16,10 +16,16 @@ from hosl.system.checkpoint import Checkpoint
 def put_client(
     checkpoint: Checkpoint, client: FrozenClient, *, snapshot_step: int, snapshot_steps: int
 ) -> int:
-    """Add the client's part to a checkpoint; returns the step of the snapshot that it rests on.
+    """Add the client's part to a checkpoint; returns the step of the snapshot that the part depends on.
 
-    A zeroth-order client's part is its journal, and its weights once `snapshot_steps` have gone by since the last; any
-    other's is what it trains, and the state of its optimiser where it has one.
+    A zeroth-order client's part is its journal, and a snapshot of its weights every `snapshot_steps` steps. Any other
+    client's part is its trained weights, and the state of its optimiser if it has one.
+
+    Args:
+        checkpoint: is extended in place.
+        client: the client after the checkpoint's step.
+        snapshot_step: the step of the newest snapshot; 0 is the base weights.
+        snapshot_steps: the steps between two snapshots.
     """
     if isinstance(client, ZerothOrderClient):
         checkpoint.journal = client.journal.to_bytes()
@@ -37,7 +43,12 @@ def put_client(
 
 
 def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
-    """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it rests on."""
+    """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it depends on.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+        JournalError: if its journal is damaged.
+    """
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
     journaled = isinstance(client, ZerothOrderClient)
     if snapshot_step or (client.trained and not journaled):
@@ -57,7 +68,11 @@ def put_head(checkpoint: Checkpoint, server: HeadedServer) -> None:
 
 
 def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
-    """Bring a head at its base weights to a checkpoint."""
+    """Bring a head at its base weights to a checkpoint.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+    """
     _restore_weights_(server.trained, checkpoint.tensors["client/head"])
     if server.optimiser is not None:
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["client/head-optimiser"])
@@ -71,7 +86,11 @@ def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer) -> Non
 
 
 def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -> None:
-    """Bring a server to a checkpoint."""
+    """Bring a server to a checkpoint.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+    """
     _restore_weights_(server.trained, checkpoint.tensors["server/trained"])
     if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["server/optimiser"])
@@ -80,7 +99,7 @@ def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -
 def _optimiser_tensors(
     optimiser: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """An optimiser's state as named tensors, `parameter/entry`; for safetensors."""
+    """An optimiser's state as tensors named `parameter/entry`, for safetensors."""
     return {
         f"{name}/{entry}": torch.as_tensor(value)
         for name, p in trained.items()
@@ -96,8 +115,8 @@ def _restore_optimiser_(
 ) -> None:
     for key, value in tensors.items():
         name, entry = key.rsplit("/", 1)
-        keep_on_cpu = entry == "step"
-        optimiser.state[trained[name]][entry] = value if keep_on_cpu else value.to(trained[name].device)
+        parameter = trained[name]  # torch keeps the count of steps on the CPU
+        optimiser.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
 
 
 def _restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:

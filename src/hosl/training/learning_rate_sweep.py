@@ -1,8 +1,8 @@
-"""`client.learning_rate: auto`: a short sweep before the run, on halves of its own; the run itself starts untouched.
+"""`client.learning_rate: auto`: a short sweep before the run, on halves of its own; the run starts from its own halves.
 
-Each rate gets the same fresh halves and the same few steps; then the loss is read on training rows that no step saw.
-A rate of 0, a client that stays as it is, runs beside them: only what beats it by two standard errors is called
-learning, and the largest such gain is taken. If nothing is, it is the largest rate that did no harm.
+Each rate gets the same fresh halves and the same few steps; then the loss is measured on training rows that no step
+used. Rate 0, a client that stays as it is, is tried too: a gain over it counts if it exceeds two standard errors, and
+the largest such gain decides. If no gain counts, the largest rate without harm is taken.
 """
 
 import math
@@ -22,26 +22,27 @@ from hosl.methods.schedule import batch_indices
 from hosl.training.local_session import LocalSession, new_session
 
 STEPS = 20
+"""Steps at each rate."""
 HELD_OUT_BATCHES = 8
 _STANDARD_ERRORS = 2.0
-"""By which a gain must exceed zero to be called one."""
+"""The standard errors by which a gain must exceed zero to count."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One rate of the sweep."""
+    """One rate of the sweep and its result."""
 
     rate: float
     held_out_loss_nats: float | None
-    """Mean over the held-out batches; None: it diverged."""
+    """The mean over the held-out batches; None: it diverged."""
     gain_nats: float | None
-    """How far below the loss of rate 0, mean of the batches' differences."""
+    """The loss of rate 0 less that of this rate, mean over the held-out batches; None: it diverged."""
     gain_standard_error: float | None
-    """None: it diverged, or there is one held-out batch, whose gain nothing tells from noise."""
+    """The standard error of the gain; None: it diverged, or there is only one held-out batch."""
 
     @property
     def gained(self) -> bool:
-        """Whether the gain can be told from none."""
+        """Whether the gain counts."""
         if self.gain_nats is None or self.gain_standard_error is None:
             return False
         return self.gain_nats > _STANDARD_ERRORS * self.gain_standard_error
@@ -49,52 +50,57 @@ class Tried:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was chosen, why, and what else was tried."""
+    """The chosen rate, the reason, and all rates that were tried."""
 
     rate: float
     why: str
     tried: tuple[Tried, ...]
 
     def facts(self) -> dict[str, Any]:
-        """For the run's record."""
+        """The sweep as the run's record holds it."""
         return {"client_learning_rate": self.rate, "why": self.why, "tried": [asdict(t) for t in self.tried]}
 
 
 def with_rate(config: Config, say: Callable[[str], None]) -> tuple[Config, Sweep | None]:
-    """The config with a number for client.learning_rate, and the sweep that found it, if it was auto."""
+    """The config with a number for client.learning_rate, and the sweep that chose it, if the rate was auto."""
     if config.client.learning_rate != "auto":
         return config.with_client_rate(config.client_rate), None
-    found = sweep(config, say)
-    say(f"client.learning_rate: {found.rate:g}: {found.why}")
-    return config.with_client_rate(found.rate), found
+    result = sweep(config, say)
+    say(f"client.learning_rate: {result.rate:g}: {result.why}")
+    return config.with_client_rate(result.rate), result
 
 
 def sweep(config: Config, say: Callable[[str], None], *, steps: int = STEPS) -> Sweep:
-    """Try the method's rates; `say` is told of each, with the time left. Deterministic in the config.
+    """Try the method's rates and choose one. Deterministic in the config.
+
+    Args:
+        config: the settings of the run.
+        say: is called with one line for each rate: its loss, and the time left.
+        steps: steps at each rate.
 
     Raises:
-        NonFiniteError: if even a client that stays as it is diverges.
+        NonFiniteError: if the run diverges even with a client that stays as it is.
     """
     rates, losses = config.learning_rates.to_try_for(config.client.trainable), {}
     begin = time.perf_counter()
-    for place, rate in enumerate((0.0, *rates)):
+    for index, rate in enumerate((0.0, *rates)):
         losses[rate] = _held_out_losses(config, rate, steps)
-        left_s = (time.perf_counter() - begin) / (place + 1) * (len(rates) - place)
+        left_s = (time.perf_counter() - begin) / (index + 1) * (len(rates) - index)
         shown = "diverged" if losses[rate] is None else f"held-out loss {mean(losses[rate]):.4f}"
         say(f"client.learning_rate: auto, {rate:g} for {steps} steps: {shown}; {left_s:.0f} s left")
-    stays = losses.pop(0.0)
-    if stays is None:
+    unmoved = losses.pop(0.0)
+    if unmoved is None:
         raise NonFiniteError(
             f"client.learning_rate: auto: the server diverged within {steps} steps though the client stayed as it is; "
             "lower server.learning_rate"
         )
-    return _chosen([_tried(rate, found, stays) for rate, found in losses.items()], steps)
+    return _chosen([_tried(rate, of_rate, unmoved) for rate, of_rate in losses.items()], steps)
 
 
 def _chosen(tried: list[Tried], steps: int) -> Sweep:
-    """The largest gain that can be told from none; if there is no such, the largest rate that did no harm.
+    """The rate with the largest gain that counts; if there is none, the largest rate that did no harm.
 
-    Harm is a loss above that of rate 0, by however little: a margin of its own error would let the noisiest rate pass.
+    Harm is any loss above that of rate 0: with a margin of its own standard error, the noisiest rate would pass.
     """
     best = max((t for t in tried if t.gained), key=lambda t: _number(t.gain_nats), default=None)
     if best is not None:
@@ -111,16 +117,16 @@ def _chosen(tried: list[Tried], steps: int) -> Sweep:
     return Sweep((finite or tried)[0].rate, why, tuple(tried))
 
 
-def _tried(rate: float, losses: list[float] | None, stays: list[float]) -> Tried:
+def _tried(rate: float, losses: list[float] | None, unmoved: list[float]) -> Tried:
     if losses is None:
         return Tried(rate, None, None, None)
-    gains = [before - after for before, after in zip(stays, losses, strict=True)]
+    gains = [before - after for before, after in zip(unmoved, losses, strict=True)]
     error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
     return Tried(rate, mean(losses), mean(gains), error)
 
 
 def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | None:
-    """By batch, after the steps at this rate; None where they diverge."""
+    """The loss of each held-out batch after the steps at this rate, nats; None: they diverged."""
     short = replace(
         config.with_client_rate(rate), lr_scheduler_type="constant", warmup_steps=0, max_steps=steps
     )
@@ -129,21 +135,24 @@ def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | N
     try:
         for step, batch in enumerate(seen, start=1):
             session.round(batch, step)
-        found = [session.server.losses([session.client.forward(b)], b.targets)[0] for b in held_out]
+        losses = [session.server.losses([session.client.forward(b)], b.targets)[0] for b in held_out]
     except NonFiniteError:
         return None
-    return found if all(map(math.isfinite, found)) else None
+    return losses if all(map(math.isfinite, losses)) else None
 
 
 def _batches(session: LocalSession, steps: int) -> tuple[list[Batch], list[Batch]]:
-    """Batches for the steps, and held-out ones of other rows: smaller ones rather than fewer, for the error's sake."""
+    """The batches of the steps, and held-out batches of other rows.
+
+    Where rows are few, held-out batches get smaller and not fewer: the standard error needs several of them.
+    """
     config, task = session.config, session.task
     size, rows = config.per_device_train_batch_size, len(task.train)
     order = batch_indices(config.seed, 1, rows, rows)
     held = max(min(HELD_OUT_BATCHES * size, rows // 5), 1)
     trained, kept = order[:-held] or order, order[-held:]
     batches = min(HELD_OUT_BATCHES, held)
-    ends = [held * place // batches for place in range(batches + 1)]
+    ends = [held * number // batches for number in range(batches + 1)]
 
     def batch(indices: list[int]) -> Batch:
         return task.collate([task.train[i] for i in indices])

@@ -1,4 +1,4 @@
-"""A run in one process: from a config to two parties ready for their first step, and back again from a run's folder."""
+"""A run in one process: from a config, or from a run's folder, to two parties that are ready for their next step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,17 @@ from hosl.parties.remote import torch_wire
 from hosl.parties.remote.compression import Receiving, WatchedCompressedServer
 from hosl.parties.servers.basic import TorchServer
 from hosl.planner.budget import check_before_data, check_before_run
+from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
 from hosl.system.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from hosl.tasks import TextTokenizer, load_task, task_digest
 from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
-from hosl.training.memory_budget import beside_server_bytes
 from hosl.training.session import Session
 
 
 @dataclass
 class LocalSession(Session[FrozenClient, TorchServer]):
-    """Both halves on PyTorch in this process."""
+    """The session of a run with both halves on PyTorch in this process."""
 
     tokenizer_folder: Path = Path()
     snapshot_step: int = 0
@@ -45,27 +45,27 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     def _receiving(self) -> Receiving:
         return Receiving(self.server, torch_wire)
 
-    def asked_server(self, *, under_meter: bool) -> ServerSide:
-        """The server; behind wire.compression, where there is one."""
+    def server_to_call(self, *, under_meter: bool) -> ServerSide:
+        """The server that the client calls; behind wire.compression if the config has one."""
         if self._wire is None:
-            return super().asked_server(under_meter=under_meter)
+            return super().server_to_call(under_meter=under_meter)
         if not under_meter:
             return self._wire.at_rest(self._receiving)
         self._wire.at(self.step)
         return self._wire
 
     def notes(self) -> dict[str, float]:
-        """What compression does to the signal, in the steps in which it is measured."""
+        """The effect of compression on the signal, in the steps in which it is measured."""
         return {} if self._wire is None else self._wire.notes()
 
     @property
     def client_half(self) -> ClientHalf:
-        """The half on the device."""
+        """The client's half of the model."""
         return self.client.half
 
     @property
     def server_half(self) -> ServerHalf:
-        """The half on the server."""
+        """The server's half of the model."""
         return self.server.half
 
     def measure_memory(self, *, on: bool) -> None:
@@ -79,11 +79,11 @@ class LocalSession(Session[FrozenClient, TorchServer]):
             meter.memory = memory_of(party, party_bytes(party), beside=beside) if on else None
 
     def client_bytes(self) -> float:
-        """What the client would have taken by itself: its tensors' peak, and what Python with torch takes."""
-        return beside_server_bytes(self.meters.client.peak_bytes)
+        """The bytes of the client in a process of its own: the peak of its tensors, and Python with torch."""
+        return RUNTIME_BASE_BYTES + self.meters.client.peak_bytes
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:
-        """Both halves at the session's step, as one checkpoint."""
+        """Write both halves at the session's step, as one checkpoint."""
         checkpoint = Checkpoint(step=self.step)
         put_server(checkpoint, self.server)
         self.snapshot_step = put_client(
@@ -92,19 +92,16 @@ class LocalSession(Session[FrozenClient, TorchServer]):
             snapshot_step=self.snapshot_step,
             snapshot_steps=self.config.snapshot_steps,
         )
-        checkpoint.state |= {
-            "model_digest": self.facts["model"]["digest"],
-            "task_digest": self.facts["task"]["digest"],
-            "distribution": self.config.zo.distribution,
-            **facts,
-        }
+        checkpoint.state |= self.inputs() | facts
         write_checkpoint(run / "checkpoints", checkpoint)
 
 
 def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     """Load the task and the model, cut it, and give each half to its party. Deterministic in the config.
 
-    `low_precision` False leaves the client's base weights as the model has them, whatever client.dtype says.
+    Args:
+        config: the settings of the run.
+        low_precision: False leaves the client's base weights as the model has them, whatever client.dtype is.
 
     Raises:
         RequestError, ModelError: see `load_task`, `load_model`, `split_model`.
@@ -147,7 +144,9 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
 def load_run(run: Path, *, low_precision: bool = True) -> LocalSession:
     """The session of a run's folder at its newest checkpoint, bit for bit as it was.
 
-    `low_precision` False puts the adapters on the client's original base weights instead of those of client.dtype.
+    Args:
+        run: the run's folder.
+        low_precision: False puts the adapters on the client's original base weights instead of those of client.dtype.
 
     Raises:
         FolderError: if `run` is not a run's folder.
@@ -162,7 +161,7 @@ def load_run(run: Path, *, low_precision: bool = True) -> LocalSession:
     if path is None:
         return session
     checkpoint = read_checkpoint(path)
-    check_same_inputs(session, checkpoint, path)
+    _check_same_inputs(session, checkpoint, path)
     restore_server_(session.server, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
     session.control = session.control.restored(checkpoint.state)
@@ -170,16 +169,12 @@ def load_run(run: Path, *, low_precision: bool = True) -> LocalSession:
     return session
 
 
-def check_same_inputs(session: Session, checkpoint: Checkpoint, path: Path) -> None:
-    """Refuse a checkpoint of another model or other data.
-
-    Raises:
-        CheckpointError: naming both digests.
-    """
-    for what, name in (("model", session.config.model.name), ("task", session.task.name)):
-        before, now = checkpoint.state[f"{what}_digest"], session.facts[what]["digest"]
+def _check_same_inputs(session: Session, checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a checkpoint of another model or other data."""
+    for kind, name in (("model", session.config.model.name), ("task", session.task.name)):
+        before, now = checkpoint.state[f"{kind}_digest"], session.facts[kind]["digest"]
         if before != now:
             raise CheckpointError(
-                f"{path} was trained with another {what}: {name} had the digest {before[:12]}, now {now[:12]}; "
+                f"{path} was trained with another {kind}: {name} had the digest {before[:12]}, now {now[:12]}; "
                 "put the original files back, or start a new run"
             )

@@ -1,4 +1,4 @@
-"""The steps of a run, one after the other: draw a batch, run the round, write down, evaluate, save. No torch."""
+"""The steps of a run, one after the other: draw a batch, run the round, record, evaluate, save. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,14 +23,17 @@ from hosl.training.summary import farewell, greeting, run_summary
 def carry_on(
     session: Any, run: Path, resume_command: str, finish: Callable[[Any, Path], None], *, metrics_bytes: int
 ) -> dict[str, Any]:
-    """Everything between a session that is ready and its summary: the steps left, the one look at test, `finish`.
+    """Run the steps that are left, evaluate once on test and call `finish`; returns the run's summary.
 
     Args:
-        session: at the step to go on from.
-        run: its folder.
-        resume_command: what a person types to go on after an interruption; `{run}` is filled in.
-        finish: what is left to do with a finished session and its folder.
-        metrics_bytes: how much of metrics.jsonl belongs to the steps done.
+        session: a `Session` at the step to go on from.
+        run: the run's folder.
+        resume_command: the command that resumes the run after an interruption; `{run}` is filled in.
+        finish: is called with the finished session and its folder: export, report, trackers.
+        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done.
+
+    Raises:
+        FailureError: if the training fails, or the client exceeds its memory budget.
     """
     config = session.config
     record = Record(run, metrics_bytes=metrics_bytes, step=session.step)
@@ -44,9 +47,9 @@ def carry_on(
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
                 return run_summary(session, run, finished=False)
-            if not _has_dev_line(record, run, session.step):  # carried over the last steps by other clients
+            if not _has_dev_line(record, run, session.step):  # other clients made the last steps
                 _evaluate_dev(session, record, session.step)
-            test = _evaluated(session, session.task.test)
+            test = _evaluation(session, session.task.test)
             record.metrics(step=session.step, split="test", **asdict(test))
             record.flush()
             session.finish()
@@ -59,18 +62,18 @@ def carry_on(
 
 
 def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -> None:
-    """Run the steps that are left, until the last one or until `stop` is asked for; ends with a checkpoint.
+    """Run the steps that are left, until the last one or until a stop is requested; end with a checkpoint.
 
-    Where the server turns out to be at another step, the client goes there, and the record with it.
+    If the server is at another step, the client goes to that step, and the record is cut back with it.
     """
     first, shown = session.step + 1, dict[str, str]()
-    while session.step < session.config.max_steps and not stop.asked:
+    while session.step < session.config.max_steps and not stop.requested:
         try:
             _one_step(session, record, run, first, shown, stop)
         except StepMoved as moved:
             before = session.step
             for meter in (session.meters.client, session.meters.server):
-                meter.take()  # what the step that was broken off has cost belongs to no line
+                meter.take()  # the costs of the broken-off step belong to no line
             facts = session.go_to(run, moved.step)
             if facts is not None:
                 record.cut_back(facts.get("metrics_bytes", 0), moved.step)
@@ -79,7 +82,7 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
 
 
 def save(session: Session, record: Record, run: Path) -> None:
-    """A checkpoint at the session's step."""
+    """Write a checkpoint at the session's step."""
     session.save(run, {"metrics_bytes": record.flush(), **session.control.state()})
 
 
@@ -99,7 +102,7 @@ def _one_step(
     if step % config.eval_steps == 0 or last:
         shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
     over = over_budget(session)
-    if step % config.save_steps == 0 or last or stop.asked or over:
+    if step % config.save_steps == 0 or last or stop.requested or over:
         save(session, record, run)
     if over:
         raise OverBudgetError(over)
@@ -141,8 +144,8 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 def _probes(result: RoundResult) -> dict[str, float | int]:
     if not result.coefficients:
         return {}
-    known = {} if result.noise is None else {"probe_noise": result.noise}
-    return {"rejected_probes": result.rejected, "probe_signal": result.signal} | known
+    noise = {} if result.noise is None else {"probe_noise": result.noise}
+    return {"rejected_probes": result.rejected, "probe_signal": result.signal} | noise
 
 
 def _has_dev_line(record: Record, run: Path, step: int) -> bool:
@@ -152,13 +155,13 @@ def _has_dev_line(record: Record, run: Path, step: int) -> bool:
 
 
 def _evaluate_dev(session: Session, record: Record, step: int) -> float:
-    dev = _evaluated(session, session.task.dev)
+    dev = _evaluation(session, session.task.dev)
     record.metrics(step=step, split="dev", **asdict(dev))
     return dev.accuracy
 
 
-def _evaluated(session: Session, examples: Sequence[Example]) -> Evaluation:
+def _evaluation(session: Session, examples: Sequence[Example]) -> Evaluation:
     return evaluate(
-        session.client, session.asked_server(under_meter=False), session.task, examples,
+        session.client, session.server_to_call(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip

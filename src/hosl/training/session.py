@@ -1,6 +1,6 @@
-"""What every run has, wherever its server is: a config, a task, two parties under meters, and the steps done. No torch.
+"""The state of a run, wherever its server is: config, task, two parties under meters, and the steps done. No torch.
 
-In one process: `local.LocalSession`. With the server elsewhere: `join.JoinedSession`.
+In one process: `local_session.LocalSession`. With the server elsewhere: `network.joined_session.JoinedSession`.
 """
 
 from dataclasses import dataclass, field
@@ -30,34 +30,39 @@ class Meters:
 
 @dataclass
 class Session(Generic[ClientT, ServerT]):
-    """A split model in training: its task and the two parties."""
+    """A split model in training: its task, its two parties and their state."""
 
     config: Config
     task: Task
     client: ClientT
-    """Follows the protocol that the round of the config's method declares; so does `server`."""
+    """The client party; it follows the protocol that the round of the config's method declares, like `server`."""
     server: ServerT
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the run's record says of model and task: source, digests, cut, family, new weights."""
+    """The facts for the run's record about model and task: source, digests, cut, family, new weights."""
     step: int = 0
     """Steps done."""
     meters: Meters = field(default_factory=Meters)
     control: CoefficientControl = field(init=False)
-    """Of the steps after `step`; its memory goes into checkpoints."""
+    """The control of the coefficients after `step`; its state goes into checkpoints."""
 
     def __post_init__(self) -> None:
         self.control = coefficient_control(self.config)
 
     def round(self, batch: Batch, step: int) -> RoundResult:
-        """One step of the config's method between the two parties, under their meters."""
+        """Make one step of the config's method between the two parties, under their meters.
+
+        Raises:
+            NonFiniteError: if a loss or an activation is NaN or infinite.
+            StepMoved: if the server goes on from another step.
+        """
         client = metered(self.client, self.meters.client)
-        server = self.asked_server(under_meter=True)
+        server = self.server_to_call(under_meter=True)
         result = method_round(self.config, client, server, batch, step, control=self.control)
         self.control = self.control.after(result.coefficients)
         return result
 
-    def asked_server(self, *, under_meter: bool) -> ServerSide:
-        """What the client asks: the server, and whatever lies between the two."""
+    def server_to_call(self, *, under_meter: bool) -> ServerSide:
+        """The server that the client calls, with all that is between the two."""
         return metered(self.server, self.meters.server) if under_meter else self.server
 
     def measure_memory(self, *, on: bool) -> None:
@@ -65,31 +70,39 @@ class Session(Generic[ClientT, ServerT]):
         raise NotImplementedError
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:
-        """A checkpoint of the state at hand below `run`; `facts` come back from `go_to`."""
+        """Write a checkpoint of the present state below `run`; `go_to` returns its `facts`."""
         raise NotImplementedError
+
+    def inputs(self) -> dict[str, str]:
+        """The facts of a checkpoint by which a later command knows that model, data and directions are the same."""
+        return {
+            "model_digest": self.facts["model"]["digest"],
+            "task_digest": self.facts["task"]["digest"],
+            "distribution": self.config.zo.distribution,
+        }
 
     def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
         """Take the state after `step`, because the other side has it.
 
-        Returns the facts of the checkpoint that it came from; None when nothing that was done is undone.
+        Returns the facts of the checkpoint of that state; None if no step is undone.
         """
         raise NotImplementedError
 
     def done(self, step: int) -> None:
-        """The round of `step` is complete on both sides."""
+        """Note that the round of `step` is complete on both sides."""
         self.step = step
 
     def costs(self) -> dict[str, Any]:
-        """What the last step cost beyond what the parties' meters say; goes to timings.jsonl."""
+        """The costs of the last step that the parties' meters do not hold, for timings.jsonl."""
         return {}
 
     def notes(self) -> dict[str, float]:
-        """What the last step measured beside its result, exact; goes to metrics.jsonl."""
+        """The measurements of the last step beside its result, for metrics.jsonl; the same in every repetition."""
         return {}
 
     def client_bytes(self) -> float:
-        """What the client's process has taken at most, so far; what a budget is compared with."""
+        """The peak memory of the client's process so far, bytes; a budget is compared with it."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """The last step is done; nothing more will be asked."""
+        """Complete the session after the last step, while the server can still be called."""

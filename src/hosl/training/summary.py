@@ -1,4 +1,4 @@
-"""A run in few words: the summary that a call answers with, and what a person reads at the ends. No torch."""
+"""A run in few words: the summary that a command prints, and the lines at the start and the end. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from hosl.training.session import Session
 
 
 def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any]:
-    """What a run's files say of it: losses, accuracies, seconds, peaks, bytes per step."""
+    """The summary of a run from its files: losses, accuracies, seconds, peaks, bytes per step."""
     metrics, timings = read_lines(run / "metrics.jsonl"), read_lines(run / "timings.jsonl")
     steps = [line for line in metrics if "split" not in line]
     summary: dict[str, Any] = {
@@ -22,8 +22,7 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
             summary[f"{line['split']}_accuracy"] = line["accuracy"]
             summary[f"{line['split']}_loss_nats"] = line["loss_nats"]
     if timings:
-        middle = sorted(line["step_s"] for line in timings)[len(timings) // 2]
-        summary["median_step_s"] = middle
+        summary["median_step_s"] = sorted(line["step_s"] for line in timings)[len(timings) // 2]
         for key in ("client_peak_bytes", "server_peak_bytes", "process_peak_bytes"):
             summary[key] = max(line[key] for line in timings)
     if steps:
@@ -33,7 +32,7 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
 
 
 def greeting(session: Session, run: Path) -> str:
-    """What is about to be trained."""
+    """The line before the first step: method, task, model, trained parameters, folder."""
     task, facts = session.task, session.facts
     trained = ", ".join(f"{side} {count:,}" for side, count in facts["trained_parameters"].items())
     return (
@@ -43,7 +42,7 @@ def greeting(session: Session, run: Path) -> str:
 
 
 def farewell(summary: dict[str, Any], run: Path) -> str:
-    """How it went, and where to look."""
+    """The line after the last step: accuracies, and the files to look at."""
     model = f", {run}/model loads in transformers" if (run / "model").is_dir() else ""
     return (
         f"done: test accuracy {summary['test_accuracy']:.4f} (dev {summary['dev_accuracy']:.4f}); "

@@ -1,7 +1,7 @@
-"""Experiment trackers fed from metrics.jsonl after the run: one source of truth, nothing in the training loop."""
+"""Experiment trackers, fed from metrics.jsonl after the run; the training loop does not know them."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,39 @@ from hosl.system.run_folder import read_lines
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse a run whose trackers are not installed, before it starts.
+    """Refuse a run whose trackers are not installed.
 
     Raises:
-        ConfigError: naming the missing package and how to install it.
+        ConfigError: naming the missing package and the command that installs it.
     """
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-    for tracker in config.report_to:
+    for tracker in config.report_to:  # each has the name of its package
         try:
-            importlib.import_module(packages[tracker])
+            importlib.import_module(tracker)
         except ImportError:
             raise ConfigError(
-                f"report_to asks for {tracker}, which is not installed; `pip install {packages[tracker]}`, "
+                f"report_to asks for {tracker}, which is not installed; `pip install {tracker}`, "
                 "or leave it out: metrics.jsonl is written anyway"
             ) from None
 
 
 def feed_trackers(config: Config, run: Path) -> None:
     """Send every metric of a finished run to the trackers of `report_to`."""
-    feeders: dict[str, Callable[[Config, Path], None]] = {
-        "tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio,
-    }  # fmt: skip
     for tracker in config.report_to:
-        feeders[tracker](config, run)
+        if tracker == "tensorboard":
+            _feed_tensorboard(run)
+        else:
+            _feed(importlib.import_module(tracker), config, run)
 
 
 def _scalars(run: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, numbers by name) of every line of metrics.jsonl."""
     for line in read_lines(run / "metrics.jsonl"):
         prefix = line.get("split", "train")
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
         yield line["step"], {f"{prefix}/{key}": value for key, value in numbers.items()}
 
 
-def _tensorboard(config: Config, run: Path) -> None:
+def _feed_tensorboard(run: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(run / "tensorboard")) as writer:
@@ -54,15 +54,8 @@ def _tensorboard(config: Config, run: Path) -> None:
                 writer.add_scalar(key, value, step)
 
 
-def _wandb(config: Config, run: Path) -> None:
-    _like_wandb(importlib.import_module("wandb"), config, run)
-
-
-def _trackio(config: Config, run: Path) -> None:
-    _like_wandb(importlib.import_module("trackio"), config, run)
-
-
-def _like_wandb(tracker: Any, config: Config, run: Path) -> None:
+def _feed(tracker: Any, config: Config, run: Path) -> None:
+    """Feed wandb, or a package with the interface of wandb."""
     tracker.init(project="hosl", name=run.name, config=msgspec.to_builtins(config))
     for step, scalars in _scalars(run):
         tracker.log(scalars, step=step)

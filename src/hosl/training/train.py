@@ -1,4 +1,4 @@
-"""One run from start to end: setup -> train -> test once -> export and report. `hosl train` calls them."""
+"""One run of `hosl train` from start to end: setup, training, one evaluation on test, export and report."""
 
 import json
 import sys
@@ -26,12 +26,16 @@ _HOSL_TRAIN = "hosl train --resume {run}"
 def start(config: Config) -> dict[str, Any]:
     """Train from the beginning in a new folder; returns the run's summary.
 
-    The folder is `config.output_dir`, or, where that is taken, the same name with -2, -3, ...
+    The folder is `config.output_dir`, or the same name with -2, -3, ... if that is taken.
+
+    Raises:
+        RequestError: if a setting, the model or the data cannot be used; no folder is made.
+        FailureError: if the training fails.
     """
     check_trackers(config)
     before_bytes = process_bytes()
     config, swept = with_rate(config, _say)
-    session = new_session(config)  # what can be refused is refused before a folder is made
+    session = new_session(config)  # before a folder is made: it may refuse the config
     run = new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     record = {
@@ -49,7 +53,9 @@ def resume(run: Path) -> dict[str, Any]:
     """Go on from the newest checkpoint of a run's folder; returns the run's summary.
 
     Raises:
-        FolderError: if `run` is not a run's folder, or another process is at work in it.
+        FolderError: if `run` is not a run's folder, or another process uses it.
+        CheckpointError: if the checkpoint belongs to other weights or data, or is damaged.
+        FailureError: if the training fails.
     """
     if not (run / "config.yaml").is_file():
         raise FolderError(
@@ -65,15 +71,15 @@ def resume(run: Path) -> dict[str, Any]:
 def export(run: Path, out: Path) -> None:
     """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
 
-    Where client.dtype made the base low-precision, adapters are merged into the original weights, as peft's users do.
+    If client.dtype made the base low-precision, adapters are merged into the original weights, as users of peft do.
 
     Raises:
         FolderError: if `run` is not a run's folder, or `out` is taken.
     """
-    export_session(load_run(run, low_precision=False), out)
+    _export_session(load_run(run, low_precision=False), out)
 
 
-def export_session(session: LocalSession, out: Path) -> None:
+def _export_session(session: LocalSession, out: Path) -> None:
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
     config = session.config
     labels = session.task.labels if session.task.head == "classification" else None
@@ -95,7 +101,7 @@ def _say(text: str) -> None:
 def _finish(session: LocalSession, run: Path) -> None:
     if not (run / "model").exists():
         if session.config.client.dtype == "model":
-            export_session(session, run / "model")
+            _export_session(session, run / "model")
         else:
             export(run, run / "model")  # the session no longer has the original weights
     write_report(run, planner=planned_lines)
