@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import Parser, answer, command_parser
 from hosl.errors import ConfigError
 
 
@@ -15,31 +15,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if an argument is impossible, or the model cannot be planned.
     """
-    parser = command_parser(
-        "plan", "What every way to train would take on this device, without running or loading any."
-    )
-    parser.add_argument(
-        "what", help="a run's YAML file, or a model: folder, config.json, hub name or known shape"
-    )
-    parser.add_argument(
-        "--device-memory", metavar="2GiB", help="what the client process may take; default: no limit"
-    )
-    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: no limit")
-    parser.add_argument("--down", help="its downlink, such as 100mbit; default: as --up")
-    parser.add_argument("--rtt", default="0ms", help="round trip to the server, such as 50ms")
-    parser.add_argument("--batch", type=int, help="rows of a batch; default: the config's")
-    parser.add_argument(
-        "--tokens", type=int, help="per row; default: the longest of the config's task, or 256"
-    )
-    parser.add_argument("--cuts", help="such as 1,3,5; default: up to twelve over the model")
-    parser.add_argument("--cores", type=int, default=1, help="of the device, where it is not measured")
-    parser.add_argument(
-        "--probe", action="store_true", help="measure this machine for ten seconds instead of assuming"
-    )
-    parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
-    parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
-    parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
 
     from hosl.system.byte_sizes import parse_bytes
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
@@ -74,6 +50,35 @@ def run(arguments: list[str]) -> int:
     else:
         sys.stdout.write(result.table())
     return 0
+
+
+def _parser() -> Parser:
+    """The options of `hosl plan`."""
+    parser = command_parser(
+        "plan", "What every way to train would take on this device, without running or loading any."
+    )
+    parser.add_argument(
+        "what", help="a run's YAML file, or a model: folder, config.json, hub name or known shape"
+    )
+    parser.add_argument(
+        "--device-memory", metavar="2GiB", help="what the client process may take; default: no limit"
+    )
+    parser.add_argument("--up", help="the device's uplink, such as 10mbit; default: no limit")
+    parser.add_argument("--down", help="its downlink, such as 100mbit; default: as --up")
+    parser.add_argument("--rtt", default="0ms", help="round trip to the server, such as 50ms")
+    parser.add_argument("--batch", type=int, help="rows of a batch; default: the config's")
+    parser.add_argument(
+        "--tokens", type=int, help="per row; default: the longest of the config's task, or 256"
+    )
+    parser.add_argument("--cuts", help="such as 1,3,5; default: up to twelve over the model")
+    parser.add_argument("--cores", type=int, default=1, help="of the device, where it is not measured")
+    parser.add_argument(
+        "--probe", action="store_true", help="measure this machine for ten seconds instead of assuming"
+    )
+    parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
+    parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
+    parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
+    return parser
 
 
 def _cuts(text: str | None) -> tuple[int, ...] | None:
