@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hosl.config import parse_config
+from hosl.core.authors_head import authors_head_round
 from hosl.core.directions import direction_seed
-from hosl.core.rounds import StepInputs, authors_head_round
+from hosl.core.rounds import StepInputs
 from hosl.errors import ConfigError
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient

@@ -32,7 +32,8 @@ def test_a_step_takes_little_more_memory_than_a_forward_pass(kind, method_round,
     server = _Linear(_gradient(client, batch))
     forward, step = TorchMemory(held), TorchMemory(held)
     forward.watch(client.forward, batch)
-    step.watch(method_round, client, server, batch, step=1, epsilon=1e-3, learning_rate=0.3, **probes)
+    inputs = StepInputs(1, epsilon=1e-3, learning_rate=0.3, **probes)
+    step.watch(method_round, client, server, batch, inputs)
     assert step.peak_bytes <= 1.10 * forward.peak_bytes
 
 
