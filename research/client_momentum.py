@@ -17,8 +17,9 @@ from hosl.config import parse_config, read_yaml
 from hosl.evaluation import evaluate
 from hosl.methods.schedule import batch_of_step
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.report.statistics import spread_text
 from hosl.study.grid import merged
-from hosl.study.tables import of_seeds, spread_text
+from hosl.study.tables import of_seeds
 from hosl.system.atomic import whole_file
 from hosl.training.local_session import LocalSession, new_session
 

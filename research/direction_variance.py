@@ -16,7 +16,7 @@ import torch
 
 from hosl.config import parse_config
 from hosl.methods.schedule import batch_of_step
-from hosl.study.tables import spread_text
+from hosl.report.statistics import spread_text
 from hosl.training.local_session import LocalSession, new_session
 
 OUT = Path("runs/direction-variance")

@@ -18,10 +18,11 @@ import yaml
 
 from hosl.evaluation import evaluate
 from hosl.parties.servers.basic import FirstOrderServer
+from hosl.report.statistics import spread_text
 from hosl.study.files import Places, read_summaries
-from hosl.study.grid import Grid, Row, Summary, merged
+from hosl.study.grid import Arm, Grid, Summary, merged
 from hosl.study.run import run_grid
-from hosl.study.tables import of_seeds, spread_text
+from hosl.study.tables import of_seeds
 from hosl.system.run_folder import read_lines
 from hosl.training.local_session import load_run
 
@@ -36,12 +37,12 @@ WAYS = {
     "first-plus": {"zo": {"server_gradient_at": "first-plus"}},
     "authors-head": {"profile": "authors-head"},
 }
-ROWS = tuple(
-    Row(name if rate else f"{name}-still", merged(BASE, way), (rate,), server_learning_rates=(0.1,))
+ARMS = tuple(
+    Arm(name if rate else f"{name}-still", merged(BASE, way), (rate,), server_learning_rates=(0.1,))
     for name, way in WAYS.items()
     for rate in (1e-6, 0.0)
 )
-GRID = Grid(ROWS, seeds=(0, 1, 2))
+GRID = Grid(ARMS, seeds=(0, 1, 2))
 PLACES = Places.below(Path("runs/dropout"))
 
 

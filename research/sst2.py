@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from hosl.report.comparison import ACCURACY, DEV_LOSS, Row
 from hosl.study.files import Places, read_summaries
-from hosl.study.grid import Grid, Row, merged
+from hosl.study.grid import Arm, Grid, merged
 from hosl.study.run import run_grid
-from hosl.study.tables import gap_text, of_seeds, spread_text
+from hosl.study.tables import study_arm
 
 BASE = yaml.safe_load(Path("examples/sst2.yaml").read_text())
 
@@ -27,29 +28,29 @@ ADAMW = {"client": {"optimiser": {"name": "adamw"}}}
 ZO = {"full": (1e-6, 1e-5, 1e-4), "lora": (1e-3, 1e-2, 1e-1, 1.0)}
 
 
-def _row(
+def _arm(
     tuning: str, method: str, rates: tuple[float, ...] = (0.0,), changes: dict | None = None, **more
-) -> Row:
+) -> Arm:
     settings = merged(merged(BASE, {"method": method, **TRAINED[tuning]}), changes or {})
-    return Row(f"{tuning}-{method}", settings, rates, server_of=f"{tuning}-frozen", **more)
+    return Arm(f"{tuning}-{method}", settings, rates, server_of=f"{tuning}-frozen", **more)
 
 
-ROWS = (
-    _row("full", "frozen", server_learning_rates=(3e-5, 1e-4, 3e-4)),
+ARMS = (
+    _arm("full", "frozen", server_learning_rates=(3e-5, 1e-4, 3e-4)),
     # 3e-5 was the lowest and the best of three: one more below it
-    _row("full", "fo-fo", (1e-5, 3e-5, 1e-4, 3e-4), ADAMW),
-    _row("full", "hosl", ZO["full"]),
-    _row("full", "hosl-gradient", ZO["full"]),
+    _arm("full", "fo-fo", (1e-5, 3e-5, 1e-4, 3e-4), ADAMW),
+    _arm("full", "hosl", ZO["full"]),
+    _arm("full", "hosl-gradient", ZO["full"]),
     # 1e-6 and 1e-5 were tried first: still at 10 nats (docs/log.md)
-    _row("full", "zo-zo", (1e-4, 1e-3, 1e-2), one_rate=True),
-    _row("lora", "frozen", server_learning_rates=(1e-3, 3e-3, 1e-2, 3e-2)),
-    _row("lora", "fo-fo", (1e-3, 3e-3, 1e-2, 3e-2), ADAMW),
-    _row("lora", "hosl", ZO["lora"]),
-    _row("lora", "hosl-gradient", ZO["lora"]),
-    _row("lora", "zo-zo", (1e-3, 1e-2, 1e-1), one_rate=True),
+    _arm("full", "zo-zo", (1e-4, 1e-3, 1e-2), one_rate=True),
+    _arm("lora", "frozen", server_learning_rates=(1e-3, 3e-3, 1e-2, 3e-2)),
+    _arm("lora", "fo-fo", (1e-3, 3e-3, 1e-2, 3e-2), ADAMW),
+    _arm("lora", "hosl", ZO["lora"]),
+    _arm("lora", "hosl-gradient", ZO["lora"]),
+    _arm("lora", "zo-zo", (1e-3, 1e-2, 1e-1), one_rate=True),
 )
 
-GRID = Grid(ROWS, seeds=(0, 1, 2))
+GRID = Grid(ARMS, seeds=(0, 1, 2))
 RESULTS = Path("research/results/sst2")
 """From the root, as is everything here: a summary's command holds for every checkout."""
 PLACES = Places(summaries=RESULTS, configs=RESULTS / "configs", runs=Path("runs/sst2-study"))
@@ -64,12 +65,11 @@ def table(chosen: dict[str, list[dict]]) -> str:
     ]
     for name, runs in chosen.items():
         tuning, method = name.split("-", 1)
-        frozen, first = chosen[f"{tuning}-frozen"], chosen[f"{tuning}-fo-fo"]
+        row = Row(*(study_arm(n, chosen[n]) for n in (name, f"{tuning}-frozen", f"{tuning}-fo-fo")))
+        accuracy, loss = row.measure(ACCURACY), row.measure(DEV_LOSS)
         lines.append(
-            f"| {tuning} | {method} | {runs[0]['rate']:g} | {spread_text(100 * of_seeds(runs, 'test_accuracy'), 2)} | "
-            f"{gap_text(runs, frozen, first, 'test_accuracy')} | "
-            f"{spread_text(of_seeds(runs, 'dev_loss_nats'), 4)} | "
-            f"{gap_text(runs, frozen, first, 'dev_loss_nats')} | "
+            f"| {tuning} | {method} | {runs[0]['rate']:g} | {accuracy.spread} | {accuracy.gap} | {loss.spread} | "
+            f"{loss.gap} | "
             f"{max(r['client_peak_bytes'] for r in runs) / 2**20:.0f} | {runs[0]['bytes_up_per_step'] / 2**20:.2f} | "
             f"{runs[0]['bytes_down_per_step'] / 2**10:.2f} | "
             f"{statistics.median(r['median_step_s'] for r in runs):.2f} |"

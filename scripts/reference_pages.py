@@ -184,8 +184,9 @@ def cli_page() -> str:
         MADE,
         "# Commands\n",
         "`hosl COMMAND --help` tells the same. Most commands take `--json`: the result as one JSON object on standard "
-        "output, and nothing else there. Commands that read the config of a run take any [setting](config.md) of it as "
-        "`--a.b value`. Exit status: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.\n",
+        'output, and nothing else there; of a failure, `{"error": {"kind": ..., "message": ...}}`. Commands that read '
+        "the config of a run take any [setting](config.md) of it as `--a.b value`. Exit status: 0 done, 1 the work "
+        "failed, 2 the request was wrong, 3 the run diverged, 130 interrupted.\n",
     ]
     lines = commands()
     parts.append(

@@ -51,6 +51,20 @@ class ChainClient:
         for plus, minus in self.probes(batch, seeds, epsilon):
             yield Projection(((plus - minus) * gradient).sum((1, 2)) / (2 * epsilon), noise=0.0)
 
+    def one_sided_projections(
+        self, batch: Batch, clean: np.ndarray, seeds: Sequence[int], epsilon: float, gradient: np.ndarray
+    ) -> Iterator[Projection]:
+        """For each seed <gradient, h+ - clean> / epsilon, row by row."""
+        for plus, _ in self.probes(batch, seeds, epsilon):
+            yield Projection(((plus - clean) * gradient).sum((1, 2)) / epsilon, noise=0.0)
+
+    def tangents(self, batch: Batch, seeds: Sequence[int], gradient: np.ndarray) -> Iterator[Projection]:
+        """For each seed <gradient, J u>, row by row."""
+        slope = gradient_of(self.theta, self._field, self._coupling) + self._rows[batch.input_ids[:, 0]]
+        for seed in seeds:
+            u = self._direction(seed)
+            yield Projection(slope @ u * gradient[:, 0, 0] + u[-1] * gradient[:, 0, 1], noise=0.0)
+
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:

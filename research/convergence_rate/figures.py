@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hosl.study.figures import save
+from hosl.report.figures import save
 from research.convergence_rate.config import THEORY, AxisName
 from research.convergence_rate.fit import Axis
 

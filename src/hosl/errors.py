@@ -1,6 +1,7 @@
 """The errors that hosl raises on purpose, and the exit status that each becomes.
 
-Every message answers four questions: what was asked, what was found, what is allowed, what to do.
+Every message answers four questions: what was asked, what was found, what is allowed, what to do. With --json a failed
+command prints {"error": {"kind": the name below, "message": ...}} on standard output.
 
     HoslError
     |-- RequestError (also a ValueError)     the request cannot be met as it stands      exit 2
@@ -12,7 +13,7 @@ Every message answers four questions: what was asked, what was found, what is al
     |   |-- HandshakeError                     two sides that do not fit: version, model, settings
     |   `-- BudgetError                        a run that would take more memory than it may
     `-- FailureError                         the request was fine, the work failed         exit 1
-        |-- NonFiniteError                     NaN or Inf where a number is needed
+        |-- NonFiniteError                     NaN or Inf where a number is needed: diverged      exit 3
         |-- JournalError                       a journal that cannot be replayed
         |-- CheckpointError                    a checkpoint that cannot be written or read
         |-- ModelError                         weights that are missing, cut short or not the expected ones
@@ -70,7 +71,9 @@ class FailureError(HoslError):
 
 
 class NonFiniteError(FailureError):
-    """A loss, a coefficient or an activation is NaN or infinite."""
+    """A loss, a coefficient or an activation is NaN or infinite: the run has diverged."""
+
+    exit_status = 3
 
 
 class JournalError(FailureError):

@@ -12,26 +12,26 @@ from hosl.tasks import Example, Task
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How well the two halves do on a set of examples."""
+    """The results of the two halves on a set of examples."""
 
     accuracy: float
-    """Share of examples whose best-scored label is the right one."""
+    """The share of examples whose best-scored label is the right one."""
     f1_macro: float
-    """F1 averaged over the labels that occur, each label weighing the same."""
+    """The F1 score averaged over the labels that occur, each with the same weight."""
     loss_nats: float
-    """Mean negative log-likelihood of the right label or option (per token)."""
+    """The mean negative log-likelihood of the right label, or of the right option (per token)."""
     examples: int
 
 
 def evaluate(
     client: ClientSide, server: ServerSide, task: Task, examples: Sequence[Example], *, rows_per_batch: int
 ) -> Evaluation:
-    """Score `examples` in batches of at most `rows_per_batch` candidate rows.
+    """Score `examples` in batches of at most `rows_per_batch` rows; a row is one candidate answer.
 
     Raises:
         NonFiniteError: if a score is NaN.
     """
-    predicted, losses = [], []
+    predictions, losses = [], []
     for chunk in _chunks(examples, max(1, rows_per_batch // task.rows_per_example())):
         batch = task.collate_candidates(chunk)
         scores = server.scores(client.forward(batch), batch.targets)
@@ -39,13 +39,13 @@ def evaluate(
             raise NonFiniteError(
                 "an evaluation score is NaN; the model has diverged: lower the learning rates"
             )
-        predicted.append(task.predict(chunk, scores))
+        predictions.append(task.predict(chunk, scores))
         losses.append(task.losses(chunk, scores))
     truth = np.array([example.label for example in examples], dtype=np.int64)
-    guess = np.concatenate(predicted)
+    predicted = np.concatenate(predictions)
     return Evaluation(
-        accuracy=float((guess == truth).mean()),
-        f1_macro=_f1_macro(guess, truth),
+        accuracy=float((predicted == truth).mean()),
+        f1_macro=_f1_macro(predicted, truth),
         loss_nats=float(np.concatenate(losses).astype(np.float64).mean()),
         examples=len(examples),
     )
@@ -56,9 +56,9 @@ def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example
         yield examples[start : start + size]
 
 
-def _f1_macro(guess: np.ndarray, truth: np.ndarray) -> float:
+def _f1_macro(predicted: np.ndarray, truth: np.ndarray) -> float:
     scores = []
     for label in np.unique(truth):
-        hits = int(((guess == label) & (truth == label)).sum())
-        scores.append(2 * hits / max(int((guess == label).sum() + (truth == label).sum()), 1))
+        hits = int(((predicted == label) & (truth == label)).sum())
+        scores.append(2 * hits / max(int((predicted == label).sum() + (truth == label).sum()), 1))
     return float(np.mean(scores))

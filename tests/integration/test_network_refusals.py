@@ -58,6 +58,7 @@ def test_an_honest_peer_is_answered(peer):
     ("what", "error", "said"),
     [
         ("shape-of-two", "WireError", "one shape [rows, seq, width]"),
+        ("no-rows", "WireError", "each at least 1, got [0, 5, 32]"),
         ("width", "WireError", "activations are 32 wide in this model, got 31"),
         ("label", "WireError", "label 9 is outside 0..1"),
         ("labels", "WireError", "3 rows need 3 labels, got 1"),
@@ -106,6 +107,8 @@ def test_a_wrong_question_is_refused_by_name(peer, what, error, said):
         "future": lambda: peer.upload("losses", step=7),
         "session": lambda: (setattr(peer, "session", "another"), peer.upload("losses"))[1],
         "empty": lambda: [],
+        "no-rows": lambda: peer.upload("losses", shape=(0, 5, WIDTH), targets=pb.Targets(
+            mask=pb.Mask(rows=0, seq=5), options=pb.Options(span=1))),
         "other-targets": lambda: peer.upload("losses", targets=pb.Targets(
             mask=mask, options=pb.Options(span=1, positions=[0, 0, 0], tokens=[1, 1, 1]))),
         "dtype": lambda: [header.SerializeToString(), whole[1]],

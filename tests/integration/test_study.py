@@ -115,6 +115,20 @@ def test_a_rate_that_diverges_is_recorded_and_never_chosen(tiny_study, tmp_path,
     assert (line["diverged"], line["dev_loss_nats"]) == ("True", "")
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "status", "kind"),
+    [("--client.learning-rate", "1e30", 3, "NonFiniteError"), ("--model.cut", "9", 2, "SplitError")],
+)
+def test_a_run_that_fails_says_its_kind_of_failure_in_json_and_status(
+    tiny_run, capsys, setting, value, status, kind
+):
+    assert main(["train", str(tiny_run()), "--method", "fo-fo", setting, value, "--json"]) == status
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert error["kind"] == kind
+    assert err.endswith(f"hosl: {error['message']}\n")
+
+
 def test_another_failure_stops_the_study_with_the_runs_own_line(tiny_study, tmp_path, capsys):
     study = tiny_study("failing", tasks={"colours": {"model": {"cut": 9}}})
     assert main(["study", str(study)]) == 2

@@ -11,9 +11,20 @@ from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.servers.basic import FirstOrderServer
-from hosl.parties.servers.headed import HeadedServer, LocalTrunk
+from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import split_model, split_u_shape
+
+
+class LocalTrunk:
+    """A `TrunkServer` of this process as a `Trunk`: the reference for the one across a network."""
+
+    def __init__(self, server):
+        self.server, self.states = server, server.states
+
+    def step_states(self, activations, targets, answer, *, step, want_gradient):
+        states, update = self.server.states_for_step(activations, targets)
+        return update(answer(states), step, want_gradient)
 
 
 def _rounds(method, client, server, batch, steps):

@@ -1,4 +1,4 @@
-"""Step control against numpy, on any coefficients that hypothesis finds."""
+"""Coefficient control against numpy, on any coefficients that hypothesis finds."""
 
 import math
 

@@ -17,7 +17,8 @@ for package in ("hosl.core", "hosl.tasks"):
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 before_mib = int(status["VmRSS"].split()[0]) / 1024
 import hosl.network.join
-heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "pandas", "pyarrow"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "pandas", "pyarrow", "jinja2", "scipy", "matplotlib"}
+heavy &= set(sys.modules)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 rss_mib = int(status["VmRSS"].split()[0]) / 1024
 print(json.dumps({"heavy": sorted(heavy), "rss_mib": before_mib, "network_mib": rss_mib - before_mib}))

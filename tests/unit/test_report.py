@@ -13,15 +13,15 @@ import msgspec
 import pytest
 import yaml
 
+from hosl.cli import main
 from hosl.config import parse_config
-from hosl.config.sections import ClientConfig
-from hosl.errors import FolderError
+from hosl.errors import ConfigError, FolderError
 from hosl.report.build import write_comparison, write_report
 from hosl.report.costs import step_parts
-from hosl.report.groups import PlannedLine, comparisons
+from hosl.report.groups import PlannedLine, by_task_and_model
 from hosl.report.runs import read_run, run_folders
-from hosl.report.style import looks
-from hosl.report.tables import results
+from hosl.report.statistics import NoGap
+from hosl.report.tables import Cell, compared
 from hosl.study.grid import merged
 
 CALLS = {
@@ -88,8 +88,8 @@ def _evaluation(split, step, config):
 
 
 def _groups(*folders):
-    (comparison,) = comparisons(read_run(folder) for folder in folders)
-    return comparison.groups
+    (part,) = by_task_and_model(read_run(folder) for folder in folders)
+    return part.groups
 
 
 def test_runs_that_differ_by_seed_and_folder_are_one_group(made):
@@ -139,14 +139,14 @@ def test_a_label_does_not_say_what_most_have(made):
 
 
 def test_a_rate_that_is_left_out_is_the_usual_one(made):
-    usual = ClientConfig().usual_rate("hosl")
+    usual = parse_config({"method": "hosl"}, where="here").client_rate
     assert len(_groups(made("a"), made("b", seed=1, client={"learning_rate": usual}))) == 1
 
 
 def test_other_tasks_and_other_models_stand_apart(made):
     words = {"kind": "files", "train": "words.csv"}
     folders = [made("a"), made("b", task=words), made("c", record={"model": {"digest": "e"} | MODEL})]
-    assert len(comparisons(read_run(folder) for folder in folders)) == 3
+    assert len(by_task_and_model(read_run(folder) for folder in folders)) == 3
 
 
 MODEL = {"source": "other", "family": "bert"}
@@ -181,26 +181,36 @@ def test_runs_of_changed_data_stand_apart_and_say_so(made, tmp_path):
     text = _checked(write_comparison(folders, tmp_path / "page.html"))
     assert text.count("docstrings, tiny (bert), data with digest") == 2
     longer = made("longer", record=of("C"), task={"kind": "docstrings", "max_tokens": 128})
-    assert len(comparisons(map(read_run, [*folders[:2], longer]))) == 1  # max_tokens changes the digest
+    assert len(by_task_and_model(map(read_run, [*folders[:2], longer]))) == 1  # max_tokens changes the digest
     few = {"kind": "docstrings", "train_rows": 50}
     drawn = [made(f"drawn{s}", seed=s, record=of(f"D{s}"), task=few) for s in (0, 1)]
-    assert len(comparisons(map(read_run, drawn))) == 1  # so does a seed that draws the rows
+    assert len(by_task_and_model(map(read_run, drawn))) == 1  # so does a seed that draws the rows
 
 
 def test_gap_closure_stands_where_both_ends_share_two_seeds(made):
     def cells(*folders):
-        (comparison,) = comparisons(read_run(folder) for folder in folders)
-        return results(comparison, looks({way: comparison.method_of(way) for way in comparison.ways}))
+        (part,) = by_task_and_model(read_run(folder) for folder in folders)
+        table = compared(part.comparison())
+        return [dict(zip(table.head, line, strict=True)) for line in table.lines], part.comparison()
 
     ends = [made(f"{m}{s}", m, seed=s) for m in ("frozen", "fo-fo") for s in (0, 1)]
-    table, with_gaps = cells(*ends, made("a", "hosl-node", seed=0), made("b", "hosl-node", seed=1))
-    assert with_gaps
-    assert "0.33<small>[0.33, 0.33]</small>" in table  # (0.6 - 0.5) / (0.8 - 0.5)
-    _, with_gaps = cells(*ends[:2], made("c", "hosl-node", seed=2), made("d", "fo-fo", seed=2))
-    assert not with_gaps
+    (_, node, _), _ = cells(*ends, made("a", "hosl-node", seed=0), made("b", "hosl-node", seed=1))
+    assert node["G (accuracy)"] == Cell("0.33", "[0.33, 0.33]")  # (0.6 - 0.5) / (0.8 - 0.5)
+    (frozen, *_), comparison = cells(*ends[:2], made("c", "hosl-node", seed=2), made("d", "fo-fo", seed=2))
+    assert frozen["G (accuracy)"] == Cell("n/a", "(under two seeds in common)")
     longer = {"max_steps": 7}  # what had more steps is no end of a scale
-    _, with_gaps = cells(*ends[:2], made("e", "fo-fo", **longer), made("f", "fo-fo", seed=1, **longer))
-    assert not with_gaps
+    _, comparison = cells(*ends[:2], made("e", "fo-fo", **longer), made("f", "fo-fo", seed=1, **longer))
+    assert comparison.reasons == [NoGap.FIRST_ORDER_OTHER_WORK, NoGap.OTHER_WORK]
+    (frozen, *_), comparison = cells(*ends[:2])
+    assert comparison.reasons == [NoGap.NO_FIRST_ORDER]
+    assert "G (accuracy)" not in frozen  # the note says why
+
+
+def test_a_page_without_a_frozen_row_says_that_there_is_no_gap_closure(made, tmp_path):
+    text = _checked(write_comparison([made("a"), made("b", "fo-fo")], tmp_path / "page.html"))
+    assert "no gap closure. With more there would be none either: no frozen row." in text
+    text = _checked(write_comparison([made("c", seed=1), made("d", seed=2)], tmp_path / "page.html"))
+    assert "No gap closure: no frozen row." in text
 
 
 def test_a_step_is_told_in_the_order_in_which_it_happens(made):
@@ -217,9 +227,9 @@ def test_a_step_is_told_in_the_order_in_which_it_happens(made):
     ]  # fmt: skip
 
 
-def _planner(comparison):
-    found = {way: comparison.method_of(way) for way in comparison.ways} | {"fo-fo": "fo-fo"}
-    return [PlannedLine(way, method, {1: 2.0**24, 3: 2.0**25}) for way, method in found.items()]
+def _planner(part):
+    methods = part.methods | {"fo-fo": "fo-fo"}
+    return [PlannedLine(way, method, {1: 2.0**24, 3: 2.0**25}) for way, method in methods.items()]
 
 
 def _checked(page):
@@ -345,6 +355,27 @@ def test_a_page_without_matplotlib_keeps_its_tables(made, tmp_path, monkeypatch)
         assert 'class="picture"' not in text
 
 
+def test_without_the_extra_a_run_ends_with_a_line_and_a_page_that_is_asked_for_is_refused(
+    made, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    run = made("a")
+    assert write_report(run) is None  # a device that has no use for pages has finished its run all the same
+    said = f"report.html was not written: pip install 'hosl[report]', then hosl report {run}\n"
+    assert capsys.readouterr().err == said
+    assert not (run / "report.html").exists()
+    assert main(["report", str(run)]) == 2
+    assert "reports need jinja2: pip install 'hosl[report]'" in capsys.readouterr().err
+
+
+def test_a_comparison_needs_scipy_and_a_page_of_one_run_does_not(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    run = made("a")
+    assert write_report(run) == run / "report.html"  # with torch alone there is no scipy
+    with pytest.raises(ConfigError, match=r"reports need jinja2 and scipy: pip install 'hosl\[report\]'"):
+        write_comparison([run, made("b", "frozen")], tmp_path / "page.html")
+
+
 def test_a_run_that_stopped_is_shown_as_far_as_it_came(made, tmp_path):
     stopped, empty = made("a", steps=4, finished=False), made("b", "fo-fo", steps=0, finished=False)
     assert "stopped after 4 of 6 steps" in _checked(write_report(stopped))
@@ -386,10 +417,10 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "taken"]
 
 
-def test_a_report_needs_no_torch():
-    script = "import sys, hosl.report.build, hosl.report.planned; print('torch' in sys.modules)"
+def test_a_report_needs_no_torch_and_its_extra_only_when_it_is_made():
+    script = "import sys, hosl.report.build, hosl.report.planned; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
+    assert not {"torch", "jinja2", "scipy", "matplotlib"} & set(ran.stdout.split())
 
 
 def test_a_page_is_the_same_bytes_again(made, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 
 from hosl.report import figures as report_pictures
 from hosl.report.build import write_comparison, write_report
-from hosl.report.html import amount, duration
 from hosl.report.labels import Label, spread_apart
 from hosl.report.style import looks
+from hosl.system.readable import readable_bytes, readable_count, readable_seconds
 from tests.unit import test_report
 
 made = test_report.made
@@ -18,11 +18,11 @@ made = test_report.made
 @pytest.fixture
 def limits(made, tmp_path, monkeypatch):
     """`limits(losses of steps, losses on dev)`: where the two loss axes of a page of such runs begin and end."""
-    seen, inline = {}, report_pictures._inline
+    seen, inline = {}, report_pictures.inline
 
-    def watch(figure, name, title):
+    def watch(figure, name, *more):
         seen[name] = [axes.get_ylim() for axes in figure.axes]
-        return inline(figure, name, title)
+        return inline(figure, name, *more)
 
     def drawn(*runs):
         folders = [made(f"r{place}", method) for place, method in enumerate(("frozen", "hosl")[: len(runs)])]
@@ -31,7 +31,7 @@ def limits(made, tmp_path, monkeypatch):
         write_comparison(folders, tmp_path / "page.html")
         return seen["curves0"][:2]
 
-    monkeypatch.setattr(report_pictures, "_inline", watch)
+    monkeypatch.setattr(report_pictures, "inline", watch)
     return drawn
 
 
@@ -103,11 +103,16 @@ def test_labels_do_not_lie_on_each_other():
     [(4, "4 B"), (1023, "1023 B"), (2048, "2 KiB"), (1.5 * 2**20, "1.5 MiB"), (1000 * 2**20, "1000 MiB")],
 )
 def test_amounts_are_short(size, said):
-    assert amount(size) == said
+    assert readable_bytes(size) == said
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.0004, "0.4 ms"), (0.0351, "35 ms"), (1.0, "1.00 s"), (62.5, "62.50 s")]
 )
 def test_durations_are_short(seconds, said):
-    assert duration(seconds) == said
+    assert readable_seconds(seconds) == said
+
+
+def test_counts_have_their_noun_in_the_right_number():
+    assert [readable_count(count, "step") for count in (0, 1, 12345)] == ["0 steps", "1 step", "12,345 steps"]
+    assert readable_count(12345) == "12,345"

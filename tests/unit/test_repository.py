@@ -97,7 +97,11 @@ def test_every_file_of_the_package_gets_into_its_wheel():
     listed = subprocess.run(
         ["git", "ls-files", "src/hosl"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    names = [Path(path).name for path in listed.stdout.splitlines() if not path.endswith(".py")]
+    files = [ROOT / path for path in listed.stdout.splitlines() if not path.endswith(".py")]
+    packages = [
+        next(folder for folder in file.parents if (folder / "__init__.py").is_file()) for file in files
+    ]
+    names = [str(file.relative_to(package)) for file, package in zip(files, packages, strict=True)]
     assert names
     assert [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 

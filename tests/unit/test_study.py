@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,10 +15,10 @@ from hosl.errors import ConfigError, NonFiniteError
 from hosl.study import run as study_module
 from hosl.study.config import parse_study, read_study, study_grid, study_groups
 from hosl.study.files import Places
-from hosl.study.grid import Grid, Row, merged
+from hosl.study.grid import Arm, Grid, merged
 from hosl.study.run import config_of_run, run_study
 from hosl.study.runs_csv import run_lines
-from hosl.study.tables import caption, group_table, latex, markdown
+from hosl.study.tables import write_tables
 from hosl.system.machine import cores
 
 STUDY = {
@@ -55,9 +57,10 @@ def _play(grid, loss_of):
         asked.append(run.name)
         loss = loss_of(run)
         done[run.name] = {
-            "row": run.row.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed,
+            "row": run.arm.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed,
             "command": f"hosl train {run.name}.yaml", "config": _config(run), "dev_loss_nats": loss,
-            "versions": {"hosl": "1", "torch": "2", "machine": "m"}, "dev_curve": [],
+            "versions": {"hosl": "1", "torch": "2", "machine": "m"},
+            "dev_curve": [] if loss is None else [[10, loss, 0.5]],
             **({"diverged": "it must be finite"} if loss is None else _metrics(loss, run.seed)),
         }  # fmt: skip
     return done, asked
@@ -85,15 +88,15 @@ def _metrics(loss, seed):
 
 
 def _loss(run):
-    base = {"frozen": 1.0, "fo-fo": 0.2, "hosl": 0.6}[run.row.settings["method"]]
+    base = {"frozen": 1.0, "fo-fo": 0.2, "hosl": 0.6}[run.arm.settings["method"]]
     return base + run.rate / 100 + 0.001 * run.seed
 
 
 def test_rates_are_tried_on_the_first_seed_and_the_best_runs_on_all():
     rows = (
-        Row("frozen", {"method": "frozen"}, server_learning_rates=(1.0, 2.0)),
-        Row("hosl", {"method": "hosl"}, (0.1, 0.2, 0.3)),
-        Row("zo-zo", {"method": "zo-zo"}, (0.5,), one_rate=True),
+        Arm("frozen", {"method": "frozen"}, server_learning_rates=(1.0, 2.0)),
+        Arm("hosl", {"method": "hosl"}, (0.1, 0.2, 0.3)),
+        Arm("zo-zo", {"method": "zo-zo"}, (0.5,), one_rate=True),
     )
     grid = Grid(rows, (7, 8))
     _, asked = _play(grid, lambda run: abs(run.rate - 0.2) + (run.server_rate != 2.0))
@@ -107,13 +110,13 @@ def test_rates_are_tried_on_the_first_seed_and_the_best_runs_on_all():
 
 
 def test_what_waits_for_nothing_can_start_at_once():
-    grid = Grid((Row("frozen", {}, server_learning_rates=(1.0, 2.0)), Row("hosl", {}, (0.1,))), (0,))
+    grid = Grid((Arm("frozen", {}, server_learning_rates=(1.0, 2.0)), Arm("hosl", {}, (0.1,))), (0,))
     assert [run.name for run in grid.needed({})] == ["frozen-0-1-seed0", "frozen-0-2-seed0"]
 
 
 def test_a_row_that_diverges_at_every_rate_is_not_run_again(study):
     grid = study_grid(study())
-    done, asked = _play(grid, lambda run: None if run.row.settings["method"] == "hosl" else _loss(run))
+    done, asked = _play(grid, lambda run: None if run.arm.settings["method"] == "hosl" else _loss(run))
     assert [name for name in asked if "hosl" in name and "seed5" in name] == []
     assert len(grid.chosen(done)["a-hosl"]) == 1
     assert grid.total(done) == len(done)
@@ -129,11 +132,11 @@ def test_groups_are_tasks_times_cuts_times_directions_and_share_what_does_not_pr
     made = study(cuts=[2, 3], directions=[1, 4], tasks={"a": {}, "b": {}})
     groups, grid = study_groups(made), study_grid(made)
     assert len(groups) == 8
-    assert groups[1].rows == {"frozen": "a-cut2-frozen", "fo-fo": "a-cut2-fo-fo", "hosl": "a-cut2-q4-hosl"}
-    assert len(grid.rows) == 4 * 2 + 8  # frozen and fo-fo once for both Q
+    assert groups[1].arms == {"frozen": "a-cut2-frozen", "fo-fo": "a-cut2-fo-fo", "hosl": "a-cut2-q4-hosl"}
+    assert len(grid.arms) == 4 * 2 + 8  # frozen and fo-fo once for both Q
     config = grid.needed({})[-1].config("x")
     assert (config.model.cut, config.max_steps) == (3, 10)
-    assert {row.settings["zo"]["directions"] for row in grid.rows if row.name.endswith("-hosl")} == {1, 4}
+    assert {row.settings["zo"]["directions"] for row in grid.arms if row.name.endswith("-hosl")} == {1, 4}
 
 
 def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the_whole():
@@ -149,7 +152,7 @@ def test_sections_are_laid_over_each_other_but_another_kind_of_task_replaces_the
     [
         ({"methods": {"fo-fo": {"rates": [0.1]}}}, "frozen: methods has no row `frozen`, only fo-fo"),
         ({"methods": {"frozen": {}, "hosl": {"rates": [0.1]}}}, "first_order: methods has no row `fo-fo`"),
-        ({"first_order": "hosl"}, "first_order: row `hosl` has method hosl; it must be fo-fo or fo-recompute"),
+        ({"first_order": "hosl"}, "first_order: row `hosl` has method hosl; it must be fo-recompute or fo-fo"),
         ({"methods": STUDY["methods"] | {"zo-zo": {"rates": [0.1]}}}, "equally many rates, or the best-tuned wins"),
         ({"methods": STUDY["methods"] | {"frozen": {"rates": [0.1]}}}, "a frozen client has no rate"),
         ({"methods": STUDY["methods"] | {"frozen": {"one_rate": True}}}, "methods.frozen.one_rate: a frozen client"),
@@ -211,31 +214,35 @@ def test_two_rows_of_one_name_are_refused(study):
         study_grid(study(tasks={"a": {}, "a-b": {}}, methods=methods))
 
 
-def test_the_table_has_spread_p_and_gap_closure(study):
-    made = study()
-    done, _ = _play(study_grid(made), _loss)
-    (table, _) = (
-        group_table(made, group, study_grid(made).chosen(done), "hosl study s.yaml")
-        for group in study_groups(made)
+def _tables(study, done, folder):
+    """table.md and table.tex."""
+    files = write_tables(
+        study, study_groups(study), study_grid(study).chosen(done), folder, "hosl study s.yaml"
     )
-    text = markdown(table)
+    return [Path(files[name]).read_text() for name in ("table", "latex")]
+
+
+def test_the_table_has_spread_p_and_gap_closure(study, tmp_path):
+    made = study(tasks={"a": {}})
+    done, _ = _play(study_grid(made), _loss)
+    text, written = _tables(made, done, tmp_path)
     (hosl,) = [line for line in text.splitlines() if line.startswith("| hosl ")]
     assert hosl.startswith("| hosl | 0.01 | 0.5 | 44.04 ± 0.64 [")
     assert " | 0.5 | 0.50 [0.50, 0.50] | " in hosl  # two seeds: p is never under 0.5
     (frozen,) = [line for line in text.splitlines() if line.startswith("| frozen ")]
     assert " |  | 0.00 [0.00, 0.00] | " in frozen
     assert "# hosl\nhosl study s.yaml --run a-hosl-0.01-0.5-seed4" in text
-    assert "sign-flip permutation test" in caption(2, made)
-    written = latex(table, caption(2, made))
+    assert "sign-flip permutation test" in text
     assert written.count("\\\\\n") == 4
+    assert r"44.04 $\pm$ 0.64" in written
     assert re.search(r"(?<!\\)%(?! \w[\w-]*:)", written) is None
 
 
-def test_a_diverged_reference_row_leaves_the_values_and_takes_the_comparison(study):
-    made = study()
+def test_a_diverged_reference_row_leaves_the_values_and_takes_the_comparison(study, tmp_path):
+    made = study(tasks={"a": {}})
     grid = study_grid(made)
-    done, _ = _play(grid, lambda run: None if run.row.settings["method"] == "fo-fo" else _loss(run))
-    text = markdown(group_table(made, study_groups(made)[0], grid.chosen(done), "hosl study s.yaml"))
+    done, _ = _play(grid, lambda run: None if run.arm.settings["method"] == "fo-fo" else _loss(run))
+    text, _ = _tables(made, done, tmp_path)
     assert "| fo-fo | 0.1 | 0.5 | diverged at every rate |" in text
     assert text.count("n/a (first-order diverged)") == 4
 
@@ -244,7 +251,7 @@ def test_test_stands_in_the_csv_for_chosen_runs_only(study):
     made = study()
     grid = study_grid(made)
     done, _ = _play(grid, _loss)
-    lines = run_lines(study_groups(made), [done[run.name] for run in grid.known(done)], grid.chosen(done))
+    lines = run_lines(study_groups(made), [done[run.name] for run in grid.settled(done)], grid.chosen(done))
     assert len(lines) == len(done)
     assert all((line["test_accuracy"] is not None) == line["chosen"] for line in lines)
     assert sum(line["chosen"] for line in lines) == 2 * 3 * 2
@@ -255,7 +262,7 @@ def test_every_run_that_is_needed_has_a_config_by_its_name(study):
     made = study()
     grid = study_grid(made)
     done, _ = _play(grid, _loss)
-    for run in grid.known(done):
+    for run in grid.settled(done):
         config = config_of_run(made, run.name)
         assert config.output_dir.endswith(f"/again/{run.name}")
         assert structs.replace(config, output_dir="x") == run.config("x")
@@ -265,7 +272,7 @@ def test_every_run_that_is_needed_has_a_config_by_its_name(study):
 
 def test_a_row_may_have_its_own_server_rate_where_the_study_gives_none(study):
     grid = study_grid(study(methods=_hosl(settings=OWN_SERVER), tasks={"a": {}}))
-    assert {row.server_learning_rates for row in grid.rows} == {(0.5,), (9.0,)}
+    assert {row.server_learning_rates for row in grid.arms} == {(0.5,), (9.0,)}
 
 
 @pytest.fixture
@@ -287,7 +294,7 @@ def test_a_finished_study_that_grows_no_longer_looks_finished(study, tmp_path, s
 def test_runs_of_a_row_that_is_gone_are_not_counted(study, tmp_path, stopped):
     wild = _hosl() | {"wild": {"rates": [8.0, 9.0], "settings": {"method": "hosl"}}}
     grid = study_grid(study(methods=wild))
-    done, _ = _play(grid, lambda run: None if "wild" in run.row.name else _loss(run))
+    done, _ = _play(grid, lambda run: None if "wild" in run.arm.name else _loss(run))
     _keep(done, Places.below(tmp_path / "out"))
     without = study(output_dir=str(tmp_path / "out"), seeds=[4, 5, 6])
     assert run_study(without, file="study.yaml", command="")["diverged"] == 0
@@ -298,7 +305,7 @@ def test_commands_are_those_of_now_where_summaries_are_of_an_earlier_version(
 ):
     done, _ = _play(study_grid(study()), _loss)  # their commands name no number of threads
     _keep(done, Places.below(tmp_path / "out"))
-    monkeypatch.setattr(study_module, "draw_study", lambda *_: {})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     made = study(output_dir=str(tmp_path / "out"))
     assert run_study(made, file="study.yaml", command="hosl study study.yaml")["finished"]
     with (tmp_path / "out" / "runs.csv").open(newline="") as file:

@@ -33,7 +33,7 @@ def test_the_order_of_directions_changes_no_run_that_draws_none(study, tmp_path)
     done, _ = _play(grid, _loss)
     _keep(done, places)
     other_way = study_grid(study(directions=[10, 2]))
-    assert {run.name for run in other_way.known(read_summaries(other_way, places))} == set(done)
+    assert {run.name for run in other_way.settled(read_summaries(other_way, places))} == set(done)
 
 
 def test_a_setting_of_a_section_that_differs_is_named_by_its_path(study, tmp_path):

@@ -1,19 +1,16 @@
 """How one run of a study ends: with a summary, by diverging, by a signal; and a run without its study."""
 
-import ast
 import json
-from pathlib import Path
 
 import pytest
 
-from hosl.errors import FailureError
+from hosl.errors import FailureError, RequestError
 from hosl.study import process as study_process
 from hosl.study.config import study_grid
 from hosl.study.files import Places
-from hosl.study.process import _DIVERGED, RunProcess, make_alone
+from hosl.study.process import RunProcess, make_alone
 from tests.unit import test_study
 
-SOURCES = Path(__file__).parents[2] / "src"
 study = test_study.study
 
 
@@ -67,8 +64,17 @@ def test_a_run_that_a_signal_ended_is_not_a_run_that_diverged(ended):
 
 
 def test_a_run_that_diverges_is_recorded(ended):
-    said = "the loss is inf; it must be finite"
-    assert ended(1, err=f"hosl: {said}\n").take()["diverged"] == said
+    said = {"kind": "NonFiniteError", "message": "the loss is inf"}
+    assert ended(3, out=json.dumps({"error": said})).take()["diverged"] == "the loss is inf"
+
+
+def test_a_run_that_fails_otherwise_says_what_it_printed(ended):
+    said = {
+        "kind": "SplitError",
+        "message": "the loss is nan; it must be finite",
+    }  # words that once meant divergence
+    with pytest.raises(RequestError, match=r"failed: the loss is nan; it must be finite; all it said"):
+        ended(2, out=json.dumps({"error": said})).take()
 
 
 @pytest.mark.parametrize(
@@ -88,15 +94,3 @@ def test_a_run_alone_that_a_signal_ended_says_so(study, monkeypatch):
     monkeypatch.setattr(study_process, "_HOSL", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(FailureError, match="the run was ended by signal 9"):
         make_alone(study_grid(study()).needed({})[0].config("x"), as_json=False)
-
-
-def test_every_message_of_a_non_finite_error_is_known_as_divergence():
-    messages = []
-    for path in SOURCES.rglob("*.py"):
-        if path.name == "grid.py":  # a study's own, no run says it
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NonFiniteError":
-                messages.append((path.name, ast.unparse(node.args[0])))
-    assert len(messages) > 5
-    assert [where for where, text in messages if not any(words in text for words in _DIVERGED)] == []

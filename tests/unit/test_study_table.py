@@ -5,10 +5,11 @@ from dataclasses import replace
 import yaml
 from msgspec import structs
 
+from hosl.report.comparison import LOSS as TEST_LOSS
+from hosl.report.tables import compared
 from hosl.study.config import parse_study, study_grid, study_groups
-from hosl.study.figures import _labels
 from hosl.study.grid import merged
-from hosl.study.tables import caption, group_table
+from hosl.study.tables import caption, group_comparison, label_with_gap
 
 STUDY = """
 output_dir: out
@@ -23,7 +24,7 @@ methods:
 LOSS = {"frozen": 1.0, "long": 0.5, "fo-fo": 0.8}
 
 
-def _cells(losses, changes=None, seeds=(0, 1, 2)):
+def _cells(losses, changes=None, seeds=(0, 1, 2), without_config=()):
     """Method -> its cells by heading; a row's test loss is its own, a little apart from seed to seed."""
     study = structs.replace(parse_study(yaml.safe_load(STUDY), where="here"), seeds=seeds)
     (group,) = study_groups(study)
@@ -31,14 +32,16 @@ def _cells(losses, changes=None, seeds=(0, 1, 2)):
     for name, row in _rows().items():
         changed = replace(row, settings=merged(row.settings, (changes or {}).get(name, {})))
         chosen[row.name] = [_summary(changed, losses[name], seed) for seed in seeds]
-    table = group_table(study, group, chosen, "hosl study s.yaml")
-    return {line[0]: dict(zip(table.head, line, strict=True)) for line in table.lines}, caption(
-        len(seeds), study
-    )
+        for summary in chosen[row.name] if name in without_config else ():
+            del summary["config"]
+    comparison = group_comparison(study, group, chosen)
+    table = compared(comparison)
+    lines = [[f"{cell.text} {cell.aside}".strip() for cell in line] for line in table.lines]
+    return {line[0]: dict(zip(table.head, line, strict=True)) for line in lines}, caption(study, [comparison])
 
 
 def _rows():
-    rows = study_grid(parse_study(yaml.safe_load(STUDY), where="here")).rows
+    rows = study_grid(parse_study(yaml.safe_load(STUDY), where="here")).arms
     return {row.name.removeprefix("a-"): row for row in rows}
 
 
@@ -64,11 +67,14 @@ def test_a_first_order_row_of_other_steps_is_no_yardstick():
 
 
 def test_a_picture_has_no_gap_closure_where_the_table_has_none():
-    runs = {name: [_summary(row, LOSS[name], seed) for seed in (0, 1, 2)] for name, row in _rows().items()}
-    labels = _labels(runs, "frozen", "fo-fo", "test_loss_nats")
-    assert labels == {
-        "frozen": "frozen  G 0.00 [0.00, 0.00]", "long": "long  G n/a", "fo-fo": "fo-fo  G 1.00 [1.00, 1.00]"
-    }  # fmt: skip
+    study = parse_study(yaml.safe_load(STUDY), where="here")
+    chosen = {
+        row.name: [_summary(row, LOSS[name], seed) for seed in (0, 1, 2)] for name, row in _rows().items()
+    }
+    rows = group_comparison(study, study_groups(study)[0], chosen).rows
+    assert [label_with_gap(row, TEST_LOSS) for row in rows] == [
+        "frozen  G 0.00 [0.00, 0.00]", "long  G n/a", "fo-fo  G 1.00 [1.00, 1.00]"
+    ]  # fmt: skip
 
 
 def test_where_first_order_is_the_worse_there_is_no_gap_closure():
@@ -78,6 +84,13 @@ def test_where_first_order_is_the_worse_there_is_no_gap_closure():
 
 def test_one_seed_has_neither_p_nor_gap_closure_nor_a_caption_about_them():
     cells, said = _cells(LOSS, seeds=(0,))
-    assert cells["fo-fo"]["G (loss)"] == "n/a (one seed)"
+    assert "G (loss)" not in cells["fo-fo"]
     assert cells["fo-fo"]["test loss, nats"] == "0.8000"
     assert said.startswith("One seed: no spread, no p, no gap closure. Client rates: ")
+
+
+def test_a_summary_of_an_earlier_version_without_a_config_is_compared_as_ever():
+    cells, _ = _cells(LOSS, without_config=("fo-fo",))
+    assert cells["fo-fo"]["G (loss)"] == "1.00 [1.00, 1.00]"
+    cells, _ = _cells(LOSS, without_config=("frozen",))
+    assert cells["fo-fo"]["G (loss)"] == "1.00 [1.00, 1.00]"

@@ -1,9 +1,11 @@
 """The `hosl` program: it finds the command, runs it, and turns errors into one line and an exit status.
 
-0 done, 1 the work failed, 2 the request was wrong, 130 interrupted. No heavy import before a command needs it.
+0 done, 1 the work failed, 2 the request was wrong, 3 the run diverged, 130 interrupted. No heavy import before a
+command needs it.
 """
 
 import gc
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +43,7 @@ def command() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Every command takes --json: its result on standard output."""
+    """Run one command; returns the exit status. With --json its result or its error stands on standard output."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<8}{text}" for name, text in _COMMANDS.items()]
@@ -60,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(arguments[1:])
     except HoslError as error:
+        if "--json" in arguments:
+            failure = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
+            sys.stdout.write(json.dumps({"error": failure}) + "\n")
         return _refuse(str(error), status=error.exit_status)
     except KeyboardInterrupt:
         return _refuse(f"interrupted; go on with {_again(arguments)}", status=130)

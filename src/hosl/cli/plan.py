@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import Parser, answer, command_parser
 from hosl.errors import ConfigError
 
 
@@ -15,6 +15,44 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if an argument is impossible, or the model cannot be planned.
     """
+    options = _parser().parse_args(arguments)
+
+    from hosl.system.byte_sizes import parse_bytes
+    from hosl.transport.link import LinkSpec, parse_duration, parse_rate
+
+    limit = float(parse_bytes(options.device_memory)) if options.device_memory else None
+    down = options.down or options.up
+    link = LinkSpec(
+        rtt_s=parse_duration(options.rtt), up_bits_per_s=parse_rate(options.up) if options.up else None,
+        down_bits_per_s=parse_rate(down) if down else None,
+    )  # fmt: skip
+    for name in ("batch", "tokens", "cores", "server_tflops"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"hosl plan --{name.replace('_', '-')} must be above 0, got {value}")
+    if options.write and Path(options.write).exists():
+        raise ConfigError(f"--write {options.write}: there is such a file already; choose another name")
+
+    from hosl.planner.request import Planning, planned
+    from hosl.report.planned import draw_plan
+
+    planning = Planning(
+        what=options.what, device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
+        cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
+    )  # fmt: skip
+    result = planned(planning, say=_say)
+    if options.write:
+        result.write(Path(options.write))
+    if options.picture:
+        draw_plan(result, Path(options.picture))
+    if options.json:
+        answer(result.facts(), as_json=True)
+    else:
+        sys.stdout.write(result.table())
+    return 0
+
+
+def _parser() -> Parser:
     parser = command_parser(
         "plan", "What every way to train would take on this device, without running or loading any."
     )
@@ -39,40 +77,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
     parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
     parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
-    options = parser.parse_args(arguments)
-
-    from hosl.system.byte_sizes import parse_bytes
-    from hosl.transport.link import LinkSpec, parse_duration, parse_rate
-
-    limit = float(parse_bytes(options.device_memory)) if options.device_memory else None
-    down = options.down or options.up
-    link = LinkSpec(
-        rtt_s=parse_duration(options.rtt), up_bits_per_s=parse_rate(options.up) if options.up else None,
-        down_bits_per_s=parse_rate(down) if down else None,
-    )  # fmt: skip
-    for name in ("batch", "tokens", "cores", "server_tflops"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"hosl plan --{name.replace('_', '-')} must be above 0, got {value}")
-    if options.write and Path(options.write).exists():
-        raise ConfigError(f"--write {options.write}: there is such a file already; choose another name")
-
-    from hosl.planner.request import Planning, planned
-
-    planning = Planning(
-        what=options.what, device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
-        cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
-    )  # fmt: skip
-    result = planned(planning, say=_say)
-    if options.write:
-        result.write(Path(options.write))
-    if options.picture:
-        result.draw(Path(options.picture))
-    if options.json:
-        answer(result.facts(), as_json=True)
-    else:
-        sys.stdout.write(result.table())
-    return 0
+    return parser
 
 
 def _cuts(text: str | None) -> tuple[int, ...] | None:

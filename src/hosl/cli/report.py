@@ -15,13 +15,15 @@ def run(words: list[str]) -> int:
         "-o", "--out", metavar="FILE",
         help="default: report.html in the folder; of several folders, in the current one",
     )  # fmt: skip
-    known = parser.parse_args(words)
+    asked = parser.parse_args(words)
 
     from hosl.report.build import write_comparison, write_report, write_study_report
     from hosl.report.planned import planned_lines
+    from hosl.report.render import check_installed
     from hosl.report.runs import is_study, run_folders
 
-    folders, out = [Path(word) for word in known.run], Path(known.out) if known.out else None
+    check_installed("jinja2")
+    folders, out = [Path(word) for word in asked.run], Path(asked.out) if asked.out else None
     if len(folders) > 1:
         runs = run_folders(folders)
         written = write_comparison(runs, out or Path("report.html"), planner=planned_lines)
@@ -29,5 +31,5 @@ def run(words: list[str]) -> int:
         written = write_study_report(folders[0], out=out, planner=planned_lines)
     else:
         written = write_report(folders[0], out=out, planner=planned_lines)
-    answer({"report": str(written)}, as_json=known.json)
+    answer({"report": str(written)}, as_json=asked.json)
     return 0

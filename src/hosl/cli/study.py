@@ -26,29 +26,29 @@ def run(words: list[str]) -> int:
         metavar="NAME",
         help="make this one run again, in a new folder; a study's table names its runs",
     )
-    known = parser.parse_args(words)
+    asked = parser.parse_args(words)
     study, command = (
-        parse_study(read_study(known.study), where=known.study),
-        f"hosl study {shlex.quote(known.study)}",
+        parse_study(read_study(asked.study), where=asked.study),
+        f"hosl study {shlex.quote(asked.study)}",
     )
-    if known.dry_run:
-        answer(_planned(study, command), as_json=known.json)
+    if asked.dry_run:
+        answer(_planned(study, command), as_json=asked.json)
         return 0
-    if known.run is not None:  # an ordinary run with the settings of one of the study's
-        return make_alone(config_of_run(study, known.run), as_json=known.json)
+    if asked.run is not None:  # an ordinary run with the settings of one of the study's
+        return make_alone(config_of_run(study, asked.run), as_json=asked.json)
     check_runs(study)
-    done = run_study(study, file=known.study, command=command)
-    answer(done, as_json=known.json)
+    done = run_study(study, file=asked.study, command=command)
+    answer(done, as_json=asked.json)
     if not done["finished"]:
         sys.stderr.write(f"stopped; go on with: {command}\n")
         return 130
-    if not known.json:
+    if not asked.json:
         sys.stdout.write("\n" + Path(done["table"]).read_text(encoding="utf-8"))
     return 0
 
 
 def _planned(study: Study, command: str) -> dict[str, Any]:
-    """What a study would make, its settings checked."""
+    """Answer of --dry-run: what a study would make, its settings checked."""
     runs = check_runs(study)
     first = first_run(study)
     config = first.config(study.output_dir)

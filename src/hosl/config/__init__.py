@@ -1,4 +1,4 @@
-"""The schema of a run: sections (`sections`), the whole with what holds between them (`schema`), YAML (`files`).
+"""The config of a run: its sections (`sections`), the whole with the checks across sections (`schema`), YAML (`files`).
 
 Names follow TRL and axolotl where they have one. Reading a config imports neither torch nor transformers.
 """

@@ -1,4 +1,4 @@
-"""A run's config read from YAML and written to it, with the nearest right name for a wrong one."""
+"""Reading a run's config from YAML and writing it; the error for a wrong name suggests the nearest right one."""
 
 import difflib
 import re
@@ -29,7 +29,12 @@ def load_config(path: str | Path, *, warn: bool = True) -> Config:
 
 
 def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
-    """What a YAML file says; None for an empty one. `kind` names it in errors, `instead` says what helps without it.
+    """The content of a YAML file; None for an empty one.
+
+    Args:
+        path: the file.
+        kind: the name of such a file in errors.
+        instead: the advice where there is no such file.
 
     Raises:
         ConfigError: if there is no such file, or it is not YAML.
@@ -49,8 +54,8 @@ def parse_config(content: object, *, where: str, warn: bool = True) -> Config:
 
     Args:
         content: a mapping; former names are read, too.
-        where: names it in errors.
-        warn: whether former names are warned of; False for what hosl itself wrote, in an earlier version.
+        where: the name of the data in errors.
+        warn: whether to warn of former names; False for files that hosl itself wrote, in an earlier version.
 
     Raises:
         ConfigError: if a setting is unknown or impossible.
@@ -72,15 +77,15 @@ def _hint(message: str, content: object) -> str:
     if unknown:
         allowed = _field_names(unknown[2] or "", content)
         nearest = difflib.get_close_matches(unknown[1], allowed, n=1)
-        best = f"; did you mean `{nearest[0]}`?" if nearest else ""
-        return f"{best} Allowed here: {', '.join(allowed)}."
+        suggestion = f"; did you mean `{nearest[0]}`?" if nearest else ""
+        return f"{suggestion} Allowed here: {', '.join(allowed)}."
     if re.search(r"Expected `float.*got `str`|Invalid enum value '[\d.]+e", message):
         return ". YAML reads 1e-3 as text: write 1.0e-3"
     return ""
 
 
 def _field_names(path: str, content: object) -> list[str]:
-    """The fields of the struct at a dotted path of the schema; of a union, the one that `content` chose."""
+    """The fields of the struct at a dotted path of the schema; of a union, those of the kind in `content`."""
     struct: Any = Config
     for key in filter(None, path.split(".")):
         struct = get_type_hints(struct)[key]

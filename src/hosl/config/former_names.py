@@ -1,4 +1,4 @@
-"""Renamed settings: the former names are read until version 0.3, with a warning that says the new ones."""
+"""Renamed settings: the former names are read until version 0.3, with a warning that tells the new ones."""
 
 import logging
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ FORMER_NAMES = {
     "zo.fo_point": "server_gradient_at",
     "client.micro_batch_rows": "micro_batch_size",
 }
-"""Dotted path -> the name that takes the place of its last part."""
+"""Dotted path of a former name -> the new name of its last part."""
 
 LEFT_OUT = {("zo", "guidance"): "none"}
-"""Settings that are no more -> the value that changed nothing, with which configs of older runs name them."""
+"""Removed settings -> the value that changed nothing; configs of older runs may still hold it."""
 
 
 def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
-    """The same plain data with former names replaced; what is no mapping is handed through, to be refused elsewhere.
+    """The settings with former names replaced by the new ones. Anything but a mapping is returned unchanged.
 
     Args:
-        settings: of a run, as YAML gives them, whole or in part.
-        where: names the file in a warning.
-        warn: False for what hosl itself wrote, in an earlier version.
+        settings: the settings of a run as plain data, whole or in part.
+        where: the name of the file in warnings and errors.
+        warn: whether to warn of former names; False for files that hosl itself wrote, in an earlier version.
 
     Raises:
-        ConfigError: if a setting stands there by both names, or is no more.
+        ConfigError: if a setting is given by both names, or was removed.
     """
     if not isinstance(settings, Mapping):
         return settings
@@ -35,10 +35,10 @@ def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
         section, _, former = path.partition(".")
         if isinstance(renamed.get(section), Mapping) and former in renamed[section]:
             renamed[section] = _replaced(renamed[section], former, new, f"{section}.", where, warn)
-    for (section, name), plain in LEFT_OUT.items():
+    for (section, name), harmless in LEFT_OUT.items():
         if isinstance(renamed.get(section), Mapping) and name in renamed[section]:
             value = renamed[section][name]
-            if value != plain:
+            if value != harmless:
                 raise ConfigError(
                     f"{where}: {section}.{name}: {value} is no more, because it gained nothing "
                     "(docs/adr/0013-pruned-variants.md); leave it out"
@@ -48,7 +48,7 @@ def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
 
 
 def with_new_name(settings: Any, former: str, new: str, *, where: str) -> Any:
-    """The same plain data with one name of its top level replaced, and a warning; see `with_new_names`."""
+    """The settings with one name of the top level replaced, with a warning; see `with_new_names`."""
     if not isinstance(settings, Mapping) or former not in settings:
         return settings
     return _replaced(settings, former, new, "", where, warn=True)

@@ -1,7 +1,7 @@
-"""The run's schema: what a YAML file may say, and what holds between its sections.
+"""The schema of a run's config, and the checks across its sections.
 
-Each component's own settings stand with the component (`OptimiserSpec`, `LoraSpec`, the task configs); what a method
-means by them, `core.methods` says; this file composes them. Reading it imports neither torch nor transformers.
+The settings of a component are declared with the component (`OptimiserSpec`, `LoraSpec`, the task configs); those that
+a method reads are listed in `core.methods`. Importing this file imports neither torch nor transformers.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ from hosl.tasks import DocstringsConfig, TaskConfig
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
 else:
-    MethodName = Literal[tuple(METHODS)]  # so that a wrong name is refused with all the right ones
+    MethodName = Literal[tuple(METHODS)]  # so that the error for a wrong name lists all methods
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fine-tuning run of a split model."""
 
     output_dir: str = "runs/hosl"
-    """The run's folder; made by the run, never overwritten."""
+    """The run's folder; created by the run, never overwritten."""
     method: MethodName = "hosl-node"
-    """How the two halves are trained; docs/how-to/choose-a-method.md compares them."""
+    """The way to train the two halves; docs/how-to/choose-a-method.md compares the methods."""
     profile: Literal["paper", "authors-head"] = "paper"
-    """paper: as written. authors-head: as the authors' published code runs (docs/concepts/algorithm.md)."""
+    """paper: the algorithm as published. authors-head: as the authors' code runs (docs/concepts/algorithm.md)."""
     seed: int = 0
-    """Of the data order, the directions, new heads and adapters."""
+    """The seed of the data order, the directions, new heads and adapters."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = DocstringsConfig()
     zo: ZOConfig = ZOConfig()
@@ -46,17 +46,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     per_device_eval_batch_size: int = 64
     """Rows per forward pass in evaluation; a row is one candidate answer."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Of both halves; linear and cosine end at 0."""
+    """The course of both halves' learning rates; linear and cosine end at 0."""
     warmup_steps: int = 0
     """Steps over which both learning rates rise from 0."""
     eval_steps: int = 100
-    """Evaluate on dev every so many steps, and at the end."""
+    """Steps between two evaluations on the dev split; one more is made at the end."""
     save_steps: int = 100
-    """Write a checkpoint every so many steps, and at the end."""
+    """Steps between two checkpoints; one more is written at the end."""
     snapshot_steps: int = 500
-    """Between snapshots of a zeroth-order client's weights its checkpoints hold the journal only."""
+    """Steps between snapshots of a zeroth-order client's weights; checkpoints between them hold the journal only."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Experiment trackers to feed, beside metrics.jsonl."""
+    """Experiment trackers that get the metrics, beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -85,10 +85,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def client_rate(self) -> float:
-        """eta_c, a number.
+        """eta_c, the learning rate of the client.
 
         Raises:
-            ConfigError: while client.learning_rate is auto.
+            ConfigError: if client.learning_rate is auto.
         """
         rate = self.client.learning_rate
         if rate == "auto":
@@ -104,11 +104,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.method_row.rates_for(self.client.optimiser.name)
 
     def with_client_rate(self, rate: float) -> "Config":
-        """The same with this number for client.learning_rate."""
+        """This config with `rate` for client.learning_rate."""
         return msgspec.structs.replace(self, client=msgspec.structs.replace(self.client, learning_rate=rate))
 
     def _check_method(self) -> None:
-        """Refuse what the method does not read, and settings that it reads but not together."""
+        """Refuse settings that the method does not read, or not together."""
         method, zo, client = self.method_row, self.zo, self.client
         refusal = method.refusal(self.setting, _default)
         if refusal is not None:
@@ -141,12 +141,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
     def _check_clients(self) -> None:
-        """Refuse ways of sharing that the method's parties cannot follow."""
+        """Refuse settings of several clients that do not go with the method."""
         clients, method = self.clients, self.method_row
         if clients.halves == "shared" and method.client_state != "journal":
             raise ConfigError(
                 f"clients.halves: shared needs a client that is trained by random probes, method is {self.method}; use "
-                f"{_those(lambda row: row.client_state == 'journal')}, or halves: personal"
+                f"{_methods_with(lambda row: row.client_state == 'journal')}, or halves: personal"
             )
         if clients.schedule == "synchronous" and method.server != "first-order":
             raise ConfigError(
@@ -160,11 +160,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.wire.labels == "client" and (clients.count > 1 or method.server != "first-order"):
             raise ConfigError(
                 "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
-                f"method to {_those(lambda row: row.server == 'first-order')}"
+                f"method to {_methods_with(lambda row: row.server == 'first-order')}"
             )
 
     def _check_authors_head(self) -> None:
-        wanted = {
+        required = {
             "method": "hosl",
             "zo.distribution": "sphere",
             "zo.server_gradient_at": "clean",
@@ -174,7 +174,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "server.optimiser.name": "sgd",
             "server.optimiser.momentum": 0.9,
         }
-        for path, value in wanted.items():
+        for path, value in required.items():
             if self.setting(path) != value:
                 raise ConfigError(
                     f"profile authors-head wants {path}: {value}, got {self.setting(path)}; "
@@ -183,11 +183,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def _default(path: str) -> Any:
-    """The default at a dotted path of a governed setting."""
+    """The default of a setting in `GOVERNED`, by its dotted path."""
     section, name = path.split(".")
     return getattr({"zo": ZOConfig, "client": ClientConfig}[section](), name)
 
 
-def _those(which: Callable[[Method], bool]) -> str:
-    *others, last = [name for name, row in METHODS.items() if which(row)]
+def _methods_with(condition: Callable[[Method], bool]) -> str:
+    """The names of the methods that meet a condition, as text for a message."""
+    *others, last = [name for name, row in METHODS.items() if condition(row)]
     return f"{', '.join(others)} or {last}"

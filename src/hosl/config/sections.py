@@ -1,6 +1,6 @@
-"""The sections of a run's config: each with its settings, defaults and the limits that it can check by itself.
+"""The sections of a run's config: settings, defaults, and the checks within a section.
 
-What holds between sections, and how a file is read: `hosl.config`.
+The checks across sections: `hosl.config.schema`.
 """
 
 from typing import Literal
@@ -16,14 +16,14 @@ from hosl.system.byte_sizes import parse_bytes
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which model, and where it is cut."""
+    """The model, and its cut."""
 
     name: str = "all-MiniLM-L6-v2"
-    """The embedded all-MiniLM-L6-v2, a local folder (environment variables allowed), or a hub name."""
+    """all-MiniLM-L6-v2, which is in the package, a local folder (environment variables allowed), or a hub name."""
     cut: int = 3
     """The client keeps the embeddings and blocks 0..cut-1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights of both halves."""
+    """The dtype of the weights of both halves."""
 
     def __post_init__(self) -> None:
         if self.cut < 0:
@@ -33,31 +33,32 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Zeroth-order estimation, on whichever half is trained by probes."""
+    """Zeroth-order estimation, in each half that is trained by probes."""
 
     directions: int = 16
-    """Q, the directions per step: pairs of forward passes, for hosl-node single evaluations of one block."""
+    """Q, the directions per step. Each costs a pair of forward passes; in hosl-node, one evaluation of one block."""
     epsilon: float = 1e-3
-    """Perturbation scale: the loss is evaluated at theta +- epsilon u."""
+    """The perturbation scale: the loss is evaluated at theta +- epsilon u."""
     distribution: Distribution = "rademacher"
-    """Of random directions: gaussian (the paper), rademacher (cheaper, as good), sphere (the authors' code), low-rank
-    (rank one, of signs)."""
+    """The distribution of random directions: gaussian (the paper), rademacher (cheaper, as good), sphere (the authors'
+    code), low-rank (rank one, of signs)."""
     server_gradient_at: Literal["clean", "first-plus"] = "clean"
-    """Of hosl: where the server takes its gradient, l.6. clean: at the unperturbed client, the paper. first-plus: at
-    the first + probe, the authors' code, which saves one upload."""
+    """The point of the server's gradient in hosl (Alg. 1, line 7). clean: the unperturbed client, as in the paper.
+    first-plus: the first + probe, as in the authors' code, which saves one upload."""
     sides: Literal["two", "one"] = "two"
-    """Of hosl-gradient: two evaluations per direction, or one against the clean activations; cheaper, less exact."""
+    """Evaluations per direction in hosl-gradient: two, or one against the clean activations, cheaper and less exact."""
     derivative: Literal["difference", "forward-mode"] = "difference"
-    """Of hosl-gradient: by finite differences, or exactly by forward-mode differentiation; needs no epsilon."""
+    """The derivative in hosl-gradient: by finite differences, or by forward-mode differentiation, which is exact and
+    needs no epsilon."""
     guided_blocks: int = 1
-    """Of hosl-guided and hosl-node: in how many of the client's last blocks output projections are
-    trained. The guess gets worse with every block below."""
+    """The number of the client's last blocks whose output projections hosl-guided and hosl-node train. The guided
+    direction gets worse with every block further down."""
     clip: float | None = None
-    """Limit of a coefficient: this multiple of the running median of |c|, such as 5.0; none by default."""
+    """The limit of a coefficient, in multiples of the running median of |c|, such as 5.0; none by default."""
     row_clip: float | None = None
-    """Of hosl-gradient: limit of a row's part of a coefficient, in multiples of the batch's median; none by default."""
+    """The limit of a row's part of a coefficient (hosl-gradient), in multiples of the batch's median; default: none."""
     normalise: Normalise = "none"
-    """spread: a step's coefficients are divided by their standard deviation (FZOO); wants another learning rate."""
+    """spread: a step's coefficients are divided by their standard deviation (FZOO); needs another learning rate."""
 
     def __post_init__(self) -> None:
         if self.guided_blocks < 1:
@@ -81,24 +82,24 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The half on the device."""
 
     trainable: Literal["all", "blocks", "last-block", "lora"] = "blocks"
-    """all: every weight. blocks: the embeddings stay as they are. last-block: the one before the cut, all of it.
+    """all: every weight. blocks: the embeddings stay as they are. last-block: every weight of the block before the cut.
     lora: adapters only."""
     learning_rate: float | Literal["auto"] | None = None
-    """eta_c of the client's update. null: the method's usual one (`core.methods`). auto: found by a short sweep before
-    the run, `hosl train` only."""
+    """eta_c of the client's update. null: the method's usual rate (`core.methods`). auto: a short sweep before the run
+    finds it, in `hosl train` only."""
     optimiser: OptimiserSpec = OptimiserSpec()
-    """Of a first-order client; a zeroth-order one is plain SGD, and so is that of fo-recompute."""
+    """The optimiser of a first-order client. Zeroth-order clients and fo-recompute use plain SGD."""
     micro_batch_size: int | None = None
     """Rows of a batch that are evaluated at once; null: as many as take no more memory than the batch's forward pass.
-    Not of fo-fo and fo-zo, whose graph is of the whole batch."""
+    Not for fo-fo and fo-zo, whose graph spans the whole batch."""
     lora: LoraSpec = LoraSpec()
-    """Used when trainable is lora."""
+    """The adapters, where trainable is lora."""
     dtype: Literal["model", "bfloat16", "int8"] = "model"
-    """Of the client's frozen weights; adapters stay float32. model: as model.dtype."""
+    """The dtype of the client's frozen weights; adapters stay float32. model: the same as model.dtype."""
     device: str = "cpu"
     """A torch device."""
     memory_budget: str | None = None
-    """What the client process may take, such as 600MiB: checked before a run and at every step."""
+    """The memory that the client process may take, such as 600MiB; checked before a run and at every step."""
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
@@ -115,11 +116,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trainable: Literal["all", "lora"] = "all"
     """all: every weight, the head included. lora: adapters, and the head of a classifier."""
     learning_rate: float = 1e-3
-    """eta_s."""
+    """eta_s of the server's update."""
     optimiser: OptimiserSpec = OptimiserSpec()
-    """Of a first-order server; a zeroth-order one is plain SGD."""
+    """The optimiser of a first-order server. A zeroth-order server uses plain SGD."""
     lora: LoraSpec = LoraSpec()
-    """Used when trainable is lora."""
+    """The adapters, where trainable is lora."""
     device: str = "cpu"
     """A torch device."""
 
@@ -129,16 +130,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes over the network of `hosl join`, and how long it may take."""
+    """The network of `hosl join`: compression, labels and timeouts."""
 
     compression: Literal["none", "bf16", "int8"] = "none"
-    """Of the activations on their way up; `hosl train` has no wire, and computes with what would arrive."""
+    """The compression of uploaded activations. `hosl train` has no network, but computes with what would arrive."""
     labels: Literal["server", "client"] = "server"
-    """server: the scored targets travel. client: norm and head live on the device, label values never cross."""
+    """The party that has the labels. server: they are uploaded. client: norm and head are on the device, too."""
     connect_s: float = 10.0
-    """For the first connection; later ones are tried for ever."""
+    """The seconds for the first connection; later ones are tried for ever."""
     idle_s: float = 60.0
-    """Without any sign of life from the server before the connection is given up and made again."""
+    """The seconds without any sign of life from the server after which the connection is made anew."""
 
     def __post_init__(self) -> None:
         for name in ("connect_s", "idle_s"):
@@ -150,15 +151,15 @@ class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Several devices that train one server half (`hosl join` on each)."""
 
     count: int = 1
-    """How many devices take part."""
+    """The number of devices that take part."""
     halves: Literal["personal", "shared"] = "personal"
-    """personal: each keeps its own client half. shared: all stay equal, by one journal that the server relays."""
+    """personal: each device has its own client half. shared: all halves stay equal, by a journal on the server."""
     schedule: Literal["sequential", "synchronous"] = "sequential"
-    """sequential: each step is applied as it comes. synchronous: one server update per round over all."""
+    """sequential: each step is applied as it comes. synchronous: one server update per round, over all devices."""
     grace_s: float = 30.0
-    """How long a synchronous round waits for the others after its first contribution."""
+    """The seconds that a synchronous round waits for the others after its first contribution."""
     directions: Literal["own", "common"] = "own"
-    """Shared halves: whether every device draws its own directions, or all the same."""
+    """The random directions with shared halves. own: every device draws its own. common: all draw the same."""
 
     def __post_init__(self) -> None:
         if self.count < 1:

@@ -1,8 +1,8 @@
-"""What becomes of a step's measured coefficients before the client moves: rejected, clipped, normalised. Scalars only.
+"""Coefficient control: a step's measured coefficients are rejected, clipped, normalised. Scalars only.
 
-Pure: `judge` decides about one step, `after` is the control of the next one. The only state is the last coefficients'
-magnitudes, for their running median; a checkpoint keeps it (`state`, `restored`). Source: methods.md (k). When to use
-what: docs/concepts/step-control.md.
+Pure: `judge` decides about one step, `after` is the control of the next one. The only state is the magnitudes of the
+last coefficients, for their running median; a checkpoint keeps it (`state`, `restored`). Source: methods.md (k). When
+to use which setting: docs/concepts/step-control.md.
 """
 
 import math
@@ -20,10 +20,10 @@ Normalise: TypeAlias = Literal["none", "spread"]
 """spread: coefficients are divided by their standard deviation over the step's directions (FZOO, arXiv 2506.09034)."""
 
 WINDOW = 100
-"""How many accepted coefficients the running median looks back on."""
+"""The number of accepted coefficients in the running median."""
 
 WARM_UP = 10
-"""How many it needs before anything is clipped."""
+"""The number of accepted coefficients that are needed before anything is clipped."""
 
 _T = TypeVar("_T")
 
@@ -33,22 +33,22 @@ class Judged:
     """A step's probes after coefficient control."""
 
     accepted: tuple[int, ...]
-    """Which of the step's directions contribute: their places q."""
+    """The indices q of the directions that contribute."""
     measured: tuple[float, ...]
-    """c_q of those, as measured."""
+    """c_q of the accepted directions, as measured."""
     coefficients: tuple[float, ...]
-    """What the update uses in place of c_q."""
+    """The numbers that the update uses in place of c_q."""
     rejected: int
-    """How many directions contribute nothing because their c_q is NaN or infinite."""
+    """The number of directions that contribute nothing because their c_q is NaN or infinite."""
 
     def of(self, seeds: Sequence[_T]) -> list[_T]:
-        """Those of `seeds` whose directions were accepted."""
+        """The elements of `seeds` whose directions were accepted."""
         return [seeds[q] for q in self.accepted]
 
 
 @dataclass(frozen=True, slots=True)
 class CoefficientControl:
-    """How the coefficients of a step are treated. The default only rejects what is no number."""
+    """The treatment of a step's coefficients. By default only NaN and Inf are rejected."""
 
     clip: float | None = None
     """|c_q| is limited to this multiple of the running median of |c|; None: no limit."""
@@ -59,7 +59,7 @@ class CoefficientControl:
     """|c| of the last accepted coefficients, as measured, oldest first; at most `WINDOW`."""
 
     def judge(self, measured: Sequence[float]) -> Judged:
-        """What one step's c_q become: NaN and Inf rejected, then clipped, then normalised.
+        """Treat the c_q of one step: NaN and Inf are rejected, the others clipped, then normalised.
 
         Raises:
             NonFiniteError: if every direction is rejected.
@@ -78,7 +78,7 @@ class CoefficientControl:
         return Judged(accepted, kept, used, len(measured) - len(accepted))
 
     def total(self, rows: Float[np.ndarray, " rows"]) -> float:
-        """c_q from what each row of the batch contributes, limited by row where that is asked for.
+        """c_q, the sum of the contributions of the batch's rows, each limited where `row_clip` is set.
 
         NaN where a row is NaN or infinite: the direction is then rejected.
         """
@@ -101,27 +101,27 @@ class CoefficientControl:
         return replace(self, recent=(*self.recent, *(abs(c_q) for c_q in measured))[-WINDOW:])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep; empty where there is nothing to remember."""
+        """The state for a checkpoint; empty where nothing is clipped."""
         return {} if self.clip is None else {"recent_coefficients": list(self.recent)}
 
     def restored(self, state: Mapping[str, Any]) -> "CoefficientControl":
-        """This control with the memory of a checkpoint; without one, it starts anew."""
+        """This control with the state of a checkpoint; an empty state starts anew."""
         return replace(self, recent=tuple(state.get("recent_coefficients", ())))
 
 
 PLAIN = CoefficientControl()
-"""Rejects what is no number, and nothing else."""
+"""The control that rejects NaN and Inf and changes nothing else."""
 
 
 def clipped(coefficients: Sequence[float], limit: float | None) -> tuple[float, ...]:
-    """Each coefficient, its magnitude limited; its sign stays."""
+    """The coefficients with their magnitudes limited; signs stay."""
     if limit is None:
         return tuple(coefficients)
     return tuple(max(-limit, min(limit, c_q)) for c_q in coefficients)
 
 
 def over_spread(coefficients: Sequence[float]) -> tuple[float, ...]:
-    """c_q / s with s^2 = sum_q (c_q - mean c)^2 / (Q - 1): FZOO's step, in which the scale of the loss cancels.
+    """c_q / s with s^2 = sum_q (c_q - mean c)^2 / (Q - 1): the step of FZOO, in which the scale of the loss cancels.
 
     Source: arXiv 2506.09034, Alg. 1; there s is the spread of the losses, ours of the difference quotients: epsilon
     cancels. Fewer than two coefficients, or equal ones, have no spread: zeros, the client stays where it is.

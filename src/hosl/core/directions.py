@@ -2,8 +2,8 @@
 
 A direction is never stored. Each tensor of a half has its own stream of random bits, Philox-4x64-10 (Salmon et al.,
 2011) under a key made of seed and tensor name, so tiles can be drawn in any order and two halves never share one.
-Bits become numbers by integer operations and one table, not by the machine's logarithm: that is what keeps them equal.
-Which seeds a run uses: `direction_seed`. What is done with u: `hosl.parties` (probes), `direction_sum` (updates).
+Bits become numbers by integer operations and one table, not by the machine's logarithm: so they are equal everywhere.
+The seeds of a run: `direction_seed`. The uses of u: probes in `hosl.parties`, updates by `direction_sum`.
 """
 
 import math
@@ -25,7 +25,7 @@ of a step can share one pass over the weights. All have E[u u^T] = I."""
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 
 TILE_ELEMENTS = 1 << 18
-"""How much of a tensor is drawn at a time: 1 MiB of float32, and a multiple of every distribution's block."""
+"""The elements of a tensor drawn at a time: 1 MiB of float32, and a multiple of every distribution's block."""
 
 _WORDS_PER_BLOCK = 4  # one Philox counter value gives four 64-bit words
 _BITS_PER_ELEMENT: dict[Distribution, int] = {"gaussian": 16, "sphere": 16, "rademacher": 1, "low-rank": 1}
@@ -35,8 +35,8 @@ _TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37
 def direction_seed(run_seed: int, step: int, q: int, half: str = "client") -> int:
     """A 63-bit seed for direction q of a step; the same on every machine, collisions only by chance.
 
-    The two halves of zo-zo ask with their own name and so draw independent directions (paper.md I7), and so may several
-    clients of one run.
+    The two halves of zo-zo draw independent directions by their names in `half` (paper.md I7); so do several clients of
+    one run.
     """
     text = f"hosl/{half}/{run_seed}/{step}/{q}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
@@ -79,7 +79,7 @@ def tile(
 
 @runtime_checkable
 class Drawn(Protocol):
-    """scale x u(seed) of one tensor, or of one range of it: its random bits, drawn once and read as often as wanted."""
+    """scale x u(seed) of one tensor, or of a range of it: the random bits are drawn once and can be read many times."""
 
     def fill(self, start: int, stop: int, out: Float[np.ndarray, " elements"]) -> None:
         """Write elements start..stop-1 of the flattened tensor into `out`."""
@@ -109,7 +109,7 @@ def drawn(
 
 @lru_cache(maxsize=32)  # a step's directions, for all tensors and tiles; 256 KiB each
 def scale_table(distribution: Distribution, norm: float, scale: float, dtype: type) -> np.ndarray:
-    """What a distribution's random bits stand for, times `scale`: [65536] by 16 bits, or for signs [256, 8] by a byte.
+    """The values of a distribution's random bits, times `scale`: [65536] by 16 bits, or for signs [256, 8] by a byte.
 
     `norm` is sphere's, 1 for the other distributions: u is rounded to float32 before it meets `scale`.
     """
@@ -123,7 +123,7 @@ def scale_table(distribution: Distribution, norm: float, scale: float, dtype: ty
 
 
 class _Entries:
-    """Distributions with a number per element, read out of a table by its bits."""
+    """Distributions with a number per element, read out of a table by the element's bits."""
 
     def __init__(
         self, seed: int, name: str, start: int, stop: int, distribution: Distribution, table: np.ndarray
@@ -132,8 +132,8 @@ class _Entries:
         per_word = 64 // _BITS_PER_ELEMENT[distribution]
         first_block = start // (per_word * _WORDS_PER_BLOCK)
         self._first = first_block * per_word * _WORDS_PER_BLOCK
-        words = -(-(stop - self._first) // per_word)
-        bits = np.random.Philox(key=_key(seed, name), counter=first_block).random_raw(words)
+        word_count = -(-(stop - self._first) // per_word)
+        bits = np.random.Philox(key=_key(seed, name), counter=first_block).random_raw(word_count)
         self._codes = bits.astype("<u8", copy=False).view("<u2" if table.ndim == 1 else np.uint8)
 
     def fill(self, start: int, stop: int, out: np.ndarray) -> None:
@@ -180,7 +180,7 @@ def low_rank_factors(
 
 
 def sphere_scale(seed: int, name: str, elements: int, distribution: Distribution) -> float:
-    """What to multiply a tensor's gaussian u with so that its norm is sqrt(elements); 1 for the other distributions."""
+    """The factor that gives a tensor's gaussian u the norm sqrt(elements); 1 for the other distributions."""
     return _sphere_scale(seed, name, elements) if distribution == "sphere" else 1.0
 
 
@@ -199,9 +199,9 @@ def direction_rows(
     """The given rows of u(seed) for a matrix of `shape`, without drawing the others; float32."""
     _, width = shape
     u = np.empty((len(rows), width), dtype=np.float32)
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
         span = (row * width, (row + 1) * width)
-        drawn(seed, name, shape, distribution, span=span).fill(*span, u[place])
+        drawn(seed, name, shape, distribution, span=span).fill(*span, u[i])
     return u
 
 
@@ -213,20 +213,20 @@ def direction_sum(
     distribution: Distribution,
     dtype: type,
 ) -> Iterator[tuple[int, int, Float[np.ndarray, " elements"]]]:
-    """(start, stop, sum_q scale_q u(seed_q)) for each tile of a tensor; the subtrahend of l.8.
+    """(start, stop, sum_q scale_q u(seed_q)) for each tile of a tensor; the subtrahend of Alg. 1, line 8.
 
     Summed in the order of `seeds`, in `dtype` (float32, or float64 for float64 weights), by separate multiplications
-    and additions, so that every machine rounds alike. The sum is valid until the next tile is asked for.
+    and additions, so that every machine rounds alike. A sum is valid until the next one is taken from the iterator.
     """
     elements = math.prod(shape)
     total, term = np.empty((2, min(elements, TILE_ELEMENTS)), dtype=dtype)
     for start, stop in tiles(elements):
-        part, summand = total[: stop - start], term[: stop - start]
-        part.fill(0)
+        tile_sum, summand = total[: stop - start], term[: stop - start]
+        tile_sum.fill(0)
         for seed, scale in zip(seeds, scales, strict=True):
             drawn(seed, name, shape, distribution, scale, dtype, (start, stop)).fill(start, stop, summand)
-            part += summand
-        yield start, stop, part
+            tile_sum += summand
+        yield start, stop, tile_sum
 
 
 def tiles(elements: int) -> list[tuple[int, int]]:

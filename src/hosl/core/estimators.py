@@ -1,4 +1,4 @@
-"""From losses and projections to coefficients: what multiplies u in the client's update. Scalars only."""
+"""Coefficients from losses and projections: the factors of u in the client's update. Scalars only."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ class Projection:
     """A directional derivative as a client computes it from dL/dh."""
 
     rows: Float[np.ndarray, " rows"]
-    """What each row of the batch contributes, in nats; dL/dh is of the mean loss, so c is their sum. float64."""
+    """The contribution of each row of the batch, in nats, float64; their sum is c, since dL/dh is of the mean loss."""
     noise: float
-    """Rounding floor of the sum: what rounding each activation once does to it."""
+    """Rounding floor of the sum: the error that rounding each activation once makes."""
 
 
 def central_difference(loss_plus: float, loss_minus: float, epsilon: float) -> float:
     """Directional derivative of the loss along u: (L+ - L-) / (2 epsilon).
 
-    Source: paper.md l.5 (arXiv 2601.10940, Def. 3). Error: O(epsilon^2) where L is smooth, plus rounding
+    Source: Alg. 1, line 5 (arXiv 2601.10940, Def. 3). Error: O(epsilon^2) where L is smooth, plus rounding
     of about 6e-8 L / epsilon in fp32 (4e-4 at L = 6, epsilon = 1e-3).
 
     Raises:
@@ -45,17 +45,17 @@ def difference_quotient(loss_plus: float, loss_minus: float, epsilon: float) -> 
 def loss_noise(losses: Sequence[float], epsilon: float) -> float:
     """Rounding floor of (L+ - L-) / (2 epsilon): 2^-24 |L| / epsilon, for losses in float32.
 
-    Two losses, each off by up to half a unit in its last place, 2^-24 |L|. What a half rounds before the loss comes
-    on top. |L| is the mean over the losses that are finite; 0 where none is.
+    Two losses, each off by up to half a unit in its last place, 2^-24 |L|. Rounding inside the halves comes on top.
+    |L| is the mean over the losses that are finite; the result is 0 where none is.
     """
     finite = [abs(loss) for loss in losses if math.isfinite(loss)]
     return 2.0**-24 * sum(finite) / max(len(finite), 1) / epsilon
 
 
 def mean_scales(coefficients: Sequence[float], learning_rate: float) -> tuple[float, ...]:
-    """eta c_q / Q for each direction, rounded to float32: what the update multiplies u_q with and the journal keeps.
+    """eta c_q / Q for each direction, rounded to float32: the scale of u_q in the update and in the journal.
 
-    Source: paper.md l.8. Rounding here, once, makes the journal's 4-byte entry exact.
+    Source: Alg. 1, line 8. Rounding here, once, makes the journal's 4-byte entry exact.
     """
     eta_over_q = learning_rate / max(len(coefficients), 1)
     return tuple(float(np.float32(eta_over_q * c_q)) for c_q in coefficients)

@@ -4,11 +4,10 @@ One entry is one direction of one update, theta_c -= scale * u(seed), in 16 byte
 
     offset 0   step    uint32, little-endian; never falls
     offset 4   seed    uint64
-    offset 12  scale   float32; eta c / Q of paper.md l.8, finite
+    offset 12  scale   float32; eta c / Q of Alg. 1, line 8; finite
 
 Entries of one step are summed before they are subtracted (`directions.direction_sum`), as the update did.
-Distribution, base weights and tensor names are the checkpoint's to say (`hosl.system.checkpoint`). Source: methods.md
-(d).
+Distribution, base weights and tensor names are in the checkpoint (`hosl.system.checkpoint`). Source: methods.md (d).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ class Journal:
         self._bytes = bytearray()
 
     def __len__(self) -> int:
-        """How many directions have been applied."""
+        """The number of directions that have been applied."""
         return len(self._bytes) // ENTRY.itemsize
 
     def append(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
@@ -51,12 +50,12 @@ class Journal:
     def updates(self, after: int = 0) -> Iterator[tuple[int, tuple[int, ...], tuple[float, ...]]]:
         """(step, seeds, scales) of every update later than step `after`, in the order of application."""
         entries = self._entries()
-        for step, rows in groupby(entries[entries["step"] > after], key=lambda entry: int(entry["step"])):
-            together = list(rows)
-            yield step, tuple(int(r["seed"]) for r in together), tuple(float(r["scale"]) for r in together)
+        for step, group in groupby(entries[entries["step"] > after], key=lambda entry: int(entry["step"])):
+            rows = list(group)
+            yield step, tuple(int(r["seed"]) for r in rows), tuple(float(r["scale"]) for r in rows)
 
     def until(self, step: int) -> "Journal":
-        """A copy that ends with `step`: what a client that ran ahead goes back to."""
+        """A copy that ends with `step`: the state to which a client that ran ahead goes back."""
         entries = self._entries()
         return Journal.from_bytes(entries[entries["step"] <= step].tobytes())
 
@@ -66,7 +65,7 @@ class Journal:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Journal":
-        """Read entries back.
+        """A journal of the entries in `data`.
 
         Raises:
             JournalError: if the length is no multiple of 16, steps fall, or a scale is not finite.

@@ -1,6 +1,6 @@
-"""The table of methods: what each is made of and what it means to those who plan, run, save and compare it.
+"""The table of methods: the round of each, and its properties for planning, running, saving and comparing it.
 
-A row names the round of a method and says what its parties do; everyone else asks the row and never a list of names.
+All other code reads these properties from the row of a method; no other file lists names of methods.
 To add a method: a round in `core.rounds`, a client class in `parties.clients`, a row here, and the line in
 `methods.torch_parties` that builds the client (docs/how-to/add-a-method.md).
 """
@@ -15,7 +15,7 @@ from hosl.core.rounds import RoundResult, StepInputs
 from hosl.core.targets import Batch
 
 Round: TypeAlias = Callable[[Any, Any, Batch, StepInputs], RoundResult]
-"""(client, server, batch, step) -> result. Which protocols the parties must follow, the round itself declares."""
+"""(client, server, batch, step) -> result. The round itself declares the protocols of its parties."""
 
 Settings: TypeAlias = Callable[[str], Any]
 """The value of a run's setting by its dotted path, such as `zo.sides`."""
@@ -26,7 +26,7 @@ class LearningRates:
     """The client learning rates of a method, for one kind of optimiser."""
 
     usual: float
-    """What worked in docs/results, or for lack of that, a careful guess."""
+    """The rate that worked in docs/results; where there is no result, a careful guess."""
     to_try: tuple[float, ...]
     """The rates of a sweep, ascending."""
     usual_lora: float | None = None
@@ -34,15 +34,15 @@ class LearningRates:
     usual_last_block: float | None = None
     """`usual`, where the last block is trained; None: the same."""
     lora_factor: float = 1.0
-    """What `to_try` is multiplied by where adapters are trained."""
+    """The factor of `to_try` where adapters are trained."""
 
     def usual_for(self, trainable: str) -> float:
-        """The usual rate for what `client.trainable` says."""
+        """The usual rate for a value of `client.trainable`."""
         special = {"lora": self.usual_lora, "last-block": self.usual_last_block}.get(trainable)
         return self.usual if special is None else special
 
     def to_try_for(self, trainable: str) -> tuple[float, ...]:
-        """The rates of a sweep for what `client.trainable` says."""
+        """The rates of a sweep for a value of `client.trainable`, ascending."""
         return tuple(rate * self.lora_factor for rate in self.to_try) if trainable == "lora" else self.to_try
 
 
@@ -55,48 +55,55 @@ class Method:
     """The method in one sentence, for help and documentation."""
     round: Round
     reads: frozenset[str]
-    """Settings that mean something to it, by dotted path, of those in `GOVERNED`. Any other one set is refused."""
+    """The settings of `GOVERNED` that it reads, by dotted path. A config that sets another one of them is refused."""
     lets_stand: frozenset[str] = frozenset()
-    """Settings in `GOVERNED` without meaning to it that its config may hold: a comparison shares them."""
+    """The settings of `GOVERNED` that it ignores; its config may set them, as configs of one comparison share them."""
     variants: tuple[tuple[str, str, Round], ...] = ()
-    """(setting, value, round): the round that takes the place of `round` where a setting has this value."""
+    """(setting, value, round): the round in place of `round` where the setting has this value."""
     backward: Literal["none", "graph", "blocks"] = "none"
     """Whether its client differentiates: not at all, a graph of the whole batch, or one block at a time."""
     client_state: Literal["none", "journal", "weights"] = "journal"
-    """What a checkpoint keeps of its client beside the base weights."""
+    """The part of its client that a checkpoint holds beside the base weights."""
     trains: Literal["nothing", "chosen", "last-blocks"] = "chosen"
-    """Which weights of the client: none, what `client.trainable` says, or parts of its last blocks that the method
+    """The trained weights of the client: none, those of `client.trainable`, or parts of its last blocks that the method
     chooses by itself."""
     draws: frozenset[Literal["client", "server"]] = frozenset()
-    """The halves along whose random directions it evaluates the loss: `zo.directions` of them a step."""
+    """The halves that draw random directions, `zo.directions` of them per step."""
     wants_gradient: bool = False
     """Whether the server sends dL/dh back in every step."""
     server: Literal["first-order", "zeroth-order"] = "first-order"
-    """How the server is trained."""
+    """The kind of its server: trained by backprop or by probes."""
     uploads_per_direction: int = 0
-    """Activations sent for each direction."""
+    """The activations sent for each direction."""
     clean_uploads: int = 1
-    """Activations at the unperturbed client sent in a step."""
+    """The activations at the unperturbed client sent in a step."""
     on_the_wire: str = ""
-    """The method that a server takes it for; its own name by default."""
+    """Its name in the protocol with the server; by default its own name."""
     learning_rates: LearningRates = field(kw_only=True)
     learning_rates_adamw: LearningRates | None = field(default=None, kw_only=True)
-    """The same, where the client's optimiser is AdamW; None: the client has plain SGD."""
+    """The learning rates where the client's optimiser is AdamW; None: the client has plain SGD."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "on_the_wire", self.on_the_wire or self.name)
 
     @property
     def needs_blocks(self) -> bool:
-        """Whether it trains parts of the client's last blocks, and so needs as many on the client."""
+        """Whether it trains parts of the client's last blocks, so that the client must have that many."""
         return self.trains == "last-blocks"
 
+    @property
+    def end(self) -> Literal["frozen", "first_order"] | None:
+        """Which end of gap closure the method can be: 0, a client that never changes; 1, backprop on both sides."""
+        if self.trains == "nothing":
+            return "frozen"
+        return "first_order" if self.backward != "none" and self.server == "first-order" else None
+
     def uploads(self, directions: int) -> int:
-        """Activations sent in a step with so many directions."""
+        """The activations sent in a step with this many directions."""
         return self.uploads_per_direction * directions + self.clean_uploads
 
     def questions(self, directions: int) -> int:
-        """Questions asked of the server in a step with so many directions; each has the targets with it."""
+        """The requests to the server in a step with this many directions; each one carries the targets."""
         return (directions if self.uploads_per_direction else 0) + self.clean_uploads
 
     def round_for(self, setting: Settings) -> Round:
@@ -107,16 +114,16 @@ class Method:
         return self.round
 
     def rates_for(self, optimiser: str) -> LearningRates:
-        """The learning rates for a client optimiser's name."""
+        """The learning rates for the name of a client optimiser."""
         adamw = self.learning_rates_adamw if optimiser == "adamw" else None
         return adamw or self.learning_rates
 
     def refusal(self, setting: Settings, plain: Settings) -> str | None:
-        """Why a run with these settings is impossible by this row; None: it is not.
+        """The reason why this method refuses a run with these settings; None: it does not.
 
         Args:
-            setting: of the run.
-            plain: of a run that says nothing.
+            setting: the settings of the run.
+            plain: the default settings.
         """
         for path in GOVERNED:
             value = setting(path)
@@ -131,7 +138,7 @@ class Method:
 
 
 def readable(value: Any) -> str:
-    """A setting's value as a person writes it; of a section, what is not at its default."""
+    """A setting's value for a message; of a section, the fields that differ from their defaults."""
     fields = getattr(value, "__struct_fields__", None)
     if fields is None:
         return str(value)
@@ -141,28 +148,28 @@ def readable(value: Any) -> str:
 
 
 PROBES = frozenset({"zo.clip", "zo.normalise"})
-"""Settings of the coefficients that a method measures along its directions."""
+"""The settings of coefficient control, for methods that measure coefficients along directions."""
 
 GOVERNED = (
     "zo.server_gradient_at", "zo.sides", "zo.derivative", "zo.row_clip", "zo.clip", "zo.normalise", "client.trainable",
     "client.dtype", "client.optimiser", "client.micro_batch_size",
 )  # fmt: skip
-"""Settings that are refused where a method does not read them. The others, such as `zo.directions` and the learning
-rates, are shared by the methods of a comparison, which differ in nothing but `method`."""
+"""The settings that are refused where a method does not read them. The others, such as `zo.directions` and the learning
+rates, are shared by the methods of a comparison, whose configs differ in `method` alone."""
 
 _TRAINED = frozenset({"client.trainable", "client.dtype", "client.micro_batch_size"})
 
 _DESCENDED = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""Rates for gradients and their estimates, applied by SGD."""
+"""The rates to try for gradients and their estimates, applied by SGD."""
 _BY_PROBES = LearningRates(
     1e-5, (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), usual_lora=1e-3, lora_factor=1e3
-)  # slopes of random directions, whose length is that of all trained weights; adapters are few numbers
+)  # a random direction of d weights has length sqrt(d), so adapters, few weights, take larger rates
 _BY_GRADIENT = LearningRates(3e-3, _DESCENDED, usual_last_block=1e-2)
 _BY_ADAMW = LearningRates(3e-5, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), usual_lora=3e-4)
 
 _ROWS: tuple[Method, ...] = (
     Method(
-        "frozen", "The client never changes: the row that every comparison owes.", rounds.frozen_round,
+        "frozen", "The client never changes: the baseline of every comparison.", rounds.frozen_round,
         reads=frozenset({"client.dtype", "client.micro_batch_size"}),
         lets_stand=PROBES | {"client.trainable", "client.optimiser"},
         client_state="none", trains="nothing", learning_rates=_BY_GRADIENT,
@@ -173,7 +180,7 @@ _ROWS: tuple[Method, ...] = (
         learning_rates=LearningRates(1e-3, _BY_PROBES.to_try, lora_factor=1e3),
     ),
     Method(
-        "hosl", "The paper: the client by probes, whose losses the server tells; the server by backprop.",
+        "hosl", "The paper: the client by probes, whose losses the server returns; the server by backprop.",
         rounds.hosl_round, reads=_TRAINED | PROBES | {"zo.server_gradient_at"},
         variants=(
             ("profile", "authors-head", authors_head_round),
@@ -222,7 +229,7 @@ _ROWS: tuple[Method, ...] = (
 )  # fmt: skip
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
-"""Every method by its name, in the order of tables: frozen first, first-order last."""
+"""All methods by name, in the order of tables: frozen first, first-order last."""
 
 FROZEN, FIRST_ORDER = "frozen", "fo-fo"
-"""The two methods that every comparison has: 0 and 1 of gap closure."""
+"""The two baselines of every comparison: gap closure is 0 at the first and 1 at the second."""

@@ -1,7 +1,6 @@
-"""What the two parties say to each other: batches, targets, and the two protocols that a round talks to.
+"""The protocols of the two parties: the calls that a round makes.
 
-The data boundary is these types. A `Batch` stays with the client; of it, only `Batch.targets` may cross to the
-server. No field of `Targets` can carry the input's token ids or text. Who implements the protocols: `hosl.parties`.
+The data of these calls, and what of it may leave the device: `hosl.core.targets`. The implementations: `hosl.parties`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,35 +27,35 @@ class ZerothOrderClientSide(ClientSide, Protocol):
     """A client that is trained by forward passes."""
 
     def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
-        """For each seed f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed). theta_c is only read.
+        """f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed), for each seed. theta_c is only read.
 
-        The next pair may be computed when it is asked for, or several at once.
+        A pair may be computed when the iterator reaches it, or several at once.
         """
         ...
 
     def projections(
         self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: Activations
     ) -> Iterator[Projection]:
-        """For each seed <gradient, h+ - h-> / (2 epsilon): the directional derivative along u, row by row.
+        """<gradient, h+ - h-> / (2 epsilon) for each seed: the directional derivative along u, row by row.
 
-        NaN or infinite where an activation is; the round then rejects the direction.
+        A row is NaN or infinite where an activation is; the round then rejects the direction.
         """
         ...
 
     def one_sided_projections(
         self, batch: Batch, clean: Activations, seeds: Sequence[int], epsilon: float, gradient: Activations
     ) -> Iterator[Projection]:
-        """For each seed <gradient, h+ - clean> / epsilon, `clean` being f_c at theta_c."""
+        """<gradient, h+ - clean> / epsilon for each seed, row by row; `clean` is f_c at theta_c."""
         ...
 
     def tangents(self, batch: Batch, seeds: Sequence[int], gradient: Activations) -> Iterator[Projection]:
-        """For each seed <gradient, J u>, exactly: no epsilon."""
+        """<gradient, J u> for each seed, row by row; exact, without epsilon."""
         ...
 
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:
-        """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); journals what it did."""
+        """theta_c <- theta_c - learning_rate * mean_q(coefficient_q u(seed_q)); the journal gets the update."""
         ...
 
 
@@ -65,7 +64,7 @@ class GuidedClientSide(ClientSide, Protocol):
     """A client that is trained by forward passes, along directions that it forms from dL/dh and its own activations."""
 
     def forward_for_guides(self, batch: Batch) -> Activations:
-        """h = f_c(x; theta_c), keeping what `guide` and `slope` evaluate again."""
+        """h = f_c(x; theta_c); keeps the block inputs that `guide` and `slope` need."""
         ...
 
     def guide(self, gradient: Activations) -> Sequence[str]:
@@ -83,12 +82,12 @@ class GuidedClientSide(ClientSide, Protocol):
 
 @runtime_checkable
 class NodeClientSide(GuidedClientSide, Protocol):
-    """A guided client that can also shift what a layer puts out, each token by a random direction of its own."""
+    """A guided client that can also shift a layer's output, each token by a random direction of its own."""
 
     def node_slopes(
         self, clean: Activations, seeds: Sequence[int], epsilon: float, gradient: Activations
     ) -> Iterator[Float[np.ndarray, "rows seq"]]:
-        """For each seed and token <gradient, h+ - clean> / scale, `clean` being the last `forward_for_guides`."""
+        """<gradient, h+ - clean> / scale for each seed and token; `clean` is h of the last `forward_for_guides`."""
         ...
 
     def descend_nodes(
@@ -103,7 +102,7 @@ class FirstOrderClientSide(ClientSide, Protocol):
     """A client that is trained by backprop."""
 
     def forward_for_backward(self, batch: Batch) -> Activations:
-        """h = f_c(x; theta_c), keeping what `backward` needs."""
+        """h = f_c(x; theta_c); keeps the state that `backward` needs."""
         ...
 
     def backward(self, gradient: Activations, learning_rate: float) -> None:
@@ -113,14 +112,14 @@ class FirstOrderClientSide(ClientSide, Protocol):
 
 @runtime_checkable
 class ServerSide(Protocol):
-    """The half that holds the compute. It answers; it never drives. These calls change nothing."""
+    """The half on the machine with compute. It only replies to calls; these change nothing."""
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
-        """The mean loss in nats of each activation. Inference; safe to repeat. Reading them may wait for a wire."""
+        """The mean loss in nats of each activation. Inference; safe to repeat. Reading one may wait for the network."""
         ...
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
-        """For evaluation: log-probabilities per class [rows, classes], or per option, mean per token [rows, 1]."""
+        """Log-probabilities for evaluation: per class [rows, classes], or per option, mean per token [rows, 1]."""
         ...
 
 
@@ -131,7 +130,7 @@ class FirstOrderServerSide(ServerSide, Protocol):
     def step(
         self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
-        """One update of theta_s. Repeating the last `step` answers again without a second update."""
+        """One update of theta_s. Repeating the last `step` returns its reply again, without a second update."""
         ...
 
 

@@ -2,8 +2,8 @@
 
 Start here. "line 4" is line 4 of Alg. 1 in arXiv 2601.10940, as docs/concepts/algorithm.md numbers it. All rounds have
 one signature, so that the table of methods (`core.methods`) can name them. A round never looks inside an activation
-and never asks where the server is: in this process or across a network is the party's business. A new method is a new
-function here, never a flag on an old one.
+and does not know where the server is, in this process or across a network. A new method is a new function here, never
+a flag on an old one.
 """
 
 import math
@@ -26,7 +26,7 @@ from hosl.core.targets import Batch
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """What one step of any method reports."""
+    """The result of one step of any method."""
 
     loss: float
     """Mean training loss at the weights that entered the step, in nats."""
@@ -51,7 +51,7 @@ class StepInputs:
     """The step, from 1."""
     _: KW_ONLY
     seeds: Sequence[int] = ()
-    """One seed for each direction of the client; Q of them."""
+    """Q seeds, one for each direction of the client."""
     server_seeds: Sequence[int] = ()
     """One seed for each direction of a zeroth-order server."""
     epsilon: float = 1e-3
@@ -59,24 +59,24 @@ class StepInputs:
     learning_rate: float = 0.0
     """eta_c of the client's update; the server has its own."""
     control: CoefficientControl = PLAIN
-    """The treatment of the measured coefficients; by default, only what is no number is rejected."""
+    """The treatment of the measured coefficients; by default only NaN and Inf are rejected."""
 
 
 def hosl_round(
     client: ZerothOrderClientSide, server: FirstOrderServerSide, batch: Batch, step: StepInputs
 ) -> RoundResult:
     """One step of HOSL (arXiv 2601.10940, Alg. 1): zeroth-order client, first-order server."""
-    answers = []
+    replies = []
     for h_plus, h_minus in client.probes(batch, step.seeds, step.epsilon):  # lines 1 to 3
-        # line 4; the answer may arrive during the next probe
-        answers.append(server.losses([h_plus, h_minus], batch.targets))
+        # line 4; the reply may arrive during the next probe
+        replies.append(server.losses([h_plus, h_minus], batch.targets))
         del h_plus, h_minus  # or they would be held while the next pair, or the clean h, is computed
-    quotients = [difference_quotient(plus, minus, step.epsilon) for plus, minus in answers]  # line 5
+    quotients = [difference_quotient(plus, minus, step.epsilon) for plus, minus in replies]  # line 5
     probes = step.control.judge(quotients)
     h = client.forward(batch)  # line 6, at the UNPERTURBED client
     reply = server.step(h, batch.targets, step=step.number)  # line 7
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)  # line 8
-    noise = loss_noise([loss for pair in answers for loss in pair], step.epsilon)
+    noise = loss_noise([loss for pair in replies for loss in pair], step.epsilon)
     return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
 
 
@@ -87,16 +87,16 @@ def hosl_first_plus_round(
 
     2Q forwards and uploads; the loss is that probe's. Source: paper.md D1, as the authors' code has it.
     """
-    h_first, answers = None, []
+    h_first, replies = None, []
     for h_plus, h_minus in client.probes(batch, step.seeds, step.epsilon):  # lines 1 to 3
         if h_first is None:
             h_first = h_plus  # its loss comes with the server's step
-            answers.append(server.losses([h_minus], batch.targets))
+            replies.append(server.losses([h_minus], batch.targets))
         else:
-            answers.append(server.losses([h_plus, h_minus], batch.targets))
+            replies.append(server.losses([h_plus, h_minus], batch.targets))
         del h_plus, h_minus
     reply = server.step(h_first, batch.targets, step=step.number)  # line 7
-    (minus,), *others = answers
+    (minus,), *others = replies
     losses = [(reply.loss, minus), *others]
     probes = step.control.judge([difference_quotient(plus, minus, step.epsilon) for plus, minus in losses])
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)  # line 8
@@ -128,9 +128,8 @@ def hosl_gradient_one_sided_round(
     """
     h = client.forward(batch)
     reply = server.step(h, batch.targets, step=step.number, want_gradient=True)  # line 7
-    projections = list(
-        client.one_sided_projections(batch, h, step.seeds, step.epsilon, reply.gradient)
-    )  # lines 1 to 5
+    # lines 1 to 5
+    projections = list(client.one_sided_projections(batch, h, step.seeds, step.epsilon, reply.gradient))
     probes = step.control.judge([step.control.total(p.rows) for p in projections])
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)  # line 8
     return RoundResult(reply.loss, probes.measured, probes.rejected, probes.of(projections)[0].noise)
@@ -176,7 +175,7 @@ def hosl_node_round(
     names = client.guide(reply.gradient)
     projections = PLAIN.judge([client.slope(name, reply.gradient, step.epsilon) for name in names])
     slopes = list(client.node_slopes(h, step.seeds, step.epsilon, reply.gradient))  # one for each token
-    nodes = PLAIN.judge([float(of_tokens.sum()) for of_tokens in slopes])
+    nodes = PLAIN.judge([float(token_slopes.sum()) for token_slopes in slopes])
     client.descend_nodes(nodes.of(step.seeds), nodes.of(slopes), step.learning_rate)  # line 8
     client.descend_along(projections.of(names), projections.coefficients, step.learning_rate)
     measured = (*projections.measured, *nodes.measured)
@@ -200,14 +199,13 @@ def zo_round(
 
     The loss is the mean of the accepted probes' losses: no clean forward is made. Source: paper.md section 4, I7.
     """
-    pairs = client.probes(
-        batch, step.seeds, step.epsilon
-    )  # one by one: none is held while the next is computed
-    answers = [server.probe(next(pairs), batch.targets, seed, step.epsilon) for seed in step.server_seeds]
-    probes = step.control.judge([difference_quotient(plus, minus, step.epsilon) for plus, minus in answers])
+    # one by one: none is held while the next is computed
+    pairs = client.probes(batch, step.seeds, step.epsilon)
+    replies = [server.probe(next(pairs), batch.targets, seed, step.epsilon) for seed in step.server_seeds]
+    probes = step.control.judge([difference_quotient(plus, minus, step.epsilon) for plus, minus in replies])
     server.descend(step.number, probes.of(step.server_seeds), probes.coefficients)
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)
-    losses = [loss for pair in probes.of(answers) for loss in pair]
+    losses = [loss for pair in probes.of(replies) for loss in pair]
     noise = loss_noise(losses, step.epsilon)
     return RoundResult(sum(losses) / len(losses), probes.measured, probes.rejected, noise)
 
@@ -222,17 +220,17 @@ def fo_zo_round(
     """
     h = client.forward_for_backward(batch)
     reply = server.gradient(h, batch.targets)
-    answers = [server.probe((h, h), batch.targets, seed, step.epsilon) for seed in step.server_seeds]
-    probes = step.control.judge([difference_quotient(plus, minus, step.epsilon) for plus, minus in answers])
+    replies = [server.probe((h, h), batch.targets, seed, step.epsilon) for seed in step.server_seeds]
+    probes = step.control.judge([difference_quotient(plus, minus, step.epsilon) for plus, minus in replies])
     server.descend(step.number, probes.of(step.server_seeds), probes.coefficients)
     client.backward(reply.gradient, step.learning_rate)
-    noise = loss_noise([loss for pair in answers for loss in pair], step.epsilon)
+    noise = loss_noise([loss for pair in replies for loss in pair], step.epsilon)
     return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
 
 
 def frozen_round(
     client: ClientSide, server: FirstOrderServerSide, batch: Batch, step: StepInputs
 ) -> RoundResult:
-    """One step in which only the server trains: the row that every comparison owes (paper.md H0)."""
+    """One step in which only the server trains: the baseline of every comparison (paper.md H0)."""
     reply = server.step(client.forward(batch), batch.targets, step=step.number)  # lines 6 and 7
     return RoundResult(loss=reply.loss)

@@ -1,7 +1,7 @@
-"""Batches, targets and replies: what the two parties say to each other.
+"""Batches, targets and replies: the data that the two parties exchange.
 
 The data boundary is these types. A `Batch` stays with the client; of it, only `Batch.targets` may cross to the
-server. No field of `Targets` can carry the input's token ids or text. Who says them to whom: `hosl.core.protocols`.
+server. No field of `Targets` can carry the input's token ids or text. The calls that carry them: `hosl.core.protocols`.
 """
 
 from dataclasses import dataclass
@@ -33,25 +33,25 @@ class ClassTargets:
 class OptionTargets:
     """Targets of a language-model head: the tokens of one candidate answer (option) per row.
 
-    Rows with options shorter than the longest are filled: position 0, token -1. A filled place is not scored.
+    Rows with options shorter than the longest are padded: position 0, token -1. A padded element is not scored.
     """
 
     mask: Int[np.ndarray, "rows seq"]
     """1 where a position holds a token, 0 where it is padding; int8."""
     positions: Int[np.ndarray, "rows span"]
-    """Where the logits that predict each option token stand: that token's own position minus 1; int32."""
+    """The positions of the logits that predict each option token: the token's own position minus 1; int32."""
     tokens: Int[np.ndarray, "rows span"]
-    """The option's tokens, -1 where filled; int32."""
+    """The option's tokens, -1 where padded; int32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionTargets:
-    """Where the scored positions are, without what is right there: all that a server sees when labels stay away."""
+    """The scored positions without the right answers: all that a server gets when the labels stay with the client."""
 
     mask: Int[np.ndarray, "rows seq"]
     """1 where a position holds a token, 0 where it is padding; int8."""
     positions: Int[np.ndarray, " positions"]
-    """The scored positions of any row, ascending; int64."""
+    """The positions scored in at least one row, ascending; int64."""
 
 
 Targets: TypeAlias = ClassTargets | OptionTargets
@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepReply:
-    """What the server answers to a training step."""
+    """The server's reply to a training step."""
 
     loss: float
     """Mean loss of the batch at the theta_s that entered the step, in nats."""
@@ -77,7 +77,7 @@ class StepReply:
 
 
 def positions_of(targets: Targets) -> PositionTargets:
-    """The scored positions of any row, ascending; position 0 for a classification head."""
+    """The positions scored in at least one row, ascending; position 0 for a classification head."""
     if isinstance(targets, ClassTargets):
         return PositionTargets(targets.mask, np.zeros(1, np.int64))
     return PositionTargets(targets.mask, np.unique(targets.positions[targets.tokens >= 0]).astype(np.int64))

@@ -1,1 +1,1 @@
-"""What a config's method stands for: the round of a step (`step`), its parties (`torch_parties`), rates and batches."""
+"""From a config to training: the round of a step (`step`), the parties (`torch_parties`), rates and batches."""

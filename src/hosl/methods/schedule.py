@@ -1,4 +1,4 @@
-"""Which examples and which learning rate a step has: functions of the step alone, so that a resume needs no state."""
+"""The examples and the learning rate of a step: functions of the step alone, so that a resume needs no state."""
 
 import math
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:
     """The examples of `step` (from 1): every epoch is a fresh permutation; a batch may span two epochs."""
     indices = []
     for position in range((step - 1) * batch, step * batch):
-        epoch, place = divmod(position, examples)
-        indices.append(int(_permutation(seed, epoch, examples)[place]))
+        epoch, rank = divmod(position, examples)
+        indices.append(int(_permutation(seed, epoch, examples)[rank]))
     return indices
 
 
@@ -34,9 +34,9 @@ def longest_batch(task: Task, config: Config) -> tuple[int, int]:
 
 
 def learning_rate(config: Config, base: float) -> Callable[[int], float]:
-    """The learning rate of each step: warm-up from 0, then constant, or down to 0 by a line or a cosine."""
+    """The function from a step to its learning rate: warm-up from 0, then constant, linear or cosine to 0."""
 
-    def at(step: int) -> float:
+    def rate_of(step: int) -> float:
         if step <= config.warmup_steps:
             return base * step / config.warmup_steps
         progress = (step - 1 - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
@@ -48,7 +48,7 @@ def learning_rate(config: Config, base: float) -> Callable[[int], float]:
             case "cosine":
                 return base * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return at
+    return rate_of
 
 
 @lru_cache(maxsize=2)

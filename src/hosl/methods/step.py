@@ -13,7 +13,7 @@ from hosl.methods.schedule import learning_rate
 
 
 def coefficient_control(config: Config) -> CoefficientControl:
-    """The treatment of a step's coefficients that the config asks for, with nothing to look back on."""
+    """The config's coefficient control, without coefficients of earlier steps."""
     return CoefficientControl(clip=config.zo.clip, row_clip=config.zo.row_clip, normalise=config.zo.normalise)
 
 
@@ -30,13 +30,13 @@ def method_round(
     """One step of the config's method between two parties.
 
     Args:
-        config: method, seed, zo settings and learning rate.
-        client: follows the protocol that the method's round declares.
-        server: likewise.
-        batch: of this step.
-        step: from 1.
-        half: the name under which the client draws its directions.
-        control: of the step's coefficients; None: the config's, with nothing to look back on.
+        config: the run's config; method, seed, zo settings and learning rate are read.
+        client: a client with the protocol that the method's round declares.
+        server: a server with the protocol that the method's round declares.
+        batch: the batch of this step.
+        step: the step, from 1.
+        half: the name by which the client draws its directions.
+        control: the coefficient control of this step; None: `coefficient_control(config)`.
     """
 
     def seeds(of_half: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A made-up batch and a made-up server: what a client takes by itself, without data and without the other half."""
+"""A synthetic batch and a synthetic server: they measure a client alone, without data and without the other half."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from hosl.core.targets import Batch, OptionTargets, StepReply, Targets
 def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
     """The batch of every measured and planned step: the longest there is, one scored token per row.
 
-    One place is padding: without any, attention would go without a mask, which batches of text hardly ever do.
+    One position is padding: without any, attention would run without a mask, which is rare for batches of text.
     """
     generator = np.random.Generator(np.random.Philox(key=0))
     vocabulary = client.half.config.get_text_config().vocab_size
@@ -24,39 +24,39 @@ def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
 
 
 class NoServer:
-    """Answers at once with made-up numbers: what a client takes by itself, to subtract."""
+    """A server that replies at once with synthetic numbers."""
 
     def losses(self, activations: Sequence[Any], targets: Targets) -> list[float]:
-        """Different from each other, so that a client has something to descend."""
-        return [0.7 + 0.1 * place for place, _ in enumerate(activations)]
+        """Losses that differ from each other, so that a client's coefficients are not 0."""
+        return [0.7 + 0.1 * i for i, _ in enumerate(activations)]
 
     def scores(self, activations: Any, targets: Targets) -> Float[np.ndarray, "rows 1"]:
-        """Every answer is as likely."""
+        """Zeros [rows, 1]: every option is as likely."""
         return np.zeros((len(activations), 1))
 
     def step(
         self, activations: Any, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
-        """A gradient as large as the activations, where one is wanted."""
+        """A loss, and with `want_gradient` a gradient of the activations' shape."""
         return StepReply(0.7, activations * 1e-3 if want_gradient else None)
 
     def loss_with_dropout(self, activations: Any, targets: Targets, dropout_seed: int) -> float:
-        """As `losses`."""
+        """The first of `losses`."""
         return self.losses([activations], targets)[0]
 
     def step_with_dropout(
         self, activations: Any, targets: Targets, *, step: int, dropout_seed: int
     ) -> StepReply:
-        """As `step`, at activations that have crossed for `loss_with_dropout`."""
+        """A loss; its activations are those of `loss_with_dropout`."""
         return StepReply(0.7)
 
     def gradient(self, activations: Any, targets: Targets) -> StepReply:
-        """As `step`."""
+        """The reply of `step` with a gradient."""
         return self.step(activations, targets, step=0, want_gradient=True)
 
     def probe(self, pair: Any, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
-        """As `losses`."""
+        """Two losses that differ."""
         return 0.7, 0.8
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """Nothing to do."""
+        """Do nothing."""

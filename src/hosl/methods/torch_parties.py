@@ -1,4 +1,4 @@
-"""The parties of a config's method on PyTorch: which weights are trained, and who holds them."""
+"""The parties of a config's method on PyTorch, with the weights that they train."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,11 +25,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True) -> FrozenClient:
-    """The client party of a method, its trained weights chosen.
+    """The client party of a method on a half that is not prepared yet.
 
     Args:
-        config: the run's.
-        half: is given to the party.
+        config: the run's config.
+        half: the client half; the party takes it over.
         low_precision: whether client.dtype is applied; False leaves the base weights as they are, for export.
     """
     prepare_client_half_(config, half, low_precision=low_precision)
@@ -37,7 +37,7 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
 
 
 def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: bool = True) -> None:
-    """Make the half's weights what the config wants, in place: low-precision base, adapters, what is trained."""
+    """Prepare the half for the config, in place: low-precision base weights, adapters, choice of trained weights."""
     trained = config.client.trainable if config.method_row.trains == "chosen" else "none"
     dtype = config.client.dtype
     if dtype != "model" and low_precision:
@@ -50,7 +50,7 @@ def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: boo
 
 
 def client_on(config: Config, half: ClientHalf) -> FrozenClient:
-    """The client party of a method on a half that is prepared."""
+    """The client party of a method on a prepared half."""
     if config.profile == "authors-head":
         return NoisyZerothOrderClient(half, **_zeroth_order(config))
     return _CLIENTS[config.method](config, half)
@@ -83,19 +83,19 @@ _CLIENTS: dict[str, Callable[[Config, ClientHalf], FrozenClient]] = {
     "fo-recompute": lambda config, half: RecomputingClient(half, **_common(config)),
     "fo-fo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),
 }
-"""The client of each method; a method that is added has a line here."""
+"""The constructor of each method's client; a new method needs a line here."""
 
 
 def make_server(
     config: Config, half: Any, new_weights: Sequence[str], *, synchronous: bool = False
 ) -> TorchServer | TrunkServer:
-    """The server party of a method, its trained weights chosen.
+    """The server party of a method, with its trained weights chosen.
 
     Args:
-        config: the run's.
-        half: a `ServerHalf`, or a `TrunkHalf` where the labels stay with the client; is given to the party.
-        new_weights: names that the checkpoint did not hold: a new head has nothing to adapt, LoRA trains it itself.
-        synchronous: whether several clients' gradients make one update.
+        config: the run's config.
+        half: a `ServerHalf`, or a `TrunkHalf` where the labels stay with the client; the party takes it over.
+        new_weights: names of weights that the checkpoint did not hold; LoRA trains a new head without adapters.
+        synchronous: whether the gradients of several clients make one update.
     """
     if config.server.trainable == "lora":
         add_lora(half, config.server.lora, seed=config.seed)
@@ -110,14 +110,14 @@ def make_server(
         return TrunkServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
     if config.method_row.server == "zeroth-order":
         return ZerothOrderServer(half, learning_rate=eta, distribution=config.zo.distribution, device=device)
-    kind = SynchronousServer if synchronous else FirstOrderServer
+    server_type = SynchronousServer if synchronous else FirstOrderServer
     if config.profile == "authors-head":
-        kind = NoisyFirstOrderServer
-    return kind(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
+        server_type = NoisyFirstOrderServer
+    return server_type(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
 
 
 def make_head(config: Config, half: HeadHalf, client_half: ClientHalf, trunk: Trunk) -> HeadedServer:
-    """The head that a client holds beside its half, over the trunk; a tied weight stays the client's to train."""
+    """The head on the client's device, over the trunk; a weight tied to the client half is trained there alone."""
     tied = {id(p) for p in client_half.parameters()}
     for p in half.parameters():
         if id(p) not in tied:
@@ -138,5 +138,5 @@ def party_bytes(party: Any) -> int:
 
 
 def trained_elements(party: Any) -> int:
-    """How many numbers a party trains."""
+    """The number of weight elements that a party trains."""
     return sum(p.numel() for p in party.half.parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
-"""The ways to train a client, as settings of one config: what `hosl bench` measures and `hosl plan` compares.
+"""The variants of client training that `hosl bench` measures and `hosl plan` compares.
 
-A variant is data: a method and the settings that make it another way. To measure another one, add a line.
+A variant is data: a method and some settings. To measure another one, add a line to `VARIANTS`.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ ADAMW = {"name": "adamw"}
 LORA = {"trainable": "lora"}
 
 _SHARED = ("zo.clip", "zo.normalise", "zo.row_clip")
-"""Of the governed settings those that a variant takes over from the config that it is applied to."""
+"""The settings of `GOVERNED` that a variant takes over from the config that it is applied to."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train a client."""
+    """One way to train a client: a method with settings of the sections zo, client and model."""
 
     name: str
     method: str
@@ -31,9 +31,9 @@ class Variant:
     client: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     planned: bool = False
-    """Whether `hosl plan` compares it where it is not told otherwise."""
+    """Whether `hosl plan` compares it by default."""
     choice: int | None = None
-    """Its place among the forward-only ways that a plan recommends, by what they gained (docs/results/index.md)."""
+    """Its rank among the forward-only variants that a plan recommends, by their results (docs/results/index.md)."""
 
     @property
     def method_row(self) -> Method:
@@ -41,10 +41,10 @@ class Variant:
         return METHODS[self.method]
 
     def config(self, *, cut: int, directions: int, micro_batch_size: int | None = None) -> Config:
-        """A run of this variant at a cut, with Q directions where the method has any.
+        """The config of a run of this variant at a cut, with Q directions where the method has any.
 
         Raises:
-            ConfigError: if the method does not allow what was asked.
+            ConfigError: if the method does not allow these settings.
         """
         base = Config(
             zo=ZOConfig(directions=directions, distribution="rademacher"),
@@ -53,10 +53,10 @@ class Variant:
         return self.applied(base, cut=cut, micro_batch_size=micro_batch_size)
 
     def applied(self, base: Config, *, cut: int, micro_batch_size: int | None = None) -> Config:
-        """`base`, trained in this way at this cut; settings that the method does not read are left out.
+        """`base` with this variant's settings at a cut; settings that the method does not read are reset.
 
         Raises:
-            ConfigError: if the method does not allow what `base` or the variant asks.
+            ConfigError: if the method does not allow the settings of `base` or of the variant.
         """
         settings: dict[str, Any] = msgspec.to_builtins(base)
         defaults = msgspec.to_builtins(Config())
@@ -75,7 +75,7 @@ class Variant:
 
 
 FORWARD = Variant("frozen", "frozen", planned=True, choice=6)
-"""What every variant is compared with: one forward pass of the same half."""
+"""The baseline of all variants: one forward pass of the same half."""
 
 FIRST_ORDER = Variant("fo-fo", "fo-fo", client={"optimiser": SGD}, planned=True)
 """Plain backprop through the whole batch, with the optimiser that needs no state."""
@@ -115,7 +115,7 @@ VARIANTS = (
 
 
 def variants_called(names: str | None) -> tuple[Variant, ...]:
-    """The variants of the given names, separated by semicolons; None: all.
+    """The variants with these names, separated by semicolons; None: all.
 
     Raises:
         ConfigError: if there is no such variant.
@@ -123,8 +123,8 @@ def variants_called(names: str | None) -> tuple[Variant, ...]:
     if names is None:
         return VARIANTS
     by_name = {variant.name: variant for variant in VARIANTS}
-    wanted = [name.strip() for name in names.split(";")]
-    for name in wanted:
+    chosen = [name.strip() for name in names.split(";")]
+    for name in chosen:
         if name not in by_name:
             raise ConfigError(f"no variant is called {name!r}; there are: {'; '.join(by_name)}")
-    return tuple(by_name[name] for name in wanted)
+    return tuple(by_name[name] for name in chosen)

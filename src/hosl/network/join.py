@@ -23,6 +23,7 @@ from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.folder_facts import half_facts
 from hosl.system.allocator import return_freed_memory
+from hosl.system.atomic import whole_file
 from hosl.system.machine import machine, versions
 from hosl.system.run_folder import RunLock, new_folder
 from hosl.tasks import Task, TextTokenizer, load_task, task_digest
@@ -186,7 +187,8 @@ def _unfinished(folder: Path, config_text: str) -> bool:
     files = folder / "config.yaml", folder / "record.json"
     if not all(file.is_file() for file in files) or files[0].read_text(encoding="utf-8") != config_text:
         return False
-    return not (folder / "report.html").is_file()  # the last file that a finished run writes
+    finished = json.loads(files[1].read_text(encoding="utf-8")).get("finished", False)
+    return not finished and not (folder / "report.html").is_file()  # the page is the mark of version 0.1
 
 
 def _finish(session: JoinedSession, run: Path) -> None:
@@ -194,3 +196,5 @@ def _finish(session: JoinedSession, run: Path) -> None:
 
     write_report(run)
     feed_trackers(session.config, run)
+    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+    whole_file(run / "record.json", json.dumps(record | {"finished": True}, indent=2).encode())

@@ -1,5 +1,4 @@
-"""Who holds a half: clients and servers that a round of `hosl.core.rounds` can talk to.
+"""The parties of a round of `hosl.core.rounds`: clients and servers, each with its half of the model.
 
-`torch_client` and `torch_server` need torch and do not know each other; nothing is imported here, so that a device
-loads only the party it runs.
+`clients`, `servers` and `engine` need torch. Nothing is imported here, so that a device loads only the party it runs.
 """

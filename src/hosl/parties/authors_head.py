@@ -22,7 +22,7 @@ from hosl.parties.servers.basic import FirstOrderServer
 
 @contextmanager
 def dropout(half: Any, seed: int) -> Iterator[None]:
-    """Within this context `half` drops as its config says, drawing from `seed`; afterwards it is in eval mode again."""
+    """Context manager: dropout in `half` as its config has it, drawn from `seed`; eval mode again afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         half.train()
@@ -33,7 +33,7 @@ def dropout(half: Any, seed: int) -> Iterator[None]:
 
 
 class NoisyZerothOrderClient(ZerothOrderClient):
-    """A zeroth-order client whose first probe of a step has dropout on in L+ only (D2)."""
+    """A zeroth-order client that can probe with dropout on in h+ only (D2)."""
 
     def probe_with_dropout(self, batch: Batch, seed: int, epsilon: float, dropout_seed: int) -> Pair:
         """h+ with dropout, h- without, [rows, seq, width] each."""

@@ -1,7 +1,7 @@
 """Clocks, byte counters and memory meters around the two parties. They change nothing that passes through. No torch.
 
-Bytes are those of the arrays and numbers that would cross a wire without compression; a
-transport counts its own framing.
+Bytes are those of the arrays and numbers that would cross a network without compression; a transport counts its own
+framing.
 """
 
 import time
@@ -14,7 +14,7 @@ Party = TypeVar("Party")
 
 @runtime_checkable
 class MemoryMeter(Protocol):
-    """Measures the memory of a party's calls; each runtime has its own (`torch_memory.TorchMemory`)."""
+    """A measure of the memory of a party's calls; each runtime has its own (`engine.memory.TorchMemory`)."""
 
     peak_bytes: int
     static_bytes: int
@@ -26,54 +26,54 @@ class MemoryMeter(Protocol):
 
 @dataclass
 class Meter:
-    """What one party has cost since the last `take`."""
+    """The costs of one party since the last `take`."""
 
     seconds: float = 0.0
-    """Inside the party's own calls."""
+    """Seconds inside the party's calls."""
     by_call: dict[str, float] = field(default_factory=dict)
     """Seconds of each call."""
     bytes_in: int = 0
-    """Of the arrays and numbers handed to it."""
+    """Bytes of the arrays and numbers that it received."""
     bytes_out: int = 0
-    """Of its answers."""
+    """Bytes of its replies."""
     peak_bytes: int = 0
-    """Most tensor bytes alive at once: weights, optimiser state and what a call allocated; 0 until measured."""
+    """The most tensor bytes alive at once: weights, optimiser state, allocations of a call; 0 until measured."""
     static_bytes: int = 0
-    """Of these, weights and optimiser state, held between calls; 0 until measured."""
+    """Tensor bytes held between calls, weights and optimiser state; 0 until measured."""
     memory: MemoryMeter | None = None
-    """Measures the next calls' memory, while it is there."""
+    """The memory meter of the next calls; None: memory is not measured."""
 
     def take(self) -> "Meter":
-        """The costs so far, and start again from zero; what is known of memory stays."""
+        """Return the costs so far and start again from zero; the memory figures stay."""
         taken = replace(self, memory=None)
         self.seconds, self.by_call, self.bytes_in, self.bytes_out = 0.0, {}, 0, 0
         return taken
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one call of the party under the meter; where it answers one by one, each answer's making."""
+        """Run one call of the party under the meter; of an iterator, the computation of each element."""
         self.bytes_in += payload_bytes(args)
-        answer = self._measured(function.__name__, function, *args, **kwargs)
-        return self._one_by_one(function.__name__, answer) if isinstance(answer, Iterator) else answer
+        reply = self._measured(function.__name__, function, *args, **kwargs)
+        return self._one_by_one(function.__name__, reply) if isinstance(reply, Iterator) else reply
 
-    def _one_by_one(self, name: str, answers: Iterator[Any]) -> Iterator[Any]:
+    def _one_by_one(self, name: str, elements: Iterator[Any]) -> Iterator[Any]:
         end = object()
-        while (answer := self._measured(name, next, answers, end)) is not end:
-            yield answer
-            del answer  # or it would be held while the next one is made
+        while (element := self._measured(name, next, elements, end)) is not end:
+            yield element
+            del element  # or it would be held while the next one is computed
 
     def _measured(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         if self.memory is not None:
-            answer = self.memory.watch(call, *args, **kwargs)
+            reply = self.memory.watch(call, *args, **kwargs)
             self.peak_bytes = max(self.peak_bytes, self.memory.peak_bytes)
             self.static_bytes = self.memory.static_bytes
         else:
-            answer = call(*args, **kwargs)
+            reply = call(*args, **kwargs)
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self.by_call[name] = self.by_call.get(name, 0.0) + seconds
-        self.bytes_out += payload_bytes(answer)
-        return answer
+        self.bytes_out += payload_bytes(reply)
+        return reply
 
 
 class Metered:
@@ -84,12 +84,12 @@ class Metered:
         self._meter = meter
 
     def __getattr__(self, call: str) -> Callable[..., Any]:
-        own = getattr(self._party, call)
-        return lambda *args, **kwargs: self._meter.call(own, *args, **kwargs)
+        function = getattr(self._party, call)
+        return lambda *args, **kwargs: self._meter.call(function, *args, **kwargs)
 
 
 def metered(party: Party, meter: Meter) -> Party:
-    """`party`, every call of it under the meter."""
+    """`party` with every call under the meter."""
     return cast(Any, Metered(party, meter))
 
 
@@ -104,7 +104,7 @@ def payload_bytes(content: Any) -> int:
     if isinstance(content, Mapping):
         return sum(payload_bytes(value) for value in content.values())
     if isinstance(content, Sequence) and not isinstance(content, str):
-        return sum(payload_bytes(part) for part in content)
+        return sum(payload_bytes(element) for element in content)
     if is_dataclass(content):
-        return sum(payload_bytes(getattr(content, part.name)) for part in fields(content))
+        return sum(payload_bytes(getattr(content, entry.name)) for entry in fields(content))
     return 0

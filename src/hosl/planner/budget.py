@@ -8,8 +8,9 @@ from hosl.config import Config
 from hosl.errors import BudgetError
 from hosl.methods.schedule import longest_batch
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
-from hosl.system.byte_sizes import parse_bytes, told_bytes
+from hosl.system.byte_sizes import parse_bytes
 from hosl.system.gc_paused import gc_paused
+from hosl.system.readable import readable_bytes
 from hosl.tasks import Task
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def check_before_data(config: Config, model: str, *, head: Any = None, alone: bo
         if base + max(weight_bytes(with_cut(config, min(config.model.cut, 1)), shape)) <= limit:
             return
     raise BudgetError(
-        f"{_budget(limit)}, but the client would take {told_bytes(base)} before any weight, and there is no cut whose "
-        f"weights fit into what is left; {_NOTHING_ELSE}"
+        f"{_budget(limit)}, but the client would take {readable_bytes(base)} before any weight, and there is no cut "
+        f"whose weights fit into what is left; {_NOTHING_ELSE}"
     )
 
 
@@ -76,8 +77,8 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     else:
         advice = f"the nearest setting that fits: {_changes(nearest, config)}"
     raise BudgetError(
-        f"{_budget(limit)}, but the client would take {told_bytes(needed)} ({told_bytes(_base(alone))} of it before "
-        f"any weight); {advice}"
+        f"{_budget(limit)}, but the client would take {readable_bytes(needed)} ({readable_bytes(_base(alone))} of it "
+        f"before any weight); {advice}"
     )
 
 
@@ -122,7 +123,7 @@ def _base(alone: bool) -> float:
 
 
 def _budget(limit: float) -> str:
-    return f"client.memory_budget is {told_bytes(limit)}"
+    return f"client.memory_budget is {readable_bytes(limit)}"
 
 
 def _changes(nearest: Config, config: Config) -> str:

@@ -1,4 +1,4 @@
-"""`hosl plan` around the planner: what is asked in words, the task's longest batch, the table for people."""
+"""`hosl plan` around the planner: the question as it is asked, the task's longest batch, the table for people."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
 from hosl.split import resolve_model_folder
 from hosl.system.allocator import return_freed_memory
-from hosl.system.byte_sizes import told_bytes
 from hosl.system.gc_paused import gc_paused
+from hosl.system.readable import readable_bytes, readable_count
 from hosl.tasks import Task, TextTokenizer, load_task
 from hosl.transport.link import LinkSpec
 
@@ -25,7 +25,7 @@ _CUTS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """What `hosl plan` is asked."""
+    """Question of `hosl plan` as it is asked."""
 
     what: str
     device_memory_bytes: float | None = None
@@ -40,7 +40,7 @@ class Planning:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan's rows and what follows from them."""
+    """Rows of a plan and what follows from them."""
 
     question: Question
     rows: Sequence[PlanRow]
@@ -48,7 +48,7 @@ class Planned:
     why: str
 
     def facts(self) -> dict[str, Any]:
-        """For --json: units in the names."""
+        """Content of --json: units in the names."""
         question = self.question
         return {
             "model": question.shape.name, "blocks": question.shape.blocks, "rows": question.rows,
@@ -59,30 +59,31 @@ class Planned:
         }  # fmt: skip
 
     def table(self) -> str:
-        """For people: what fits is marked, the recommended row with an arrow."""
+        """Table for people: what fits is marked, the recommended row with an arrow."""
         question = self.question
         limit = question.device_memory_bytes
         head = (
             f"{question.shape.name}, {question.shape.blocks} blocks, batches of {question.rows} x {question.tokens} "
-            f"tokens, {question.base.max_steps} steps; device: {'no limit' if limit is None else told_bytes(limit)}"
+            f"tokens, {readable_count(question.base.max_steps, 'step')}; "
+            f"device: {'no limit' if limit is None else readable_bytes(limit)}"
         )
         columns = [
             "", "cut", "way", "rows at once", "client tensors", "process", "server", "up/step", "down/step", "client s",
             "wire s", "server s", "hours",
         ]  # fmt: skip
         lines = [columns, *(_cells(row, row is self.chosen) for row in self.rows)]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
-                cell.ljust(width) if place == 2 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.ljust(width) if name == "way" else cell.rjust(width)
+                for name, cell, width in zip(columns, line, widths, strict=True)
             ).rstrip()
             for line in lines
         ]
         return "\n".join([head, "", *text, "", f"+ fits, -> recommended: {self.why}", ""])
 
     def write(self, path: Path) -> None:
-        """The recommended row as a config that `hosl train` reads.
+        """Write the recommended row as a config that `hosl train` reads.
 
         Raises:
             ConfigError: if nothing fits.
@@ -90,14 +91,6 @@ class Planned:
         if self.chosen is None:
             raise ConfigError(f"there is nothing to write: {self.why}")
         path.write_text(dump_config(self.chosen.config), encoding="utf-8")
-
-    def draw(self, path: Path) -> None:
-        """Memory against cut, as a picture."""
-        from hosl.planner.picture import draw_memory
-
-        question = self.question
-        title = f"{question.shape.name}: {question.rows} x {question.tokens} tokens"
-        draw_memory(self.rows, question.device_memory_bytes, title, path)
 
 
 def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> Planned:
@@ -167,20 +160,13 @@ def _spread(blocks: int, wanted: int) -> list[int]:
 
 def _cells(row: PlanRow, chosen: bool) -> list[str]:
     at_once = row.config.client.micro_batch_size
-    traffic = row.traffic
+    sizes = row.client.peak_bytes, row.client_process_bytes, row.server.peak_bytes
     return [
         "->" if chosen else "+" if row.fits else "", str(row.cut), row.name,
         "usual" if at_once is None else str(at_once),
-        told_bytes(row.client.peak_bytes), told_bytes(row.client_process_bytes), told_bytes(row.server.peak_bytes),
-        _told_traffic(traffic.bytes_up), _told_traffic(traffic.bytes_down), f"{row.client_s:.2f}", f"{row.wire_s:.2f}",
-        f"{row.server_s:.2f}", f"{row.hours:.2f}",
+        *map(readable_bytes, (*sizes, row.traffic.bytes_up, row.traffic.bytes_down)),
+        *(f"{number:.2f}" for number in (row.client_s, row.wire_s, row.server_s, row.hours)),
     ]  # fmt: skip
-
-
-def _told_traffic(count: int) -> str:
-    return (
-        f"{count} B" if count < 2**10 else f"{count / 2**10:.0f} KiB" if count < 2**20 else told_bytes(count)
-    )
 
 
 def _facts(row: PlanRow) -> dict[str, Any]:

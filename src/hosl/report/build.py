@@ -1,43 +1,44 @@
 """report.html: a run, or many, on one page; self-contained, opens from disk, prints, reads in dark and light.
 
-What the page is made of. Runs are read by `report_runs`, named and grouped by `report_groups`, drawn by
-`report_pictures`; sections that need what is not there are left out.
+Runs are read by `runs`, named and grouped by `groups`, compared by `comparison`, drawn by `figures` and put into the
+templates by `render`; sections that need what is not there are left out.
 """
 
-import html
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hosl.errors import FolderError
-from hosl.report import figures as pictures
-from hosl.report import tables
-from hosl.report import text as words
+from hosl.report import figures, tables, text
 from hosl.report.costs import overlap, traffic, waterfall
-from hosl.report.groups import Comparison, PlannedLine, comparisons
-from hosl.report.html import Section, cards, commands, folded, page, picture
-from hosl.report.runs import Ends, Run, chosen_runs, read_run, run_folders, study_ends
-from hosl.report.style import Look, looks
+from hosl.report.groups import PlannedLine, TaskGroups, by_task_and_model
+from hosl.report.render import check_installed, installed, no_page, rendered
+from hosl.report.runs import ReferenceRuns, Run, chosen_runs, read_run, reference_runs, run_folders
+from hosl.report.style import Looks, looks
 from hosl.system.atomic import whole_file
 
-Planner = Callable[[Comparison], Sequence[PlannedLine]]
-"""What memory would be at other cuts: `report_plan.planned_lines`, for who has torch."""
+Planner = Callable[[TaskGroups], Sequence[PlannedLine]]
+"""Memory at other cuts, planned: `planned.planned_lines`, for who has torch."""
 
 _REFERENCE = "reference_rows.json"
-"""Of a study: which of its rows are 0 and 1 of gap closure, as its own file names them."""
-_NO_PICTURES = (
-    "<p class=\"note\">No curves: matplotlib is not installed (<code>pip install 'hosl[report]'</code>).</p>"
-)
+"""File of a study that says which of its rows are 0 and 1 of gap closure, as its own file names them."""
 
 
-def write_report(run: Path, *, out: Path | None = None, planner: Planner | None = None) -> Path:
+def write_report(run: Path, *, out: Path | None = None, planner: Planner | None = None) -> Path | None:
     """Write the page of one run, by default as `run`/report.html; returns its path.
+
+    A run must not fail for want of a page: without Jinja2 a line on standard error says how to get it.
 
     Raises:
         FolderError: if `run` is no run's folder, or `out` cannot be written.
     """
+    if not installed("jinja2"):
+        sys.stderr.write(f"{no_page(run)}\n")
+        return None
     read = read_run(run)
     if out is None and read.joined and read.test is None:
         raise FolderError(
@@ -53,13 +54,14 @@ def write_comparison(
     """Write one page of many runs to `out`; returns its path.
 
     Args:
-        folders: of the runs.
+        folders: the runs'.
         out: the file.
-        title: of the page; default: what is compared.
+        title: the page's; default: what is compared.
         chosen: what a reader must know of how the runs were chosen.
         planner: for the lines of memory against cut; None: measured points only.
 
     Raises:
+        ConfigError: if the extra `report` is not installed.
         FolderError: if one is no run's folder, or `out` cannot be written.
     """
     return _written(_comparison_page([read_run(folder) for folder in folders], title, chosen, planner), out)
@@ -78,10 +80,11 @@ def write_study_report(
         study: its folder.
         out: the file.
         planner: as in `write_comparison`.
-        reference_rows: of a finished study: which rows are 0 and 1 of gap closure, kept in its folder; None: those
+        reference_rows: which rows of a finished study are 0 and 1 of gap closure, kept in its folder; None: those
             that were kept.
 
     Raises:
+        ConfigError: if the extra `report` is not installed.
         FolderError: if no run has begun, its runs.csv is not whole, or `out` cannot be written.
     """
     chosen = chosen_runs(study)
@@ -91,15 +94,13 @@ def write_study_report(
         kept = dict(zip(("frozen", "first_order"), reference_rows, strict=True))
         whole_file(study / _REFERENCE, json.dumps(kept).encode())
     rows = reference_rows or _kept_rows(study)
-    ends = study_ends(runs, chosen, rows) if chosen and rows else None
-    text = _comparison_page(
-        runs, f"Study {study.resolve().name}", words.how_chosen(finished=chosen is not None), planner, ends
-    )
-    return _written(text, out or study / "report.html")
+    references = reference_runs(runs, chosen, rows) if chosen and rows else None
+    title, how = f"Study {study.resolve().name}", text.how_chosen(finished=chosen is not None)
+    return _written(_comparison_page(runs, title, how, planner, references), out or study / "report.html")
 
 
 def _kept_rows(study: Path) -> tuple[str, str] | None:
-    """What `hosl study` said of its references when it wrote the page; None: nothing, as versions before did."""
+    """The reference rows that `hosl study` kept when it wrote the page; None: none, as versions before did."""
     try:
         kept = json.loads((study / _REFERENCE).read_text(encoding="utf-8"))
         return kept["frozen"], kept["first_order"]
@@ -112,142 +113,107 @@ def _kept_rows(study: Path) -> tuple[str, str] | None:
 
 
 def _run_page(run: Run, planner: Planner | None) -> str:
-    (comparison,) = comparisons([run])
-    planned = planner(comparison) if planner else []
-    look, (group,) = _looks([comparison], planned), comparison.groups
-    curves = pictures.run_curves(group, look, "curves") if run.steps and pictures.can_draw() else ""
-    config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-    content = [
-        cards(words.run_cards(group, planned)),
-        Section(
-            "Loss and accuracy", picture(curves) if pictures.can_draw() else _NO_PICTURES,
-            "Training: every step's batch (thin), and means over stretches of steps. Points: the whole dev split."
-            if curves else "",
-        ),
-        *_cost_sections(comparison, planned, look, "memory"),
-        Section("Evaluations", tables.evaluations([group]) if run.dev or run.test else "", long=True),
-        Section("Make it again", commands([("", command) for command in words.again(run)])),
-        Section("Settings that are not at their defaults", tables.changed_settings(run), long=True),
-        Section("Versions and machine", tables.versions([run])),
-        Section(
-            "In full", folded("Configuration", config) + folded("Record", json.dumps(run.record, indent=2)), long=True
-        ),
-    ]  # fmt: skip
-    return page(f"{run.method} on {words.task(run)}", str(run.folder), words.run_sentence(run), content)
+    (part,) = by_task_and_model([run])
+    planned = planner(part) if planner else []
+    page_looks, (group,) = _looks([part], planned), part.groups
+    curves = figures.curves([group], page_looks) if run.steps and figures.can_draw() else None
+    return rendered(
+        "run.html.jinja", title=f"{run.method} on {run.task_name}", over=str(run.folder),
+        sentence=text.run_sentence(run), cards=text.run_cards(group, planned), can_draw=figures.can_draw(),
+        curves=curves and figures.inline(curves, "curves", "Loss and dev accuracy over steps", page_looks),
+        costs=_costs(part, planned, page_looks, "memory"), measured=text.MEASURED,
+        evaluations=tables.evaluations([group]), commands=[("", command) for command in text.again(run)],
+        settings=tables.changed_settings(run), versions=tables.versions([run]),
+        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), record=json.dumps(run.record, indent=2),
+    )  # fmt: skip
 
 
 def _comparison_page(
-    asked: Sequence[Run], title: str, chosen: str, planner: Planner | None, ends: Ends | None = None
+    asked: Sequence[Run],
+    title: str,
+    how: str,
+    planner: Planner | None,
+    references: ReferenceRuns | None = None,
 ) -> str:
-    found = comparisons(asked)
-    groups = [group for comparison in found for group in comparison.groups]
+    check_installed("jinja2", "scipy")
+    parts = by_task_and_model(asked)
+    planned = [list(planner(part)) if planner else [] for part in parts]
+    page_looks = _looks(parts, [line for lines in planned for line in lines])
+    groups = [group for part in parts for group in part.groups]
     runs = [run for group in groups for run in group.runs]
-    planned = [list(planner(comparison)) if planner else [] for comparison in found]
-    look = _looks(found, [line for lines in planned for line in lines])
-    content: list[object] = [cards(words.comparison_cards(found, len(runs)))]
-    for place, (comparison, lines, heading) in enumerate(
-        zip(found, planned, words.headings(found), strict=True)
-    ):
-        if len(found) > 1:
-            content.append(f'<section class="part"><h2>{html.escape(heading)}</h2></section>')
-        content += _comparison_sections(comparison, lines, look, chosen, f"{place}", ends)
-    again = [
-        (f"{group.label}, seed {run.seed}", words.again(run)[0]) for group in groups for run in group.runs
-    ]
-    content += [
-        Section("Make them again", commands(again), long=True),
-        Section("Versions and machines", tables.versions(runs)),
-    ]
-    return page(
-        title or words.title(found), words.place(runs), words.comparison_sentence(asked, found), content
-    )
+    return rendered(
+        "comparison.html.jinja", title=title or text.title(parts), over=text.common_folder(runs),
+        sentence=text.comparison_sentence(asked, parts), cards=text.comparison_cards(parts, len(runs)),
+        measured=text.MEASURED, can_draw=figures.can_draw(), versions=tables.versions(runs),
+        commands=[(f"{group.label}, seed {run.seed}", text.again(run)[0]) for group in groups for run in group.runs],
+        parts=[
+            {"heading": heading, **_part(part, lines, page_looks, how, f"{number}", references)}
+            for number, (part, lines, heading) in enumerate(zip(parts, planned, text.headings(parts), strict=True))
+        ],
+    )  # fmt: skip
 
 
-def _comparison_sections(
-    comparison: Comparison,
+def _part(
+    part: TaskGroups,
     planned: Sequence[PlannedLine],
-    look: Mapping[str, Look],
-    chosen: str,
+    page_looks: Looks,
+    how: str,
     name: str,
-    ends: Ends | None,
-) -> list[Section]:
-    """What stands of one task and one model; pictures of several groups only where there are several."""
-    groups, draws = comparison.groups, pictures.can_draw()
-    table, gap_ends = tables.results(comparison, look, ends)
+    of_study: ReferenceRuns | None,
+) -> dict[str, Any]:
+    """Everything about one task and one model; figures of several groups only where there are several."""
+    groups, draws = part.groups, figures.can_draw()
+    comparison = part.comparison(of_study)
     timed_on = tables.machine([run for group in groups for run in group.runs])
-    compared = draws and sum(bool(group.finished) and group.timed for group in groups) > 1
-    scatter = pictures.accuracy_against_memory(comparison, look, f"pareto{name}") if compared else ""
+    note = [
+        how, text.statistics_note(comparison), "Client peak: tensors of the client's half.", text.MEASURED,
+        f"Steps were timed on {timed_on}.",
+    ]  # fmt: skip
+    several = draws and sum(bool(group.finished and group.timings) for group in groups) > 1
+    arms = [group.arm for group in groups]
+    scatter = figures.accuracy_against_memory(arms, page_looks) if several else None
     stepped = draws and any(run.steps for group in groups for run in group.runs)
-    curves = picture(pictures.curves(comparison, look, f"curves{name}")) if stepped else ""
-    legend = "".join(f"<li>{look[way].key()}{html.escape(way)}</li>" for way in comparison.ways)
-    several = any(len(group.runs) > 1 for group in groups)
-    return [
-        Section(
-            "What they reach and cost", table,
-            html.escape(words.results_note(comparison, chosen, timed_on, gap_ends), quote=False), long=True,
+    curves = figures.curves(groups, page_looks) if stepped else None
+    return {
+        "table": tables.compared(comparison, page_looks, "way to train"), "note": " ".join(filter(None, note)),
+        "scatter": scatter and figures.inline(
+            scatter, f"pareto{name}", "Test accuracy against client memory", page_looks
         ),
-        Section(
-            "Accuracy against client memory", picture(scatter),
-            "Up and to the left is better; the thin line is the Pareto front. "
-            f"{'Means over seeds, bars of one standard deviation. ' if several else ''}{words.MEASURED}",
+        "curves": curves and figures.inline(
+            curves, f"curves{name}", "Training loss, dev loss and dev accuracy over steps", page_looks
         ),
-        Section(
-            "Loss and accuracy", f'<ul class="legend">{legend}</ul>{curves}' if draws else _NO_PICTURES,
-            f"{'Means over seeds, bands of one standard deviation. ' if several else ''}Training losses are of single "
-            "batches, and means over stretches of steps." if curves else "", long=len(comparison.cuts) > 2,
-        ),
-        *_cost_sections(comparison, planned, look, f"memory{name}"),
-        Section("Where they differ", tables.differences(comparison), long=True),
-        Section("Evaluations", _folded_table("All of them, means over seeds", tables.evaluations(groups)), long=True),
-    ]  # fmt: skip
+        "ways": {way: page_looks[way] for way in part.methods}, "cuts": len(part.cuts),
+        "several_seeds": any(len(group.runs) > 1 for group in groups),
+        "costs": _costs(part, planned, page_looks, f"memory{name}"), "differences": tables.differences(groups),
+        "evaluations": tables.evaluations(groups),
+    }  # fmt: skip
 
 
-def _cost_sections(
-    comparison: Comparison, planned: Sequence[PlannedLine], look: Mapping[str, Look], name: str
-) -> list[Section]:
+def _costs(part: TaskGroups, planned: Sequence[PlannedLine], page_looks: Looks, name: str) -> dict[str, Any]:
     """Memory against cut, bytes, and the waterfall of a step."""
-    groups = [group for group in comparison.groups if group.timed]
-    if not groups:
-        made = any(run.steps for group in comparison.groups for run in group.runs)
-        said = "No step was timed." if made else "No step was made."
-        return [Section("What a step costs", f'<p class="note">{said}</p>')]
-    runs = [run for group in groups for run in group.runs]
-    memory, steps = "", sum(len(run.timings) for run in runs)
-    if pictures.can_draw() and (planned or len(comparison.cuts) > 1):
-        memory = pictures.memory_against_cut(groups, planned, look, name)
-    lines = "Lines: planned for the longest batch, by running a step's code without data. " if planned else ""
-    at_once = (
-        "Some go on at the same time, so that they add up to more than the step. " if overlap(groups) else ""
-    )
-    return [
-        Section("Client memory against the cut", picture(memory), f"Points: measured. {lines}{words.MEASURED}"),
-        Section(
-            "Bytes of a step", traffic(groups, look),
-            "Means over steps, of the arrays and numbers that cross, before a transport frames them. The scale is "
-            "logarithmic.",
-        ),
-        Section(
-            "A step from start to end", waterfall(groups, look),
-            f"Medians over {steps:,} steps, each kind of work on its own, in the order in which a step begins them. "
-            f"{at_once}Measured on {html.escape(tables.machine(runs))}.",
-            long=len(groups) > 2,
-        ),
-    ]  # fmt: skip
+    timed = [group for group in part.groups if group.timings]
+    runs = [run for group in timed for run in group.runs]
+    memory = None
+    if timed and figures.can_draw() and (planned or len(part.cuts) > 1):
+        figure = figures.memory_against_cut([(group.cut, group.arm) for group in timed], planned, page_looks)
+        memory = figures.inline(figure, name, "Client memory against the cut", page_looks)
+    return {
+        "stepped": any(run.steps for group in part.groups for run in group.runs), "planned": bool(planned),
+        "memory": memory, "traffic": traffic(timed) if timed else None, "waterfall": waterfall(timed),
+        "overlap": overlap(timed), "steps": sum(len(run.timings) for run in runs), "machine": tables.machine(runs),
+        "looks": page_looks,
+    }  # fmt: skip
 
 
-def _looks(found: Sequence[Comparison], planned: Sequence[PlannedLine]) -> dict[str, Look]:
-    methods = {way: comparison.method_of(way) for comparison in found for way in comparison.ways}
-    return looks(methods | {line.way: line.method for line in planned if line.way not in methods})
+def _looks(parts: Sequence[TaskGroups], planned: Sequence[PlannedLine]) -> Looks:
+    methods: Mapping[str, str] = {way: method for part in parts for way, method in part.methods.items()}
+    return looks({**methods, **{line.way: line.method for line in planned if line.way not in methods}})
 
 
-def _folded_table(title: str, content: str) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{content}</details>" if content else ""
-
-
-def _written(text: str, path: Path) -> Path:
+def _written(page: str, path: Path) -> Path:
     """Write a page whole, or not at all."""
     try:
-        whole_file(path, text.encode())
+        whole_file(path, page.encode())
     except OSError as cause:
         raise FolderError(
             f"{path} cannot be written: {cause.strerror}; choose another file with -o"

@@ -1,6 +1,6 @@
 """Runs of a report as groups that differ by seed alone, named by what tells them apart.
 
-A comparison holds groups of one task and one model: only their numbers may stand beside each other.
+Groups of one task and one model stand together: only their numbers may stand beside each other.
 """
 
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hosl.report.runs import Run, told
+import numpy as np
 
-_ORDER = (
-    "frozen", "zo-zo", "hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-zo", "fo-recompute", "fo-fo",
-)  # fmt: skip
-"""Of methods in tables and pictures: the two ends of gap closure are first and last."""
+from hosl.core.methods import FIRST_ORDER, FROZEN, METHODS
+from hosl.report.comparison import Arm, Comparison, Costs, Row, same_work
+from hosl.report.runs import ReferenceRuns, Run, setting_text
+
 _TELLING = (
     "zo.directions", "client.trainable", "client.learning_rate", "server.learning_rate", "zo.distribution",
     "per_device_train_batch_size", "max_steps",
@@ -40,7 +40,7 @@ class Group:
 
     @property
     def method(self) -> str:
-        """Of all its runs."""
+        """Method of all its runs."""
         return self.runs[0].method
 
     @cached_property
@@ -49,78 +49,110 @@ class Group:
         return {run.seed: run for run in self.runs if run.test}
 
     @property
-    def timed(self) -> bool:
-        """Whether any step was made."""
-        return any(run.timings for run in self.runs)
+    def timings(self) -> list[dict[str, Any]]:
+        """Lines of timings.jsonl of all its runs."""
+        return [line for run in self.runs for line in run.timings]
+
+    @cached_property
+    def arm(self) -> Arm:
+        """The group as a comparison has it: what its finished runs reached, what all of them cost."""
+        unfinished = len(self.runs) - len(self.finished)
+        seeds = (f"{len(self.finished)}", f"{unfinished} unfinished" if unfinished else "")
+        tests = {seed: run.test for seed, run in self.finished.items() if run.test}
+        values = {
+            f"test_{key}": {s: test[key] for s, test in tests.items()} for key in ("accuracy", "loss_nats")
+        }
+        peaks = [line["client_peak_bytes"] for line in self.timings]
+        costs = Costs(
+            max(peaks, default=None), self._bytes_per_step("up"), self._bytes_per_step("down"),
+            median(line["step_s"] for line in self.timings) if self.timings else None,
+        )  # fmt: skip
+        details = ({"cut": (f"{self.cut}", "")} if self.label != self.way else {}) | {"seeds": seeds}
+        return Arm(self.label, self.way, self.method, self.runs[0].settings, values, costs, details)
 
     @property
-    def peak_bytes(self) -> int:
-        """The most that the client's tensors took in any run."""
-        return max(line["client_peak_bytes"] for run in self.runs for line in run.timings)
+    def dev_loss(self) -> float:
+        """Mean over its finished runs of the last dev loss."""
+        return float(np.mean([run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]))
 
-    @property
-    def median_step_s(self) -> float:
-        """Over the steps of all runs, from a step's begin to its end."""
-        return median(line["step_s"] for run in self.runs for line in run.timings)
-
-    def bytes_per_step(self, way: str) -> float:
-        """Mean over the steps of all runs; `way` is up or down."""
-        counts = [step[f"bytes_{way}"] for run in self.runs for step in run.steps]
+    def _bytes_per_step(self, direction: str) -> float:
+        counts = [step[f"bytes_{direction}"] for run in self.runs for step in run.steps]
         return sum(counts) / max(len(counts), 1)
-
-    def tested(self, key: str) -> dict[int, float]:
-        """A number of the test line, by seed."""
-        return {seed: run.test[key] for seed, run in self.finished.items() if run.test}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TaskGroups:
     """Groups of one task and one model, by cut and method."""
 
     groups: tuple[Group, ...]
 
     @property
     def first(self) -> Run:
-        """What the names of task and model are taken from."""
+        """The run that the names of task and model are taken from."""
         return self.groups[0].runs[0]
 
     @property
-    def ways(self) -> list[str]:
-        """Each once, in their order."""
+    def methods(self) -> dict[str, str]:
+        """Way -> its method, in the order of methods."""
         by_method = sorted(self.groups, key=lambda group: _method_place(group.method))
-        return list(dict.fromkeys(group.way for group in by_method))
+        return {group.way: group.method for group in by_method}
 
     @property
     def cuts(self) -> list[int]:
-        """Ascending."""
+        """Cuts, ascending."""
         return sorted({group.cut for group in self.groups})
 
-    def method_of(self, way: str) -> str:
-        """Of a way."""
-        return next(group.method for group in self.groups if group.way == way)
+    def comparison(self, of_study: ReferenceRuns | None = None) -> Comparison:
+        """Its groups beside the two reference groups; `of_study`: which these are, by a study's own rows."""
+        rows = [
+            Row(group.arm, *(self._reference(group, end, of_study) for end in (0, 1)))
+            for group in self.groups
+        ]
+        return Comparison(rows)
+
+    def _reference(self, group: Group, end: int, of_study: ReferenceRuns | None) -> Arm | None:
+        """Arm that is 0 (end 0) or 1 (end 1) of a group's gap closure, at the same cut, after the same work if any is.
+
+        A study says which; else it is the group of its method, of several the one with the lowest dev loss.
+        """
+
+        def is_reference(other: Group) -> bool:
+            if of_study is None:
+                return other.method == (FROZEN, FIRST_ORDER)[end]
+            named = of_study[group.runs[0].folder][end]
+            return named is not None and other.runs[0].settings == named.settings
+
+        candidates = [
+            other
+            for other in self.groups
+            if is_reference(other) and other.cut == group.cut and other.finished
+        ]
+        alike = [other for other in candidates if same_work(group.runs[0].settings, other.runs[0].settings)]
+        nearest = min(alike or candidates, key=lambda other: other.dev_loss, default=None)
+        return nearest.arm if nearest else None
 
 
 @dataclass(frozen=True)
 class PlannedLine:
-    """What a way to train would take at several cuts, by the planner."""
+    """Memory that a way to train would take at several cuts, by the planner."""
 
     way: str
     method: str
     peak_bytes: dict[int, float]
-    """Cut -> tensors of the client's half."""
+    """Cut -> bytes."""
 
 
-def comparisons(runs: Iterable[Run]) -> list[Comparison]:
+def by_task_and_model(runs: Iterable[Run]) -> list[TaskGroups]:
     """Runs as groups of the same settings, these by task and model."""
     runs = list(runs)
-    data, places = _data(runs), dict[tuple[str, str, int], list[Run]]()
+    data, alike = _data(runs), dict[tuple[str, str, int], list[Run]]()
     for run in runs:
-        places.setdefault((*run.place, data[run.folder]), []).append(run)
-    return [Comparison(tuple(_groups(of_place))) for of_place in places.values()]
+        alike.setdefault((*run.task_and_model, data[run.folder]), []).append(run)
+    return [TaskGroups(tuple(_groups(same))) for same in alike.values()]
 
 
 def in_order(lines: Iterable[PlannedLine]) -> list[PlannedLine]:
-    """By method, as everything else."""
+    """Lines by method, as everything else."""
     return sorted(lines, key=lambda line: _method_place(line.method))
 
 
@@ -131,30 +163,22 @@ def differing(groups: Sequence[Group]) -> list[str]:
     return [p for p in paths if len({_key(settings.get(p)) for settings in all_settings}) > 1]
 
 
-def words(path: str, value: Any) -> str:
-    """A setting as a person would say it: `client rate 0.03`."""
-    name = path.replace(".", " ").replace("_", " ")
-    for long, short in _SHORT.items():
-        name = name.replace(long, short)
-    return f"{name} {told(value)}"
-
-
 def _groups(runs: list[Run]) -> list[Group]:
     alike: dict[str, list[Run]] = {}
     for run in runs:
         alike.setdefault(_key(run.settings), []).append(run)
-    found = sorted(alike.values(), key=lambda same: (same[0].cut, _method_place(same[0].method)))
-    several_cuts = len({same[0].cut for same in found}) > 1
+    ordered = sorted(alike.values(), key=lambda same: (same[0].cut, _method_place(same[0].method)))
+    several_cuts = len({same[0].cut for same in ordered}) > 1
     groups = []
-    for same in found:
-        way = _way(same[0], [other[0] for other in found if other[0].method == same[0].method])
+    for same in ordered:
+        way = _way(same[0], [other[0] for other in ordered if other[0].method == same[0].method])
         label = f"{way}, cut {same[0].cut}" if several_cuts else way
         groups.append(Group(way, same[0].cut, label, _one_per_seed(same)))
     return groups
 
 
 def _one_per_seed(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """A seed that ran twice is no second sample: of its finished runs, or else of all, the last that was begun."""
+    """Runs of different seeds: of a seed that ran twice the finished one, or else any, that was begun last."""
     in_time = sorted(runs, key=lambda run: (run.test is not None, run.begun_ns, str(run.folder)))
     by_seed = {run.seed: run for run in in_time}
     return tuple(by_seed[seed] for seed in sorted(by_seed))
@@ -167,13 +191,13 @@ def _data(runs: Iterable[Run]) -> dict[Path, int]:
     runs that are alike in them. Where the seed draws rows it tells nothing about other seeds, and all are 0.
     """
     digests: dict[str, list[str]] = {}
-    found = {}
+    places = {}
     for run in sorted(runs, key=lambda run: (run.begun_ns, str(run.folder))):
-        known = digests.setdefault(_key([*run.place, run.config["task"]]), [])
+        earlier = digests.setdefault(_key([*run.task_and_model, run.config["task"]]), [])
         digest = "" if run.draws_rows else run.record["task"].get("digest", "")
-        known += [] if digest in known else [digest]
-        found[run.folder] = known.index(digest)
-    return found
+        earlier += [] if digest in earlier else [digest]
+        places[run.folder] = earlier.index(digest)
+    return places
 
 
 def _way(run: Run, of_method: list[Run]) -> str:
@@ -193,7 +217,15 @@ def _way(run: Run, of_method: list[Run]) -> str:
         if kinds([*named, path]) > kinds(named):
             named.append(path)
     said = [path for path in named if _key(run.settings.get(path)) != _usual(path, of_method)]
-    return ", ".join([run.method, *(words(path, run.settings.get(path)) for path in said)])
+    return ", ".join([run.method, *(_as_spoken(path, run.settings.get(path)) for path in said)])
+
+
+def _as_spoken(path: str, value: Any) -> str:
+    """A setting as a person would say it: `client rate 0.03`."""
+    name = path.replace(".", " ").replace("_", " ")
+    for long, short in _SHORT.items():
+        name = name.replace(long, short)
+    return f"{name} {setting_text(value)}"
 
 
 def _usual(path: str, runs: list[Run]) -> str | None:
@@ -208,7 +240,7 @@ def _telling(path: str) -> tuple[int, str]:
 
 
 def _method_place(method: str) -> int:
-    return _ORDER.index(method) if method in _ORDER else len(_ORDER)
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)
 
 
 def _key(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Runs read back from their folders, for a report; and which runs a study's folder stands for."""
+"""Runs read back from their folders, for a report; and the runs that a study's folder stands for."""
 
 import csv
 import json
@@ -18,25 +18,24 @@ from hosl.errors import ConfigError, FolderError
 from hosl.system.run_folder import read_lines
 
 CHOSEN_RUNS = "runs.csv"
-"""Of a finished study: which of its runs have the rates that were chosen."""
+"""File of a finished study that says which of its runs have the rates that were chosen."""
 _COMMAND = re.compile(r"(?:\w+=\S* )*hosl train .*/([^/]+)\.yaml'?")
-"""Of a run of a study, maybe behind variables of the environment; its config has the run's name."""
+"""Command of a run of a study, maybe behind variables of the environment; its config has the run's name."""
 
 _FILES = ("metrics.jsonl", "timings.jsonl", "config.yaml", "record.json")
 _OWN = ("seed", "output_dir", "report_to")
 """Settings in which the runs of one group may differ."""
-_SAME_WORK = ("max_steps", "per_device_train_batch_size", "task.")
 _TEST_ROWS = ("max_tokens", "train_rows", "dev_rows")
-"""Of a task's settings: those that leave the test rows as they are."""
+"""Settings of a task that leave the test rows as they are."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's files."""
+    """Files of a run."""
 
     folder: Path
     config: dict[str, Any]
-    """As plain data, with the client's rate as a number."""
+    """Plain data, with the client's rate as a number."""
     parsed: Config | None
     """None: of a version whose settings this one does not know."""
     record: dict[str, Any]
@@ -48,11 +47,11 @@ class Run:
     """None: the run is not finished."""
     timings: list[dict[str, Any]]
     begun_ns: int
-    """When it was made, by its config: a run writes that once, whatever happens to it later."""
+    """Time when it was made, by its config: a run writes that once, whatever happens to it later."""
 
     @property
     def method(self) -> str:
-        """Of its config."""
+        """Method that its config names."""
         return self.config["method"]
 
     @property
@@ -62,7 +61,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of its config."""
+        """Seed that its config names."""
         return self.config["seed"]
 
     @property
@@ -73,38 +72,48 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Dotted path -> value, without what the runs of a group may differ in."""
-        found = flat({name: value for name, value in self.config.items() if name not in _OWN})
-        if not METHODS[
-            self.method
-        ].draws:  # a study's order of `directions` must not tear its frozen row apart
-            found.pop("zo.directions", None)
-        return found | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
+        settings = flat({name: value for name, value in self.config.items() if name not in _OWN})
+        method = METHODS.get(self.method)  # None: of a version that had others
+        if method and not method.draws:  # a study's order of `directions` must not tear its frozen arm apart
+            settings.pop("zo.directions", None)
+        return settings | {"model.cut": self.cut, "server": "elsewhere" if self.joined else "in this process"}
 
     @property
-    def place(self) -> tuple[str, str]:
-        """Task and model: what a number has to share with another to be compared with it."""
+    def task_and_model(self) -> tuple[str, str]:
+        """Keys of task and model: what a number has to share with another to be compared with it."""
         task = {name: value for name, value in self.config["task"].items() if name not in _TEST_ROWS}
         return json.dumps([self.record["task"]["name"], task], sort_keys=True), self.record["model"]["digest"]
 
     @property
+    def task_name(self) -> str:
+        """Name of its task."""
+        return self.record["task"]["name"]
+
+    @property
+    def model_name(self) -> str:
+        """Name of its model and the family in brackets."""
+        source = self.record["model"]["source"]
+        return f"{Path(source).name if Path(source).is_absolute() else source} ({self.record['model']['family']})"
+
+    @property
     def draws_rows(self) -> bool:
-        """As `seed_draws_rows`."""
+        """Whether its seed chose its rows."""
         return seed_draws_rows(self.config["task"])
 
 
 @dataclass(frozen=True)
 class ChosenRun:
-    """A line of a finished study's runs.csv."""
+    """Line of a finished study's runs.csv."""
 
     folder: Path
     task: str
-    """As the study calls it."""
+    """Name that the study gives it."""
     row: str
-    """Of the study's table."""
+    """Arm of the study, a row of its table."""
 
 
-Ends = Mapping[Path, tuple[Run | None, Run | None]]
-"""Folder of a study's run -> runs of the rows that are 0 and 1 of gap closure beside it."""
+ReferenceRuns = Mapping[Path, tuple[Run | None, Run | None]]
+"""Folder of a study's run -> runs of the arms that are 0 and 1 of gap closure beside it."""
 
 
 def read_run(folder: Path) -> Run:
@@ -116,7 +125,7 @@ def read_run(folder: Path) -> Run:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise FolderError(
-            f"{folder} is no run's folder: it {_found(folder, missing)}; a report wants folders that `hosl train` or "
+            f"{folder} is no run's folder: it {_content(folder, missing)}; a report wants folders that `hosl train` or "
             "`hosl join` made, or one of `hosl study`"
         )
     try:
@@ -136,16 +145,16 @@ def read_run(folder: Path) -> Run:
 
 
 def run_folders(asked: Sequence[Path]) -> list[Path]:
-    """Folders of runs; of a study its chosen runs, each folder once, however it was written.
+    """Folders of runs, each once, however it was written; in place of a study's folder those of its chosen runs.
 
     Raises:
         FolderError: if a study's folder has no run yet, or no whole runs.csv.
     """
-    found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for folder in asked:
         for of_run in _of_study(folder) if is_study(folder) else [folder]:
-            found.setdefault(of_run.resolve(), of_run)
-    return list(found.values())
+            folders.setdefault(of_run.resolve(), of_run)
+    return list(folders.values())
 
 
 def chosen_runs(study: Path) -> list[ChosenRun] | None:
@@ -162,14 +171,14 @@ def chosen_runs(study: Path) -> list[ChosenRun] | None:
         return None
     except (ValueError, csv.Error) as cause:
         raise _no_list(file, f"cannot be read: {cause}") from cause
-    found = [_chosen_run(file, place, line) for place, line in enumerate(lines, start=2)]
-    if not any(found):
+    chosen = [_chosen_run(file, number, line) for number, line in enumerate(lines, start=2)]
+    if not any(chosen):
         raise _no_list(file, "has no chosen run")
-    return list(dict.fromkeys(run for run in found if run))
+    return list(dict.fromkeys(run for run in chosen if run))
 
 
-def study_ends(runs: Sequence[Run], chosen: Sequence[ChosenRun], rows: tuple[str, str]) -> Ends:
-    """For every chosen run the two of the same task at the same cut; None: the study has none such."""
+def reference_runs(runs: Sequence[Run], chosen: Sequence[ChosenRun], rows: tuple[str, str]) -> ReferenceRuns:
+    """Two runs beside every chosen one, of the same task at the same cut; None: the study has none such."""
     both = list(zip(chosen, runs, strict=True))
     of_row = {(one.task, run.cut, one.row): run for one, run in both}
     return {
@@ -185,18 +194,10 @@ def is_study(folder: Path) -> bool:
 
 def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Dotted path -> value."""
-    found: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{above}{name}.")
-        else:
-            found[above + name] = value
-    return found
-
-
-def same_work(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether runs made the same steps of the same task, by dotted paths; else their gap closure means nothing."""
-    return all(value == others.get(path) for path, value in settings.items() if path.startswith(_SAME_WORK))
+        paths |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return paths
 
 
 def seed_draws_rows(task: Mapping[str, Any]) -> bool:
@@ -204,11 +205,17 @@ def seed_draws_rows(task: Mapping[str, Any]) -> bool:
     return task.get("kind") not in ("docstrings", "files") or task.get("train_rows") is not None
 
 
-def told(value: Any) -> str:
-    """A value of a config, short."""
+def setting_text(value: Any) -> str:
+    """Value of a config, short."""
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else ", ".join(map(told, value)) if isinstance(value, list) else str(value)
+    return (
+        "none"
+        if value is None
+        else ", ".join(map(setting_text, value))
+        if isinstance(value, list)
+        else str(value)
+    )
 
 
 def _timings(path: Path) -> list[dict[str, Any]]:
@@ -231,23 +238,23 @@ def _config(path: Path) -> tuple[Any, Config | None]:
 
 
 def _of_study(folder: Path) -> list[Path]:
-    """The chosen runs of a finished study; of another, all that have begun."""
+    """Folders of a finished study's chosen runs; of an unfinished one's runs, all that have begun."""
     chosen = chosen_runs(folder)
     if chosen is not None:
         return [run.folder for run in chosen]
-    found = [path for path in sorted((folder / "runs").iterdir()) if (path / "metrics.jsonl").is_file()]
-    if not found:
+    begun = [path for path in sorted((folder / "runs").iterdir()) if (path / "metrics.jsonl").is_file()]
+    if not begun:
         raise FolderError(f"{folder} is a study's folder, but no run has begun in {folder / 'runs'}")
-    return found
+    return begun
 
 
-def _chosen_run(file: Path, place: int, line: dict[Any, Any]) -> ChosenRun | None:
+def _chosen_run(file: Path, number: int, line: dict[Any, Any]) -> ChosenRun | None:
     """The run of a line of runs.csv; None: it was only tried."""
     if None in line or not all(line.get(name) for name in ("task", "row", "chosen", "command")):
-        raise _no_list(file, f"lacks a part of line {place}")
+        raise _no_list(file, f"lacks a part of line {number}")
     command = _COMMAND.fullmatch(line["command"])
     if command is None:
-        raise _no_list(file, f"has no whole command in line {place}")
+        raise _no_list(file, f"has no whole command in line {number}")
     if line["chosen"] != "True":
         return None
     folder = file.parent / "runs" / command[1]
@@ -259,14 +266,14 @@ def _chosen_run(file: Path, place: int, line: dict[Any, Any]) -> ChosenRun | Non
     return ChosenRun(folder, line["task"], line["row"])
 
 
-def _no_list(file: Path, found: str) -> FolderError:
+def _no_list(file: Path, fault: str) -> FolderError:
     return FolderError(
-        f"{file} {found}: it was cut short, or is of other runs than are there; call `hosl study` again, which writes "
+        f"{file} {fault}: it was cut short, or is of other runs than are there; call `hosl study` again, which writes "
         "it anew, or remove it for a page of all runs that have begun"
     )
 
 
-def _found(folder: Path, missing: list[str]) -> str:
+def _content(folder: Path, missing: list[str]) -> str:
     if not folder.exists():
         return "does not exist"
     if not folder.is_dir():

@@ -1,6 +1,7 @@
-"""What is said of numbers over seeds: mean, spread, interval, paired test, gap closure. Pure functions of numpy arrays.
+"""Statistics over seeds: mean, spread, interval, paired test, gap closure. Pure functions of numpy arrays.
 
-Every argument is one number per seed, in the order of the seeds; two of them are paired by that order.
+Every argument is one number per seed, in the order of the seeds; two of them are paired by that order. Gap closure G is
+the share of the performance gap recovered: 0 for a client that is left frozen, 1 for one trained by backpropagation.
 """
 
 from dataclasses import dataclass
@@ -8,19 +9,13 @@ from enum import StrEnum
 
 import numpy as np
 
-_T_975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-    2.0452, 2.0423,
-)  # fmt: skip
-"""Student's t at 0.975 for 1 to 30 degrees of freedom: numpy has no quantiles, scipy is no dependency."""
 _EXACT_SEEDS = 16
 """Up to so many seeds all 2^n sign patterns are counted; beyond, as many are drawn."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval over seeds."""
+    """Figure with its 95 % interval over seeds."""
 
     value: float
     low: float
@@ -28,16 +23,24 @@ class Estimate:
 
 
 class GapClosure(Estimate):
-    """G."""
+    """G: the share of the performance gap recovered."""
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-0.00", "0.00")
 
 
 class NoGap(StrEnum):
-    """Why there is no G; how tables say it."""
+    """Reason for which there is no gap closure, or no p; tables print it."""
 
+    UNFINISHED = "n/a (not finished)"
     ONE_SEED = "n/a (one seed)"
+    FEW_SHARED = "n/a (under two seeds in common)"
+    NO_FROZEN = "n/a (no frozen row)"
+    NO_FIRST_ORDER = "n/a (no first-order row)"
+    FROZEN_DIVERGED = "n/a (frozen diverged)"
+    FIRST_ORDER_DIVERGED = "n/a (first-order diverged)"
+    OTHER_WORK = "n/a (other steps, batches or task)"
+    FIRST_ORDER_OTHER_WORK = "n/a (first-order: other steps, batches or task)"
     UNRESOLVED = "n/a (gap not resolved)"
     """Under two standard errors."""
     REVERSED = "n/a (first-order is not better)"
@@ -49,6 +52,14 @@ def spread(values: np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
+def spread_text(values: np.ndarray, digits: int) -> str:
+    """Mean ± standard deviation; of one seed its number, of none `-`."""
+    if not len(values):
+        return "-"
+    mean, sd = spread(values)
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """mean -+ t sd / sqrt(n), the 95 % interval of the mean. Requires: seeds about normal. NaN for one seed."""
     mean, sd = spread(values)
@@ -57,11 +68,10 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def t_quantile(degrees: int) -> float:
-    """Student's t at 0.975; beyond 30 degrees by the first two terms in 1/degrees, within 3e-4."""
-    if degrees <= len(_T_975):
-        return _T_975[degrees - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    """Student's t at 0.975."""
+    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
+
+    return float(stdtrit(degrees, 0.975))
 
 
 def p_floor(seeds: int) -> float:
@@ -74,6 +84,7 @@ def paired_p(values: np.ndarray, others: np.ndarray) -> float:
 
     Under the null a seed's difference is as likely to be its negative. Exact up to 16 seeds, and never under 2 / 2^n:
     0.25 for three seeds, 0.0625 for five. Beyond, 2^16 patterns are drawn; the one that was seen is one more.
+    scipy.stats.permutation_test takes rounding for distance where accuracies tie (docs/adr/0012-one-comparison.md).
     """
     differences = np.asarray(values, float) - np.asarray(others, float)
     seeds = len(differences)

@@ -1,10 +1,12 @@
-"""One look per way to train, the same in every picture of a page, readable on white and on black.
+"""The palette, and one look per way to train: the same in every picture, readable on white and on black.
 
-Pictures are drawn in placeholder colours, which then become variables of the page's CSS: the page chooses by its theme.
+A page's pictures are drawn in placeholder colours, which then become variables of its CSS: the page chooses by its
+theme. A picture in a file of its own has the colours that stand on white.
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 _COLOURS = {
@@ -21,46 +23,49 @@ _COLOURS = {
 _NAMES = tuple(_COLOURS)
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (7.0, 2.0, 1.5, 2.0), (3.0, 1.0))
 _MARKERS = ("o", "s", "D", "^", "v")
-_KEY_MARKS = {
-    "o": '<circle cx="14" cy="6" r="3.6"/>', "s": '<path d="M10.6 2.6h6.8v6.8h-6.8z"/>',
-    "D": '<path d="M14 1.6l4.4 4.4-4.4 4.4-4.4-4.4z"/>', "^": '<path d="M14 1.8l4.4 7.8h-8.8z"/>',
-    "v": '<path d="M14 10.2l4.4-7.8h-8.8z"/>',
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a way to train is drawn: its method's colour, and dashes and a marker that tell apart ways of one method."""
+    """Style of a way to train: its method's colour, and dashes and a marker that tell apart ways of one method."""
 
     name: str
-    """Of the colour."""
+    """Name of the colour."""
     dashes: tuple[float, ...]
-    """In line widths; empty: a plain line."""
+    """Lengths in line widths; empty: a plain line."""
     marker: str
 
     @property
     def line(self) -> tuple[float, tuple[float, ...] | None]:
-        """As matplotlib wants it."""
+        """Dashes in matplotlib's notation."""
         return (0.0, self.dashes or None)
 
-    def key(self) -> str:
-        """A small sample of it, for a legend in HTML."""
-        dashes = " ".join(f"{1.8 * part:g}" for part in self.dashes)
-        return (
-            f'<svg class="key" viewBox="0 0 28 12" style="stroke:var(--{self.name});fill:var(--{self.name})" '
-            f'aria-hidden="true"><path d="M0 6H28" style="stroke-width:1.8;stroke-dasharray:{dashes or "none"}"/>'
-            f"{_KEY_MARKS[self.marker]}</svg>"
-        )
+
+class Looks(dict[str, Look]):
+    """Way -> its look, and what paints a colour by its name: `placeholder` for a page, `on_paper` for a file."""
+
+    def __init__(self, looks: Mapping[str, Look], paint: Callable[[str], str]) -> None:
+        super().__init__(looks)
+        self.paint = paint
+
+    def colour(self, way: str) -> str:
+        """Colour of a way, painted."""
+        return self.paint(self[way].name)
+
+
+def on_paper(name: str) -> str:
+    """Colour of a picture in a file of its own, on white."""
+    return _COLOURS[name][0]
 
 
 def placeholder(name: str) -> str:
-    """The colour that stands for a name of the page while a picture is drawn."""
+    """Colour that stands for a name of the page while a picture is drawn."""
     return f"#0101{_NAMES.index(name):02x}"
 
 
 def with_variables(svg: str) -> str:
-    """Placeholders replaced by the page's variables."""
-    return re.sub(r"#0101([0-9a-f]{2})", lambda found: f"var(--{_NAMES[int(found[1], 16)]})", svg)
+    """Drawing with the page's variables in place of placeholders."""
+    return re.sub(r"#0101([0-9a-f]{2})", lambda match: f"var(--{_NAMES[int(match[1], 16)]})", svg)
 
 
 def css_variables(*, dark: bool) -> str:
@@ -68,15 +73,15 @@ def css_variables(*, dark: bool) -> str:
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in _COLOURS.items())
 
 
-def looks(methods: Mapping[str, str]) -> dict[str, Look]:
-    """A look for every way, given its method; a frozen client is dashed, as it is in all pictures of studies."""
-    found: dict[str, Look] = {}
-    used: dict[str, int] = {}
+def looks(methods: Mapping[str, str], paint: Callable[[str], str] = placeholder) -> Looks:
+    """Look of every way, given its method; a frozen client is dashed."""
+    by_way: dict[str, Look] = {}
+    used = Counter[str]()
     for way, method in methods.items():
         name = method if method in _COLOURS else "quiet"
-        place = used.get(name, 0)
-        used[name] = place + 1
-        dashes = _DASHES[(place + (method == "frozen")) % len(_DASHES)]
-        marker = _MARKERS[(place + place // len(_DASHES)) % len(_MARKERS)]  # another pair after each five
-        found[way] = Look(name, dashes, marker)
-    return found
+        earlier = used[name]
+        used[name] += 1
+        dashes = _DASHES[(earlier + (method == "frozen")) % len(_DASHES)]
+        marker = _MARKERS[(earlier + earlier // len(_DASHES)) % len(_MARKERS)]  # another pair after each five
+        by_way[way] = Look(name, dashes, marker)
+    return Looks(by_way, paint)

@@ -1,26 +1,27 @@
-"""What a report says in words: titles, the sentence below, cards, notes, the commands that make its runs again."""
+"""Prose of a report: titles, the sentence below, cards, notes, the commands that make its runs again."""
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
-from hosl.report.groups import Comparison, Group, PlannedLine
-from hosl.report.html import amount, duration, listed
+from hosl.report.comparison import Comparison
+from hosl.report.groups import Group, PlannedLine, TaskGroups
 from hosl.report.runs import Run
+from hosl.report.statistics import GapClosure, NoGap, p_floor
+from hosl.system.readable import readable_bytes, readable_count, readable_seconds
 from hosl.system.run_folder import MEMORY_STEPS
 
 MEASURED = f"Memory is measured in the first two steps of a process and in every {MEMORY_STEPS}th."
 
 
-def title(found: Sequence[Comparison]) -> str:
-    """Of a page of many runs: how many ways to train, on what."""
-    ways = list(dict.fromkeys(way for comparison in found for way in comparison.ways))
-    places = dict.fromkeys(f"{task(comparison.first)} with {model(comparison.first)}" for comparison in found)
-    return f"{f'{len(ways)} ways to train' if len(ways) > 1 else ways[0]} on {listed(list(places))}"
+def title(parts: Sequence[TaskGroups]) -> str:
+    """Title of a page of many runs: how many ways to train, on what."""
+    ways = list(dict.fromkeys(way for part in parts for way in part.methods))
+    subjects = dict.fromkeys(f"{part.first.task_name} with {part.first.model_name}" for part in parts)
+    return f"{f'{len(ways)} ways to train' if len(ways) > 1 else ways[0]} on {listed(list(subjects))}"
 
 
 def how_chosen(*, finished: bool) -> str:
-    """Of a study's runs."""
+    """Sentence about the choice of a study's runs."""
     if finished:
         return (
             "Learning rates were chosen by dev loss on the first seed, with equally many tries for every method; test "
@@ -29,49 +30,51 @@ def how_chosen(*, finished: bool) -> str:
     return "The study is not finished: these are all its runs so far, rates that were only tried among them."
 
 
-def place(runs: Sequence[Run]) -> str:
+def common_folder(runs: Sequence[Run]) -> str:
     """The folder that all runs lie below, or how many there are."""
     parents = {run.folder.parent for run in runs}
-    return str(parents.pop()) if len(parents) == 1 else f"{len(runs)} runs"
+    return str(parents.pop()) if len(parents) == 1 else readable_count(len(runs), "run")
 
 
 def run_sentence(run: Run) -> str:
-    """What was trained, and how far."""
-    trained = [f"{count:,} on the {side}" for side, count in run.record.get("trained_parameters", {}).items()]
-    done, wanted = run.steps[-1]["step"] if run.steps else 0, run.config["max_steps"]
-    steps = f"{wanted:,} steps" if run.test else f"stopped after {done:,} of {wanted:,} steps"
+    """Model, cut, steps and trained parameters of a run."""
+    trained = [
+        f"{readable_count(n)} on the {side}" for side, n in run.record.get("trained_parameters", {}).items()
+    ]
+    done, wanted = run.steps[-1]["step"] if run.steps else 0, readable_count(run.config["max_steps"], "step")
+    steps = wanted if run.test else f"stopped after {readable_count(done)} of {wanted}"
     where = ", the server in another process" if run.joined else ""
+    rows = readable_count(run.config["per_device_train_batch_size"], "example")
     return (
-        f"{model(run)}, cut so that the client has {_blocks([run.cut])}{where}; {steps} of "
-        f"{run.config['per_device_train_batch_size']} examples; trained parameters: {listed(trained)}."
+        f"{run.model_name}, cut so that the client has {_blocks([run.cut])}{where}; {steps} of {rows}; trained "
+        f"parameters: {listed(trained)}."
     )
 
 
-def comparison_sentence(runs: Sequence[Run], found: Sequence[Comparison]) -> str:
-    """What is compared, and over which cuts, steps and seeds."""
-    methods = dict.fromkeys(c.method_of(way) for c in found for way in c.ways)
+def comparison_sentence(runs: Sequence[Run], parts: Sequence[TaskGroups]) -> str:
+    """Methods, cuts, steps and seeds of a page of many runs; and how many runs were left out."""
+    methods = dict.fromkeys(method for part in parts for method in part.methods.values())
     cuts, seeds = (sorted({getattr(run, what) for run in runs}) for what in ("cut", "seed"))
     steps, rows = (
-        listed([f"{number:,}" for number in sorted({run.config[name] for run in runs})])
+        listed([readable_count(number) for number in sorted({run.config[name] for run in runs})])
         for name in ("max_steps", "per_device_train_batch_size")
     )
-    said_seeds = f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}"
-    kept = sum(len(group.runs) for comparison in found for group in comparison.groups)
+    kept = sum(len(group.runs) for part in parts for group in part.groups)
     dropped = (
         f" Of a seed that ran more than once the last finished run counts: {len(runs) - kept} left out."
         if kept < len(runs)
         else ""
     )
     return (
-        f"{listed(list(methods))}; the client has {_blocks(cuts)}; {steps} steps of {rows} examples; {said_seeds}."
-        f"{dropped}"
+        f"{listed(list(methods))}; the client has {_blocks(cuts)}; {steps} steps of {rows} examples; "
+        f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}.{dropped}"
     )
 
 
-def headings(found: Sequence[Comparison]) -> list[str]:
-    """Of the parts of a page: task and model, and the data where that tells them apart."""
-    names = [f"{task(comparison.first)}, {model(comparison.first)}" for comparison in found]
-    digests = [comparison.first.record["task"].get("digest", "")[:8] for comparison in found]
+def headings(parts: Sequence[TaskGroups]) -> list[str]:
+    """Task and model of each part of a page, and the data where that tells them apart."""
+    names = [f"{part.first.task_name}, {part.first.model_name}" for part in parts]
+    digests = [part.first.record["task"].get("digest", "")[:8] for part in parts]
     return [
         f"{name}, data with digest {digest}" if names.count(name) > 1 else name
         for name, digest in zip(names, digests, strict=True)
@@ -79,92 +82,107 @@ def headings(found: Sequence[Comparison]) -> list[str]:
 
 
 def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, str]]:
-    """What a single run reached and cost."""
-    run, shown = group.runs[0], list[tuple[str, str]]()
+    """Cards of a single run, what it reached and cost: (number, what it is)."""
+    run, costs, cards = group.runs[0], group.arm.costs, list[tuple[str, str]]()
     if run.test:
-        of = f"test accuracy, {run.test['examples']:,} rows; loss {run.test['loss_nats']:.4f} nats"
-        shown.append((f"{100 * run.test['accuracy']:.2f} %", of))
+        rows = readable_count(run.test["examples"], "row")
+        cards.append(
+            (
+                f"{100 * run.test['accuracy']:.2f} %",
+                f"test accuracy, {rows}; loss {run.test['loss_nats']:.4f} nats",
+            )
+        )
     if run.steps:
-        rows = run.config["per_device_train_batch_size"]
-        shown.append((f"{run.steps[-1]['step']:,}", f"steps of {rows} examples"))
-    if run.timings:
+        rows = readable_count(run.config["per_device_train_batch_size"], "example")
+        cards.append((readable_count(run.steps[-1]["step"]), f"steps of {rows}"))
+    if costs.peak_bytes is not None and costs.step_s is not None:
         peaks = [line.peak_bytes.get(run.cut) for line in planned if line.method == "fo-fo" != run.method]
-        beside = f"; plain backprop would take {amount(peaks[0])}" if peaks and peaks[0] else ""
-        shown.append((amount(group.peak_bytes), f"client peak, tensors{beside}"))
+        backprop = f"; plain backprop would take {readable_bytes(peaks[0])}" if peaks and peaks[0] else ""
+        cards.append((readable_bytes(costs.peak_bytes), f"client peak, tensors{backprop}"))
         server = max(line["server_peak_bytes"] for line in run.timings)
         if server:  # one elsewhere measures its own
-            shown.append((amount(server), "server peak, tensors"))
-        shown.append((duration(group.median_step_s), "a step, median"))
+            cards.append((readable_bytes(server), "server peak, tensors"))
+        cards.append((readable_seconds(costs.step_s), "a step, median"))
     if run.steps:
-        up, down = (amount(group.bytes_per_step(way)) for way in ("up", "down"))
-        shown.append((up, f"up in a step, {down} down"))
-    return shown
-
-
-def comparison_cards(found: Sequence[Comparison], runs: int) -> list[tuple[str, str]]:
-    """How many runs, and of one task and model the two ends of what they reach and cost."""
-    groups = [group for comparison in found for group in comparison.groups]
-    shown = [(f"{runs}", f"run{'s' * (runs > 1)} in {len(groups)} group{'s' * (len(groups) > 1)}")]
-    finished = [group for group in groups if group.finished]
-    if len(found) > 1 or not finished:
-        return shown
-    best = max(finished, key=_accuracy)
-    shown.append((f"{100 * _accuracy(best):.2f} %", f"highest mean test accuracy: {best.label}"))
-    measured = [group for group in finished if group.timed]
-    if measured:
-        least = min(measured, key=lambda group: group.peak_bytes)
-        shown.append((amount(least.peak_bytes), f"least client memory: {least.label}"))
-    return shown
-
-
-def results_note(comparison: Comparison, chosen: str, timed_on: str, gap_ends: Sequence[str]) -> str:
-    """How to read the table of results; `gap_ends` are what is 0 and what is 1 of gap closure, if there is any."""
-    said = [chosen] if chosen else []
-    if any(len(group.finished) > 1 for group in comparison.groups):
-        said.append("Mean ± standard deviation over seeds [95 % interval of the mean, Student's t].")
-    if gap_ends:
-        zero, one = gap_ends
-        said.append(
-            f"G: gap closure, (method - {zero}) / ({one} - {zero}) over the same seeds at the same cut [95 % "
-            "interval, delta method with Student's t]; gap not resolved: it is under two standard errors."
+        cards.append(
+            (readable_bytes(costs.bytes_up), f"up in a step, {readable_bytes(costs.bytes_down)} down")
         )
-    said += [f"Client peak: tensors of the client's half. {MEASURED}", f"Steps were timed on {timed_on}."]
-    return " ".join(said)
+    return cards
+
+
+def comparison_cards(parts: Sequence[TaskGroups], runs: int) -> list[tuple[str, str]]:
+    """Cards of many runs: their number, and for one task and model the two ends of what they reach and cost."""
+    groups = [group for part in parts for group in part.groups]
+    cards = [(f"{runs}", f"run{'s' * (runs > 1)} in {readable_count(len(groups), 'group')}")]
+    accuracies = {group.label: _accuracy(group) for group in groups if group.finished}
+    if len(parts) > 1 or not accuracies:
+        return cards
+    best = max(accuracies, key=lambda label: accuracies[label])
+    cards.append((f"{100 * accuracies[best]:.2f} %", f"highest mean test accuracy: {best}"))
+    peaks = {group.label: group.arm.costs.peak_bytes for group in groups if group.finished}
+    measured = {label: peak for label, peak in peaks.items() if peak is not None}
+    if measured:
+        least = min(measured, key=lambda label: measured[label])
+        cards.append((readable_bytes(measured[least]), f"least client memory: {least}"))
+    return cards
+
+
+def statistics_note(comparison: Comparison) -> str:
+    """Guide to the spread, p and G of a comparison's table; where there is no G, the reason."""
+    seeds = max((len(measure.numbers) for measure in comparison.measures), default=0)
+    reasons = [r.removeprefix("n/a (").removesuffix(")") for r in comparison.reasons]
+    if seeds < 2:
+        either = f" With more there would be none either: {listed(reasons)}." * (
+            NoGap.NO_FROZEN in comparison.reasons
+        )
+        return f"One seed: no spread, no p, no gap closure.{either}" if seeds else ""
+    whole = [row for row in comparison.rows if row.frozen and row.first_order] or comparison.rows
+    frozen = " or ".join(dict.fromkeys(row.frozen.way for row in whole if row.frozen))
+    first_order = " or ".join(dict.fromkeys(row.first_order.way for row in whole if row.first_order))
+    sentences = [f"Mean ± sd over {seeds} seeds [95 % interval of the mean, Student's t]."]
+    if any(isinstance(measure.p, float) for measure in comparison.measures):
+        sentences.append(
+            f"p: paired against {frozen}, two-sided sign-flip permutation test over seeds, never under "
+            f"{p_floor(seeds):.2g} with so many seeds."
+        )
+    if any(isinstance(measure.gap, GapClosure) for measure in comparison.measures):
+        sentences.append(
+            "G: gap closure, the share of the performance gap recovered, "
+            f"(method - {frozen}) / ({first_order} - {frozen}), ratio of means over paired seeds at the same cut [95 % "
+            "interval, delta method with Student's t]; n/a (gap not resolved): the gap is under two standard errors."
+        )
+    else:
+        sentences.append(f"No gap closure: {listed(reasons)}.")
+    return " ".join(sentences)
 
 
 def again(run: Run) -> list[str]:
-    """What makes the run again, and what can be done with it while its weights are there."""
+    """Commands that make the run again, and that use its weights while they are there."""
     config, folder = shlex.quote(str(run.folder / "config.yaml")), shlex.quote(str(run.folder))
     if run.joined:
         half = shlex.quote(run.record["model"]["source"])
         return [f"hosl join {half} --to JOIN_LINE --config {config}"]
     # sums are rounded by how many threads share them: the same bits want as many
     train = f"{'OMP_NUM_THREADS=1 ' * (run.record.get('machine', {}).get('threads') == 1)}hosl train"
-    found = [f"{train} {config}"]
+    commands = [f"{train} {config}"]
     if (run.folder / "checkpoints").is_dir():
-        found += [] if run.test else [f"{train} --resume {folder}"]
-        found += [f"hosl eval {folder} --split test", f"hosl export {folder} OUT"]
-    return found
+        commands += [] if run.test else [f"{train} --resume {folder}"]
+        commands += [f"hosl eval {folder} --split test", f"hosl export {folder} OUT"]
+    return commands
 
 
-def task(run: Run) -> str:
-    """Its name."""
-    return run.record["task"]["name"]
-
-
-def model(run: Run) -> str:
-    """Its name and family."""
-    source = run.record["model"]["source"]
-    return f"{Path(source).name if Path(source).is_absolute() else source} ({run.record['model']['family']})"
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _accuracy(group: Group) -> float:
-    values = group.tested("accuracy").values()
+    values = group.arm.values["test_accuracy"].values()
     return sum(values) / len(values)
 
 
 def _blocks(cuts: Sequence[int]) -> str:
-    """What a client has at a cut, or at one of several."""
+    """Blocks of a client at a cut, or at one of several."""
     if len(cuts) > 1:
         return f"the first {', '.join(map(str, cuts[:-1]))} or {cuts[-1]} blocks"
     return {0: "the embeddings alone", 1: "the first block"}.get(cuts[0], f"the first {cuts[0]} blocks")

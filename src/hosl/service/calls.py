@@ -319,9 +319,10 @@ class Calls:
         if not 1 <= len(headers) <= 2:
             raise WireError(f"a request carries one or two activations, got {len(headers)}")
         shape = tuple(headers[0].shape)
-        if any(tuple(header.shape) != shape for header in headers) or len(shape) != 3:
+        same = all(tuple(header.shape) == shape for header in headers)
+        if not same or len(shape) != 3 or min(shape) < 1:  # before anything is reshaped by it
             raise WireError(
-                f"the activations of a request have one shape [rows, seq, width], got {list(shape)}"
+                f"the activations of a request have one shape [rows, seq, width], each at least 1, got {list(shape)}"
             )
         has_labels = isinstance(targets, pb.Targets)
         parsed: Any = (

@@ -1,4 +1,4 @@
-"""A study's schema: the YAML file of `hosl study`, and the rows, groups and runs that it stands for."""
+"""Schema of a study: the YAML file of `hosl study`, and the arms, groups and runs that it stands for."""
 
 import difflib
 import itertools
@@ -12,9 +12,9 @@ import msgspec
 
 from hosl.config import parse_config, read_yaml
 from hosl.config.former_names import with_new_name, with_new_names
-from hosl.core.methods import METHODS
+from hosl.core.methods import FROZEN, METHODS
 from hosl.errors import ConfigError
-from hosl.study.grid import Grid, Row, merged
+from hosl.study.grid import Arm, Grid, merged
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWN = {
@@ -25,18 +25,18 @@ _OWN = {
 
 
 class StudyMethod(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A row of the table."""
+    """Settings of an arm, a row of the table."""
 
     rates: tuple[float, ...] = ()
     """Client learning rates that are tried; none for a client that does not move."""
     one_rate: bool = False
     """Both halves have the client's rate: for zo-zo, whose server is probed, too."""
     settings: dict[str, Any] = {}
-    """Of a run, laid over those of the task. `method` is the row's own name unless given here."""
+    """Settings of a run, laid over those of the task. `method` is the row's own name unless given here."""
 
 
 class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A grid of ordinary runs: every method on every task at every cut and Q."""
+    """Grid of ordinary runs: every method on every task at every cut and Q."""
 
     output_dir: str
     """The study's folder; a study that was stopped goes on in it."""
@@ -55,7 +55,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     server_learning_rates: tuple[float, ...] = ()
     """Tried on the frozen row, the best kept for all others; none: server.learning_rate of `base`."""
     cuts: tuple[int, ...] = ()
-    """Of the model; none: model.cut of the settings."""
+    """Cuts of the model; none: model.cut of the settings."""
     directions: tuple[int, ...] = ()
     """Q, for methods that probe; none: zo.directions of the settings."""
     at_once: int | None = None
@@ -85,15 +85,18 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         self._check_own_settings()
 
     def method_of(self, name: str) -> str:
-        """The method of a row: its settings', its own name, or that of `base`."""
+        """Method of an arm: its settings', its own name, or that of `base`."""
         own = name if name in METHODS else self.base.get("method", name)
         return self.methods[name].settings.get("method", own)
 
+    def draws(self, name: str) -> bool:
+        """Whether an arm evaluates the loss along random directions."""
+        method = METHODS.get(self.method_of(name))  # None: refused when its config is parsed
+        return method is None or bool(method.draws)
+
     def _check_reference_rows(self) -> None:
-        for what, name, allowed in (
-            ("frozen", self.frozen, ("frozen",)),
-            ("first_order", self.first_order, ("fo-fo", "fo-recompute")),
-        ):
+        for what, name in (("frozen", self.frozen), ("first_order", self.first_order)):
+            allowed = [method.name for method in METHODS.values() if method.end == what]
             if name not in self.methods:
                 raise ConfigError(
                     f"{what}: methods has no row `{name}`, only {', '.join(self.methods)}; every comparison needs a "
@@ -106,7 +109,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 )
 
     def _check_rates(self) -> None:
-        moving = {n: len(m.rates) for n, m in self.methods.items() if self.method_of(n) != "frozen"}
+        moving = {n: len(m.rates) for n, m in self.methods.items() if self.method_of(n) != FROZEN}
         for name in self.methods.keys() - moving.keys():
             if self.methods[name].rates:
                 raise ConfigError(f"methods.{name}.rates: a frozen client has no rate; leave it out")
@@ -115,9 +118,10 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                     f"methods.{name}.one_rate: a frozen client has no rate that the server could share; leave it out"
                 )
         if 0 in moving.values() or len(set(moving.values())) > 1:
-            found = ", ".join(f"{name} {count}" for name, count in moving.items())
+            counts = ", ".join(f"{name} {count}" for name, count in moving.items())
             raise ConfigError(
-                f"methods: every row but the frozen one needs equally many rates, or the best-tuned wins; found {found}"
+                f"methods: every row but the frozen one needs equally many rates, or the best-tuned wins; found "
+                f"{counts}"
             )
         _check_numbers("server_learning_rates", self.server_learning_rates)
         for name, method in self.methods.items():
@@ -141,19 +145,19 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are compared with each other: one task at one cut and one Q."""
+    """Arms that are compared with each other: one task at one cut and one Q."""
 
     name: str
-    """Of its files."""
+    """Name of its files."""
     task: str
     cut: int | None
     directions: int | None
-    rows: dict[str, str]
-    """Method name -> row of the grid."""
+    arms: dict[str, str]
+    """Name in the study's file -> arm of the grid."""
 
 
 def read_study(path: str | Path) -> object:
-    """What a study's YAML file says, of whichever kind the study is.
+    """Content of a study's YAML file, of whichever kind the study is.
 
     Raises:
         ConfigError: if there is no such file, or it is not YAML.
@@ -162,7 +166,7 @@ def read_study(path: str | Path) -> object:
 
 
 def parse_study(content: object, *, where: str) -> Study:
-    """Check what a study's file says; `where` names it in errors.
+    """Study of a file's content; `where` names the file in errors.
 
     Raises:
         ConfigError: if something in it is unknown or impossible.
@@ -187,29 +191,29 @@ def _check_numbers(what: str, rates: tuple[float, ...]) -> None:
         )
 
 
-def _check_left_out(place: str, settings: dict[str, Any], own: dict[str, str]) -> None:
+def _check_left_out(part: str, settings: dict[str, Any], own: dict[str, str]) -> None:
     """Refuse the settings of `own`, dotted path -> where the study says them."""
     for path, why in own.items():
         section, _, name = path.rpartition(".")
-        found = settings.get(section) if section else settings
-        if isinstance(found, dict) and name in found:
-            raise ConfigError(f"{place}.{path}: {why}; leave it out here")
+        within = settings.get(section) if section else settings
+        if isinstance(within, dict) and name in within:
+            raise ConfigError(f"{part}.{path}: {why}; leave it out here")
 
 
 def study_groups(study: Study) -> list[Group]:
-    """Every task at every cut and Q, with the rows of each method."""
-    found = []
+    """Groups of a study: every task at every cut and Q, with the arms of each method."""
+    groups = []
     for task, cut, directions in itertools.product(
         study.tasks, study.cuts or (None,), study.directions or (None,)
     ):
-        place = task if cut is None else f"{task}-cut{cut}"
-        rows = {}
+        task_at_cut = task if cut is None else f"{task}-cut{cut}"
+        arms = {}
         for name in study.methods:
-            probes = directions is not None and METHODS[study.method_of(name)].draws
-            rows[name] = f"{place}-q{directions}-{name}" if probes else f"{place}-{name}"
-        of_group = place if directions is None else f"{place}-q{directions}"
-        found.append(Group(of_group, task, cut, directions, rows))
-    return found
+            probes = directions is not None and study.draws(name)
+            arms[name] = f"{task_at_cut}-q{directions}-{name}" if probes else f"{task_at_cut}-{name}"
+        of_group = task_at_cut if directions is None else f"{task_at_cut}-q{directions}"
+        groups.append(Group(of_group, task, cut, directions, arms))
+    return groups
 
 
 def study_grid(study: Study) -> Grid:
@@ -218,19 +222,19 @@ def study_grid(study: Study) -> Grid:
     Raises:
         ConfigError: if two rows would have the same name.
     """
-    rows: dict[str, tuple[tuple[Any, ...], Row]] = {}
+    arms: dict[str, tuple[tuple[Any, ...], Arm]] = {}
     for group in study_groups(study):
-        for name, row_name in group.rows.items():
-            probes = group.directions is not None and METHODS[study.method_of(name)].draws
+        for name, arm_name in group.arms.items():
+            probes = group.directions is not None and study.draws(name)
             key = (group.task, group.cut, group.directions if probes else None, name)
-            if rows.setdefault(row_name, (key, _row(study, group, name)))[0] != key:
+            if arms.setdefault(arm_name, (key, _arm(study, group, name)))[0] != key:
                 raise ConfigError(
-                    f"two rows would be called {row_name}: {rows[row_name][0]} and {key}; rename a task or a method"
+                    f"two rows would be called {arm_name}: {arms[arm_name][0]} and {key}; rename a task or a method"
                 )
-    return Grid(tuple(row for _, row in rows.values()), study.seeds)
+    return Grid(tuple(arm for _, arm in arms.values()), study.seeds)
 
 
-def _row(study: Study, group: Group, name: str) -> Row:
+def _arm(study: Study, group: Group, name: str) -> Arm:
     method = study.methods[name]
     settings = merged(study.base, study.tasks[group.task])
     if group.cut is not None:
@@ -240,9 +244,9 @@ def _row(study: Study, group: Group, name: str) -> Row:
     settings = merged(settings, {"method": study.method_of(name), **method.settings})
     server_learning_rates = study.server_learning_rates if name == study.frozen else ()
     if not (study.server_learning_rates or method.one_rate):
-        server_learning_rates = (parse_config(settings, where=group.rows[name]).server.learning_rate,)
-    return Row(
-        group.rows[name], settings, method.rates or (0.0,), server_learning_rates, group.rows[study.frozen],
+        server_learning_rates = (parse_config(settings, where=group.arms[name]).server.learning_rate,)
+    return Arm(
+        group.arms[name], settings, method.rates or (0.0,), server_learning_rates, group.arms[study.frozen],
         method.one_rate,
     )  # fmt: skip
 
@@ -251,7 +255,7 @@ _RENAMED_IN = ("base", "tasks", "methods")
 
 
 def _renamed(part: str, settings: Any, where: str) -> Any:
-    """A part of a study with the settings of runs in it by their new names."""
+    """Part of a study with the settings of runs in it by their new names."""
     if part == "base" or not isinstance(settings, dict):
         return with_new_names(settings, where=where)
     if part == "tasks":

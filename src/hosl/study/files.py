@@ -1,4 +1,4 @@
-"""Where a study's runs leave their files, and the small summary that is kept of each."""
+"""Files of a study's runs, and the small summary that is kept of each."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ from hosl.system.checkpoint import newest_checkpoint
 from hosl.system.run_folder import read_lines
 
 _ALWAYS_KEPT = ("rate", "server_rate", "command")
-"""In every summary that there ever was."""
+"""Keys of every summary that there ever was."""
 _KEPT = (*_ALWAYS_KEPT, "seed", "config", "versions", "dev_curve")
-"""In those that say their `row`."""
+"""Keys of those that say their `row`."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """The folders of a study."""
+    """Folders of a study."""
 
     summaries: Path
     """One JSON file per finished run."""
@@ -42,23 +42,23 @@ class Places:
         return cls(folder / "summaries", folder / "configs", folder / "runs")
 
     def summary_file(self, run: Trial) -> Path:
-        """Of a finished run."""
+        """File of a finished run's summary."""
         return self.summaries / f"{run.name}.json"
 
     def config_file(self, run: Trial) -> Path:
-        """Of a run; its output_dir is `run_folder`."""
+        """File of a run's config; its output_dir is `run_folder`."""
         return self.configs / f"{run.name}.yaml"
 
     def run_folder(self, run: Trial) -> Path:
-        """What `hosl train` makes."""
+        """Folder that `hosl train` makes."""
         return self.runs / run.name
 
     def config(self, run: Trial) -> Config:
-        """A run's complete config, its folder included."""
+        """Complete config of a run, its folder included."""
         return run.config(str(self.run_folder(run)))
 
     def command(self, run: Trial) -> str:
-        """What makes the run again, bit for bit, in a new folder."""
+        """Command that makes the run again, bit for bit, in a new folder."""
         return f"OMP_NUM_THREADS=1 hosl train {shlex.quote(str(self.config_file(run)))}"
 
 
@@ -85,19 +85,19 @@ def read_summaries(grid: Grid, places: Places) -> dict[str, Summary]:
     Raises:
         FolderError: if one was made with other settings than the study has now, or is no summary.
     """
-    found: dict[str, Summary] = {}
+    summaries: dict[str, Summary] = {}
     for file in sorted(places.summaries.glob("*.json")):
         with contextlib.suppress(ValueError):  # cut short by a machine that went down: made again
-            found[file.stem] = json.loads(file.read_text("utf-8"))
-    rows = {row.name: row for row in grid.rows}
-    for name, summary in found.items():
+            summaries[file.stem] = json.loads(file.read_text("utf-8"))
+    arms = {arm.name: arm for arm in grid.arms}
+    for name, summary in summaries.items():
         file = places.summaries / f"{name}.json"
         _check_whole(summary, file)
-        row = rows.get(summary.get("row", ""))
-        if row is not None:
-            run = Trial(row, summary["rate"], summary["server_rate"], summary["seed"])
+        arm = arms.get(summary.get("row", ""))
+        if arm is not None:
+            run = Trial(arm, summary["rate"], summary["server_rate"], summary["seed"])
             check_same_settings(places.config(run), summary["config"], file)
-    return found
+    return summaries
 
 
 def check_unchanged_inputs(runs: Sequence[Trial], done: Mapping[str, Summary], places: Places) -> None:
@@ -185,7 +185,7 @@ def write_summary(run: Trial, places: Places, said: Summary) -> Summary:
     folder = places.run_folder(run)
     record = json.loads((folder / "record.json").read_text("utf-8"))
     summary = said | {
-        "row": run.row.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed,
+        "row": run.arm.name, "rate": run.rate, "server_rate": run.server_rate, "seed": run.seed,
         "command": places.command(run), "config": msgspec.to_builtins(places.config(run)),
         "versions": record["versions"], "task_digest": record["task"]["digest"],
         "model_digest": record["model"]["digest"], "dev_curve": _dev_curve(folder),
@@ -202,7 +202,7 @@ def drop_weights(run: Trial, places: Places) -> None:
 
 
 def _of_task(config: dict[str, Any]) -> list[Any]:
-    """What the digest of the encoded rows is a function of, their files apart; the tokenizer is the model's."""
+    """Settings that the digest of the encoded rows depends on, their files apart; the tokenizer is the model's."""
     task = config["task"]
     return [task, config["model"]["name"], config["seed"] if seed_draws_rows(task) else None]
 
@@ -212,8 +212,8 @@ def _of_model(config: dict[str, Any]) -> str:
 
 
 def _check_whole(summary: object, file: Path) -> None:
-    found = summary if isinstance(summary, dict) else {}
-    missing = [name for name in (_KEPT if "row" in found else _ALWAYS_KEPT) if name not in found]
+    keys = summary.keys() if isinstance(summary, dict) else set()
+    missing = [name for name in (_KEPT if "row" in keys else _ALWAYS_KEPT) if name not in keys]
     if missing:
         raise FolderError(
             f"{file} is not the summary of a run: it lacks {', '.join(missing)}; remove it, and the run is made again"

@@ -1,5 +1,6 @@
-"""One run of a study at work: `hosl train` in a process of its own, which ends with the study however that ends."""
+"""Run of a study at work: `hosl train` in a process of its own, which ends with the study however that ends."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from hosl.config import Config, dump_config
-from hosl.errors import FailureError, FolderError, RequestError
+from hosl.errors import FailureError, FolderError, NonFiniteError, RequestError
 from hosl.study.files import Places, begun, write_config, write_summary
 from hosl.study.grid import Summary, Trial
 from hosl.system.interrupts import Stop
@@ -26,13 +27,11 @@ _HOSL = (
 )
 _ORPHANS_END_S = 30.0
 POLL_S = 0.1
-"""Between two looks at a run."""
-_DIVERGED = ("must be finite", "the model has diverged", "the server diverged within")
-"""What every message of a NonFiniteError says; a test reads them all."""
+"""Seconds between two looks at a run."""
 
 
 class RunProcess:
-    """A run that has been started, or taken up again where a killed study left it."""
+    """Run that has been started, or taken up again where a killed study left it."""
 
     def __init__(self, run: Trial, places: Places) -> None:
         self.run, self._places = run, places
@@ -40,15 +39,15 @@ class RunProcess:
         self._begin, self._stopped = time.monotonic(), False
         _wait_until_free(folder)
         if begun(folder, config):
-            words = ["--resume", str(folder)]
+            arguments = ["--resume", str(folder)]
         else:
             write_config(run, places)
-            words = [str(places.config_file(run))]
+            arguments = [str(places.config_file(run))]
         places.runs.mkdir(parents=True, exist_ok=True)
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `take` or `kill`)
         with self._log.open("ab") as log:
             self._earlier_bytes = log.tell()  # what attempts before this one said
-            self._process = _hosl_train([*words, "--json"], out=self._out, err=log)
+            self._process = _hosl_train([*arguments, "--json"], out=self._out, err=log)
 
     @property
     def ended(self) -> bool:
@@ -57,14 +56,14 @@ class RunProcess:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._begin
 
     def take(self) -> Summary | None:
         """The summary of a run that has ended, kept on the disk too; None for one that was stopped.
 
         Raises:
-            RequestError, FailureError: with the run's own error line.
+            RequestError, FailureError: with the run's own message.
         """
         status = self._process.returncode
         self._out.seek(0)
@@ -77,12 +76,12 @@ class RunProcess:
         if status < 0:
             advice = "; perhaps memory ran out: lower at_once" if status == -signal.SIGKILL else ""
             raise FailureError(f"run {self.run.name} {_ended_by(-status)}{advice}; all it said: {self._log}")
-        said = self._last_words()
-        if status == 1 and any(words in said for words in _DIVERGED):
+        message = self._message(out)
+        if status == NonFiniteError.exit_status:
             # a rate so high that it diverges is a result of the study, not of the program
-            return write_summary(self.run, self._places, {"diverged": said, "dev_loss_nats": None})
+            return write_summary(self.run, self._places, {"diverged": message, "dev_loss_nats": None})
         kind = RequestError if status == 2 else FailureError
-        raise kind(f"run {self.run.name} failed: {said}; all it said: {self._log}")
+        raise kind(f"run {self.run.name} failed: {message}; all it said: {self._log}")
 
     def stop(self) -> None:
         """Ask the run to end after the step in hand, with a checkpoint; asking again changes nothing."""
@@ -100,11 +99,12 @@ class RunProcess:
     def _log(self) -> Path:
         return self._places.runs / f"{self.run.name}.log"
 
-    def _last_words(self) -> str:
-        text = self._log.read_bytes()[self._earlier_bytes :].decode(errors="replace")
-        lines = text.strip().splitlines() or ["nothing was said"]
-        own = [line for line in lines if line.startswith("hosl: ")]
-        return (own or lines)[-1].removeprefix("hosl: ")
+    def _message(self, out: bytes) -> str:
+        """The error that it printed; of a run that ended before it could, the last line of this attempt's log."""
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            return json.loads(out.splitlines()[-1])["error"]["message"]
+        log = self._log.read_bytes()[self._earlier_bytes :].decode(errors="replace")
+        return (log.strip().splitlines() or ["nothing was said"])[-1]
 
     def _close(self) -> None:
         self._out.close()
@@ -140,10 +140,10 @@ def make_alone(config: Config, *, as_json: bool) -> int:
 
 
 def _hosl_train(
-    words: list[str], *, out: IO[bytes] | None = None, err: IO[bytes] | None = None
+    arguments: list[str], *, out: IO[bytes] | None = None, err: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", _HOSL, "train", *words],
+        [sys.executable, "-c", _HOSL, "train", *arguments],
         stdin=subprocess.PIPE,
         stdout=out,
         stderr=err,

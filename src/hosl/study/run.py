@@ -1,6 +1,6 @@
 """A study from start to end: make the runs that are missing, as many at a time as there are cores, then render.
 
-Which runs: `study_grid`. One run: `study_process`. What they amount to: `study_table`, `study_pictures`, `study_runs`.
+The next runs: `grid`. One run: `process`. What they amount to: `tables` and `runs_csv`.
 """
 
 import difflib
@@ -12,9 +12,9 @@ from hosl.config import Config
 from hosl.errors import ConfigError, FolderError
 from hosl.report.build import write_study_report
 from hosl.report.planned import planned_lines
+from hosl.report.render import check_installed
 from hosl.report.runs import CHOSEN_RUNS
 from hosl.study.config import Study, study_grid, study_groups
-from hosl.study.figures import draw_study
 from hosl.study.files import Places, check_same_study, check_unchanged_inputs, drop_weights, read_summaries
 from hosl.study.grid import Grid, Summary, Trial, dev_loss
 from hosl.study.process import POLL_S, RunProcess
@@ -27,7 +27,7 @@ from hosl.system.run_folder import RunLock
 
 
 def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
-    """Make the runs that are missing, then write tables, runs and pictures; returns what was done.
+    """Make the runs that are missing, then write tables, runs and figures; returns what was done.
 
     `file` has the study. `command` is what makes it; with `--run NAME` after it, one run.
 
@@ -36,6 +36,7 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
             with other settings or data.
         RequestError, FailureError: with the line of a run that failed for another reason than divergence.
     """
+    check_installed("jinja2", "scipy")
     out, grid = Path(study.output_dir), study_grid(study)
     places = Places.below(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,11 +56,10 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
         if missing:
             return answer
         chosen = grid.chosen(done)
-        pictures = draw_study(study, study_groups(study), chosen, out)
         # the command of now: summaries of an earlier version say one that runs on all cores
         lines = [done[run.name] | {"command": places.command(run)} for run in made]
         write_runs(study_groups(study), lines, chosen, out)
-        answer |= write_tables(study, study_groups(study), chosen, pictures, out, command)
+        answer |= write_tables(study, study_groups(study), chosen, out, command)
         try:
             rows = study.frozen, study.first_order
             answer["report"] = str(write_study_report(out, planner=planned_lines, reference_rows=rows))
@@ -70,7 +70,7 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
 
 
 def first_run(study: Study) -> Trial:
-    """The run that a study begins with."""
+    """Run that a study begins with."""
     return study_grid(study).needed({})[0]
 
 
@@ -78,7 +78,7 @@ def check_runs(study: Study) -> int:
     """Check the config of every run, whatever rates will be chosen; returns how many runs there will be.
 
     Raises:
-        ConfigError: naming the row whose settings are impossible.
+        ConfigError: naming the arm whose settings are impossible.
     """
     grid = study_grid(study)
     for run in grid.conceivable:
@@ -88,7 +88,7 @@ def check_runs(study: Study) -> int:
 
 
 def config_of_run(study: Study, name: str) -> Config:
-    """The config of one run of a study, made or not, in a folder of its own.
+    """Config of one run of a study, made or not, in a folder of its own.
 
     Raises:
         ConfigError: if the study has none of that name.
@@ -138,7 +138,7 @@ def run_grid(
                         continue
                     done[process.run.name] = summary
                     check_unchanged_inputs(_made(grid, done), done, places)
-                    view.say(f"{process.run.name}: {_told(summary)}, {process.seconds:.0f} s")
+                    view.say(f"{process.run.name}: {_outcome(summary)}, {process.seconds:.0f} s")
                     if not keep_models:
                         drop_weights(process.run, places)
                 at_work = ", ".join(process.run.name for process in working)
@@ -150,8 +150,8 @@ def run_grid(
 
 
 def _made(grid: Grid, done: dict[str, Summary]) -> list[Trial]:
-    """The grid's own runs that are there; `done` may have others, of rows that it had once."""
-    return [run for run in grid.known(done) if run.name in done]
+    """Runs of the grid itself that are there; `done` may have others, of arms that it had once."""
+    return [run for run in grid.settled(done) if run.name in done]
 
 
 def _start(
@@ -168,5 +168,5 @@ def _start(
     return bool(working)
 
 
-def _told(summary: Summary) -> str:
+def _outcome(summary: Summary) -> str:
     return "diverged" if "diverged" in summary else f"dev loss {dev_loss(summary):.4f}"

@@ -41,18 +41,18 @@ def write_runs(
 def run_lines(
     groups: list[Group], made: Sequence[Summary], chosen: dict[str, list[Summary]]
 ) -> list[dict[str, Any]]:
-    """A line per run; test stays empty but for chosen runs, as nobody may choose by it."""
-    places = {row: (group, method) for group in reversed(groups) for method, row in group.rows.items()}
+    """Line per run; test stays empty but for chosen runs, as nobody may choose by it."""
+    placed = {arm: (group, name) for group in reversed(groups) for name, arm in group.arms.items()}
     picked = {
         (run["row"], run["seed"], run["rate"], run["server_rate"]) for runs in chosen.values() for run in runs
     }
     lines = []
     for summary in made:
-        group, method = places[summary["row"]]
+        group, name = placed[summary["row"]]
         config = summary["config"]
         is_chosen = (summary["row"], summary["seed"], summary["rate"], summary["server_rate"]) in picked
         line = {
-            "task": group.task, "row": method, "method": config["method"], "model": config["model"]["name"],
+            "task": group.task, "row": name, "method": config["method"], "model": config["model"]["name"],
             "cut": config["model"]["cut"], "directions": config["zo"]["directions"],
             "client_trainable": config["client"]["trainable"], "client_rate": summary["rate"],
             "server_rate": summary["server_rate"], "seed": summary["seed"], "chosen": is_chosen,
@@ -61,6 +61,6 @@ def run_lines(
         for key in _METRICS:
             hidden = key.startswith("test_") and not is_chosen
             line[key] = None if hidden else summary.get(key)
-        line |= {name: summary["versions"][name] for name in ("hosl", "torch", "machine")}
+        line |= {part: summary["versions"][part] for part in ("hosl", "torch", "machine")}
         lines.append(line | {"command": summary["command"]})
     return lines

@@ -22,8 +22,3 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is no amount of memory such as 600MiB; it needs a number above 0 and one of {units}"
         )
     return round(float(match[1]) * _UNITS[match[2]])
-
-
-def told_bytes(count: float | int) -> str:
-    """A number of bytes as text for people: `612 MiB`, `2.41 GiB`."""
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from hosl.system.byte_sizes import parse_bytes, told_bytes
+from hosl.system.byte_sizes import parse_bytes
+from hosl.system.readable import readable_bytes
 
 _LEEWAY = 1.05
 """The factor by which a run may exceed its budget before it is stopped: pages of a file, an allocator's fragments."""
@@ -17,7 +18,7 @@ def over_budget(session: Any) -> str | None:
     if taken <= _LEEWAY * limit:
         return None
     return (
-        f"client.memory_budget is {told_bytes(limit)}, but after step {session.step} the client has taken "
-        f"{told_bytes(taken)}; the state is saved: go on with a larger budget, or start again with a smaller "
+        f"client.memory_budget is {readable_bytes(limit)}, but after step {session.step} the client has taken "
+        f"{readable_bytes(taken)}; the state is saved: go on with a larger budget, or start again with a smaller "
         "client.micro_batch_size, per_device_eval_batch_size or model.cut"
     )

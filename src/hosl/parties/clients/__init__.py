@@ -1,1 +1,1 @@
-"""Clients on PyTorch; each class answers only the calls that it can keep."""
+"""Clients on PyTorch; each class has only the calls of its protocol."""

@@ -1,4 +1,4 @@
-"""A client trained by backprop, its graph held from the forward pass to the returned gradient."""
+"""A client trained by backprop; it holds the graph from the forward pass to the returned gradient."""
 
 import torch
 
@@ -10,7 +10,7 @@ from hosl.split import ClientHalf
 
 
 class FirstOrderClient(FrozenClient):
-    """A client trained by ordinary backprop: the upper row of every comparison."""
+    """A client trained by ordinary backprop: the first-order baseline of every comparison."""
 
     def __init__(
         self, half: ClientHalf, *, optimiser: OptimiserSpec | None = None, device: str = "cpu"

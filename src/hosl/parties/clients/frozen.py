@@ -1,6 +1,6 @@
-"""A client that only computes activations: the baseline that every comparison owes, and the base of the others.
+"""A client that only computes activations: the baseline of every comparison, and the base class of the others.
 
-Requires of the half: dropout off (L+ and L- must be one function, paper.md I4), caches off; `hosl.split` gives it so.
+Requires: a half with dropout off (L+ and L- must be one function, paper.md I4) and caches off, as from `hosl.split`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,24 +11,24 @@ from hosl.core.targets import Batch
 from hosl.split import ClientHalf
 
 TOKENS_AT_ONCE = 4096
-"""How many tokens a client evaluates at once where `micro_batch_size` does not say otherwise."""
+"""The most tokens that a client evaluates at once by default; `micro_batch_size` takes precedence."""
 
 
 class FrozenClient:
-    """A client that only computes activations: the baseline that every comparison owes, and the base of the others."""
+    """A client that only computes activations: the baseline of every comparison, and the base class of the others."""
 
     def __init__(self, half: ClientHalf, *, micro_batch_size: int | None = None, device: str = "cpu") -> None:
-        """Take over `half`.
+        """Move `half` to the device, in eval mode.
 
         Args:
-            half: the client's.
-            micro_batch_size: how many rows of a batch are evaluated at once; None: as many as memory suggests
-                (`row_slices`). Rows do not see each other, so this changes rounding and memory only.
+            half: the client half.
+            micro_batch_size: the rows of a batch that are evaluated at once; None: chosen by memory (`row_slices`).
+                Rows are independent of each other, so this changes rounding and memory only.
             device: a torch device.
         """
         self.half = half
         self.trained: dict[str, torch.nn.Parameter] = {}
-        """What the client trains, by Hugging Face's own names: nothing."""
+        """The trained parameters by Hugging Face's names; here none."""
         self.micro_batch_size = micro_batch_size
         self.device = torch.device(device)
         half.to(self.device)
@@ -37,11 +37,8 @@ class FrozenClient:
     def forward(self, batch: Batch) -> torch.Tensor:
         """h = f_c(x; theta_c) [rows, seq, width], without a graph."""
         ids, mask = self._inputs(batch)
-        return in_one(((rows, self._evaluate(ids[rows], mask[rows])) for rows in self._slices(ids)), len(ids))
-
-    def _evaluate(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.half(ids, mask)
+            return in_one(((rows, self.half(ids[rows], mask[rows])) for rows in self._slices(ids)), len(ids))
 
     def _slices(self, ids: torch.Tensor, *, evaluations: int = 1) -> list[slice]:
         return row_slices(ids.shape, evaluations, self.micro_batch_size)
@@ -52,10 +49,10 @@ class FrozenClient:
 
 
 def row_slices(shape: Sequence[int], evaluations: int, micro_batch_size: int | None = None) -> list[slice]:
-    """The micro-batches of a batch [rows, seq] of which each row is evaluated so many times at once.
+    """The micro-batches of a batch [rows, seq] whose rows are evaluated `evaluations` times at once.
 
-    By default they take no more rows in all than the batch has, so that no step needs more memory than the forward
-    pass of its batch, and no more than `TOKENS_AT_ONCE` tokens.
+    By default the evaluations of a micro-batch have no more rows than the batch, so that a step needs no more memory
+    than the forward pass of its batch, and no more than `TOKENS_AT_ONCE` tokens.
     """
     rows, seq = shape
     by_memory = min(-(-rows // evaluations), TOKENS_AT_ONCE // (seq * evaluations))
@@ -64,13 +61,13 @@ def row_slices(shape: Sequence[int], evaluations: int, micro_batch_size: int | N
 
 
 def in_one(parts: Iterable[tuple[slice, torch.Tensor]], rows: int) -> torch.Tensor:
-    """[..., rows, seq, width] from its micro-batches, the rows third from last; a single one is handed through."""
+    """The batch [..., rows, seq, width] from its micro-batches; a single one is returned as it is."""
     whole = None
-    for of_rows, part in parts:
+    for part_rows, part in parts:
         if part.shape[-3] == rows:
             return part
         if whole is None:
             whole = part.new_empty(*part.shape[:-3], rows, *part.shape[-2:])
-        whole[..., of_rows, :, :] = part
+        whole[..., part_rows, :, :] = part
     assert whole is not None, "a batch has rows"
     return whole

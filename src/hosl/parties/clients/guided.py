@@ -1,10 +1,10 @@
-"""A forward-only client whose directions come from the returned gradient, where random ones would come from a seed.
+"""A forward-only client whose directions come from the returned gradient, not from a seed.
 
-An output projection is a layer whose output is added to the residual stream: y = W x + b. Were the stream handed on
-unchanged from there to the cut, the gradient of W would be g^T x, the outer product of the returned gradient and what
-the layer read. So u = g^T x (and sum g for b), scaled to unit length, is the direction; what the assumption left out
-is measured: c = dL/du by two evaluations, and the projection moves by -eta c u, the exact gradient's projection on u.
-A bad u makes a small c, never a step uphill. Only the blocks from the lowest guided one on are evaluated again.
+An output projection is a layer whose output is added to the residual stream: y = W x + b. If the blocks above left the
+stream unchanged, the gradient of W would be g^T x: the outer product of the returned gradient g and the input x. So the
+direction is u = g^T x (and sum g for b), scaled to unit length. The assumption is then corrected by measurement: two
+evaluations give c = dL/du, and the layer moves by -eta c u, where c u is the exact gradient's projection on u. A bad u
+makes a small c, never a step uphill. Only the blocks from the lowest guided one on are evaluated again.
 Source: methods.md (i).
 """
 
@@ -25,31 +25,31 @@ from hosl.split import ClientHalf
 
 
 class GuidedClient(FrozenClient):
-    """Implements `GuidedClientSide`; trains the output projections of the last blocks and nothing else.
+    """A `GuidedClientSide` that trains the output projections of the last blocks and nothing else.
 
-    Holds, beside the weights, one block input [rows, seq, width] and a direction for each output projection. No
+    Memory beside the weights: one block input [rows, seq, width] and a direction for each output projection. No
     autograd.
 
-    Requires: what `RecomputingClient` requires of rows and blocks.
+    Requires: rows and blocks as `RecomputingClient` does.
     """
 
     def __init__(
         self, half: ClientHalf, *, blocks: int = 1, micro_batch_size: int | None = None, device: str = "cpu"
     ) -> None:
-        """Train the output projections of the last `blocks` blocks, whatever required a gradient before.
+        """Train the output projections of the last `blocks` blocks; `requires_grad` of all weights is set anew.
 
         Args:
-            half: the client's; float weights.
+            half: the client half, with float weights.
             blocks: at least 1, at most the half's cut.
-            micro_batch_size: how many rows are evaluated at once; None: as many as memory suggests, when blocks are
-                evaluated again half as many (`row_slices`).
+            micro_batch_size: the rows that are evaluated at once; None: chosen by memory (`row_slices`), half as many
+                where blocks are evaluated again.
             device: a torch device.
         """
         super().__init__(half, micro_batch_size=micro_batch_size, device=device)
-        every: Any = half.model.get_submodule(half.blocks_name)
-        assert 1 <= blocks <= len(every), f"{blocks} guided blocks of {len(every)}"
-        first = len(every) - blocks
-        self._blocks: list[nn.Module] = list(every)[first:]
+        all_blocks: Any = half.model.get_submodule(half.blocks_name)
+        assert 1 <= blocks <= len(all_blocks), f"{blocks} guided blocks of {len(all_blocks)}"
+        first = len(all_blocks) - blocks
+        self._blocks: list[nn.Module] = list(all_blocks)[first:]
         self._projections: dict[str, nn.Module] = {
             f"{half.blocks_name}.{first + i}.{name}": block.get_submodule(name)
             for i, block in enumerate(self._blocks)
@@ -60,7 +60,7 @@ class GuidedClient(FrozenClient):
             projection.requires_grad_(True)
         self.trained = trained_parameters(half.model)
         self._parts: list[_Part] = []
-        """Of the last `forward_for_guides`."""
+        """The micro-batches of the last `forward_for_guides`."""
         self._guides: dict[str, _Guide] = {}
 
     def forward_for_guides(self, batch: Batch) -> torch.Tensor:
@@ -70,14 +70,14 @@ class GuidedClient(FrozenClient):
         return in_one(((rows, self._part(rows, ids, mask)) for rows in self._slices(ids)), len(ids))
 
     def guide(self, gradient: torch.Tensor) -> tuple[str, ...]:
-        """Form every projection's direction from dL/dh [rows, seq, width]; their names, in the order of the blocks."""
+        """Form the directions from dL/dh [rows, seq, width]; returns the projections' names in block order."""
         assert self._parts, "guide needs a forward_for_guides before it"
         gradient = gradient.to(self.device)
         self._guides = {name: _Guide(projection) for name, projection in self._projections.items()}
         with torch.no_grad():
             for rows in self._micro_batches():
-                with self._reading(gradient[rows]):
-                    self._again(rows)
+                with self._inputs_added(gradient[rows]):
+                    self._evaluate_again(rows)
             for guide in self._guides.values():
                 guide.normalise_()
         return tuple(self._guides)
@@ -98,29 +98,29 @@ class GuidedClient(FrozenClient):
         return total / (2 * scale)
 
     def descend_along(self, names: Sequence[str], slopes: Sequence[float], learning_rate: float) -> None:
-        """W -= learning_rate slope u for each of these projections; then the directions are let go."""
+        """W -= learning_rate slope u for each of these projections; then the directions are released."""
         with torch.no_grad():
             for name, slope in zip(names, slopes, strict=True):
                 self._guides[name].move_(self._projections[name], learning_rate * slope)
         self._parts, self._guides = [], {}
 
     def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """h of these rows, and what the guided blocks were called with; only the first keeps its hidden state."""
+        """h of these rows; records the calls of the guided blocks, of which only the first keeps its hidden state."""
         with torch.no_grad(), recorded(self._blocks) as calls:
             h = self.half(ids[rows], mask[rows])
         for call in calls[1:]:
-            call.args = (None, *call.args[1:])  # is computed again from the first one's
+            call.args = (None, *call.args[1:])  # its hidden state is computed again from the first block's
         self._parts.append(_Part(rows, calls))
         return h
 
     def _micro_batches(self) -> Iterator[slice]:
-        """Rows that are evaluated again at once; none of them in two parts."""
+        """The rows that are evaluated again at once, each slice within one part."""
         for part in self._parts:
             for rows in row_slices(part.calls[0].args[0].shape[:2], 2, self.micro_batch_size):
                 yield slice(part.rows.start + rows.start, part.rows.start + rows.stop)
 
-    def _again(self, rows: slice) -> torch.Tensor:
-        """The guided blocks, for the rows of a micro-batch: the hidden state at the cut."""
+    def _evaluate_again(self, rows: slice) -> torch.Tensor:
+        """The hidden state at the cut, by another call of the guided blocks for the rows of a micro-batch."""
         part = next(p for p in self._parts if p.rows.start <= rows.start < p.rows.stop)
         within, total = part.within(rows), len(part.calls[0].args[0])
         hidden = part.calls[0].args[0][within]
@@ -130,14 +130,15 @@ class GuidedClient(FrozenClient):
         return hidden
 
     @contextmanager
-    def _reading(self, gradient: torch.Tensor) -> Iterator[None]:
-        """Within this context, what an output projection reads is added to its direction."""
+    def _inputs_added(self, gradient: torch.Tensor) -> Iterator[None]:
+        """Context manager: the input of every output projection is added to its direction."""
 
-        def read_by(guide: "_Guide") -> Any:
+        def adding_to(guide: "_Guide") -> Any:
             return lambda projection, args: guide.add_(gradient, args[0])
 
         hooks = [
-            w.register_forward_pre_hook(read_by(self._guides[name])) for name, w in self._projections.items()
+            projection.register_forward_pre_hook(adding_to(self._guides[name]))
+            for name, projection in self._projections.items()
         ]
         try:
             yield
@@ -154,21 +155,21 @@ class GuidedClient(FrozenClient):
 
         hook = self._projections[name].register_forward_hook(shift)
         try:
-            return self._again(rows)
+            return self._evaluate_again(rows)
         finally:
             hook.remove()
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows of the batch that went forward together."""
+    """A micro-batch of the last forward pass."""
 
     rows: slice
     calls: list[BlockCall]
-    """Of the guided blocks, for these rows."""
+    """The calls of the guided blocks for these rows."""
 
     def within(self, rows: slice) -> slice:
-        """Where rows of the batch stand among these."""
+        """The slice of these rows that has the given rows of the batch."""
         return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
 
 
@@ -194,7 +195,7 @@ class _Guide:
             self.bias += g.sum(0)
 
     def normalise_(self) -> None:
-        """To unit length; a gradient of zeros leaves zeros."""
+        """Scale u to unit length; zeros stay zeros."""
         parts = [self.weight] if self.bias is None else [self.weight, self.bias]
         length = math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
         if length > 0:

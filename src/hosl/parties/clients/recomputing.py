@@ -1,8 +1,8 @@
 """A first-order client that holds one block's gradients at a time: recomputation, micro-batches, the update inside.
 
-The gradient is that of `FirstOrderClient`, the update plain SGD. What is kept between the two calls is each block's
-input. Backward takes the blocks from last to first: each is computed again, its gradients summed over micro-batches
-of rows, its weights updated at once, and its gradients let go (LOMO, arXiv 2306.09782). Memory: methods.md section 3.
+The gradient is that of `FirstOrderClient`, the update plain SGD. Between the two calls only each block's input is kept.
+Backward goes through the blocks from last to first: each is computed again, its gradients are summed over micro-batches
+of rows, its weights updated at once, and its gradients released (LOMO, arXiv 2306.09782). Memory: methods.md section 3.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,17 +22,17 @@ from hosl.split import ClientHalf
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What `backward` needs of rows that went forward together."""
+    """A micro-batch of the last forward pass, as `backward` needs it."""
 
     rows: slice
     ids: torch.Tensor
     mask: torch.Tensor
     calls: list[BlockCall]
-    """Of the blocks that have something to train at or below them, first to last; backward takes them away."""
+    """The calls of the blocks with trained weights at or below them, first to last; backward removes them."""
 
 
-class _Reached(Exception):  # noqa: N818  (control flow: it stops a forward and is always caught)
-    """The forward has come to block 0."""
+class _Reached(Exception):  # noqa: N818  (control flow: it ends a forward pass and is always caught)
+    """The forward pass has reached block 0."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__("block 0")
@@ -42,37 +42,37 @@ class _Reached(Exception):  # noqa: N818  (control flow: it stops a forward and 
 class RecomputingClient(FrozenClient):
     """A client trained by backprop in little memory: weights, block inputs, and one block's gradients and activations.
 
-    Requires: rows that do not see each other (true of every family here: no batch norm), hidden states as the blocks'
-    first argument and only answer, and no trained tensor in two blocks: the upper one would change the lower one's.
+    Requires: independent rows (true of every family here: no batch norm), hidden states as the blocks' first argument
+    and only result, and no trained tensor in two blocks, since the upper block's update would change the lower block.
     """
 
     def __init__(self, half: ClientHalf, *, micro_batch_size: int | None = None, device: str = "cpu") -> None:
-        """Train what requires a gradient in `half`.
+        """Train the parameters of `half` that require a gradient.
 
         Args:
-            half: the client's.
-            micro_batch_size: how many rows of a batch go forward and are recomputed at once; None: as many as memory
-                suggests (`row_slices`).
+            half: the client half.
+            micro_batch_size: the rows of a batch that are evaluated and recomputed at once; None: chosen by memory
+                (`row_slices`).
             device: a torch device.
         """
         super().__init__(half, micro_batch_size=micro_batch_size, device=device)
         self.trained = trained_parameters(half.model)
         blocks: Any = half.model.get_submodule(half.blocks_name)
         self._blocks: list[nn.Module] = list(blocks)
-        of_blocks = [_trained(block.parameters()) for block in self._blocks]
-        inside = [id(p) for parameters in of_blocks for p in parameters]
+        trained_by_block = [_trained(block.parameters()) for block in self._blocks]
+        inside = [id(p) for parameters in trained_by_block for p in parameters]
         assert len(inside) == len(set(inside)), "a trained tensor is in two blocks"
         self._before = [p for p in self.trained.values() if id(p) not in set(inside)]
-        """Trained tensors of the embeddings and whatever else comes before block 0."""
-        with_trained = [i for i, parameters in enumerate(of_blocks) if parameters]
+        """The trained tensors before block 0, such as the embeddings."""
+        with_trained = [i for i, parameters in enumerate(trained_by_block) if parameters]
         self._lowest = 0 if self._before else min(with_trained, default=len(self._blocks))
-        """The first block that a gradient has to reach."""
+        """The index of the first block that a gradient has to reach."""
         self._parts: list[_Part] = []
-        """Of the last `forward_for_backward`."""
+        """The micro-batches of the last `forward_for_backward`."""
 
     def forward_for_backward(self, batch: Batch) -> torch.Tensor:
         """h [rows, seq, width]; the inputs of the blocks stay here until `backward`, no graph."""
-        self._parts = []  # of a forward that was never answered
+        self._parts = []  # of a forward pass whose gradient never came
         ids, mask = self._inputs(batch)
         return in_one(((rows, self._part(rows, ids, mask)) for rows in self._slices(ids)), len(ids))
 
@@ -87,24 +87,24 @@ class RecomputingClient(FrozenClient):
         assert self._parts, "backward needs a forward_for_backward before it"
         parts, self._parts = self._parts, []
         gradients = [gradient[part.rows].to(self.device, self._dtype) for part in parts]
-        for place in reversed(range(self._lowest, len(self._blocks))):
-            block, handed_on = self._blocks[place], place > self._lowest or bool(self._before)
+        for index in reversed(range(self._lowest, len(self._blocks))):
+            block, to_input = self._blocks[index], index > self._lowest or bool(self._before)
             for i, part in enumerate(parts):
-                gradients[i] = _backward_block_(block, part.calls.pop(), gradients[i], handed_on=handed_on)
+                gradients[i] = _backward_block_(block, part.calls.pop(), gradients[i], to_input=to_input)
             _descend_(_trained(block.parameters()), learning_rate)
         if self._before:
             with _sparse_lookups(self.half.model):
-                for part, of_rows in zip(parts, gradients, strict=True):
-                    self._hidden_before_blocks(part.ids, part.mask).backward(of_rows)
+                for part, part_gradient in zip(parts, gradients, strict=True):
+                    self._hidden_before_blocks(part.ids, part.mask).backward(part_gradient)
             _descend_(self._before, learning_rate)
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of h, and so of its gradient."""
+        """The dtype of h and of its gradient."""
         return next(p.dtype for p in self.half.parameters() if p.is_floating_point())
 
     def _hidden_before_blocks(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What block 0 is called with, and its graph; without blocks (cut 0), the hidden state at the cut."""
+        """The input of block 0 with its graph; without blocks (cut 0), the hidden state at the cut."""
         if not self._blocks:
             return self.half(ids, mask)
 
@@ -122,17 +122,17 @@ class RecomputingClient(FrozenClient):
 
 
 def _backward_block_(
-    block: nn.Module, call: BlockCall, gradient: torch.Tensor, *, handed_on: bool
+    block: nn.Module, call: BlockCall, gradient: torch.Tensor, *, to_input: bool
 ) -> torch.Tensor:
-    """Add the block's gradients over these rows; returns its input's, where that is handed on.
+    """Add the block's gradients over these rows; returns its input's gradient, if `to_input`.
 
-    The input's gradient takes the input's own place: it is not needed again.
+    The input's gradient overwrites the input, which is not needed again.
     """
     hidden = call.args[0]
-    at = hidden.detach().requires_grad_(handed_on)
-    block(at, *call.args[1:], **call.kwargs).backward(gradient)
-    if handed_on:
-        hidden.copy_(at.grad)
+    leaf = hidden.detach().requires_grad_(to_input)
+    block(leaf, *call.args[1:], **call.kwargs).backward(gradient)
+    if to_input:
+        hidden.copy_(leaf.grad)
     return hidden
 
 
@@ -141,7 +141,7 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _descend_(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
-    """p -= learning_rate * gradient, in place; the gradients are let go."""
+    """p -= learning_rate * gradient, in place; the gradients are released."""
     with torch.no_grad():
         for p in parameters:
             if p.grad is not None:
@@ -151,7 +151,7 @@ def _descend_(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
 
 @contextmanager
 def _sparse_lookups(model: nn.Module) -> Iterator[None]:
-    """Within this context, the gradient of an embedding table has only the rows that were looked up.
+    """Context manager: the gradient of an embedding table has only the rows that were looked up.
 
     A dense one would be as large as the table: at OPT-1.3B two blocks' worth (methods.md section 3).
     """

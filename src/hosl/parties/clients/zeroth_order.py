@@ -25,7 +25,7 @@ from hosl.parties.engine.perturbation import (
 from hosl.split import ClientHalf
 
 STACKED_TOKENS_AT_ONCE = 1024
-"""Tokens with which low-rank probes fill a shared pass over the weights: the fastest (docs/results/benchmarks.md)."""
+"""The tokens in a pass over the weights that low-rank probes share: the fastest (docs/results/benchmarks.md)."""
 
 
 class ZerothOrderClient(FrozenClient):
@@ -51,21 +51,21 @@ class ZerothOrderClient(FrozenClient):
         return pair
 
     def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
-        """For each seed f_c at theta_c + epsilon u(seed) and theta_c - epsilon u(seed), [rows, seq, width] each."""
+        """f_c at theta_c + epsilon u(seed) and at theta_c - epsilon u(seed), [rows, seq, width] each, for each seed."""
         for probes in self._groups(batch, seeds, epsilon, BOTH_SIDES):
             pairs = list(in_one(self._signed(batch, probes, BOTH_SIDES), len(batch.input_ids)))
-            while pairs:  # what is handed out is not held here while the next is computed
+            while pairs:  # a pair that was handed out is not held here while the next is computed
                 yield _pair(pairs.pop(0))
 
     def projections(
         self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: torch.Tensor
     ) -> Iterator[Projection]:
-        """For each seed <gradient, h+ - h-> / (2 epsilon), row by row. No pair is ever held for all rows.
+        """<gradient, h+ - h-> / (2 epsilon) for each seed, row by row. No pair is ever held for all rows.
 
         The difference first, then the sum in float64: no cancellation. Source: methods.md (a). The noise is
-        r sqrt(|g h+|^2 + |g h-|^2) / (2 epsilon), products by element, r half a unit in the last place of the
-        activations' dtype: elements are taken to be off by r h each, independently. Rounding inside the half adds up
-        to more: it is a floor.
+        r sqrt(|g h+|^2 + |g h-|^2) / (2 epsilon), with elementwise products and r half a unit in the last place of the
+        activations' dtype: each element is taken to be off by r h, independently of the others. Rounding inside the
+        half comes on top, so this is a floor.
         """
         for probes in self._groups(batch, seeds, epsilon, BOTH_SIDES):
             yield from self._projected(batch, probes, BOTH_SIDES, gradient, None)
@@ -73,12 +73,12 @@ class ZerothOrderClient(FrozenClient):
     def one_sided_projections(
         self, batch: Batch, clean: torch.Tensor, seeds: Sequence[int], epsilon: float, gradient: torch.Tensor
     ) -> Iterator[Projection]:
-        """For each seed <gradient, h+ - clean> / epsilon, row by row. Source: methods.md (a)."""
+        """<gradient, h+ - clean> / epsilon for each seed, row by row. Source: methods.md (a)."""
         for probes in self._groups(batch, seeds, epsilon, PLUS_SIDE):
             yield from self._projected(batch, probes, PLUS_SIDE, gradient, clean)
 
     def tangents(self, batch: Batch, seeds: Sequence[int], gradient: torch.Tensor) -> Iterator[Projection]:
-        """For each seed <gradient, J u>, row by row, by forward-mode differentiation. Source: methods.md (e)."""
+        """<gradient, J u> for each seed, row by row, by forward-mode differentiation. Source: methods.md (e)."""
         ids, mask = self._inputs(batch)
         for seed in seeds:
             slopes = np.empty(len(ids))
@@ -91,7 +91,7 @@ class ZerothOrderClient(FrozenClient):
     def _groups(
         self, batch: Batch, seeds: Sequence[int], epsilon: float, signs: Signs
     ) -> Iterator[list[Probe]]:
-        """Probes that are evaluated at once: low-rank ones share a pass over the weights, as far as it pays."""
+        """The probes that are evaluated at once: low-rank ones share a pass over the weights where that is faster."""
         together = max(STACKED_TOKENS_AT_ONCE // (len(signs) * batch.input_ids.size), 1)
         at_once = together if self.distribution == "low-rank" else 1
         probes = [Probe(seed, epsilon, self.distribution) for seed in seeds]
@@ -100,18 +100,18 @@ class ZerothOrderClient(FrozenClient):
     def _signed(
         self, batch: Batch, probes: Sequence[Probe], signs: Signs
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """For each micro-batch its rows, and h [probes, signs, rows, seq, width]."""
+        """The rows of each micro-batch, and its h [probes, signs, rows, seq, width]."""
         ids, mask = self._inputs(batch)
         times = len(probes) * len(signs)
         slices = self._slices(ids, evaluations=len(signs)) if len(probes) == 1 else [slice(0, len(ids))]
         for rows in slices:
-            some_ids, some_mask = ids[rows], mask[rows]
+            part_ids, part_mask = ids[rows], mask[rows]
             with (
                 torch.no_grad(),
-                stacked(self.half.model, probes, times * len(some_ids), signs, self.new_scratch()),
+                stacked(self.half.model, probes, times * len(part_ids), signs, self.new_scratch()),
             ):
-                h = self.half(some_ids.repeat(times, 1), some_mask.repeat(times, 1))
-            yield rows, h.view(len(probes), len(signs), len(some_ids), *h.shape[1:])
+                h = self.half(part_ids.repeat(times, 1), part_mask.repeat(times, 1))
+            yield rows, h.view(len(probes), len(signs), len(part_ids), *h.shape[1:])
 
     def _projected(
         self,
@@ -121,7 +121,7 @@ class ZerothOrderClient(FrozenClient):
         gradient: torch.Tensor,
         clean: torch.Tensor | None,
     ) -> list[Projection]:
-        """Of every probe <gradient, h+ - h-> over the distance between the two; `clean` takes the place of h-."""
+        """<gradient, h+ - h-> over the distance of the two sides, for each probe; `clean` takes the place of h-."""
         slopes, squares = np.empty((len(probes), len(batch.input_ids))), np.zeros(len(probes))
         rounding, span = 0.0, 2.0 if clean is None else 1.0
         for rows, h in self._signed(batch, probes, signs):
@@ -139,16 +139,16 @@ class ZerothOrderClient(FrozenClient):
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:
-        """theta_c -= eta_c / Q sum_q c_q u(seed_q), and the journal's entries for it. Source: paper.md l.8."""
+        """theta_c -= eta_c / Q sum_q c_q u(seed_q), and the journal's entries for it. Source: Alg. 1, line 8."""
         self.apply(step, seeds, mean_scales(coefficients, learning_rate))
 
     def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
-        """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` with the scales at hand."""
+        """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` by scales."""
         self.journal.append(step, seeds, scales)
         descend_(self.trained, seeds, scales, self.distribution)
 
     def replay(self, journal: Journal, *, after: int = 0) -> None:
-        """Apply the updates of `journal` later than step `after`; the weights must be those of that step."""
+        """Apply the updates of `journal` later than step `after`. Requires: the weights after that step."""
         for _, seeds, scales in journal.updates(after=after):
             descend_(self.trained, seeds, scales, self.distribution)
         self.journal = journal

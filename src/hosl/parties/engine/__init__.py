@@ -1,1 +1,1 @@
-"""What the parties on PyTorch are made of: perturbation, losses, memory, optimisers."""
+"""The components of the parties on PyTorch: perturbation, losses, memory, optimisers."""

@@ -1,4 +1,4 @@
-"""What a block was called with in a forward pass, so that it can be called again: for all rows or for some."""
+"""Recorded calls of blocks, so that a block can be called again after a forward pass: for all rows or for some."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,19 +17,19 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def of_rows(self, rows: slice, total: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What follows the hidden state, cut to these rows of `total`: to go with a hidden state of the same rows."""
+        """The arguments after the hidden state, cut to `rows` of the `total` rows of the call."""
         return _of_rows(self.args[1:], rows, total), _of_rows(self.kwargs, rows, total)
 
 
 @contextmanager
 def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[BlockCall]]:
-    """Within this context, every call of one of `blocks` is added to the list, in order. Tensors are not copied."""
+    """Context manager: a list to which every call of one of `blocks` is added, in order. Tensors are not copied."""
     calls: list[BlockCall] = []
 
-    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(BlockCall(args, kwargs))
 
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         yield calls
     finally:
@@ -37,12 +37,12 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[BlockCall]]:
             hook.remove()
 
 
-def _of_rows(content: Any, rows: slice, total: int) -> Any:
-    """The same, with every tensor of `total` rows cut to these; masks have a row each, rotary angles often one."""
-    if isinstance(content, torch.Tensor):
-        return content[rows] if content.dim() and len(content) == total else content
-    if isinstance(content, dict):
-        return {key: _of_rows(value, rows, total) for key, value in content.items()}
-    if isinstance(content, tuple | list):
-        return tuple(_of_rows(part, rows, total) for part in content)
-    return content
+def _of_rows(argument: Any, rows: slice, total: int) -> Any:
+    """The argument with every tensor of `total` rows cut to `rows`; masks have all rows, rotary angles often one."""
+    if isinstance(argument, torch.Tensor):
+        return argument[rows] if argument.dim() and len(argument) == total else argument
+    if isinstance(argument, dict):
+        return {key: _of_rows(value, rows, total) for key, value in argument.items()}
+    if isinstance(argument, tuple | list):
+        return tuple(_of_rows(element, rows, total) for element in argument)
+    return argument

@@ -1,6 +1,6 @@
-"""How much memory a party's tensors take at most: on a CPU by torch's profiler, on CUDA by its allocator.
+"""The peak memory of a party's tensors: on a CPU by torch's profiler, on CUDA by its allocator.
 
-Static is what a party holds between its calls: weights, buffers, optimiser state. The peak is that and everything else.
+Static memory is held between calls: weights, buffers, optimiser state. The peak includes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,56 +17,55 @@ class TorchMemory:
     """Follows one party's allocations over its calls; implements `metered.MemoryMeter`."""
 
     def __init__(self, resident_bytes: int) -> None:
-        """`resident_bytes` of weights and optimiser state are alive already."""
+        """Start with `resident_bytes` of weights and optimiser state."""
         self.static_bytes = resident_bytes
         self.peak_bytes = self._resident_bytes = self._held_bytes = resident_bytes
 
     def watch(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one call and note the most that was alive at once. Slow: every allocation is recorded."""
+        """Run one call and record the most bytes alive at once. Slow: every allocation is recorded."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
-            answer = call(*args, **kwargs)
+            result = call(*args, **kwargs)
         events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         for _, change_bytes in changes:
             self._held_bytes += change_bytes
             self.peak_bytes = max(self.peak_bytes, self._held_bytes)
-        if (
-            call.__name__ not in _KEEPING
-        ):  # what it returned is the caller's now, and is freed out of our sight
+        # the result belongs to the caller now: its release cannot be seen here
+        if call.__name__ not in _KEEPING:
             self._held_bytes = self._resident_bytes
-        return answer
+        return result
 
 
 class CudaMemory:
-    """A party on a GPU: what its allocator had given out at most during its calls, and what it had reserved.
+    """The memory of a party on a GPU: the most bytes allocated during its calls, and the most reserved.
 
-    The allocator is of the process. Where both parties share a GPU in one process, what the other holds is subtracted,
-    by `others_bytes`.
+    The allocator serves the whole process. Where both parties share a GPU in one process, `others_bytes`, which the
+    other party holds, are subtracted.
     """
 
     def __init__(self, resident_bytes: int, device: torch.device, others_bytes: int = 0) -> None:
         self.static_bytes = self.peak_bytes = resident_bytes
         self.reserved_bytes = 0
-        """The most that the allocator had taken from the device, fragments included; of the whole process."""
+        """The most bytes that the allocator had reserved on the device, fragments included; of the whole process."""
         self._device, self._others_bytes = device, others_bytes
 
     def watch(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one call and note the most that was given out at once."""
+        """Run one call and record the most bytes allocated at once."""
         torch.cuda.reset_peak_memory_stats(self._device)
-        answer = call(*args, **kwargs)
+        result = call(*args, **kwargs)
         torch.cuda.synchronize(self._device)
-        seen_bytes = torch.cuda.max_memory_allocated(self._device) - self._others_bytes
-        self.peak_bytes = max(self.peak_bytes, seen_bytes)
+        party_peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._others_bytes
+        self.peak_bytes = max(self.peak_bytes, party_peak_bytes)
         self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved(self._device))
-        return answer
+        return result
 
 
 def memory_of(party: Any, static_bytes: int, *, beside: int = 0) -> TorchMemory | CudaMemory:
-    """The measure for a party on its device.
+    """The memory meter for a party on its device.
 
     Args:
         party: a client or a server of `hosl.parties`.
-        static_bytes: what it holds between its calls.
+        static_bytes: the bytes that it holds between its calls.
         beside: bytes that other parties of this process hold on the same device.
     """
     device = torch.device(party.device)

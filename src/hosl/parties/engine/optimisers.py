@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class OptimiserSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a first-order half turns gradients into updates. A zeroth-order half is plain SGD on its estimate."""
+    """The optimiser of a first-order half. A zeroth-order half uses plain SGD on its estimate."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    """sgd: the paper's. adamw: torch's AdamW, betas 0.9 and 0.999."""
+    """sgd: as in the paper. adamw: torch's AdamW with betas 0.9 and 0.999."""
     momentum: float = 0.0
     """SGD momentum; the paper has none, the authors' scripts 0.9."""
     weight_decay: float = 0.0
-    """Decoupled for adamw, L2 for sgd."""
+    """The weight decay: decoupled for adamw, L2 for sgd."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -44,7 +44,7 @@ def make_optimiser(
 
 
 def optimiser_step(optimiser: "torch.optim.Optimizer", learning_rate: float) -> None:
-    """One update at `learning_rate` from the gradients at hand, which are then let go."""
+    """One update at `learning_rate` from the accumulated gradients, which are then released."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate
     optimiser.step()

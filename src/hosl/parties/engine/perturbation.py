@@ -1,17 +1,17 @@
-"""Probes over torch modules: f at theta + epsilon u and theta - epsilon u in one walk, the weights read-only.
+"""Probes over torch modules: f at theta + epsilon u and theta - epsilon u in one forward pass, the weights read-only.
 
-All evaluations travel as one batch: for each probe its plus rows, then its minus rows. Wherever a module owns a
-trained tensor, each sign's rows meet W + epsilon u or W - epsilon u, formed in scratch memory; everything else
-(attention, activations) sees one ordinary batch. No weight is written, so nothing drifts and a killed process leaves
-nothing perturbed (paper.md D14, methods.md (c)). Low-rank directions need no scratch, and any number of probes share
-one product with W. Updates: `descend_`.
+All evaluations form one batch: for each probe its plus rows, then its minus rows. Where a module owns a trained tensor,
+the rows of each sign use W + epsilon u or W - epsilon u, formed in scratch memory; everything else (attention,
+activation functions) gets one ordinary batch. No weight is written, so nothing drifts and a killed process leaves no
+perturbed model (paper.md D14, methods.md (c)). Low-rank directions need no scratch, and any number of probes share one
+product with W. Updates: `descend_`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from torch import nn
 from hosl.core.directions import Distribution, Drawn, direction_rows, direction_sum, drawn, low_rank_factors
 
 SCRATCH_ELEMENTS = 1 << 22
-"""Largest part of a linear layer that is perturbed at once: 16 MiB in float32. Products with less are slower."""
+"""The largest part of a linear layer that is perturbed at once: 16 MiB in float32. Smaller products are slower."""
 
 _PIECE_ELEMENTS = 1 << 16
-"""How much of u is in memory at once, in scratch that stays in a core's cache."""
+"""The elements of u in memory at once, in scratch that stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,20 @@ class Probe:
 
 
 Signs: TypeAlias = tuple[int, ...]
-"""On which sides of theta a probe is evaluated: +1 for theta + epsilon u, -1 for theta - epsilon u."""
+"""The sides of theta at which a probe is evaluated: +1 for theta + epsilon u, -1 for theta - epsilon u."""
 
 BOTH_SIDES: Signs = (+1, -1)
 PLUS_SIDE: Signs = (+1,)
+
+
+class _Pass(NamedTuple):
+    """One forward pass over all evaluations of some probes."""
+
+    probes: Sequence[Probe]
+    signs: Signs
+    rows: int
+    """The rows of one evaluation."""
+    scratch: "Scratch"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,12 +65,24 @@ def stacked(
     signs: Signs = BOTH_SIDES,
     scratch: "Scratch | None" = None,
 ) -> Iterator[None]:
-    """Within this context, `model` maps batches of `rows` rows: for each probe, for each sign, as many rows.
+    """Context manager: `model` maps batches of `rows` rows, for each probe and for each sign as many rows.
 
     Requires: batches of exactly `rows` rows, no autograd. The context must not span a call to the other party.
     """
-    scratch = scratch or Scratch()
-    covered: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+    one_pass = _Pass(probes, signs, rows, scratch or Scratch())
+    with replaced_forwards(model, lambda module, names: _perturbed_forward(module, names, one_pass)):
+        yield
+
+
+@contextmanager
+def replaced_forwards(
+    model: nn.Module, forward_of: Callable[[nn.Module, Mapping[str, str]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Context manager: every module that owns trained tensors runs `forward_of(module, names)` as its forward.
+
+    `names` maps the module's own names of these tensors to Hugging Face's.
+    """
+    replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
         for module_name, module in model.named_modules():
             names = {
@@ -69,11 +91,11 @@ def stacked(
                 if p is not None and p.requires_grad
             }
             if names:
-                covered.append((module, module.__dict__.get("forward")))
-                module.forward = _perturbed_forward(module, names, probes, signs, rows, scratch)
+                replaced.append((module, module.__dict__.get("forward")))
+                module.forward = forward_of(module, names)
         yield
     finally:
-        for module, previous in covered:
+        for module, previous in replaced:
             del module.forward  # uncovers the class's own
             if previous is not None:
                 module.forward = previous
@@ -87,7 +109,7 @@ def descend_(
 ) -> None:
     """theta -= sum_q scale_q u(seed_q), in place, tile by tile; no buffer of the weights' size.
 
-    Source: paper.md l.8. Half-precision weights are updated through float32 and rounded to nearest.
+    Source: Alg. 1, line 8. Half-precision weights are updated through float32 and rounded to nearest.
     """
     with torch.no_grad():
         for name, p in trained.items():
@@ -104,32 +126,20 @@ def descend_(
 
 
 def _perturbed_forward(
-    module: nn.Module,
-    names: Mapping[str, str],
-    probes: Sequence[Probe],
-    signs: Signs,
-    rows: int,
-    scratch: "Scratch",
+    module: nn.Module, names: Mapping[str, str], one_pass: _Pass
 ) -> Callable[..., torch.Tensor]:
     if isinstance(module, nn.Embedding):
-        return _signed_lookup(module, names, probes, signs, rows, scratch)
+        return _signed_lookup(module, names, one_pass)
     if type(module) is nn.Linear and "weight" in names:
-        if all(probe.distribution == "low-rank" for probe in probes):
-            return _low_rank_linear(module, names, probes, signs)
-        return _signed_linear(module, names, probes, signs, scratch)
-    return _signed_rows(module, names, probes, signs, rows, scratch)
+        if all(probe.distribution == "low-rank" for probe in one_pass.probes):
+            return _low_rank_linear(module, names, one_pass)
+        return _signed_linear(module, names, one_pass)
+    return _signed_rows(module, names, one_pass)
 
 
-def _signed_rows(
-    module: nn.Module,
-    names: Mapping[str, str],
-    probes: Sequence[Probe],
-    signs: Signs,
-    rows: int,
-    scratch: "Scratch",
-) -> Callable[..., torch.Tensor]:
+def _signed_rows(module: nn.Module, names: Mapping[str, str], one_pass: _Pass) -> Callable[..., torch.Tensor]:
     """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows."""
-    own_forward = module.forward
+    own_forward, (probes, signs, rows, scratch) = module.forward, one_pass
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # some families flatten [rows, seq] before a layer; a probe's plus rows still come first
@@ -156,9 +166,10 @@ def _signed_rows(
 
 
 def _signed_linear(
-    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs, scratch: "Scratch"
+    module: nn.Linear, names: Mapping[str, str], one_pass: _Pass
 ) -> Callable[..., torch.Tensor]:
     """A linear layer's forward by tiles of output features: bits drawn once, W +- epsilon u formed in scratch."""
+    probes, signs, _, scratch = one_pass
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, width, features = module.weight.detach(), module.in_features, module.out_features
@@ -193,14 +204,14 @@ def _shifted_biases(
 
 
 def _low_rank_linear(
-    module: nn.Linear, names: Mapping[str, str], probes: Sequence[Probe], signs: Signs
+    module: nn.Linear, names: Mapping[str, str], one_pass: _Pass
 ) -> Callable[..., torch.Tensor]:
     """y = W x + bias +- epsilon (a (b^T x) + u_bias): one product with W for all probes, no scratch.
 
     Source: methods.md (f).
     """
-    own_forward, weight = module.forward, module.weight
-    name = names["weight"]
+    own_forward, weight, name = module.forward, module.weight, names["weight"]
+    probes, signs, *_ = one_pass
     factors = [low_rank_factors(probe.seed, name, tuple(weight.shape)) for probe in probes]
     columns = torch.stack([torch.from_numpy(b).to(weight.device, weight.dtype) for _, b in factors])
     scaled = [
@@ -208,7 +219,7 @@ def _low_rank_linear(
     ]
     rows = _by_sign([torch.from_numpy(a) for a in scaled], signs, weight)
     evaluations = len(signs) * len(probes)
-    if "bias" in names:  # a second row, which every token takes once: y is read and written one time less
+    if "bias" in names:  # as a second row with factor 1: y is read and written one time less
         shifts = [_whole(module.bias, names["bias"], probe) for probe in probes]
         rows = torch.cat([rows, _by_sign(shifts, signs, weight)], dim=1)
 
@@ -224,23 +235,18 @@ def _low_rank_linear(
 
 
 def _signed_lookup(
-    module: nn.Embedding,
-    names: Mapping[str, str],
-    probes: Sequence[Probe],
-    signs: Signs,
-    rows: int,
-    scratch: "Scratch",
+    module: nn.Embedding, names: Mapping[str, str], one_pass: _Pass
 ) -> Callable[..., torch.Tensor]:
-    """A forward for an embedding table: only the rows that the batch touches are drawn and perturbed.
+    """A forward for an embedding table: only the rows that the batch uses are drawn and perturbed.
 
-    The module's own forward runs (subclasses shift or scale), on a table that answers lookups with signs.
+    The module's own forward runs (subclasses shift or scale), on a table whose lookups are perturbed.
     """
     own_forward = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         weight = module.weight
-        table: Any = scratch.answering(weight.detach())
-        table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, probes, signs, rows)
+        table: Any = one_pass.scratch.answering(weight.detach())
+        table.answer = lambda ids: _looked_up(weight.detach(), names["weight"], ids, one_pass)
         module._parameters["weight"] = table  # pyright: ignore[reportArgumentType]
         try:
             return own_forward(*args, **kwargs)
@@ -251,7 +257,7 @@ def _signed_lookup(
 
 
 class _SignedTable(torch.Tensor):
-    """An embedding table whose lookups are answered at +epsilon u or -epsilon u, by the row of the batch."""
+    """An embedding table whose lookups are perturbed by +epsilon u or -epsilon u, depending on the row of the batch."""
 
     answer: Callable[[torch.Tensor], torch.Tensor]
 
@@ -263,28 +269,27 @@ class _SignedTable(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def _looked_up(
-    weight: torch.Tensor, name: str, ids: torch.Tensor, probes: Sequence[Probe], signs: Signs, rows: int
-) -> torch.Tensor:
+def _looked_up(weight: torch.Tensor, name: str, ids: torch.Tensor, one_pass: _Pass) -> torch.Tensor:
+    probes, signs, rows, _ = one_pass
     # position ids come as one row for the whole batch; the signs need rows of their own
     ids = ids.expand(rows, *ids.shape[1:])
-    touched, place = torch.unique(ids, return_inverse=True)
-    found = nn.functional.embedding(ids, weight)
-    found = found.to(torch.promote_types(weight.dtype, torch.float32))
-    sides = zip(found.chunk(len(probes)), place.chunk(len(probes)), strict=True)
-    for probe, (found_sides, place_sides) in zip(probes, sides, strict=True):
-        u = direction_rows(probe.seed, name, tuple(weight.shape), touched.tolist(), probe.distribution)
-        shift = torch.from_numpy(u).to(found)[place_sides] * probe.epsilon
-        for sign, part in zip(signs, shift.chunk(len(signs)), strict=True):
-            part.mul_(sign)
-        found_sides += shift
-    return found.to(weight.dtype)
+    unique_ids, index = torch.unique(ids, return_inverse=True)
+    embeddings = nn.functional.embedding(ids, weight)
+    embeddings = embeddings.to(torch.promote_types(weight.dtype, torch.float32))
+    of_probes = zip(probes, embeddings.chunk(len(probes)), index.chunk(len(probes)), strict=True)
+    for probe, probe_embeddings, probe_index in of_probes:
+        u = direction_rows(probe.seed, name, tuple(weight.shape), unique_ids.tolist(), probe.distribution)
+        shift = torch.from_numpy(u).to(embeddings)[probe_index] * probe.epsilon
+        for sign, sign_shift in zip(signs, shift.chunk(len(signs)), strict=True):
+            sign_shift.mul_(sign)
+        probe_embeddings += shift
+    return embeddings.to(weight.dtype)
 
 
 class Scratch:
-    """Memory in which shifted weights are formed: one module's at a time, kept until the context ends.
+    """Memory in which perturbed weights are formed: one module's at a time, kept until the context ends.
 
-    A plan has one of its own, which takes each layer in one part and only counts what it would form.
+    `hosl plan` has a subclass that takes each layer in one part and only counts the elements.
     """
 
     def __init__(self) -> None:
@@ -292,7 +297,7 @@ class Scratch:
         self._piece = np.empty(0, dtype=np.float32)
 
     def rows_at_once(self, features: int, width: int) -> int:
-        """How many rows of a linear layer's weight are perturbed at once."""
+        """The number of rows of a linear layer's weight that are perturbed at once."""
         return max(SCRATCH_ELEMENTS // width, 1)
 
     def drawn(self, weight: torch.Tensor, name: str, probe: Probe, span: tuple[int, int]) -> Drawn:
@@ -300,24 +305,24 @@ class Scratch:
         return _drawn(weight, name, probe, span)
 
     def answering(self, table: torch.Tensor) -> torch.Tensor:
-        """The same embedding table, but lookups ask its `answer`."""
+        """The same embedding table, with lookups computed by its attribute `answer`."""
         return table.as_subclass(_SignedTable)
 
     def tiles(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """A tile for each of these tensors, of its shape; earlier ones are given up."""
+        """A tile of the shape of each of these tensors; earlier tiles are overwritten."""
         like = weights[0]
         sizes = [w.numel() for w in weights]
         if self._memory.numel() < sum(sizes) or self._memory.dtype != like.dtype:
-            self._memory = torch.empty(0)  # freed before the larger one is asked for
+            self._memory = torch.empty(0)  # freed before the larger one is allocated
             self._memory = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
         parts = self._memory[: sum(sizes)].split(sizes)
         return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
     def form_(self, tile: torch.Tensor, weight: torch.Tensor, u: Drawn, sign: int, start: int = 0) -> None:
-        """tile = weight + sign u, piece by piece; `start`: where the weight begins in its tensor."""
+        """tile = weight + sign u, piece by piece; `start`: the index of the weight's first element in its tensor."""
         flat, shifted = weight.reshape(-1), tile.view(-1)
         combine = torch.add if sign > 0 else torch.sub
-        # another device is sent few large pieces, this one is given what its cache holds
+        # a CPU gets pieces of the size of its cache, another device few large ones
         size = min(_PIECE_ELEMENTS if weight.device.type == "cpu" else SCRATCH_ELEMENTS, len(flat))
         if len(self._piece) < size or self._piece.dtype != _numpy_compute(weight):
             self._piece = np.empty(size, dtype=_numpy_compute(weight))
@@ -348,5 +353,5 @@ def _by_sign(shifts: Sequence[torch.Tensor], signs: Signs, like: torch.Tensor) -
 
 
 def _numpy_compute(weight: torch.Tensor) -> type:
-    """In which dtype shifts are computed: float64 for float64 weights, float32 for all others."""
+    """The dtype in which shifts are computed: float64 for float64 weights, float32 for all others."""
     return np.float64 if weight.dtype == torch.float64 else np.float32

@@ -1,6 +1,6 @@
-"""A server of the same process behind the wire's compression: it hears what it would hear over a network, bit for bit.
+"""Compression without a network: a server of the same process gets the bits that it would get over a network.
 
-`CompressedServer` is the client's end, `Receiving` the server's. A meter between the two counts what would travel.
+`CompressedServer` is the client's end, `Receiving` the server's. A meter between the two counts the bytes.
 """
 
 import math
@@ -18,19 +18,19 @@ from hosl.wire.tensors import Compression, Packed, Unpacking, pack
 
 
 class CompressedServer(Packing):
-    """Asks as `RemoteServer` does, but there is no wire."""
+    """The counterpart of `RemoteServer` without a network: packs activations and calls a server of this process."""
 
     def __init__(self, server: Any, arrays: Arrays, *, compression: Compression, seed: int) -> None:
-        """`server` takes packed activations (`Receiving`); see `Packing` for the rest."""
+        """`server` takes packed activations (`Receiving`); the other arguments are those of `Packing`."""
         super().__init__(arrays, compression=compression, seed=seed)
         self._server = server
 
     def at_rest(self, server: Any) -> "CompressedServer":
-        """The same in front of another end: for evaluation, which belongs to no step and no meter."""
+        """The same in front of another `server`: for evaluation, which belongs to no step and no meter."""
         return CompressedServer(server, self._arrays, compression=self._compression, seed=self._seed)
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
-        """The mean loss of each activation, in nats; NaN, and nothing is asked, where one is no number."""
+        """The mean loss of each activation, in nats; NaN without a call where an activation is NaN or infinite."""
         packed = self._finite_packed(activations)
         return [math.nan for _ in activations] if packed is None else self._server.losses(packed, targets)
 
@@ -57,21 +57,21 @@ class CompressedServer(Packing):
         return self._server.step(packed, targets, step=step, want_gradient=want_gradient)
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """A zeroth-order server's update."""
+        """One update of a zeroth-order server."""
         self._server.descend(step, seeds, coefficients)
 
     def _packed(self, activations: Activations, noise: str) -> Packed:
         array = self._arrays.to_wire(activations)
-        # what is no number goes as it is: the server says so, as it does without compression
+        # NaN and Inf go uncompressed: the server reports them, as it does without compression
         return pack(array, self._compression if array.finite() else "none", noise=noise)
 
 
 class WatchedCompressedServer(WatchesCompression, CompressedServer):
-    """A `CompressedServer` that measures its own compression, in the steps in which a `WatchedServer` does."""
+    """A `CompressedServer` that measures its compression error, in the same steps as a `WatchedServer`."""
 
 
 class Receiving:
-    """The server's end: packed activations in, the party's own tensors on to it."""
+    """The server's end: packed activations in, the runtime's tensors to the server."""
 
     def __init__(self, server: Any, arrays: Arrays) -> None:
         self._server, self._arrays = server, arrays
@@ -104,7 +104,7 @@ class Receiving:
         self._server.descend(step, seeds, coefficients)
 
     def _unpacked(self, packed: Packed) -> Activations:
-        arriving = Unpacking(packed.header, tensor_bytes=sys.maxsize)
+        unpacking = Unpacking(packed.header, tensor_bytes=sys.maxsize)
         for chunk in packed.chunks():
-            arriving.add(chunk)
-        return self._arrays.from_wire(arriving.array())
+            unpacking.add(chunk)
+        return self._arrays.from_wire(unpacking.array())

@@ -1,7 +1,7 @@
-"""Activations made ready for the wire: by which compression, and by which noise int8 rounds.
+"""Activations packed for the wire: their compression, and the noise by which int8 rounds.
 
-Whoever asks a server with packed activations counts its questions here, over a connection or in one process: so both
-round by the same noise.
+Requests with packed activations are counted here, over a connection and in one process alike: so both round by the same
+noise.
 """
 
 from collections.abc import Sequence
@@ -13,40 +13,40 @@ from hosl.wire.tensors import Compression, Packed, WireArray, pack
 
 @runtime_checkable
 class Arrays(Protocol):
-    """A runtime's tensors <-> the wire's arrays (`torch_wire`)."""
+    """The conversion between a runtime's tensors and the wire's arrays (`torch_wire`)."""
 
     def to_wire(self, tensor: Any) -> WireArray:
-        """Shares memory where it can."""
+        """The tensor as an array; shares memory where it can."""
         ...
 
     def from_wire(self, array: WireArray) -> Any:
-        """Shares memory where it can."""
+        """The array as a tensor; shares memory where it can."""
         ...
 
 
 class Packing:
-    """Which step the client begins next, how many questions it has asked in it, and how activations are packed."""
+    """The packing of activations, and the client's step with the number of its requests, which key the noise."""
 
     def __init__(self, arrays: Arrays, *, compression: Compression, seed: int) -> None:
-        """No question has been asked yet.
+        """Start at step 0, without requests.
 
         Args:
-            arrays: of the client's runtime.
-            compression: of the activations on their way up.
-            seed: of the run; keys the rounding noise of int8.
+            arrays: the conversion for the client's runtime.
+            compression: the compression of uploaded activations.
+            seed: the run's seed; keys the rounding noise of int8.
         """
         self._arrays, self._seed = arrays, seed
         self._compression: Compression = compression
         self.current = 0
-        """The step whose state the client is in (`at`)."""
-        self._asked = 0
+        """The step after which the client is (`at`); it begins the next one."""
+        self._requests = 0
 
     def at(self, step: int) -> None:
-        """The client is in the state after `step` now, and will begin the next one."""
-        self.current, self._asked = step, 0
+        """Record that the client is in the state after `step` and begins the next one."""
+        self.current, self._requests = step, 0
 
     def _finite_packed(self, activations: Sequence[Activations]) -> list[Packed] | None:
-        """By one noise, as both probes of a direction are; None where one holds NaN or infinity."""
+        """The activations packed by one noise, as both probes of a direction are; None if one holds NaN or infinity."""
         arrays = [self._arrays.to_wire(h) for h in activations]
         if not all(array.finite() for array in arrays):
             return None
@@ -54,6 +54,6 @@ class Packing:
         return [pack(array, self._compression, noise=noise) for array in arrays]
 
     def _noise(self) -> str:
-        """The key of the next question's rounding noise: the same when a step is done again."""
-        self._asked += 1
-        return f"{self._seed}/{self.current}/{self._asked}"
+        """The key of the next request's rounding noise: the same when a step is repeated."""
+        self._requests += 1
+        return f"{self._seed}/{self.current}/{self._requests}"

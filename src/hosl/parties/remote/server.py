@@ -1,7 +1,7 @@
-"""ServerSide that asks over a connection. Every call is safe to repeat, so a lost connection is simply tried again.
+"""The server behind a connection. Every call is safe to repeat, so after a lost connection it is simply made again.
 
-What a round sees is a server; what it does not see is here: the greeting, the session, and that a server which was
-restarted may be at another step (`StepMoved`). No torch: `Arrays` turns the runtime's tensors into the wire's.
+A round sees a server like any other. Hidden from it are the Hello, the session, and that a restarted server may be at
+another step (`StepMoved`). No torch: `Arrays` converts the runtime's tensors to the wire's arrays.
 """
 
 import math
@@ -23,31 +23,31 @@ from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import targets_to_message
 from hosl.wire.tensors import Compression, Packed, Unpacking, pack
 
-_Answer = TypeVar("_Answer")
+_Reply = TypeVar("_Reply")
 
 
 class PendingLosses(Sequence[float]):
-    """Losses that may still be on their way; reading one waits for them, and raises what went wrong."""
+    """Losses that may not have arrived yet; reading one waits for them, and raises the error of the call."""
 
-    def __init__(self, answer: "Future[list[float]]") -> None:
-        self._answer = answer
+    def __init__(self, losses: "Future[list[float]]") -> None:
+        self._losses = losses
 
     def __len__(self) -> int:
-        return len(self._answer.result())
+        return len(self._losses.result())
 
     @overload
     def __getitem__(self, index: int) -> float: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[float]: ...
     def __getitem__(self, index: int | slice) -> float | Sequence[float]:
-        return self._answer.result()[index]
+        return self._losses.result()[index]
 
 
 class RemoteServer(Packing):
     """The server half behind a connection.
 
-    One question may be on its way while the client computes the next: `losses` returns at once, so at most one pair of
-    activations is alive beyond the client's own compute. Every other call waits for that one first.
+    One request may be under way while the client computes the next: `losses` returns at once, and at most one pair of
+    activations is alive beside those that the client computes. Every other call first waits for that request.
     """
 
     def __init__(
@@ -65,26 +65,26 @@ class RemoteServer(Packing):
         Args:
             channel: to the server.
             greeting: makes the Hello of a client that is in the state after a step.
-            arrays: of the client's runtime.
-            compression: of the activations on their way up.
-            seed: see `Packing`.
-            say: hears of lost connections.
+            arrays: the conversion for the client's runtime.
+            compression: the compression of uploaded activations.
+            seed: the run's seed; see `Packing`.
+            say: is called with a line of text about lost connections.
         """
         super().__init__(arrays, compression=compression, seed=seed)
         self.channel, self.meter = channel, Meter()
         self.wire_s = 0.0
-        """Seconds that calls took beyond the server's compute: sending, waiting for a turn, receiving."""
+        """The seconds of calls beyond the server's compute: sending, waiting for a turn, receiving."""
         self.client = ""
-        """The name that our token stands for."""
+        """The client's name on the server, by its token."""
         self.journal_updates = 0
-        """Shared halves: how many updates the server's journal held at the last Hello."""
+        """The number of updates in the server's journal at the last Hello; for shared halves."""
         self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="hosl-sender")
         self._pending: Future[list[float]] | None = None
 
     def hello(self) -> int:
-        """Greet the server; returns the step after which both sides go on.
+        """Send Hello; returns the step after which both sides continue.
 
         Raises:
             HandshakeError: if the two sides do not fit, naming both values.
@@ -97,57 +97,55 @@ class RemoteServer(Packing):
 
     @property
     def incarnation(self) -> str:
-        """Which life of the server process the session belongs to."""
+        """The identity of the server process that the session belongs to; a restarted server has another one."""
         return self._session.partition(".")[0]
 
     def close(self) -> None:
-        """End the connection; what is still on its way is waited for."""
+        """Close the connection, after the request that is under way."""
         self._sender.shutdown(wait=True)
         self.channel.close()
 
-    # ---- questions that change nothing ----
+    # ---- calls that change nothing ----
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
-        """The mean loss of each activation, in nats; reading them waits.
+        """The mean loss of each activation, in nats; reading one waits for the reply.
 
-        NaN, and nothing is sent, where an activation is no number: a server refuses such bytes.
+        NaN, and nothing is sent, where an activation is NaN or infinite: a server refuses such bytes.
         """
         self._settle()
         packed = self._finite_packed(activations)
         if packed is None:
-            return PendingLosses(_answered([math.nan for _ in activations]))
+            return PendingLosses(_finished([math.nan for _ in activations]))
         step = self.current + 1
         self._count_up(packed, targets)
 
-        def ask() -> list[float]:
+        def send() -> list[float]:
             headers = [p.header for p in packed]
-            question = pb.AskLosses(
+            request = pb.AskLosses(
                 where=self._where(step), activations=headers, targets=targets_to_message(targets)
             )
-            reply = self.channel.upload(
-                "Losses", upload_frames(pb.Upload(losses=question), packed), pb.LossesReply
-            )
+            frames = upload_frames(pb.Upload(losses=request), packed)
+            reply = self.channel.upload("Losses", frames, pb.LossesReply)
             if len(reply.losses) != len(packed):
                 raise WireError(f"asked for {len(packed)} losses, the server sent {len(reply.losses)}")
             self._count_down("losses", reply.server_s, list(reply.losses))
             return list(reply.losses)
 
-        self._pending = self._sender.submit(self._repeated, ask)
+        self._pending = self._sender.submit(self._repeated, send)
         return PendingLosses(self._pending)
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
         """Log-probabilities per class, or per option, mean per token."""
         packed = [pack(self._arrays.to_wire(activations), self._compression, noise="scores")]
 
-        def ask() -> np.ndarray:
-            question = pb.AskScores(
+        def send() -> np.ndarray:
+            request = pb.AskScores(
                 where=self._where(self.current),
                 activations=packed[0].header,
                 targets=targets_to_message(targets),
             )
-            reply = self.channel.upload(
-                "Scores", upload_frames(pb.Upload(scores=question), packed), pb.ScoresReply
-            )
+            frames = upload_frames(pb.Upload(scores=request), packed)
+            reply = self.channel.upload("Scores", frames, pb.ScoresReply)
             values = np.frombuffer(reply.values, dtype="<f4")
             if values.size != reply.rows * reply.scores or reply.rows != len(targets.mask):
                 raise WireError(
@@ -155,23 +153,21 @@ class RemoteServer(Packing):
                 )
             return values.reshape(reply.rows, reply.scores)
 
-        self._settle()
-        return self._repeated(ask)
+        return self._call(send)
 
     def gradient(self, activations: Activations, targets: Targets) -> StepReply:
         """The loss and dL/dh; theta_s unchanged."""
         packed = [self._packed(activations, targets)]
 
-        def ask() -> StepReply:
-            question = pb.AskGradient(
+        def send() -> StepReply:
+            request = pb.AskGradient(
                 where=self._where(self.current + 1),
                 activations=packed[0].header,
                 targets=targets_to_message(targets),
             )
-            return self._stepped("Gradient", pb.Upload(gradient=question), packed)
+            return self._stepped("Gradient", pb.Upload(gradient=request), packed)
 
-        self._settle()
-        return self._repeated(ask)
+        return self._call(send)
 
     def probe(self, pair: Pair, targets: Targets, seed: int, epsilon: float) -> tuple[float, float]:
         """Losses of h+ at theta_s + epsilon u(seed) and of h- at theta_s - epsilon u(seed); NaN as in `losses`."""
@@ -182,22 +178,21 @@ class RemoteServer(Packing):
         self._count_up(packed, targets)
         self.meter.bytes_in += payload_bytes([seed, epsilon])
 
-        def ask() -> tuple[float, float]:
-            question = pb.AskProbe(
+        def send() -> tuple[float, float]:
+            request = pb.AskProbe(
                 where=self._where(self.current + 1), activations=[p.header for p in packed],
                 targets=targets_to_message(targets), seed=seed, epsilon=epsilon,
             )  # fmt: skip
-            reply = self.channel.upload(
-                "Probe", upload_frames(pb.Upload(probe=question), packed), pb.LossesReply
-            )
+            frames = upload_frames(pb.Upload(probe=request), packed)
+            reply = self.channel.upload("Probe", frames, pb.LossesReply)
             if len(reply.losses) != 2:
                 raise WireError(f"asked for two losses, the server sent {len(reply.losses)}")
             self._count_down("probe", reply.server_s, list(reply.losses))
             return reply.losses[0], reply.losses[1]
 
-        return self._repeated(ask)
+        return self._repeated(send)
 
-    # ---- questions that change the server: once per step, however often they are sent ----
+    # ---- calls that change the server: once per step, however often they are sent ----
 
     def step(
         self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
@@ -205,98 +200,107 @@ class RemoteServer(Packing):
         """One update of theta_s."""
         packed = [self._packed(activations, targets)]
 
-        def ask() -> StepReply:
-            question = pb.AskStep(
+        def send() -> StepReply:
+            request = pb.AskStep(
                 where=self._where(step), activations=packed[0].header, targets=targets_to_message(targets),
                 want_gradient=want_gradient,
             )  # fmt: skip
-            return self._stepped("Step", pb.Upload(step=question), packed)
+            return self._stepped("Step", pb.Upload(step=request), packed)
 
-        self._settle()
-        return self._repeated(ask)
+        return self._call(send)
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
-        """A zeroth-order server's update."""
+        """One update of a zeroth-order server."""
 
-        def ask() -> None:
-            question = pb.DescendRequest(where=self._where(step), seeds=seeds, coefficients=coefficients)
-            reply = self.channel.ask("Descend", question, pb.DescendReply)
+        def send() -> None:
+            request = pb.DescendRequest(where=self._where(step), seeds=seeds, coefficients=coefficients)
+            reply = self.channel.ask("Descend", request, pb.DescendReply)
             self._count_down("descend", reply.server_s, None)
 
         self.meter.bytes_in += payload_bytes([step, list(seeds), list(coefficients)])
-        self._settle()
-        self._repeated(ask)
+        self._call(send)
 
     def save(self, step: int) -> int:
-        """Have the server write a checkpoint of its state, which is the one after `step`; returns the server's step."""
-        self._settle()
-        return self._repeated(
+        """Let the server write a checkpoint of its state, the one after `step`; returns the server's step."""
+        return self._call(
             lambda: self.channel.ask("Save", pb.SaveRequest(where=self._where(step)), pb.SaveReply).step
         )
 
     def journal(
         self, step: int, have: int, seeds: Sequence[int], scales: Sequence[float], examples: int
     ) -> list[pb.JournalReply]:
-        """Shared halves: hand in an update (or none), and get those that come after the first `have`."""
+        """Hand in an update of shared halves (or none); returns the updates after the first `have`."""
 
-        def ask() -> list[pb.JournalReply]:
-            question = pb.JournalRequest(
+        def send() -> list[pb.JournalReply]:
+            request = pb.JournalRequest(
                 where=self._where(step), have=have, seeds=seeds, scales=scales, examples=examples
             )
-            return list(self.channel.converse("Journal", [question], pb.JournalReply))
+            return list(self.channel.converse("Journal", [request], pb.JournalReply))
 
+        return self._call(send)
+
+    # ---- how a call is made ----
+
+    def _call(self, send: Callable[[], _Reply]) -> _Reply:
+        """Make a call once no other request is under way; returns its reply."""
         self._settle()
-        return self._repeated(ask)
+        return self._repeated(send)
 
-    # ---- how a question is asked ----
-
-    def _repeated(self, ask: Callable[[], _Answer]) -> _Answer:
-        """Ask until there is an answer; greet again where the server does not know us any more.
+    def _repeated(self, send: Callable[[], _Reply]) -> _Reply:
+        """Make a call until there is a reply; send Hello again where the server has lost the session.
 
         Raises:
-            StepMoved: if the server then goes on from another step than ours.
+            StepMoved: if the server then continues from another step than the client.
         """
         while True:
             try:
-                return self.channel.for_ever(lambda: self._timed(ask), self._say)
+                return self.channel.for_ever(lambda: self._timed(send), self._say)
             except SessionError as unknown:
                 start = self.channel.for_ever(self.hello, self._say)
                 if start != self.current:
                     raise StepMoved(start) from unknown
 
-    def _timed(self, ask: Callable[[], _Answer]) -> _Answer:
-        begin, computed_s = time.perf_counter(), self.meter.seconds
-        answer = ask()
-        self.wire_s += time.perf_counter() - begin - (self.meter.seconds - computed_s)
-        return answer
+    def _timed(self, send: Callable[[], _Reply]) -> _Reply:
+        start_s, computed_s = time.perf_counter(), self.meter.seconds
+        reply = send()
+        self.wire_s += time.perf_counter() - start_s - (self.meter.seconds - computed_s)
+        return reply
 
     def _settle(self) -> None:
-        """Wait until no question is on its way; its own reader hears of its errors."""
+        """Wait until no request is under way; its errors are raised where its losses are read."""
         if self._pending is not None:
             self._pending.exception()
             self._pending = None
 
-    def _stepped(self, call: str, question: pb.Upload, packed: list[Packed]) -> StepReply:
-        parts = self.channel.converse(call, upload_frames(question, packed), pb.StepReply)
-        done, gradient = next(parts, pb.StepReply()).done, None
-        if done.HasField("gradient"):
-            gradient = self._unpacked(done.gradient, packed[0].header, (part.chunk for part in parts))
-        for _ in parts:
-            raise WireError(f"{call} was answered by more than was announced")
+    def _stepped(self, call: str, request: pb.Upload, packed: list[Packed]) -> StepReply:
+        parts = self.channel.converse(call, upload_frames(request, packed), pb.StepReply)
+        done, gradient = self._done(call, parts, pb.StepReply(), packed[0].header)
         self._count_down(call.lower(), done.server_s, StepReply(done.loss, gradient))
         return StepReply(done.loss, gradient)
 
-    def _unpacked(self, header: pb.Tensor, like: pb.Tensor, chunks: Iterator[bytes]) -> Any:
-        if list(header.shape) != list(like.shape):
-            raise WireError(
-                f"the gradient has shape {list(header.shape)}, the activations {list(like.shape)}"
-            )
-        return self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), chunks)
+    def _done(self, call: str, parts: Iterator[Any], empty: Any, activations: pb.Tensor) -> tuple[Any, Any]:
+        """The last part of a reply, and dL/dh where it announces one, of the activations' shape.
 
-    def _filled(self, arriving: Unpacking, chunks: Iterator[bytes]) -> Any:
-        while not arriving.complete:
-            arriving.add(next(chunks, b""))
-        return self._arrays.from_wire(arriving.array())
+        Raises:
+            WireError: if the shape differs, or more parts follow.
+        """
+        done, gradient = next(parts, empty).done, None
+        if done.HasField("gradient"):
+            header = done.gradient
+            if list(header.shape) != list(activations.shape):
+                raise WireError(
+                    f"the gradient has shape {list(header.shape)}, the activations {list(activations.shape)}"
+                )
+            gradient = self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), parts)
+        check_end(call, parts)
+        return done, gradient
+
+    def _filled(self, unpacking: Unpacking, parts: Iterator[Any]) -> Any:
+        """The tensor of the chunks in the next parts of a reply."""
+        chunks = (part.chunk for part in parts)
+        while not unpacking.complete:
+            unpacking.add(next(chunks, b""))
+        return self._arrays.from_wire(unpacking.array())
 
     def _packed(self, activations: Activations, targets: Targets) -> Packed:
         packed = pack(self._arrays.to_wire(activations), self._compression, noise=self._noise())
@@ -309,25 +313,31 @@ class RemoteServer(Packing):
     def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
-    def _count_down(self, call: str, server_s: float, answer: Any) -> None:
+    def _count_down(self, call: str, server_s: float, payload: Any) -> None:
         self.meter.seconds += server_s
         self.meter.by_call[call] = self.meter.by_call.get(call, 0.0) + server_s
-        self.meter.bytes_out += payload_bytes(answer)
+        self.meter.bytes_out += payload_bytes(payload)
 
 
-def _answered(losses: list[float]) -> "Future[list[float]]":
-    answer: Future[list[float]] = Future()
-    answer.set_result(losses)
-    return answer
+def _finished(losses: list[float]) -> "Future[list[float]]":
+    future: Future[list[float]] = Future()
+    future.set_result(losses)
+    return future
 
 
-def upload_frames(question: pb.Upload, packed: list[Packed]) -> Iterator[pb.Upload]:
-    """The messages of an upload: the question, then every tensor's chunks."""
-    yield question
+def check_end(call: str, parts: Iterator[Any]) -> None:
+    """Read the end of a reply; raises WireError if another part comes instead."""
+    for _ in parts:
+        raise WireError(f"the reply to {call} has more parts than it announced")
+
+
+def upload_frames(request: pb.Upload, packed: list[Packed]) -> Iterator[pb.Upload]:
+    """The messages of an upload: the request, then the chunks of every tensor."""
+    yield request
     for tensor in packed:
         for chunk in tensor.chunks():
             yield pb.Upload(chunk=chunk)
 
 
 class WatchedServer(WatchesCompression, RemoteServer):
-    """A `RemoteServer` that measures its own compression."""
+    """A `RemoteServer` that measures its compression error."""

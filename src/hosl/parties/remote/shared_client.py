@@ -1,13 +1,13 @@
 """A zeroth-order client whose half stays equal to those of the other clients: every update goes through one journal.
 
-The server keeps the journal and its order. A client hands its update in and applies what comes back: its own and the
-others', in that order, so all halves are equal bit for bit at equal length. A late client catches up the same way.
+The server keeps the journal and its order. A client hands in its update, gets back its own and the others' in that
+order, and applies them: halves with equally many updates are equal bit for bit. A late client catches up the same way.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from hosl.core.estimators import Projection, mean_scales
+from hosl.core.estimators import mean_scales
 from hosl.core.journal import Journal
 from hosl.core.protocols import ZerothOrderClientSide
 from hosl.core.targets import Activations, Batch, Pair
@@ -17,7 +17,7 @@ from hosl.parties.remote.server import RemoteServer
 
 @runtime_checkable
 class JournaledClient(ZerothOrderClientSide, Protocol):
-    """A client that applies updates as they come from a journal."""
+    """A client that can apply the updates of a journal."""
 
     journal: Journal
 
@@ -27,15 +27,17 @@ class JournaledClient(ZerothOrderClientSide, Protocol):
 
 
 class SharedClient:
-    """Implements `ZerothOrderClientSide` over a client and the server that relays the journal."""
+    """A `ZerothOrderClientSide` over a client and the server that keeps the journal."""
 
     def __init__(self, client: JournaledClient, server: RemoteServer, *, synchronous: bool) -> None:
-        """`synchronous`: an update is the round's mean, and comes when the round closes."""
+        """`synchronous`: the update is the mean of a round, and comes when the round is closed."""
         self.client, self._server, self._synchronous = client, server, synchronous
         self._examples = 0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.client, name)  # what a checkpoint or a memory meter asks of the client
+        return getattr(
+            self.client, name
+        )  # the calls that change nothing, and attributes for checkpoints and meters
 
     def forward(self, batch: Batch) -> Activations:
         """h = f_c(x; theta_c)."""
@@ -43,30 +45,24 @@ class SharedClient:
         return self.client.forward(batch)
 
     def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
-        """For each seed f_c at theta_c +- epsilon u(seed)."""
+        """f_c at theta_c +- epsilon u(seed), for each seed."""
         self._examples = len(batch.input_ids)
         return self.client.probes(batch, seeds, epsilon)
-
-    def projections(
-        self, batch: Batch, seeds: Sequence[int], epsilon: float, gradient: Activations
-    ) -> Iterator[Projection]:
-        """For each seed <gradient, h+ - h-> / (2 epsilon)."""
-        return self.client.projections(batch, seeds, epsilon, gradient)
 
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:
-        """Hand the update in, and apply those that the journal has got since.
+        """Hand in the update, and apply the journal's updates since the last time.
 
         Raises:
-            StepMoved: if the round was closed without us; what it brought has been applied.
+            StepMoved: if the round was closed without this client; the round's update has been applied.
         """
         scales = mean_scales(coefficients, learning_rate)
         if self._exchange(step, seeds, scales, self._examples):
             raise StepMoved(self.client.journal.last_step)
 
     def catch_up(self) -> None:
-        """Apply the updates that the journal has got since the last time."""
+        """Apply the journal's updates since the last time."""
         self._exchange(self._server.current, (), (), 0)
 
     def _exchange(self, step: int, seeds: Sequence[int], scales: Sequence[float], examples: int) -> bool:

@@ -1,4 +1,4 @@
-"""PyTorch tensors <-> the wire's arrays, bit for bit; bfloat16 as its bits, since numpy has none."""
+"""Conversion between PyTorch tensors and the wire's arrays, bit for bit; bfloat16 as 16-bit integers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hosl.wire.tensors import WireArray
 
 
 def to_wire(tensor: torch.Tensor) -> WireArray:
-    """A tensor as an array for the wire; shares memory where it can. Needs float32, float64 or bfloat16."""
+    """A tensor as an array for the wire; shares memory where it can. Requires: float32, float64 or bfloat16."""
     plain = tensor.detach().contiguous().cpu()
     name: Any = str(plain.dtype).removeprefix("torch.")
     if plain.dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""The trunk behind a connection, for a client that keeps its labels; a `RemoteServer` with two more calls."""
+"""The trunk behind a connection, for a client that keeps its labels: a `RemoteServer` with two more calls."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,14 +7,14 @@ from typing import Any
 
 from hosl.core.targets import Activations, PositionTargets, StepReply
 from hosl.errors import WireError
-from hosl.parties.remote.server import RemoteServer, upload_frames
+from hosl.parties.remote.server import RemoteServer, check_end, upload_frames
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_to_message
 from hosl.wire.tensors import Unpacking, pack
 
 
 class RemoteTrunk(RemoteServer):
-    """Implements `headed_server.Trunk`. Of the targets only mask and positions are sent."""
+    """The `Trunk` of `servers.headed` across a network. Of the targets only mask and positions are sent."""
 
     def states(self, activations: Sequence[Activations], targets: PositionTargets) -> list[Any]:
         """The last block's states at the scored positions [rows, positions, width]."""
@@ -22,27 +22,22 @@ class RemoteTrunk(RemoteServer):
         packed = [pack(self._arrays.to_wire(h), self._compression, noise=noise) for h in activations]
         self._count_up(packed, targets)
 
-        def ask() -> list[Any]:
-            question = pb.AskStates(
+        def send() -> list[Any]:
+            request = pb.AskStates(
                 where=self._where(step), activations=[p.header for p in packed],
                 positions=positions_to_message(targets),
             )  # fmt: skip
-            parts = self.channel.converse(
-                "States", upload_frames(pb.Upload(states=question), packed), pb.StatesReply
-            )
+            frames = upload_frames(pb.Upload(states=request), packed)
+            parts = self.channel.converse("States", frames, pb.StatesReply)
             done = next(parts, pb.StatesReply()).done
             if len(done.states) != len(packed):
                 raise WireError(f"asked for {len(packed)} states, the server sent {len(done.states)}")
-            states = [
-                self._received(header, (part.chunk for part in parts), targets) for header in done.states
-            ]
-            for _ in parts:
-                raise WireError("States was answered by more than was announced")
+            states = [self._received(header, parts, targets) for header in done.states]
+            check_end("States", parts)
             self._count_down("states", done.server_s, states)
             return states
 
-        self._settle()
-        return self._repeated(ask)
+        return self._call(send)
 
     def step_states(
         self,
@@ -53,51 +48,43 @@ class RemoteTrunk(RemoteServer):
         step: int,
         want_gradient: bool,
     ) -> StepReply:
-        """One update, in one call: activations up, states down, their gradient up, dL/dh down if wanted."""
+        """One update in one call: activations up, states down, their gradient up, dL/dh down if `want_gradient`."""
         packed = pack(self._arrays.to_wire(activations), self._compression, noise=self._noise())
         self._count_up([packed], targets)
 
-        def ask() -> StepReply:
-            more: SimpleQueue[bytes | None] = SimpleQueue()
-            question = pb.AskStepStates(
+        def send() -> StepReply:
+            gradient_chunks: SimpleQueue[bytes | None] = SimpleQueue()
+            request = pb.AskStepStates(
                 where=self._where(step), activations=packed.header, positions=positions_to_message(targets),
                 want_gradient=want_gradient,
             )  # fmt: skip
 
             def frames() -> Iterator[pb.Upload]:
-                yield from upload_frames(pb.Upload(step_states=question), [packed])
-                while (chunk := more.get()) is not None:
+                yield from upload_frames(pb.Upload(step_states=request), [packed])
+                while (chunk := gradient_chunks.get()) is not None:
                     yield pb.Upload(chunk=chunk)
 
             try:
                 parts = self.channel.converse("StepStates", frames(), pb.StepStatesReply)
                 header = next(parts, pb.StepStatesReply()).states
-                states = self._received(header, (part.chunk for part in parts), targets)
-                begin = time.perf_counter()
+                states = self._received(header, parts, targets)
+                start_s = time.perf_counter()
                 gradient = pack(self._arrays.to_wire(answer(states)), "none")
-                self.wire_s -= (
-                    time.perf_counter() - begin
-                )  # the head's compute is this device's, not the wire's
+                self.wire_s -= time.perf_counter() - start_s  # the head computes on this device
                 for chunk in gradient.chunks():
-                    more.put(chunk)
-                more.put(None)
-                done = next(parts, pb.StepStatesReply()).done
-                back = None
-                if done.HasField("gradient"):
-                    back = self._unpacked(done.gradient, packed.header, (part.chunk for part in parts))
-                for _ in parts:
-                    raise WireError("StepStates was answered by more than was announced")
-                self._count_down("step", done.server_s, [states, back])
+                    gradient_chunks.put(chunk)
+                gradient_chunks.put(None)
+                done, cut_gradient = self._done("StepStates", parts, pb.StepStatesReply(), packed.header)
+                self._count_down("step", done.server_s, [states, cut_gradient])
                 self.meter.bytes_in += gradient.size_bytes
-                return StepReply(0.0, back)
+                return StepReply(0.0, cut_gradient)
             finally:
-                more.put(None)  # whatever happened, the sending thread must end
+                gradient_chunks.put(None)  # in any case: the sending thread must end
 
-        self._settle()
-        return self._repeated(ask)
+        return self._call(send)
 
-    def _received(self, header: pb.Tensor, chunks: Iterator[bytes], targets: PositionTargets) -> Any:
+    def _received(self, header: pb.Tensor, parts: Iterator[Any], targets: PositionTargets) -> Any:
         expected = [len(targets.mask), len(targets.positions)]
         if list(header.shape)[:2] != expected:
             raise WireError(f"asked for states {expected}, the server sent {list(header.shape)}")
-        return self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), chunks)
+        return self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), parts)

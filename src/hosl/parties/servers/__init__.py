@@ -1,1 +1,1 @@
-"""Servers on PyTorch; they answer, they never drive."""
+"""Servers on PyTorch; they only reply to calls."""

@@ -1,4 +1,4 @@
-"""ServerSide on PyTorch: first-order, zeroth-order. It answers; it never drives (hosl.core.rounds does)."""
+"""The servers on PyTorch, first-order and zeroth-order. They only reply to the calls of a round (hosl.core.rounds)."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ LearningRate = Callable[[int], float]
 
 
 class TorchServer:
-    """What every server can do without changing: losses, scores, and the gradient at the cut."""
+    """The calls of every server that change nothing: losses, scores, and the gradient at the cut."""
 
     def __init__(self, half: ServerHalf, *, learning_rate: LearningRate, device: str = "cpu") -> None:
         self.half = half
@@ -31,7 +31,7 @@ class TorchServer:
         self.trained = trained_parameters(half.model)
 
     def losses(self, activations: Sequence[torch.Tensor], targets: Targets) -> list[float]:
-        """The mean loss of each activation, in nats. Inference: theta_s unchanged. Source: paper.md l.4."""
+        """The mean loss of each activation, in nats. Inference: theta_s unchanged. Source: Alg. 1, line 4."""
         with torch.no_grad():
             return [float(self._loss(h, targets)) for h in activations]
 
@@ -58,7 +58,7 @@ class TorchServer:
 
 
 class FirstOrderServer(TorchServer):
-    """A server trained by backprop: HOSL's own, and FO-FO's."""
+    """A server trained by backprop, as in HOSL and in FO-FO."""
 
     def __init__(
         self,
@@ -70,26 +70,26 @@ class FirstOrderServer(TorchServer):
     ) -> None:
         super().__init__(half, learning_rate=learning_rate, device=device)
         self.optimiser = make_optimiser(optimiser or OptimiserSpec(), self.trained.values())
-        self._answered: tuple[int, StepReply] | None = None
+        self._last_reply: tuple[int, StepReply] | None = None
 
     def step(
         self, activations: torch.Tensor, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
         """One update of theta_s at the learning rate of `step`; loss and dL/dh are those before it.
 
-        Asked again for the step it answered last, it repeats the answer and changes nothing. Source: paper.md l.7.
+        A repeated call for the last step returns the same reply and changes nothing. Source: Alg. 1, line 7.
 
         Raises:
             NonFiniteError: if the loss is NaN or infinite; theta_s is then unchanged.
         """
-        if self._answered is not None and self._answered[0] == step:
-            return self._answered[1]
+        if self._last_reply is not None and self._last_reply[0] == step:
+            return self._last_reply[1]
         h = activations.detach().to(self.device).requires_grad_(want_gradient)
         loss = self._finite_loss(h, targets, step)
         loss.backward()
         reply = StepReply(loss=float(loss.detach()), gradient=h.grad)
         optimiser_step(self.optimiser, self.learning_rate(step))
-        self._answered = (step, reply)
+        self._last_reply = (step, reply)
         return reply
 
     def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ class FirstOrderServer(TorchServer):
 
 
 class ZerothOrderServer(TorchServer):
-    """A server trained by probes, as the client is: ZO-ZO's, and FO-ZO's."""
+    """A server trained by probes, as in ZO-ZO and in FO-ZO."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""ServerSide for a client that keeps its labels: the trunk is asked for states, norm, head and loss are here.
+"""The server as seen by a client that keeps its labels: the trunk gives the states, norm, head and loss are here.
 
-What crosses: activations and the scored positions up, states down; for a step the gradient at those states up. The
-label values stay. What that gradient still tells a curious server: SECURITY.md. The head's own weights are trained by
-backprop here (it is one norm and one layer); a tied head is the client's embedding.
+The traffic: activations and scored positions up, states down; in a step the gradient at these states up. The label
+values stay here. What a curious server could infer from the gradient: SECURITY.md. The head's own weights, one norm and
+one layer, are trained by backprop here; a tied head is the client's embedding.
 """
 
 import math
@@ -22,7 +22,7 @@ from hosl.split import HeadHalf
 
 @runtime_checkable
 class Trunk(Protocol):
-    """A server without a head: `torch_trunk.TrunkServer` here, `RemoteServer` across a network."""
+    """A server without a head; `RemoteTrunk` across a network."""
 
     def states(self, activations: Sequence[Activations], targets: PositionTargets) -> list[Any]:
         """The last block's states at the scored positions; nothing changes."""
@@ -37,12 +37,12 @@ class Trunk(Protocol):
         step: int,
         want_gradient: bool,
     ) -> StepReply:
-        """One update: `answer` maps the states to the loss's gradient at them; it may be asked again."""
+        """One update; `answer` maps the states to the gradient of the loss at them, and may be called twice."""
         ...
 
 
 class HeadedServer:
-    """Implements `FirstOrderServerSide` over a trunk and the head that the client holds."""
+    """A `FirstOrderServerSide` over a trunk and the head on the client's device."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class HeadedServer:
         device: str = "cpu",
         without: Collection[int] = (),
     ) -> None:
-        """Train the head's own tensors; `without` holds the ids of those that are another's, such as a tied weight."""
+        """Train the head's tensors except those with `id` in `without`, such as a weight tied to the client half."""
         self.trunk, self.head, self.device = trunk, head, torch.device(device)
         self.learning_rate = learning_rate
         head.to(self.device)
@@ -67,13 +67,12 @@ class HeadedServer:
         )
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> list[float]:
-        """The mean loss of each activation, in nats; NaN, and the trunk is not asked, where one is no number."""
+        """The mean loss of each activation, in nats; NaN without a call where an activation is NaN or infinite."""
         if not all(bool(torch.isfinite(h).all()) for h in activations):
             return [math.nan for _ in activations]
         with torch.no_grad():
-            return [
-                float(self._loss(s, targets)) for s in self.trunk.states(activations, positions_of(targets))
-            ]
+            states = self.trunk.states(activations, positions_of(targets))
+            return [float(self._loss(s, targets)) for s in states]
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
         """Log-probabilities per class, or per option, mean per token."""
@@ -84,30 +83,30 @@ class HeadedServer:
     def step(
         self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
     ) -> StepReply:
-        """One update of trunk and head; loss and dL/dh are those before it.
+        """One update of trunk and head; the reply's loss and dL/dh are those before it.
 
         Raises:
             NonFiniteError: if the loss is NaN or infinite; nothing is updated then.
         """
         losses: list[float] = []
 
-        def answer(states: torch.Tensor) -> torch.Tensor:
-            at = states.detach().to(self.device).requires_grad_()
-            loss = self._loss(at, targets)
+        def states_gradient(states: torch.Tensor) -> torch.Tensor:
+            leaf = states.detach().to(self.device).requires_grad_()
+            loss = self._loss(leaf, targets)
             if not torch.isfinite(loss.detach()):
                 raise NonFiniteError(
                     f"the training loss of step {step} is {float(loss.detach())}; it must be finite: lower the "
                     "learning rates"
                 )
-            wanted = [at, *self.trained.values()]  # and no gradient of a tied weight, which is large
-            gradient, *own = torch.autograd.grad(loss, wanted)
-            for p, of_p in zip(self.trained.values(), own, strict=True):
-                p.grad = of_p  # in place of one whose answer was lost on the way
+            # not of a tied weight, whose gradient is large
+            gradient, *head_gradients = torch.autograd.grad(loss, [leaf, *self.trained.values()])
+            for p, p_gradient in zip(self.trained.values(), head_gradients, strict=True):
+                p.grad = p_gradient  # replaces that of a call whose reply was lost
             losses.append(float(loss.detach()))
             return gradient
 
         reply = self.trunk.step_states(
-            activations, positions_of(targets), answer, step=step, want_gradient=want_gradient
+            activations, positions_of(targets), states_gradient, step=step, want_gradient=want_gradient
         )
         if self.optimiser is not None:
             optimiser_step(self.optimiser, self.learning_rate(step))
@@ -115,27 +114,3 @@ class HeadedServer:
 
     def _loss(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
         return row_losses(self.head.logits(states.to(self.device)), targets).mean()
-
-
-class LocalTrunk:
-    """A `TrunkServer` of this process as a `Trunk`: the reference for the one across a network."""
-
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def states(self, activations: Sequence[Activations], targets: PositionTargets) -> list[Any]:
-        """See `Trunk`."""
-        return self._server.states(activations, targets)
-
-    def step_states(
-        self,
-        activations: Activations,
-        targets: PositionTargets,
-        answer: Callable[[Any], Any],
-        *,
-        step: int,
-        want_gradient: bool,
-    ) -> StepReply:
-        """See `Trunk`."""
-        states, update = self._server.states_for_step(activations, targets)
-        return update(answer(states), step, want_gradient)

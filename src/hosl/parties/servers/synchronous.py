@@ -1,4 +1,4 @@
-"""A first-order server that several clients train together, one update a round."""
+"""A first-order server that several clients train together, one update per round."""
 
 import torch
 
@@ -9,14 +9,15 @@ from hosl.parties.servers.basic import FirstOrderServer
 
 
 class SynchronousServer(FirstOrderServer):
-    """A first-order server that several clients train together: gradients are gathered, then one update is made."""
+    """A first-order server that several clients train together: one update from all gradients of a round."""
 
     _examples: int = 0
+    """The number of examples contributed since the last update."""
 
     def contribute(
         self, activations: torch.Tensor, targets: Targets, examples: int, *, want_gradient: bool = False
     ) -> StepReply:
-        """Add this batch's gradient, weighed by its `examples`, to the round's; theta_s stays.
+        """Add the gradient of this batch, weighted by its number of `examples`, to the round's; theta_s is unchanged.
 
         Raises:
             NonFiniteError: if the loss is NaN or infinite; nothing was added then.
@@ -32,7 +33,7 @@ class SynchronousServer(FirstOrderServer):
         return StepReply(float(loss.detach()), None if h.grad is None else h.grad / examples)
 
     def apply(self, step: int) -> None:
-        """One update from the mean over all examples contributed since the last; none were: theta_s stays."""
+        """One update from the mean over all examples contributed since the last one; without any, nothing changes."""
         if not self._examples:
             return
         for p in self.trained.values():

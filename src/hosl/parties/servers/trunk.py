@@ -1,4 +1,4 @@
-"""The server's part when labels stay with the client: blocks without a head, trained by the gradient at their end."""
+"""The server when labels stay with the client: blocks without a head, trained by the gradient at their output."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from hosl.split import TrunkHalf
 
 
 class TrunkServer:
-    """A trunk trained by backprop. It never sees a label, a loss or a logit."""
+    """A trunk trained by backprop. It never gets a label, a loss or a logit."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class TrunkServer:
     def states_for_step(
         self, activations: torch.Tensor, targets: PositionTargets
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor, int, bool], StepReply]]:
-        """The states, and what makes one update from their gradient: (gradient, step, want_gradient).
+        """The states, and the function (gradient, step, want_gradient) that makes one update from their gradient.
 
-        The reply's loss is 0: only the client knows it.
+        The loss in its reply is 0: only the client knows it.
         """
         h = activations.detach().to(self.device).requires_grad_()
         states = self._states(h, targets)

@@ -1,0 +1,22 @@
+"""Bytes, seconds and counts as people read them."""
+
+
+def readable_bytes(count: float | int) -> str:
+    """Size to three digits in powers of 1024: `4 B`, `1.01 MiB`, `612 MiB`."""
+    for unit_bytes, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit_bytes:
+            size = count / unit_bytes
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Duration: `1.24 s`, `35 ms`."""
+    if seconds >= 0.9995:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.00995 else f"{1000 * seconds:.1f} ms"
+
+
+def readable_count(count: int, noun: str = "") -> str:
+    """Count with its noun in the singular or the plural: `1 run`, `12,345 steps`; without a noun the number alone."""
+    return f"{count:,} {noun}{'s' * (count != 1)}" if noun else f"{count:,}"
