@@ -75,6 +75,7 @@ def hosl_round(
     probes = step.control.judge(quotients)
     h = client.forward(batch)  # line 6, at the UNPERTURBED client
     reply = server.step(h, batch.targets, step=step.number)  # line 7
+    del h  # or it would be held while the client moves
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)  # line 8
     noise = loss_noise([loss for pair in replies for loss in pair], step.epsilon)
     return RoundResult(reply.loss, probes.measured, probes.rejected, noise)
@@ -113,6 +114,7 @@ def hosl_gradient_round(
     """
     h = client.forward(batch)  # line 6
     reply = server.step(h, batch.targets, step=step.number, want_gradient=True)  # line 7
+    del h  # or it would be held while the probes are evaluated
     projections = list(client.projections(batch, step.seeds, step.epsilon, reply.gradient))  # lines 1 to 5
     probes = step.control.judge([step.control.total(p.rows) for p in projections])
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)  # line 8
@@ -141,6 +143,7 @@ def hosl_gradient_forward_mode_round(
     """One step of `hosl_gradient_round` with exact directional derivatives <g, J u>. Source: methods.md (e)."""
     h = client.forward(batch)  # line 6
     reply = server.step(h, batch.targets, step=step.number, want_gradient=True)  # line 7
+    del h  # or it would be held while the probes are evaluated
     tangents = client.tangents(batch, step.seeds, reply.gradient)
     probes = step.control.judge([step.control.total(p.rows) for p in tangents])
     client.descend(step.number, probes.of(step.seeds), probes.coefficients, step.learning_rate)  # line 8
