@@ -368,12 +368,10 @@ def test_without_the_extra_a_run_ends_with_a_line_and_a_page_that_is_asked_for_i
     assert "reports need jinja2: pip install 'hosl[report]'" in capsys.readouterr().err
 
 
-def test_a_comparison_needs_scipy_and_a_page_of_one_run_does_not(made, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    run = made("a")
-    assert write_report(run) == run / "report.html"  # with torch alone there is no scipy
-    with pytest.raises(ConfigError, match=r"reports need jinja2 and scipy: pip install 'hosl\[report\]'"):
-        write_comparison([run, made("b", "frozen")], tmp_path / "page.html")
+def test_a_comparison_without_jinja_is_refused_before_anything_is_read(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigError, match=r"reports need jinja2: pip install 'hosl\[report\]'"):
+        write_comparison([made("a"), made("b", "frozen")], tmp_path / "page.html")
 
 
 def test_a_run_that_stopped_is_shown_as_far_as_it_came(made, tmp_path):

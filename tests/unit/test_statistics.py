@@ -1,6 +1,7 @@
 """Statistics over seeds against numbers that stand in books, or can be counted on fingers."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -39,6 +40,11 @@ def test_the_interval_is_that_of_students_own_data():
 )
 def test_quantiles_are_those_of_printed_tables(degrees, printed):
     assert t_quantile(degrees) == pytest.approx(printed, abs=5e-5)
+
+
+def test_quantiles_of_one_and_two_degrees_are_those_of_their_closed_forms():
+    assert t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
+    assert t_quantile(2) == pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025), rel=1e-12)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5, 8])

@@ -22,7 +22,7 @@ def run(words: list[str]) -> int:
     from hosl.report.render import check_installed
     from hosl.report.runs import is_study, run_folders
 
-    check_installed("jinja2")
+    check_installed()
     folders, out = [Path(word) for word in asked.run], Path(asked.out) if asked.out else None
     if len(folders) > 1:
         runs = run_folders(folders)

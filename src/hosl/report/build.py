@@ -36,7 +36,7 @@ def write_report(run: Path, *, out: Path | None = None, planner: Planner | None 
     Raises:
         FolderError: if `run` is no run's folder, or `out` cannot be written.
     """
-    if not installed("jinja2"):
+    if not installed():
         sys.stderr.write(f"{no_page(run)}\n")
         return None
     read = read_run(run)
@@ -135,7 +135,7 @@ def _comparison_page(
     planner: Planner | None,
     references: ReferenceRuns | None = None,
 ) -> str:
-    check_installed("jinja2", "scipy")
+    check_installed()
     parts = by_task_and_model(asked)
     planned = [list(planner(part)) if planner else [] for part in parts]
     page_looks = _looks(parts, [line for lines in planned for line in lines])

@@ -13,19 +13,19 @@ _LATEX = str.maketrans({
 })  # fmt: skip
 
 
-def installed(*packages: str) -> bool:
-    """Whether these packages of the extra `report` are there."""
-    return all(importlib.util.find_spec(name) is not None for name in packages)
+def installed() -> bool:
+    """Whether there is Jinja2, which every page and table is written with."""
+    return importlib.util.find_spec("jinja2") is not None
 
 
-def check_installed(*packages: str) -> None:
+def check_installed() -> None:
     """Refuse to begin what would end without its page.
 
     Raises:
-        ConfigError: if one of them is not installed.
+        ConfigError: if Jinja2 is not installed.
     """
-    if not installed(*packages):
-        raise ConfigError(f"reports need {' and '.join(packages)}: {_INSTALL}")
+    if not installed():
+        raise ConfigError(f"reports need jinja2: {_INSTALL}")
 
 
 def no_page(run: object) -> str:

@@ -4,6 +4,7 @@ Every argument is one number per seed, in the order of the seeds; two of them ar
 the share of the performance gap recovered: 0 for a client that is left frozen, 1 for one trained by backpropagation.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -68,10 +69,28 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def t_quantile(degrees: int) -> float:
-    """Student's t at 0.975."""
-    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
+    """Student's t at 0.975 for a whole number of degrees of freedom, from the distribution's finite sums.
 
-    return float(stdtrit(degrees, 0.975))
+    Source: Abramowitz and Stegun 26.7.3 and 26.7.4. Not scipy's: where scipy is installed, transformers loads it into
+    every client process (docs/adr/0012-one-comparison.md).
+    """
+    low, high = 0.0, math.pi / 2  # of theta, t = sqrt(degrees) tan theta
+    for _ in range(64):
+        theta = (low + high) / 2
+        low, high = (theta, high) if _within(theta, degrees) < 0.95 else (low, theta)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _within(theta: float, degrees: int) -> float:
+    """The probability that |t| is at most sqrt(degrees) tan theta."""
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
 
 
 def p_floor(seeds: int) -> float:

@@ -36,7 +36,7 @@ def run_study(study: Study, *, file: str, command: str) -> dict[str, Any]:
             with other settings or data.
         RequestError, FailureError: with the line of a run that failed for another reason than divergence.
     """
-    check_installed("jinja2", "scipy")
+    check_installed()
     out, grid = Path(study.output_dir), study_grid(study)
     places = Places.below(out)
     out.mkdir(parents=True, exist_ok=True)
