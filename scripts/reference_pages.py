@@ -28,6 +28,7 @@ import yaml
 import hosl
 import hosl.cli
 import hosl.config
+from hosl.core.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAGE = re.compile(r"\bdocs/([\w/.-]+\.md)")
@@ -117,6 +118,11 @@ def config_page() -> str:
         if tag:
             rows.insert(0, (f"`{path}.kind`", f"`{tag}`", "", "Which kind of task this is."))
         parts.append(head + "\n" + table(("key", "value", "default", "meaning"), rows))
+    methods = [(f"`{m.name}`", cell(m.about), cell(", ".join(sorted(m.reads)))) for m in METHODS.values()]
+    parts.append(
+        "## Methods\n\nThe values of `method`. A config that sets a governed key which its method does not read is "
+        "refused.\n\n" + table(("method", "what it is", "governed keys that it reads"), methods)
+    )
     return "\n".join(parts)
 
 

@@ -93,7 +93,7 @@ class Method:
 
     @property
     def end(self) -> Literal["frozen", "first_order"] | None:
-        """Which end of gap closure the method can be: 0, a client that never changes; 1, backprop on both sides."""
+        """The end of gap closure that it can be: 0, a client that never changes; 1, backprop on both sides; None: neither."""
         if self.trains == "nothing":
             return "frozen"
         return "first_order" if self.backward != "none" and self.server == "first-order" else None
