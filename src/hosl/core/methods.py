@@ -93,7 +93,7 @@ class Method:
 
     @property
     def end(self) -> Literal["frozen", "first_order"] | None:
-        """The end of gap closure that it can be: 0, a client that never changes; 1, backprop on both sides; None: neither."""
+        """The end of gap closure that it can be: 0, a frozen client; 1, backprop on both sides; None: neither."""
         if self.trains == "nothing":
             return "frozen"
         return "first_order" if self.backward != "none" and self.server == "first-order" else None
