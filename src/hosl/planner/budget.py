@@ -10,6 +10,7 @@ from hosl.methods.schedule import longest_batch
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.gc_paused import gc_paused
+from hosl.system.machine import process_bytes
 from hosl.system.readable import readable_bytes
 from hosl.tasks import Task
 
@@ -65,8 +66,8 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
         return
     from hosl.planner.plan import most_needed, nearest_that_fits
 
-    limit = _limit(config)
-    tokens, demands = _demands(config, model, task, _base(alone))
+    limit, base = _limit(config), _base(alone, held=process_bytes() if alone else 0)
+    tokens, demands = _demands(config, model, task, base)
     with gc_paused():
         needed = most_needed(demands(config))
         if needed <= limit:
@@ -77,8 +78,8 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     else:
         advice = f"the nearest setting that fits: {_changes(nearest, config)}"
     raise BudgetError(
-        f"{_budget(limit)}, but the client would take {readable_bytes(needed)} ({readable_bytes(_base(alone))} of it "
-        f"before any weight); {advice}"
+        f"{_budget(limit)}, but the client would take {readable_bytes(needed)} ({readable_bytes(base)} of it before any "
+        f"weight); {advice}"
     )
 
 
@@ -118,8 +119,9 @@ def _limit(config: Config) -> float:
     return float(parse_bytes(config.client.memory_budget or ""))
 
 
-def _base(alone: bool) -> float:
-    return RUNTIME_BASE_BYTES + (_NETWORK_BYTES if alone else 0)
+def _base(alone: bool, held: float = 0) -> float:
+    """Bytes before any weight; `held`: what the process has already, more than the usual base on some machines."""
+    return max(RUNTIME_BASE_BYTES, held) + (_NETWORK_BYTES if alone else 0)
 
 
 def _budget(limit: float) -> str:
