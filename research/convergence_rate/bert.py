@@ -21,7 +21,7 @@ from research.convergence_rate.config import BertProblem
 
 
 class CutBert:
-    """The model at one cut and seed, as `rate_study` measures it."""
+    """The model at one cut and seed, as `study` measures it."""
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class ChainClient:
     def descend(
         self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
     ) -> None:
-        """theta_c -= eta_c / Q sum_q c_q u(seed_q). Source: paper.md l.8. Keeps no journal: a cell is not resumed."""
+        """theta_c -= eta_c / Q sum_q c_q u(seed_q). Source: algorithm 1, line 8. No journal."""
         for seed, scale in zip(seeds, mean_scales(coefficients, learning_rate), strict=True):
             self.theta -= scale * self._direction(seed)
 
@@ -142,7 +142,7 @@ def gradient_of(theta: np.ndarray, field: np.ndarray, coupling: float) -> np.nda
 
 
 class CutChain:
-    """The chain at one cut and seed, as `rate_study` measures it."""
+    """The chain at one cut and seed, as `study` measures it."""
 
     def __init__(
         self,

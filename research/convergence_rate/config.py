@@ -1,6 +1,6 @@
 """Schema of a rate study (`kind: rate` in the YAML of `hosl study`), and the cells that it stands for.
 
-What a cell measures: `rate_study`. The problems themselves: `rate_chain`, `rate_bert`.
+What a cell measures: `study`. The problems themselves: `chain`, `bert`.
 """
 
 import json

@@ -12,7 +12,7 @@ from research.convergence_rate.config import THEORY, AxisName, RateProblem, axes
 from research.convergence_rate.jackknife import jackknife_interval
 
 Line: TypeAlias = Mapping[str, Any]
-"""What one cell came to; see `rate_study`."""
+"""What one cell came to; see `study`."""
 
 
 class Slope(Estimate):

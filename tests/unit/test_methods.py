@@ -56,7 +56,7 @@ def test_a_step_sends_and_asks_what_the_row_says(stepped, method):
     _, _, server = stepped(method)
     row = METHODS[method]
     assert server.uploads == row.uploads(DIRECTIONS)
-    assert server.questions - server.asked.count("descend") == row.questions(DIRECTIONS)
+    assert server.questions - server.asked.count("descend") == row.requests(DIRECTIONS)
     assert bool(server.gradients) == row.wants_gradient
     assert ("descend" in server.asked) == (row.server == "zeroth-order")
 

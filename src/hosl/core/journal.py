@@ -54,11 +54,6 @@ class Journal:
             rows = list(group)
             yield step, tuple(int(r["seed"]) for r in rows), tuple(float(r["scale"]) for r in rows)
 
-    def until(self, step: int) -> "Journal":
-        """A copy that ends with `step`: the state to which a client that ran ahead goes back."""
-        entries = self._entries()
-        return Journal.from_bytes(entries[entries["step"] <= step].tobytes())
-
     def to_bytes(self) -> bytes:
         """The entries, one after the other."""
         return bytes(self._bytes)

@@ -102,7 +102,7 @@ class Method:
         """The activations sent in a step with this many directions."""
         return self.uploads_per_direction * directions + self.clean_uploads
 
-    def questions(self, directions: int) -> int:
+    def requests(self, directions: int) -> int:
         """The requests to the server in a step with this many directions; each one carries the targets."""
         return (directions if self.uploads_per_direction else 0) + self.clean_uploads
 

@@ -37,7 +37,7 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
     method, directions = config.method_row, config.zo.directions
     # at first-plus the server's step is at a probe that is sent anyway
     uploads = method.uploads(directions) - (config.zo.server_gradient_at == "first-plus")
-    requests = method.questions(directions)
+    requests = method.requests(directions)
     compression = config.wire.compression
     activation_bytes = [
         packed_bytes((*batch.input_ids.shape, width), config.model.dtype, compression) for batch in batches

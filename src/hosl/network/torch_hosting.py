@@ -15,7 +15,7 @@ from hosl.methods.torch_parties import make_server
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.parties.servers.basic import TorchServer
 from hosl.parties.servers.trunk import TrunkServer
-from hosl.service.hosting import Stepped
+from hosl.service.hosted_half import Stepped
 from hosl.split import ServerHalf
 from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
 from hosl.training.checkpointing import put_server, restore_server_
@@ -23,7 +23,7 @@ from hosl.wire.tensors import WireArray
 
 
 class TorchHosted:
-    """Implements `service.hosting.HostedHalf`."""
+    """Implements `service.hosted_half.HostedHalf`."""
 
     def __init__(
         self,

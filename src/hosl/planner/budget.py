@@ -78,8 +78,8 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     else:
         advice = f"the nearest setting that fits: {_changes(nearest, config)}"
     raise BudgetError(
-        f"{_budget(limit)}, but the client would take {readable_bytes(needed)} ({readable_bytes(base)} of it before any "
-        f"weight); {advice}"
+        f"{_budget(limit)}, but the client would take {readable_bytes(needed)} ({readable_bytes(base)} of it before "
+        f"any weight); {advice}"
     )
 
 

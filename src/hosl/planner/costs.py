@@ -50,17 +50,8 @@ CostCache: TypeAlias = dict[tuple[Config, int, int], PartyCost]
 """(config, rows, tokens) -> the cost of its step; for one model shape."""
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """The costs of both parties' step, and the traffic between them."""
-
-    client: PartyCost
-    server: PartyCost
-    traffic: Traffic
-
-
-def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> StepCost:
-    """The cost of a step of the config's method at the config's cut.
+def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
+    """The cost of a step of the config's method for the client, at the config's cut, and its traffic.
 
     Args:
         config: method, cut, dtypes, trainable sets, directions.
@@ -71,12 +62,6 @@ def step_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Step
     Raises:
         ConfigError, SplitError: if the config does not fit the model.
     """
-    client, traffic = client_cost_at(config, shape, rows, tokens)
-    return StepCost(client, server_cost(config, shape, rows, tokens), traffic)
-
-
-def client_cost_at(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
-    """The cost of a client's step at the config's cut, and its traffic; see `step_cost`."""
     config = _on_cpu(config)
     return _in_micro_batches(
         config, rows, tokens, lambda count: _run_with_any_directions(config, shape, count, tokens)

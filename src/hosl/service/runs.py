@@ -14,7 +14,7 @@ from typing import Any, cast
 from hosl.core.journal import Journal
 from hosl.core.targets import PositionTargets, Targets
 from hosl.errors import HandshakeError, SessionError, StepError
-from hosl.service.hosting import HostedHalf, Stepped
+from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray

@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 
 from hosl.core.methods import METHODS
 from hosl.errors import HandshakeError, LimitError, SessionError, WireError
-from hosl.service.hosting import OpenHalf
+from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
 from hosl.wire import hosl_pb2 as pb
