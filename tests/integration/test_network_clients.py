@@ -103,11 +103,8 @@ def test_eight_clients_for_two_hundred_rounds_with_three_that_fail(tiny_run, tmp
         first = tmp_path / "device-0" / "run" / "metrics.jsonl"
         wait_until(lambda: first.exists(), 300)
         wait_until(lambda: any(event["event"] == "hello" for event in server.events), 300)
-        rounds = 0
+        joined[5].kill()  # in its first steps: a fast machine ends the run in less than a minute
         while joined[0].poll() is None:
-            rounds += 1
-            if rounds == 5:
-                joined[5].kill()
             joined[6].send_signal(signal.SIGSTOP)
             with suppress(subprocess.TimeoutExpired):
                 joined[0].wait(6)
