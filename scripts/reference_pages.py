@@ -1,9 +1,9 @@
-"""The reference pages that come from the code: docs/reference/config.md, cli.md and api.md.
+"""The reference pages that come from the code: docs/reference/config.md, study.md, cli.md and api.md.
 
     python scripts/reference_pages.py            # writes them
     python scripts/reference_pages.py --check    # exit status 1 names those that are not what the code says
 
-Only what the package shows is read: `hosl.config.Config`, the help of every command, `hosl.__all__`. So
+Only what the package shows is read: `hosl.config.Config`, `hosl.study.config.Study`, the help of every command, `hosl.__all__`. So
 the pages follow when modules move, and are the same on every machine.
 """
 
@@ -29,6 +29,7 @@ import hosl
 import hosl.cli
 import hosl.config
 from hosl.core.methods import METHODS
+from hosl.study.config import Study, StudyMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAGE = re.compile(r"\bdocs/([\w/.-]+\.md)")
@@ -126,6 +127,20 @@ def config_page() -> str:
     return "\n".join(parts)
 
 
+def study_page() -> str:
+    """Every key that a study's YAML file may have."""
+    parts = [
+        MADE,
+        "# Keys of a study\n",
+        "Every key that the YAML file of `hosl study` may have. `base`, `tasks` and `settings` hold "
+        "[settings of a run](config.md). How to write one: [run a study](../how-to/study.md).\n",
+    ]
+    for title, path, cls in (("Top level", "", Study), ("methods.NAME", "methods.NAME", StudyMethod)):
+        rows = table(("key", "value", "default", "meaning"), list(keys(path, cls)))
+        parts.append(f"## {title}\n\n{cell(cls.__doc__ or '')}\n\n{rows}")
+    return "\n".join(parts)
+
+
 def sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
     """The struct itself and those in it, with their dotted paths, in the order of the file."""
     yield path, cls
@@ -161,8 +176,8 @@ def shown_type(kind: Any) -> str:
         return f"list of {shown_type(get_args(kind)[0])}"
     if kind is bool:
         return either(["true", "false"])
-    words = {int: "whole number", float: "number", str: "text", types.NoneType: "`null`"}
-    return words.get(kind) or f"`{getattr(kind, '__name__', kind)}`"
+    words = {int: "whole number", float: "number", str: "text", types.NoneType: "`null`", dict: "mapping"}
+    return words.get(get_origin(kind) or kind) or f"`{getattr(kind, '__name__', kind)}`"
 
 
 def shown_default(field: msgspec.structs.FieldInfo) -> str:
@@ -375,7 +390,7 @@ def methods_of(cls: type) -> list[tuple[str, ast.FunctionDef, Any]]:
     return list(found.values())
 
 
-PAGES = {"config.md": config_page, "cli.md": cli_page, "api.md": api_page}
+PAGES = {"config.md": config_page, "study.md": study_page, "cli.md": cli_page, "api.md": api_page}
 
 
 def stale_pages(folder: Path) -> dict[str, str]:
