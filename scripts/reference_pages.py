@@ -3,8 +3,8 @@
     python scripts/reference_pages.py            # writes them
     python scripts/reference_pages.py --check    # exit status 1 names those that are not what the code says
 
-Only what the package shows is read: `hosl.config.Config`, `hosl.study.config.Study`, the help of every command, `hosl.__all__`. So
-the pages follow when modules move, and are the same on every machine.
+Only what the package shows is read: `hosl.config.Config`, `hosl.study.config.Study`, the help of every command,
+`hosl.__all__`. So the pages follow when modules move, and are the same on every machine.
 """
 
 import argparse
