@@ -42,7 +42,8 @@ def carry_on(
             Stop() as stop,
             open_view(f"{config.method} {run}", session.step, config.max_steps) as view,
         ):
-            view.say(greeting(session, run))
+            for line in (*session.task.notes, greeting(session, run)):
+                view.say(line)
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
