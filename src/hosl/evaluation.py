@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,19 @@ class Evaluation:
     accuracy: float
     """The share of examples whose best-scored label is the right one."""
     f1_macro: float
-    """The F1 score averaged over the labels that occur, each with the same weight."""
+    """The F1 score averaged over the labels that occur or are predicted, each with the same weight."""
     loss_nats: float
     """The mean negative log-likelihood of the right label, or of the right option (per token)."""
     examples: int
+    confusion: np.ndarray
+    """Examples of each label, by what was predicted: [labels, predicted labels], int64."""
+
+    def numbers(self) -> dict[str, float]:
+        """What metrics.jsonl holds: all but the confusion matrix."""
+        return {
+            "accuracy": self.accuracy, "f1_macro": self.f1_macro, "loss_nats": self.loss_nats,
+            "examples": self.examples,
+        }  # fmt: skip
 
 
 def evaluate(
@@ -43,22 +53,38 @@ def evaluate(
         losses.append(task.losses(chunk, scores))
     truth = np.array([example.label for example in examples], dtype=np.int64)
     predicted = np.concatenate(predictions)
+    confusion = np.zeros((len(task.labels), len(task.labels)), dtype=np.int64)
+    np.add.at(confusion, (truth, predicted), 1)
+    occurs = [row for row in by_class(task.labels, confusion) if row["support"] or row["predicted"]]
     return Evaluation(
         accuracy=float((predicted == truth).mean()),
-        f1_macro=_f1_macro(predicted, truth),
+        f1_macro=float(np.mean([row["f1"] for row in occurs])),
         loss_nats=float(np.concatenate(losses).astype(np.float64).mean()),
         examples=len(examples),
+        confusion=confusion,
     )
+
+
+def by_class(labels: Sequence[str], confusion: np.ndarray) -> list[dict[str, Any]]:
+    """Precision, recall, F1, support and number of predictions of each label; 0 where there is nothing to divide by.
+
+    Args:
+        labels: the labels.
+        confusion: as in `Evaluation`.
+    """
+    rows = []
+    for index, label in enumerate(labels):
+        hits, support, predicted = (
+            int(count)
+            for count in (confusion[index, index], confusion[index].sum(), confusion[:, index].sum())
+        )
+        rows.append({
+            "label": label, "precision": hits / max(predicted, 1), "recall": hits / max(support, 1),
+            "f1": 2 * hits / max(support + predicted, 1), "support": support, "predicted": predicted,
+        })  # fmt: skip
+    return rows
 
 
 def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
-
-
-def _f1_macro(predicted: np.ndarray, truth: np.ndarray) -> float:
-    scores = []
-    for label in np.unique(truth):
-        hits = int(((predicted == label) & (truth == label)).sum())
-        scores.append(2 * hits / max(int((predicted == label).sum() + (truth == label).sum()), 1))
-    return float(np.mean(scores))

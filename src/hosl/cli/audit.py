@@ -1,6 +1,5 @@
 """`hosl audit OUT/client --config task.yaml`: the fields that leave the device in this run, one by one."""
 
-import json
 from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
@@ -26,11 +25,11 @@ def run(arguments: list[str]) -> int:
     from hosl.network.audit import audit
     from hosl.split.folder_facts import half_facts
     from hosl.tasks import TextTokenizer, load_task
+    from hosl.tasks.model_limits import model_limits
 
     folder = Path(options.half)
     half_facts(folder, "client")
-    sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    width = next((sizes[name] for name in ("hidden_size", "n_embd", "dim") if name in sizes), None)
+    width = model_limits(folder).width
     if width is None:
         raise ModelError(f"{folder}/config.json names no hidden_size, n_embd or dim; split the model again")
     rows = audit(config, load_task(config.task, TextTokenizer.load(folder), seed=config.seed), width=width)

@@ -1,7 +1,8 @@
 """`hosl eval RUN [--split dev|test]`: score a run's newest weights."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hosl.cli.answers import answer, command_parser
 
@@ -12,12 +13,14 @@ def run(arguments: list[str]) -> int:
     Raises:
         FolderError, CheckpointError: if the folder holds no run, or a damaged one.
     """
-    parser = command_parser("eval", "Accuracy, macro F1 and loss of a run's newest weights.")
+    parser = command_parser(
+        "eval", "Accuracy, macro F1, loss and the scores of each class, of a run's newest weights."
+    )
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     options = parser.parse_args(arguments)
 
-    from hosl.evaluation import evaluate
+    from hosl.evaluation import by_class, evaluate
     from hosl.training.local_session import load_run
 
     session = load_run(Path(options.run))
@@ -26,8 +29,26 @@ def run(arguments: list[str]) -> int:
         session.client, session.server_to_call(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
-    answer(
-        {"run": options.run, "step": session.step, "split": options.split, **asdict(evaluation)},
-        as_json=options.json,
-    )
+    result = {"run": options.run, "step": session.step, "split": options.split, **evaluation.numbers()}
+    labels, confusion = session.task.labels, evaluation.confusion.tolist()
+    classes = by_class(labels, evaluation.confusion)
+    if options.json:
+        result |= {"classes": classes, "confusion": confusion}
+    else:
+        result |= _lines(classes, labels, confusion)
+    answer(result, as_json=options.json)
     return 0
+
+
+def _lines(
+    classes: Sequence[dict[str, Any]], labels: Sequence[str], confusion: Sequence[Sequence[int]]
+) -> dict[str, str]:
+    """A line for each class: its scores, and its row of the confusion matrix without zeros."""
+    lines = {}
+    for row, counts in zip(classes, confusion, strict=True):
+        scores = ", ".join(f"{name} {row[name]:.4f}" for name in ("precision", "recall", "f1"))
+        taken = ", ".join(f"{label} {count}" for label, count in zip(labels, counts, strict=True) if count)
+        lines[f"class {row['label']}"] = (
+            f"{scores}, {row['support']} examples{taken and f', taken for: {taken}'}"
+        )
+    return lines

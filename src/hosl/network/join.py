@@ -19,6 +19,7 @@ from hosl.config import Config, dump_config
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
+from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.folder_facts import half_facts
@@ -27,6 +28,7 @@ from hosl.system.atomic import whole_file
 from hosl.system.machine import machine, versions
 from hosl.system.run_folder import RunLock, new_folder
 from hosl.tasks import Task, TextTokenizer, load_task, task_digest
+from hosl.tasks.model_limits import model_limits
 from hosl.training.loop import carry_on
 from hosl.training.trackers import check_trackers, feed_trackers
 from hosl.transport.channel import Patience, Proof, connect
@@ -148,7 +150,11 @@ def _joined(
         "cut": facts["cut"],
     }
     try:
-        checkpoint_facts = session.go_to(run.folder, channel.for_ever(remote.hello, say)) or {}
+        start = channel.for_ever(remote.hello, say)
+        width = model_limits(options.half).width
+        if width is not None:
+            check_tensor_limit(config, task, width=width, limit_bytes=remote.tensor_bytes)
+        checkpoint_facts = session.go_to(run.folder, start) or {}
     except BaseException:
         remote.close()
         raise

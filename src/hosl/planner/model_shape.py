@@ -14,6 +14,7 @@ from hosl.errors import ConfigError, HoslError, ModelError
 from hosl.split import ClientHalf, ServerHalf, resolve_model_folder, split_model
 from hosl.split.families import FAMILIES, Head
 from hosl.split.shapes import SHAPES, shape_config
+from hosl.tasks.model_limits import limits_of
 
 _PER_BLOCK = ("layer_types",)
 """The settings of a config that have an entry for every block."""
@@ -41,7 +42,7 @@ class ModelShape:
     @property
     def longest(self) -> int | None:
         """The largest number of tokens that the model reads; None: its config does not have it."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limits_of(self.config.get_text_config().to_dict()).positions
 
     def of_blocks(self, count: int) -> "ModelShape":
         """The shape of the same model with its first `count` blocks only."""

@@ -15,7 +15,7 @@ import yaml
 from hosl.config import Config, load_config
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
-from hosl.system.run_folder import read_lines
+from hosl.system.run_folder import EVALUATION, read_lines
 
 CHOSEN_RUNS = "runs.csv"
 """File of a finished study that says which of its runs have the rates that were chosen."""
@@ -46,6 +46,8 @@ class Run:
     test: dict[str, Any] | None
     """None: the run is not finished."""
     timings: list[dict[str, Any]]
+    classes: dict[str, Any] | None
+    """Labels and confusion matrix of the evaluation on test; None: not finished, or of a version that kept none."""
     begun_ns: int
     """Time when it was made, by its config: a run writes that once, whatever happens to it later."""
 
@@ -132,6 +134,8 @@ def read_run(folder: Path) -> Run:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / "timings.jsonl")
         config, parsed = _config(folder / "config.yaml")
+        kept = folder / EVALUATION
+        classes = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     except (ValueError, yaml.YAMLError) as cause:
         raise FolderError(f"{folder}: its files cannot be read: {cause}") from cause
     if not isinstance(config, dict) or not {"model", "task", "cut"} <= record.keys():
@@ -140,7 +144,7 @@ def read_run(folder: Path) -> Run:
         folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
         dev=[line for line in metrics if line.get("split") == "dev"],
         test=next((line for line in metrics if line.get("split") == "test"), None), timings=timings,
-        begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
+        classes=classes, begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
     )  # fmt: skip
 
 

@@ -9,12 +9,16 @@ import msgspec
 import numpy as np
 
 from hosl.config import Config
+from hosl.evaluation import by_class
 from hosl.report.comparison import ACCURACY, LOSS, Comparison, Metric, Row
 from hosl.report.groups import Group, differing
 from hosl.report.runs import Run, flat, setting_text
 from hosl.report.style import Look
 from hosl.system.readable import readable_bytes, readable_seconds
 from hosl.tasks import TaskConfig
+
+_CONFUSION_COLUMNS = 12
+"""Classes up to which the confusion matrix is shown whole."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,23 @@ def evaluations(groups: Sequence[Group]) -> Table:
         return Table(
             [head[number] for number in kept], [[line[number] for number in kept] for line in lines], 2
         )
+    return Table(head, lines)
+
+
+def classes(run: Run) -> Table:
+    """Scores of every class on test, and its row of the confusion matrix: whole where it has few columns."""
+    if run.classes is None:
+        return Table([])
+    labels, confusion = run.classes["labels"], np.array(run.classes["confusion"], dtype=np.int64)
+    head = ["class", "precision, %", "recall, %", "F1, %", "rows"]
+    whole = len(labels) <= _CONFUSION_COLUMNS
+    head += [f"taken for {label}" for label in labels] if whole else ["taken most for"]
+    lines = []
+    for row, counts in zip(by_class(labels, confusion), confusion, strict=True):
+        scores = [f"{100 * row[name]:.1f}" for name in ("precision", "recall", "f1")]
+        most = [f"{labels[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:3] if counts[i]]
+        cells = [str(count) for count in counts] if whole else [", ".join(most)]
+        lines.append(_texts([row["label"], *scores, str(row["support"]), *cells]))
     return Table(head, lines)
 
 

@@ -12,7 +12,10 @@ from types import TracebackType
 from typing import Any
 
 from hosl.errors import FolderError
+from hosl.system.atomic import whole_file
 
+EVALUATION = "evaluation.json"
+"""The file with the labels and the confusion matrix of the evaluation on test."""
 MEMORY_STEPS = 50
 """Memory is measured in the first two steps of a process and in every 50th after; measuring slows those steps."""
 
@@ -49,6 +52,7 @@ class Record:
 
     def __init__(self, run: Path, *, metrics_bytes: int = 0, step: int = 0) -> None:
         """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`)."""
+        self._run = run
         self._metrics = (run / "metrics.jsonl").open("ab")
         self._metrics.truncate(metrics_bytes)
         self._timings = (run / "timings.jsonl").open("ab+")
@@ -61,6 +65,10 @@ class Record:
     def timings(self, **line: Any) -> None:
         """Append one line to timings.jsonl; keys carry their units."""
         self._timings.write(_line(line))
+
+    def evaluation(self, **content: Any) -> None:
+        """Write evaluation.json: the labels, and the confusion matrix of the last evaluation."""
+        whole_file(self._run / EVALUATION, json.dumps(content).encode())
 
     def flush(self) -> int:
         """Flush both files to the disk; returns the length of metrics.jsonl in bytes, for the checkpoint."""

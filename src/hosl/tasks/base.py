@@ -59,6 +59,11 @@ class Task(Protocol):
         """The examples to report on; none of their texts is in train or dev."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run says before it starts, a line each: classes and their rows, what was cut, dropped or guessed."""
+        ...
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A training batch: one row per example; for prompts, the row of the right candidate."""
         ...

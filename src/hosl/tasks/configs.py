@@ -8,12 +8,13 @@ from hosl.errors import ConfigError
 
 
 class _Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    max_tokens: int = 64
-    """The largest number of tokens of a text, special tokens included; longer texts are cut."""
+    max_tokens: int | Literal["auto"] = 64
+    """The largest number of tokens of a text, special tokens included; longer texts are cut. auto: no text is cut that
+    fits the model's positions."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 8:
-            raise ConfigError(f"task.max_tokens must be >= 8, got {self.max_tokens}")
+        if self.max_tokens != "auto" and self.max_tokens < 8:
+            raise ConfigError(f"task.max_tokens must be >= 8 or auto, got {self.max_tokens}")
         for name in ("train_rows", "dev_rows", "test_rows"):
             rows = getattr(self, name, None)
             if rows is not None and rows < 1:
@@ -28,20 +29,28 @@ class DocstringsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag=
 
 
 class FilesConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="files"):
-    """Your own labelled text: CSV, JSONL, Parquet, or the folder of a Hugging Face dataset."""
+    """Your own labelled text: CSV, TSV, JSON, JSON Lines, Parquet, or the folder of a Hugging Face dataset."""
 
     train: str
     """The file or folder to train on."""
     dev: str | None = None
-    """The file or folder to choose by; default: a tenth of the training rows, by content hash."""
+    """The file or folder to choose by; default: a tenth of the training rows, by label and content hash."""
     test: str | None = None
-    """The file or folder to report on; default: 15 % of the training rows, by content hash."""
+    """The file or folder to report on; default: 15 % of the training rows, by label and content hash."""
     text_column: str = "text"
     """The column of the text."""
     label_column: str = "label"
     """The column of the label, a string or an integer."""
+    labels: tuple[str | int, ...] | None = None
+    """The classes in their order, the same on every device; data with others is refused. Default: the names that a
+    dataset has of its own, else the labels of training, whole numbers by value and other text sorted."""
     train_rows: int | None = None
     """The number of training rows, chosen by the seed; default: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels is not None and len(self.labels) < 2:
+            raise ConfigError(f"task.labels needs two classes or more, got {len(self.labels)}")
 
 
 class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="prompts"):

@@ -21,7 +21,7 @@ import msgspec
 from hosl.errors import TaskError
 from hosl.system.atomic import whole_file
 from hosl.system.gc_paused import gc_paused
-from hosl.tasks.classification import ClassificationTask, LabelledText, carve, encode_classes
+from hosl.tasks.classification import ClassificationTask, LabelledText, carve, classification_task
 from hosl.tasks.configs import DocstringsConfig
 from hosl.tasks.tokenizer import TextTokenizer
 
@@ -58,8 +58,8 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
     test, dev, train = carve(texts, [0.15, 0.10], seed=0)
     if config.train_rows is not None:
         train = carve(train, [config.train_rows], seed)[0]
-    encoded = [encode_classes(part, tokenizer, config.max_tokens) for part in (train, dev, test)]
-    return ClassificationTask("docstrings", labels, *encoded, pad_id=tokenizer.pad_id)
+    parts = {"train": train, "dev": dev, "test": test}
+    return classification_task("docstrings", labels, parts, tokenizer, config.max_tokens)
 
 
 def keep_texts() -> None:

@@ -1,181 +1,157 @@
-"""Labelled text from your own files: CSV, JSONL, Parquet, or the folder of a Hugging Face dataset."""
+"""Labelled text from your own files: values are checked by type, rows split by label and content."""
 
-import csv
 import difflib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hosl.errors import TaskError
-from hosl.tasks.classification import ClassificationTask, LabelledText, carve, encode_classes, without
+from hosl.tasks.classification import (
+    ClassificationTask,
+    LabelledText,
+    carve,
+    classification_task,
+    without,
+)
 from hosl.tasks.configs import FilesConfig
+from hosl.tasks.labels import check_classes, class_order, label_of, near_labels, text_of, whole_numbers
+from hosl.tasks.rows import expanded_path, read_rows
 from hosl.tasks.tokenizer import TextTokenizer
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a file."""
+
+    name: str
+    """The file, as the config names it."""
+    rows: list[tuple[int, str, str]]
+    """Row number, text, label."""
+    class_names: Sequence[str] | None
+    """The names of its classes in their order, if the file has them."""
+    notes: list[str]
+    """What was guessed or changed in reading."""
 
 
 def files_task(config: FilesConfig, tokenizer: TextTokenizer, *, seed: int) -> ClassificationTask:
-    """Read, check and encode the files. Labels are those of the training file, sorted; splits are disjoint by text.
+    """Read, check and encode the files. Classes: `class_order`; splits are disjoint by text, stratified by label.
 
     Raises:
-        TaskError: if a file is missing, empty, binary, lacks a column or a text, or has a label that is not in train.
+        TaskError: if a file is missing, empty, binary, lacks a column or a text, or has a value that is no class, or a
+            label that is not in train; if labels look like free text; if the model cannot read a row.
     """
-    raw = {name: _labelled(config, name) for name in ("train", "dev", "test") if getattr(config, name)}
-    labels = tuple(sorted({label for _, _, label in raw["train"]}))
-    if len(labels) < 2:
-        raise TaskError(f"{config.train}: a classification needs two labels or more, found only {labels}")
-    parts = {name: _indexed(rows, labels, str(getattr(config, name))) for name, rows in raw.items()}
-    train = parts["train"]
-    test = parts.get("test")
+    files = {name: _part(config, name) for name in ("train", "dev", "test") if getattr(config, name)}
+    renamed = whole_numbers({label for part in files.values() for _, _, label in part.rows})
+    labels = _classes(config, files["train"], renamed)
+    given = {name: _indexed(part, labels, renamed, config) for name, part in files.items()}
+    parts, split_notes = _split(config, given, seed)
+    notes = [note for part in files.values() for note in part.notes]
+    return classification_task(
+        Path(config.train).stem, labels, parts, tokenizer, config.max_tokens,
+        notes=[note for note in (*notes, near_labels(labels), *split_notes) if note],
+    )  # fmt: skip
+
+
+def _classes(config: FilesConfig, train: _Part, renamed: dict[str, str]) -> tuple[str, ...]:
+    """The classes: those of task.labels, else the file's own names, else the labels of training."""
+    pairs = [(text, renamed.get(label, label)) for _, text, label in train.rows]
+    found = {label for _, label in pairs}
+    if config.labels is not None:
+        return class_order(found, config.labels)
+    if train.class_names is not None:
+        return class_order(found, train.class_names, said_by=f"{train.name}: the list of its own classes")
+    check_classes(pairs, train.name)
+    return class_order(found)
+
+
+def _split(
+    config: FilesConfig, given: dict[str, list[LabelledText]], seed: int
+) -> tuple[dict[str, list[LabelledText]], list[str]]:
+    """Train, dev and test, disjoint by text, and the lines about what was drawn or dropped."""
+    notes, train = [], given["train"]
+    carved = [name for name in ("test", "dev") if name not in given]
+    if carved or config.train_rows is not None:
+        unique = list(dict.fromkeys(train))
+        if len(unique) < len(train):
+            notes.append(f"{len(train) - len(unique)} rows of train are dropped: they repeat another row")
+        train = unique
+    test, dev, dropped = given.get("test"), given.get("dev"), 0
     if test is None:
-        test, train = carve(train, [0.15], seed=0)
-    dev = parts.get("dev")
+        test, train = carve(train, [0.15], seed=0, leave=2 if dev is None else 1)
+    dropped += len(train) - len(train := without(train, test))
     if dev is None:
-        dev, train = carve(without(train, test), [0.10], seed=0)
-    dev = without(dev, test)
-    train = without(train, [*dev, *test])
+        dev, train = carve(train, [0.10], seed=0, leave=1)
+    dropped += len(dev) - len(dev := without(dev, test))
+    dropped += len(train) - len(train := without(train, dev))
+    if dropped:
+        notes.append(f"{dropped} rows are dropped: their texts are in dev or test as well")
     if config.train_rows is not None:
-        train = carve(train, [config.train_rows], seed)[0]
-    for name, part in (("train", train), ("dev", dev), ("test", test)):
+        train = carve(train, [config.train_rows], seed, leave=0)[0]
+    parts = {"train": train, "dev": dev, "test": test}
+    for name, part in parts.items():
         if not part:
             raise TaskError(
                 f"{config.train}: no row is left for {name} once the splits are disjoint; give more rows"
             )
-    encoded = [encode_classes(part, tokenizer, config.max_tokens) for part in (train, dev, test)]
-    return ClassificationTask(Path(config.train).stem, labels, *encoded, pad_id=tokenizer.pad_id)
+    if carved:
+        drawn = " and ".join(f"{name} ({len(parts[name])} rows)" for name in carved)
+        notes.append(f"{drawn} drawn from {config.train}, by label and content")
+    texts: dict[str, int] = {}
+    several = {text for text, label in train if texts.setdefault(text, label) != label}
+    if several:
+        notes.append(f"{len(several)} texts of train have more than one label")
+    return parts, notes
 
 
-def read_rows(path: Path, split: str = "train") -> Iterator[Row]:
-    """The rows of a file, read by its ending, or of a dataset's folder.
-
-    Raises:
-        TaskError: if it is missing, empty, or not of the format of its ending.
-    """
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows,
-    }  # fmt: skip
-    if path.is_dir():
-        yield from _dataset_rows(path, split)
-    elif not path.exists():
-        raise TaskError(
-            f"{path}: no such file; task.train, task.dev and task.test name files or dataset folders"
-        )
-    elif path.suffix not in readers:
-        raise TaskError(
-            f"{path}: cannot tell what `{path.suffix}` holds; allowed: {', '.join(readers)}, or a folder"
-        )
-    elif not path.stat().st_size:
-        raise TaskError(f"{path} is empty; it should hold one example per row")
-    else:
-        yield from readers[path.suffix](path)
-
-
-def expanded_path(name: str) -> Path:
-    """A path with ~ and environment variables filled in.
-
-    Raises:
-        TaskError: if a variable in it is not set.
-    """
-    path = os.path.expanduser(os.path.expandvars(name))
-    if "$" in path:
-        raise TaskError(f"{name}: the environment variable in it is not set; set it, or give the path itself")
-    return Path(path)
-
-
-def _labelled(config: FilesConfig, split: str) -> list[tuple[int, str, str]]:
-    """(row number, text, label) of every row of a split."""
+def _part(config: FilesConfig, split: str) -> _Part:
+    """The checked rows of a split's file."""
     name = str(getattr(config, split))
-    labelled = []
-    for number, row in enumerate(read_rows(expanded_path(name), split), start=1):
-        values = []
-        for column in (config.text_column, config.label_column):
-            if column not in row:
-                near = difflib.get_close_matches(column, row.keys(), n=1)
-                best = f"; did you mean `{near[0]}`?" if near else ""
-                raise TaskError(f"{name}: no column `{column}`; there are {', '.join(map(str, row))}{best}")
-            if row[column] is None or str(row[column]).strip() == "":
-                raise TaskError(f"{name}, row {number}: `{column}` is empty; fill it or drop the row")
-            values.append(str(row[column]))
-        labelled.append((number, values[0], values[1]))
-    if not labelled:
+    read = read_rows(expanded_path(name), split)
+    names, kinds, trimmed = read.class_names.get(config.label_column), dict[str, int](), 0
+    rows: list[tuple[int, str, str]] = []
+    for number, row in enumerate(read.rows, start=1):
+        text, value = (_cell(row, column, name) for column in (config.text_column, config.label_column))
+        column = config.text_column
+        try:
+            text = text_of(text)
+            column = config.label_column
+            kind, label = label_of(value, names)
+            if label.casefold() == "nan" and label not in (config.labels or ()):
+                raise TaskError(
+                    "is nan, a missing value; fill it, or list it in task.labels if it is a class"
+                )
+        except TaskError as cause:
+            raise TaskError(f"{name}, row {number}: `{column}` {cause}") from None
+        trimmed += isinstance(value, str) and value != value.strip()
+        kinds.setdefault(kind, number)
+        rows.append((number, text, label))
+    if not rows:
         raise TaskError(f"{name} holds no rows; it should hold one example per row")
-    return labelled
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} in row {number}" for kind, number in kinds.items())
+        raise TaskError(f"{name}: `{config.label_column}` is {found}; write all labels as one kind")
+    note = f"{name}: spaces around {trimmed} labels are dropped" if trimmed else ""
+    return _Part(name, rows, names, [read.note, note])
 
 
-def _indexed(rows: list[tuple[int, str, str]], labels: tuple[str, ...], name: str) -> list[LabelledText]:
+def _cell(row: dict[str, object], column: str, name: str) -> object:
+    if column in row:
+        return row[column]
+    near = difflib.get_close_matches(column, row.keys(), n=1)
+    best = f"; did you mean `{near[0]}`?" if near else ""
+    raise TaskError(f"{name}: no column `{column}`; there are {', '.join(map(str, row))}{best}")
+
+
+def _indexed(
+    part: _Part, labels: tuple[str, ...], renamed: dict[str, str], config: FilesConfig
+) -> list[LabelledText]:
     index_of = {label: index for index, label in enumerate(labels)}
-    for number, _, label in rows:
-        if label not in index_of:
+    indexed = []
+    for number, text, label in part.rows:
+        index = index_of.get(renamed.get(label, label))
+        if index is None:
+            fault = "never occurs in training" if config.labels is None else "is not in task.labels"
             shown = ", ".join(labels[:20])
-            raise TaskError(f"{name}, row {number}: label `{label}` never occurs in training; known: {shown}")
-    return [(text, index_of[label]) for _, text, label in rows]
-
-
-def _text_of(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        if b"\0" in data:
-            raise ValueError("it holds NUL bytes")
-        return data.decode("utf-8-sig")
-    except ValueError as cause:
-        raise TaskError(f"{path} is not text in UTF-8: {cause}; save it as UTF-8 {path.suffix}") from cause
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    try:
-        yield from csv.DictReader(_text_of(path).splitlines(keepends=True), strict=True)
-    except csv.Error as cause:
-        raise TaskError(f"{path} is not CSV: {cause}") from cause
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text_of(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as cause:
-            raise TaskError(f"{path}, line {number} is not JSON: {cause}") from cause
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}, line {number} is not a JSON object but {type(row).__name__}")
-        yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    _pyarrow()
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as cause:
-        raise TaskError(f"{path} is not Parquet: {' '.join(str(cause).split())}") from cause
-    yield from table.to_pylist()
-
-
-def _dataset_rows(folder: Path, split: str) -> Iterator[Row]:
-    """The rows of a dataset saved with `save_to_disk`: Arrow streams, in a folder per split if there are several."""
-    source_folder = folder / split if (folder / split).is_dir() else folder
-    files = sorted(source_folder.glob("*.arrow"))
-    if not files:
-        raise TaskError(
-            f"{folder} is no saved dataset: no .arrow file in it or in {split}/; use `save_to_disk`"
-        )
-    _pyarrow()
-    import pyarrow
-
-    for file in files:
-        try:
-            with pyarrow.memory_map(str(file)) as source:
-                yield from pyarrow.ipc.open_stream(source).read_all().to_pylist()
-        except (pyarrow.ArrowException, OSError) as cause:
-            raise TaskError(f"{file} is not an Arrow stream: {' '.join(str(cause).split())}") from cause
-
-
-def _pyarrow() -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise TaskError("Parquet and dataset folders need pyarrow: `pip install 'hosl[data]'`") from None
+            raise TaskError(f"{part.name}, row {number}: label `{label}` {fault}; known: {shown}")
+        indexed.append((text, index))
+    return indexed

@@ -17,7 +17,9 @@ from hosl.errors import TaskError
 from hosl.tasks.base import Example, content_order
 from hosl.tasks.collate import option_batch
 from hosl.tasks.configs import PromptsConfig
-from hosl.tasks.files import expanded_path, read_rows
+from hosl.tasks.encoding import Encoder
+from hosl.tasks.labels import class_counts, text_of
+from hosl.tasks.rows import expanded_path, read_rows
 from hosl.tasks.tokenizer import TextTokenizer
 
 
@@ -77,6 +79,7 @@ class PromptTask:
     test: Sequence[Example]
     pad_id: int
     head: Literal["classification", "causal"] = "causal"
+    notes: tuple[str, ...] = ()
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One left-padded row per example: the prompt with its right answer."""
@@ -130,21 +133,44 @@ def prompts_task(config: PromptsConfig, tokenizer: TextTokenizer, *, seed: int) 
     for name, part in (("train", train), ("dev", dev), ("test", test)):
         if not part:
             raise TaskError(f"{task_folder}: no row is left for {name} once the splits are disjoint")
-    encoded = [[_encode(prompt, label, template, tokenizer, config.max_tokens) for prompt, label in part]
-               for part in (train, dev, test)]  # fmt: skip
+    parts, encoder = {"train": train, "dev": dev, "test": test}, Encoder(tokenizer, config.max_tokens)
+    encoded = {
+        name: [_encode(prompt, label, template, tokenizer, encoder) for prompt, label in part]
+        for name, part in parts.items()
+    }
+    encoder.check(encoded)
     labels = tuple(option.strip() for option in template.options)
-    return PromptTask(config.name, labels, *encoded, pad_id=tokenizer.pad_id)
+    counts = class_counts(labels, {name: [label for _, label in part] for name, part in parts.items()})
+    notes = (*counts, *encoder.notes())
+    return PromptTask(config.name, labels, *encoded.values(), pad_id=tokenizer.pad_id, notes=notes)
+
+
+class _Texts(dict[str, Any]):
+    """A row whose values are texts, or rows of texts; anything else would become text unseen."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, dict):
+            return _Texts(value)
+        try:
+            return text_of(value)
+        except TaskError as cause:
+            raise TaskError(f"`{key}` {cause}") from None
+
+    def __format__(self, spec: str) -> str:
+        raise TaskError("an object is where text is wanted")
 
 
 def _prompts(path: Path, template: Template) -> list[tuple[str, int]]:
     """(prompt, index of the right candidate) of every row of a file."""
     prompts = []
-    for number, row in enumerate(read_rows(path), start=1):
+    for number, row in enumerate(read_rows(path).rows, start=1):
         try:
-            prompt, label = template.prompt(row), row["label"]
-        except (KeyError, AttributeError, TypeError) as cause:
+            prompt, label = template.prompt(_Texts(row)), row["label"]
+        except (KeyError, AttributeError, TypeError, TaskError) as cause:
+            fault = str(cause) if isinstance(cause, TaskError) else repr(cause)
             raise TaskError(
-                f"{path}, row {number} lacks what the task needs: {cause!r}; it has {', '.join(row)}"
+                f"{path}, row {number} lacks what the task needs: {fault}; it has {', '.join(row)}"
             ) from cause
         if label not in template.labels:
             raise TaskError(f"{path}, row {number}: label {label!r} is none of {template.labels}")
@@ -153,18 +179,18 @@ def _prompts(path: Path, template: Template) -> list[tuple[str, int]]:
 
 
 def _encode(
-    prompt: str, label: int, template: Template, tokenizer: TextTokenizer, max_tokens: int
+    prompt: str, label: int, template: Template, tokenizer: TextTokenizer, encoder: Encoder
 ) -> Example:
     rows, lengths = [], []
     prompt_ids = tokenizer.encode_open(prompt)
     for option in template.options:
-        ids = tokenizer.encode_open(prompt + option)
+        whole = ids = tokenizer.encode_open(prompt + option)
         shared = _shared_prefix(prompt_ids, ids)
         length = len(ids) - shared
-        if len(ids) > max_tokens:  # cut the prompt's beginning: its end asks the question
-            keep = max_tokens - tokenizer.opening
+        if len(ids) > encoder.max_tokens:  # cut the prompt's beginning: its end asks the question
+            keep = encoder.max_tokens - tokenizer.opening
             ids = (*ids[: tokenizer.opening], *ids[len(ids) - keep :])
-        rows.append(ids)
+        rows.append(encoder.counted(whole, ids))
         lengths.append(length)
     return Example(rows=tuple(rows), label=label, option_lengths=tuple(lengths))
 

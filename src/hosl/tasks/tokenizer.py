@@ -6,16 +6,20 @@ from pathlib import Path
 import tokenizers
 
 from hosl.errors import TaskError
+from hosl.tasks.model_limits import ModelLimits, model_limits
 
 
 class TextTokenizer:
     """Text -> token ids, with the model's own special tokens."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, pad_id: int) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, pad_id: int, limits: ModelLimits | None = None
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.pad_id = pad_id
+        self.limits = limits or ModelLimits()
         self._tail = self._special_tail()
 
     @classmethod
@@ -35,14 +39,21 @@ class TextTokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as cause:  # the library raises plain Exception
             raise TaskError(f"{file} is not a tokenizer: {cause}; fetch it again") from cause
-        return cls(tokenizer, _pad_id(folder, tokenizer))
+        return cls(tokenizer, _pad_id(folder, tokenizer), model_limits(folder))
 
     def encode(self, text: str, max_tokens: int) -> tuple[int, ...]:
         """Token ids with special tokens; cut at the right to `max_tokens`, the closing special tokens kept."""
-        ids = self._tokenizer.encode(text).ids
+        return self.cut(tuple(self._tokenizer.encode(text).ids), max_tokens)
+
+    def cut(self, ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+        """The ids of a text, cut as in `encode`."""
         if len(ids) <= max_tokens:
-            return tuple(ids)
+            return ids
         return (*ids[: max_tokens - len(self._tail)], *self._tail)
+
+    def token(self, token_id: int) -> str | None:
+        """The token of an id; None: there is none."""
+        return self._tokenizer.id_to_token(token_id)
 
     def encode_open(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that goes on: opening special tokens, no closing ones."""
@@ -73,7 +84,7 @@ def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
         if not (folder / name).is_file():
             continue
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        if isinstance(settings.get("pad_token_id"), int):
+        if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= 0:  # -1: none
             return settings["pad_token_id"]
         for key in ("pad_token", "eos_token"):
             token = settings.get(key)

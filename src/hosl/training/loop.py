@@ -1,7 +1,6 @@
 """The steps of a run, one after the other: draw a batch, run the round, record, evaluate, save. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,7 +41,8 @@ def carry_on(
             Stop() as stop,
             open_view(f"{config.method} {run}", session.step, config.max_steps) as view,
         ):
-            view.say(greeting(session, run))
+            for line in (*session.task.notes, greeting(session, run)):
+                view.say(line)
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
@@ -50,8 +50,11 @@ def carry_on(
             if not _has_dev_line(record, run, session.step):  # other clients made the last steps
                 _evaluate_dev(session, record, session.step)
             test = _evaluation(session, session.task.test)
-            record.metrics(step=session.step, split="test", **asdict(test))
+            record.metrics(step=session.step, split="test", **test.numbers())
             record.flush()
+            record.evaluation(
+                step=session.step, split="test", labels=session.task.labels, confusion=test.confusion.tolist()
+            )
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
@@ -156,7 +159,7 @@ def _has_dev_line(record: Record, run: Path, step: int) -> bool:
 
 def _evaluate_dev(session: Session, record: Record, step: int) -> float:
     dev = _evaluation(session, session.task.dev)
-    record.metrics(step=step, split="dev", **asdict(dev))
+    record.metrics(step=step, split="dev", **dev.numbers())
     return dev.accuracy
 
 

@@ -20,6 +20,7 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
     for line in metrics:
         if "split" in line:
             summary[f"{line['split']}_accuracy"] = line["accuracy"]
+            summary[f"{line['split']}_f1_macro"] = line["f1_macro"]
             summary[f"{line['split']}_loss_nats"] = line["loss_nats"]
     if timings:
         summary["median_step_s"] = sorted(line["step_s"] for line in timings)[len(timings) // 2]
@@ -45,6 +46,7 @@ def farewell(summary: dict[str, Any], run: Path) -> str:
     """The line after the last step: accuracies, and the files to look at."""
     model = f", {run}/model loads in transformers" if (run / "model").is_dir() else ""
     return (
-        f"done: test accuracy {summary['test_accuracy']:.4f} (dev {summary['dev_accuracy']:.4f}); "
+        f"done: test accuracy {summary['test_accuracy']:.4f}, macro F1 {summary['test_f1_macro']:.4f} (dev accuracy "
+        f"{summary['dev_accuracy']:.4f}); "
         f"{run}/report.html shows the run{model}"
     )

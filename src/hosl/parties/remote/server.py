@@ -96,6 +96,11 @@ class RemoteServer(Packing):
         return reply.start
 
     @property
+    def tensor_bytes(self) -> int:
+        """The largest tensor that the server takes, as it said in reply to the last Hello."""
+        return self._limits.tensor_bytes
+
+    @property
     def incarnation(self) -> str:
         """The identity of the server process that the session belongs to; a restarted server has another one."""
         return self._session.partition(".")[0]
