@@ -33,6 +33,8 @@ class Family:
     query: str
     """The layer of a block that computes the queries."""
     query_place: QueryPlace = "all"
+    positions_from_mask: bool = False
+    """Whether the forward pass counts padding as positions, which are absolute: it is told them by the mask instead."""
 
 
 def _llama_like(model_type: str, query: str = "self_attn.q_proj", query_place: QueryPlace = "all") -> Family:
@@ -75,6 +77,7 @@ _ROWS = (
         output_projections=("attn.c_proj", "mlp.c_proj"),
         query="attn.c_attn",
         query_place="first",
+        positions_from_mask=True,
     ),
     Family(
         "gpt_neox",
@@ -136,3 +139,28 @@ def family_of(config: Any, architecture: str) -> Family:
             f"To add it, write a row for ({config.model_type!r}, its head) in hosl/split/families.py"
         )
     return row
+
+
+def scaling_limit(config: Any) -> int | None:
+    """The tokens up to which every row of a batch has the same rotary frequencies as alone; None: however many.
+
+    Beyond it, transformers chooses the frequencies of `dynamic` and `longrope` by the longest row of the batch.
+    """
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (
+        ropes,
+        *(rope for rope in ropes.values() if isinstance(rope, dict)),
+    ):  # one, or one per kind of layer
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        elif rope.get("rope_type") == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def longest_row(config: Any) -> int | None:
+    """The largest number of tokens that the model reads, rotary scaling included; None: its config does not say."""
+    limits = getattr(config.get_text_config(), "max_position_embeddings", None), scaling_limit(config)
+    return min((limit for limit in limits if limit is not None), default=None)
