@@ -15,6 +15,8 @@ SIDES = ["none", "left", "right"]
 
 def _whole(model, ids, mask):
     options = {"use_cache": False} if hasattr(model, "lm_head") else {}
+    if model.config.model_type == "gpt2":  # it would count the padding; as transformers' own generate does
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return model(input_ids=ids, attention_mask=mask, **options).logits
 
 

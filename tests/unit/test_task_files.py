@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 
 from hosl.errors import ConfigError, TaskError
+from hosl.system.model_limits import ModelLimits, limits_of
 from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, load_task
-from hosl.tasks.model_limits import ModelLimits, limits_of
 
 
 class Letters(TextTokenizer):

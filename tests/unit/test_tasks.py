@@ -8,6 +8,7 @@ from hosl.errors import TaskError
 from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, docstrings, load_task
 from hosl.tasks.classification import carve
 from hosl.tasks.docstrings import standard_library_texts
+from hosl.tasks.prompts import TEMPLATES
 
 
 @pytest.fixture
@@ -256,3 +257,20 @@ def test_texts_can_be_kept_ahead_of_the_first_command(tmp_path, monkeypatch):
     assert json.loads(whole)["labels"] == sorted(json.loads(whole)["labels"])
     monkeypatch.setattr(docstrings, "standard_library_texts", None)  # not called again
     docstrings.keep_texts()
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [
+        ("is Barack Obama from the USA", "Is Barack Obama from the USA?"),
+        ("does iOS run on the iPad?", "Does iOS run on the iPad?"),
+        ("can you see NASA's ISS at night", "Can you see NASA's ISS at night?"),
+        ("is it so", "Is it so?"),
+    ],
+)
+def test_names_in_a_boolq_question_keep_their_capitals(question, asked):
+    """As in MeZO: the first letter is raised, a question mark is put where there is none, nothing else changes."""
+    assert (
+        TEMPLATES["BoolQ"].prompt({"passage": "Some NASA text.", "question": question})
+        == f"Some NASA text. {asked}\n"
+    )

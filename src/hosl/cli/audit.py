@@ -24,8 +24,8 @@ def run(arguments: list[str]) -> int:
 
     from hosl.network.audit import audit
     from hosl.split.folder_facts import half_facts
+    from hosl.system.model_limits import model_limits
     from hosl.tasks import TextTokenizer, load_task
-    from hosl.tasks.model_limits import model_limits
 
     folder = Path(options.half)
     half_facts(folder, "client")

@@ -1,5 +1,6 @@
 """`hosl split MODEL --cut K OUT`: one checkpoint becomes OUT/client and OUT/server."""
 
+import sys
 from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
@@ -38,5 +39,7 @@ def run(arguments: list[str]) -> int:
         options.model, options.cut, Path(options.out), head=options.head, num_labels=options.num_labels,
         seed=options.seed, labels=options.labels_at,
     )  # fmt: skip
+    for note in info.notes:
+        sys.stderr.write(f"hosl: model {options.model}: {note}\n")
     answer({"out": options.out, "cut": options.cut, **info.facts()}, as_json=options.json)
     return 0

@@ -26,9 +26,9 @@ from hosl.split.folder_facts import half_facts
 from hosl.system.allocator import return_freed_memory
 from hosl.system.atomic import whole_file
 from hosl.system.machine import machine, versions
+from hosl.system.model_limits import model_limits
 from hosl.system.run_folder import RunLock, new_folder
 from hosl.tasks import Task, TextTokenizer, load_task, task_digest
-from hosl.tasks.model_limits import model_limits
 from hosl.training.loop import carry_on
 from hosl.training.trackers import check_trackers, feed_trackers
 from hosl.transport.channel import Patience, Proof, connect

@@ -238,7 +238,7 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
         dtype = DTYPES[config.model.dtype]
 
         def fresh() -> Any:
-            return load_half(options.half).convert(dtype)
+            return load_half(options.half, dtype)
 
         synchronous = training.order == pb.SYNCHRONOUS
         return TorchHosted(config, fresh, facts.get("new_weights", ()), synchronous=synchronous)

@@ -18,6 +18,7 @@ from hosl.parties.servers.trunk import TrunkServer
 from hosl.service.hosted_half import Stepped
 from hosl.split import ServerHalf
 from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.system.model_limits import limits_of
 from hosl.training.checkpointing import put_server, restore_server_
 from hosl.wire.tensors import WireArray
 
@@ -55,7 +56,7 @@ class TorchHosted:
         text = config.get_text_config()
         if shape[2] != text.hidden_size:
             raise WireError(f"activations are {text.hidden_size} wide in this model, got {shape[2]}")
-        longest = getattr(text, "max_position_embeddings", None)
+        longest = limits_of(config.to_dict()).positions
         if longest is not None and shape[1] > longest:
             raise WireError(f"this model reads {longest} positions, got {shape[1]}")
         if isinstance(targets, ClassTargets) and int(targets.labels.max()) >= config.num_labels:

@@ -24,18 +24,14 @@ __all__ = [
 
 def open_client(config: Config, folder: Path) -> FrozenClient:
     """The client party of a run at its base weights, from the half's folder."""
-    half = load_half(folder)
+    half = load_half(folder, DTYPES[config.model.dtype])
     assert isinstance(half, ClientHalf), "half.json was checked to be a client's"
-    half.convert(DTYPES[config.model.dtype])
     return make_client(config, half)
 
 
 def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
     """The head at its base weights, for a client whose labels stay; rounds call it in place of the server."""
-    half = load_head(folder, client.half)
-    half.convert(
-        DTYPES[config.model.dtype]
-    )  # a tied weight has this dtype already, and stays the same tensor
+    half = load_head(folder, client.half, DTYPES[config.model.dtype])
     return make_head(config, half, client.half, trunk)
 
 

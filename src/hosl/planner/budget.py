@@ -51,7 +51,7 @@ def check_before_data(config: Config, model: str, *, head: Any = None, alone: bo
 
 
 def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> None:
-    """Refuse a budget that the longest batches of training and evaluation would exceed.
+    """Refuse rows that the model scores by their neighbours, and a budget that the longest batches would exceed.
 
     Args:
         config: the settings of the run.
@@ -60,8 +60,17 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
         alone: whether the client has a process of its own, with a connection.
 
     Raises:
+        SplitError: naming the length up to which rows have scores of their own.
         BudgetError: naming the nearest setting that fits.
     """
+    from hosl.split import resolve_model_folder
+    from hosl.split.halves import check_row_length
+    from hosl.split.pretrained import read_config
+
+    longest = max(
+        len(row) for part in (task.train, task.dev, task.test) for example in part for row in example.rows
+    )
+    check_row_length(read_config(resolve_model_folder(model), model), longest)
     if config.client.memory_budget is None:
         return
     from hosl.planner.plan import most_needed, nearest_that_fits

@@ -1,20 +1,17 @@
 """A model from its config alone: halves of any depth on the meta device, without time or memory for weights."""
 
 import copy
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from hosl.errors import ConfigError, HoslError, ModelError
+from hosl.errors import ConfigError, ModelError
 from hosl.split import ClientHalf, ServerHalf, resolve_model_folder, split_model
 from hosl.split.families import FAMILIES, Head
+from hosl.split.pretrained import read_config, skeleton
 from hosl.split.shapes import SHAPES, shape_config
-from hosl.tasks.model_limits import limits_of
+from hosl.system.model_limits import limits_of
 
 _PER_BLOCK = ("layer_types",)
 """The settings of a config that have an entry for every block."""
@@ -42,7 +39,7 @@ class ModelShape:
     @property
     def longest(self) -> int | None:
         """The largest number of tokens that the model reads; None: its config does not have it."""
-        return limits_of(self.config.get_text_config().to_dict()).positions
+        return limits_of(self.config.to_dict()).positions
 
     def of_blocks(self, count: int) -> "ModelShape":
         """The shape of the same model with its first `count` blocks only."""
@@ -61,20 +58,7 @@ class ModelShape:
             SplitError: if the cut is outside the model.
             ConfigError: if transformers cannot build a model from the config.
         """
-        auto: Any = transformers.AutoModelForCausalLM
-        if self.head == "classification":
-            auto = transformers.AutoModelForSequenceClassification
-        try:
-            with torch.device("meta"):
-                return split_model(auto.from_config(self.config), cut)
-        except HoslError:
-            raise
-        except Exception as cause:  # a model's constructor may raise any error about its numbers
-            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-            raise ConfigError(
-                f"no model can be built from the config of {self.name}: {reason}; it must have what transformers' "
-                f"own config of {self.config.model_type!r} has"
-            ) from cause
+        return split_model(skeleton(self.config, self.head)[0], cut)
 
 
 def model_shape(name: str, *, head: Head | None = None, num_labels: int | None = None) -> ModelShape:
@@ -106,25 +90,9 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
 
 def _read_config(name: str) -> Any:
     path = Path(os.path.expanduser(os.path.expandvars(name)))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"model {name}: {path} has no config.json, so it is no Hugging Face model folder")
     if not path.exists():
         path = _folder_or_hub(name)
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise ConfigError(f"{file} cannot be read as JSON: {cause}") from cause
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise ConfigError(
-            f"{file} has no model_type, so nobody can tell what model it is of; known: {_types()}"
-        )
-    try:
-        return transformers.AutoConfig.for_model(**content)
-    except (ValueError, TypeError, KeyError) as cause:
-        raise ConfigError(
-            f"{file} is no config that transformers knows: {' '.join(str(cause).split())}"
-        ) from cause
+    return read_config(path, name)
 
 
 def _folder_or_hub(name: str) -> Path:
@@ -132,7 +100,3 @@ def _folder_or_hub(name: str) -> Path:
         return resolve_model_folder(name)
     except ModelError as cause:
         raise ModelError(f"{cause}; known shapes are {', '.join(SHAPES)}") from cause
-
-
-def _types() -> str:
-    return ", ".join(sorted({model_type for model_type, _ in FAMILIES}))

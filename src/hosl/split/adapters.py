@@ -8,7 +8,7 @@ import torch
 
 from hosl.errors import ConfigError
 from hosl.split.halves import Half
-from hosl.split.loading import seeded_generator
+from hosl.split.pretrained import seeded_generator
 from hosl.split.specs import LoraSpec
 
 ADAPTER = "default"

@@ -33,6 +33,8 @@ class Family:
     query: str
     """The layer of a block that computes the queries."""
     query_place: QueryPlace = "all"
+    positions_from_mask: bool = False
+    """Whether the forward pass counts padding as positions, which are absolute: it is told them by the mask instead."""
 
 
 def _llama_like(model_type: str, query: str = "self_attn.q_proj", query_place: QueryPlace = "all") -> Family:
@@ -75,6 +77,7 @@ _ROWS = (
         output_projections=("attn.c_proj", "mlp.c_proj"),
         query="attn.c_attn",
         query_place="first",
+        positions_from_mask=True,
     ),
     Family(
         "gpt_neox",

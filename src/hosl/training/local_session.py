@@ -134,6 +134,7 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
         "cut": config.model.cut,
         "tied_head_trained_apart": task.head == "causal" and bool(loaded.model.config.tie_word_embeddings),
         "new_weights": list(loaded.initialised),
+        "notes": list(loaded.notes),
         "trained_parameters": {
             "client": trained_elements(session.client), "server": trained_elements(session.server)
         },

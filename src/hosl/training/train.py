@@ -36,6 +36,8 @@ def start(config: Config) -> dict[str, Any]:
     before_bytes = process_bytes()
     config, swept = with_rate(config, _say)
     session = new_session(config)  # before a folder is made: it may refuse the config
+    for note in session.facts["notes"]:
+        _say(f"model {config.model.name}: {note}")
     run = new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     record = {

@@ -44,4 +44,25 @@ def limits_of(config: Mapping[str, Any]) -> ModelLimits:
     if positions and config.get("model_type") in _OFFSET_BY_PADDING:
         padding = config.get("pad_token_id")
         positions -= 1 + (1 if padding is None else padding)
-    return ModelLimits(positions, size("vocab_size"), size("hidden_size", "n_embd", "dim"))
+    limits = [limit for limit in (positions, scaling_limit(config)) if limit]
+    return ModelLimits(min(limits, default=None), size("vocab_size"), size("hidden_size", "n_embd", "dim"))
+
+
+def scaling_limit(config: Mapping[str, Any]) -> int | None:
+    """The tokens up to which every row of a batch has the same rotary frequencies as alone; None: however many.
+
+    Beyond it, transformers chooses the frequencies of `dynamic` and `longrope` by the longest row of the batch.
+    """
+    ropes = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    limits = []
+    for rope in (
+        ropes,
+        *(rope for rope in ropes.values() if isinstance(rope, dict)),
+    ):  # one, or one per kind of layer
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind == "longrope":
+            limits.append(rope.get("original_max_position_embeddings") or original)
+        elif kind == "dynamic":
+            limits.append(config.get("max_position_embeddings"))
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
