@@ -1,6 +1,7 @@
 """The command line from config to exported model, and what it says to wrong requests."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,17 +81,43 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         "auto = transformers.AutoModelForSequenceClassification\n"
         "ids = torch.tensor([[2, 3, 4], [5, 6, 7]])\n"
         "merged = auto.from_pretrained(sys.argv[1] + '/model').eval()\n"
-        "base = auto.from_pretrained(sys.argv[2], num_labels=2, ignore_mismatched_sizes=True).eval()\n"
-        "base.classifier.load_state_dict(merged.classifier.state_dict())\n"
-        "adapted = peft.PeftModel.from_pretrained(base, sys.argv[1] + '/model/adapter').eval()\n"
-        "plain = auto.from_pretrained(sys.argv[2], num_labels=2, ignore_mismatched_sizes=True).eval()\n"
+        "head = {'num_labels': 2, 'ignore_mismatched_sizes': True}\n"
+        "adapted = peft.AutoPeftModelForSequenceClassification.from_pretrained(\n"
+        "    sys.argv[1] + '/model/adapter', **head\n"
+        ").eval()\n"
+        "plain = auto.from_pretrained(sys.argv[2], **head).eval()\n"
         "plain.classifier.load_state_dict(merged.classifier.state_dict())\n"
         "torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)\n"
         "assert not torch.allclose(plain(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)\n"
     )
     asked = [sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "model-in")]
-    ran = subprocess.run(asked, capture_output=True, text=True)
+    ran = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "client", "server", "beyond"),
+    [
+        ("hosl", "lora", "all", "bert.encoder.layer.2."),
+        ("fo-fo", "blocks", "lora", "bert.encoder.layer.0."),
+        ("hosl-node", "blocks", "lora", "bert.encoder.layer.1."),
+        ("frozen", "blocks", "lora", None),
+        ("frozen", "lora", "all", ""),
+        ("hosl", "lora", "lora", None),
+    ],
+)
+def test_an_adapter_is_exported_only_where_it_holds_all_that_was_trained(
+    tiny_run, tmp_path, capsys, method, client, server, beyond
+):
+    lora = {"target_modules": ["query", "value"], "r": 4}
+    settings = {"client": {"lora": lora}, "server": {"trainable": server, "lora": lora}, "max_steps": 2}
+    settings["client"] |= {} if method == "hosl-node" else {"trainable": client}
+    assert main(["train", str(tiny_run(method=method, **settings))]) == 0
+    said = capsys.readouterr().err
+    assert (tmp_path / "run" / "model" / "adapter").is_dir() == (beyond is None)
+    assert ("no adapter beside the model" in said) == bool(beyond)
+    if beyond:
+        assert f"were trained, such as {beyond}" in said
 
 
 @pytest.mark.parametrize(

@@ -58,31 +58,74 @@ def export_checkpoint(
         copy_tokenizer(tokenizer_folder, partial)
 
 
-def export_adapter(client_half: ClientHalf, server_half: ServerHalf, out: Path) -> None:
-    """Write the adapters of both halves to `out` as peft does, for `PeftModel.from_pretrained(base, out)`.
+def export_adapter(
+    client_half: ClientHalf, server_half: ServerHalf, out: Path, *, base: str | None = None
+) -> None:
+    """Write all that was trained to `out` as peft does: adapters, and a classifier's head as `modules_to_save`.
+
+    Args:
+        client_half: the client's half, trained.
+        server_half: the server's half, trained.
+        out: a folder to make.
+        base: the base model's folder or hub name, by which peft's AutoPeftModel classes find it.
 
     Raises:
+        ConfigError: if other weights were trained too: an adapter would be another model.
         FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
     import peft
 
     layers = lora_layers(client_half) | lora_layers(server_half)
-    tensors = {}
-    for name, layer in layers.items():
-        for matrix in ("lora_A", "lora_B"):
-            weight = getattr(layer, matrix)[ADAPTER].weight
-            tensors[f"base_model.model.{name}.{matrix}.weight"] = weight.detach().contiguous().cpu()
-    layer = next(iter(layers.values()))
+    heads = _head_modules(server_half)
+    trained = [
+        n for half in (client_half, server_half) for n, p in half.named_parameters() if p.requires_grad
+    ]
+    beyond = [n for n in trained if ".lora_" not in n and not n.startswith(tuple(f"{h}." for h in heads))]
+    if beyond:
+        raise ConfigError(
+            f"{len(beyond)} weights beside the adapters were trained, such as {beyond[0]}, which an adapter cannot "
+            "hold; for an adapter set client.trainable and server.trainable to lora"
+        )
+    tensors = {
+        f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)[ADAPTER].weight
+        for name, layer in layers.items()
+        for matrix in ("lora_A", "lora_B")
+    }
+    for name in heads:
+        weights = server_half.model.get_submodule(name).named_parameters(prefix=f"base_model.model.{name}")
+        tensors |= dict(weights)
+    ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[ADAPTER] for name, layer in layers.items()}
+    first = next(iter(layers))
     config = peft.LoraConfig(
-        r=layer.r[ADAPTER],
-        lora_alpha=layer.lora_alpha[ADAPTER],
+        task_type="CAUSAL_LM" if server_half.head == "causal" else "SEQ_CLS",
+        base_model_name_or_path=base,
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         target_modules=sorted(layers),
+        modules_to_save=heads or None,
+        fan_in_fan_out=layers[first].fan_in_fan_out,
         lora_dropout=0.0,
+        inference_mode=True,
     )
     with whole_folder(out) as partial:
         config.save_pretrained(str(partial))
-        safetensors.torch.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        stored = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
+        safetensors.torch.save_file(stored, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _head_modules(half: ServerHalf) -> list[str]:
+    """The modules of a classifier's head to save whole: its own, which peft always saves, and a trained pooler."""
+    if half.head == "causal":
+        return []
+    return [
+        name
+        for name in half.head_names
+        if "." not in name or any(p.requires_grad for p in half.model.get_submodule(name).parameters())
+    ]
 
 
 def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:

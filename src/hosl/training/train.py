@@ -1,6 +1,7 @@
 """One run of `hosl train` from start to end: setup, training, one evaluation on test, export and report."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import torch
 
 from hosl.config import Config, dump_config
-from hosl.errors import FolderError
+from hosl.errors import ConfigError, FolderError
 from hosl.report.build import write_report
 from hosl.report.planned import planned_lines
 from hosl.split import export_adapter, export_checkpoint
+from hosl.split.adapters import lora_layers
 from hosl.system.checkpoint import newest_checkpoint
 from hosl.system.machine import machine, process_bytes, versions
 from hosl.system.run_folder import RunLock, new_folder
@@ -81,7 +83,6 @@ def export(run: Path, out: Path) -> None:
 
 def _export_session(session: LocalSession, out: Path) -> None:
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
-    config = session.config
     labels = session.task.labels if session.task.head == "classification" else None
     export_checkpoint(
         session.client_half,
@@ -90,8 +91,15 @@ def _export_session(session: LocalSession, out: Path) -> None:
         tokenizer_folder=session.tokenizer_folder,
         labels=labels,
     )
-    if "lora" in (config.client.trainable, config.server.trainable) and config.method_row.trains != "nothing":
-        export_adapter(session.client_half, session.server_half, out / "adapter")
+    if not (lora_layers(session.client_half) or lora_layers(session.server_half)):
+        return
+    name = session.config.model.name
+    from_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()
+    base = name if from_hub else str(session.tokenizer_folder.resolve())
+    try:
+        export_adapter(session.client_half, session.server_half, out / "adapter", base=base)
+    except ConfigError as reason:
+        _say(f"no adapter beside the model: {reason}")
 
 
 def _say(text: str) -> None:
