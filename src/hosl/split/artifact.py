@@ -28,6 +28,7 @@ from hosl.split.folder_facts import read_half_json
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, checkpoint_files, draw_weights_, resolve_model_folder
 from hosl.split.streaming import Source, tensors_digest, write_tensors
+from hosl.split.tokenizer import transformers_tokenizer
 from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_, tied_names
 from hosl.system.atomic import whole_folder
 
@@ -82,7 +83,7 @@ def split_folder(
     Raises:
         SplitError: if the family is unknown, or the cut outside 0..n.
         FolderError: if `out` exists and is not an empty folder.
-        ModelError: if weights are missing or cut short.
+        ModelError: if weights are missing or cut short, or the tokenizer is none that a device can read.
     """
     name = str(model)
     folder = resolve_model_folder(name)
@@ -112,6 +113,8 @@ def split_folder(
             }  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         copy_tokenizer(folder, partial / "client")
+        if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
+            transformers_tokenizer(folder).save(str(partial / "client" / "tokenizer.json"))
     client_bytes = sizes["client"] + sizes.get("head", 0)
     return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"])
 
