@@ -48,7 +48,10 @@ def test_micro_batches_cost_less_memory_and_give_the_same_losses(tiny_run, tmp_p
 
 
 def test_the_exported_model_gives_the_runs_own_accuracy(tiny_run, tmp_path, capsys):
-    assert main(["train", str(tiny_run(max_steps=30)), "--json"]) == 0
+    config = tiny_run(max_steps=30)
+    (tmp_path / "model-in" / "chat_template.jinja").write_text("template")
+    assert main(["train", str(config), "--json"]) == 0
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").read_text() == "template"
     trained = json.loads(capsys.readouterr().out)
     assert main(["eval", str(tmp_path / "run"), "--split", "test", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

@@ -1,6 +1,6 @@
 """A split folder: client/ and server/, each with only its own tensors, read and written one tensor at a time.
 
-    OUT/client/   config.json  half.json  model.safetensors  tokenizer files  (head.safetensors: labels at the client)
+    OUT/client/   config.json  half.json  model.safetensors  tokenizer  (head.safetensors: labels at the client)
     OUT/server/   config.json  half.json  model.safetensors
 
 half.json names the side, family, cut and head, where the labels stay, the digests of the whole checkpoint and of both
@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from hosl.errors import ModelError
-from hosl.split.export import copy_tokenizer
+from hosl.split.export import copy_companions
 from hosl.split.families import Family, Head, family_of
 from hosl.split.folder_facts import read_half_json
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
@@ -112,7 +112,7 @@ def split_folder(
                 **{f"{piece}_digest": digest for piece, digest in digests.items()}, "new_weights": new_weights,
             }  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        copy_tokenizer(folder, partial / "client")
+        copy_companions(folder, partial / "client")
         if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
             transformers_tokenizer(folder).save(str(partial / "client" / "tokenizer.json"))
     client_bytes = sizes["client"] + sizes.get("head", 0)

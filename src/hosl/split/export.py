@@ -13,9 +13,14 @@ from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
 from hosl.system.atomic import whole_folder
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-)  # fmt: skip
+_LEFT_BEHIND = frozenset(
+    # weights, archives
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .ot .npz .npy .pkl .tflite .zip .tar .gz "
+    # code, data
+    ".py .pyc .so .csv .tsv .jsonl .ndjson .parquet .arrow".split()
+)
+"""The endings of files of a model's folder that an export does not carry."""
+_CARRIED = ("*", "additional_chat_templates/*", "[0-9]_*/*")  # the last: modules of sentence-transformers
 
 
 def export_checkpoint(
@@ -23,12 +28,19 @@ def export_checkpoint(
     server_half: ServerHalf,
     out: Path,
     *,
-    tokenizer_folder: Path | None = None,
+    folder: Path | None = None,
     labels: Sequence[str] | None = None,
 ) -> None:
     """Write `out`: config, safetensors and tokenizer of the whole model; adapters are merged into their weights.
 
     Tied weights that the cut separated and training changed apart are written untied (`tie_word_embeddings: false`).
+
+    Args:
+        client_half: the client's half.
+        server_half: the server's half.
+        out: a folder to make.
+        folder: the model's folder; all that it holds beside weights is copied. None: nothing is.
+        labels: the names of the classes, in order.
 
     Raises:
         ConfigError: if the client half is low-precision: its original weights are gone.
@@ -55,7 +67,7 @@ def export_checkpoint(
     with whole_folder(out) as partial:
         config.save_pretrained(partial)
         safetensors.torch.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        copy_tokenizer(tokenizer_folder, partial)
+        copy_companions(folder, partial)
 
 
 def export_adapter(
@@ -145,8 +157,28 @@ def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
     return merged
 
 
-def copy_tokenizer(folder: Path | None, out: Path) -> None:
-    """Copy those of `TOKENIZER_FILES` that `folder` has; None: none."""
-    for name in TOKENIZER_FILES:
-        if folder is not None and (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+def copy_companions(folder: Path | None, out: Path) -> None:
+    """Copy what a model's folder holds beside weights: tokenizer, chat templates, generation settings, licence.
+
+    Left behind: weights of any format and their indexes; code, data and hidden files; what links lead to outside of
+    the folder; what `out` has already. None: nothing is copied.
+    """
+    if folder is None:
+        return
+    home = folder.resolve()
+    home = (
+        home.parents[1] if home.parent.name == "snapshots" else home
+    )  # the hub's files are links to its blobs
+    for file in sorted(p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()):
+        copy = out / file.relative_to(folder)
+        if not (_is_left_behind(file.name) or copy.exists()) and file.resolve().is_relative_to(home):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _is_left_behind(name: str) -> bool:
+    return (
+        name.startswith((".", "adapter_"))
+        or name.endswith(".index.json")
+        or Path(name).suffix in _LEFT_BEHIND
+    )

@@ -88,7 +88,7 @@ def _export_session(session: LocalSession, out: Path) -> None:
         session.client_half,
         session.server_half,
         out,
-        tokenizer_folder=session.tokenizer_folder,
+        folder=session.tokenizer_folder,
         labels=labels,
     )
     if not (lora_layers(session.client_half) or lora_layers(session.server_half)):
