@@ -326,3 +326,35 @@ def test_hosl_split_writes_two_sides_and_says_how_large(tiny_run, tmp_path, caps
     assert (out / "client" / "tokenizer.json").is_file()
     assert main(words) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_export_of_a_tied_model_says_by_how_much_it_grew_and_can_be_tied(
+    tiny_run, tiny, tmp_path, capsys
+):
+    """The server trains its copy of the head; the embedding stays."""
+    settings = tiny_run(max_steps=2)
+    tiny("opt").save_pretrained(tmp_path / "model-in")
+    for split, count in (("train", 40), ("validation", 8)):
+        rows = [{"sentence": f"red {i} blue", "label": i % 2} for i in range(count)]
+        file = tmp_path / "SST-2" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load(settings.read_text())
+    config["task"] = {
+        "kind": "prompts",
+        "name": "SST-2",
+        "folder": str(tmp_path),
+        "train_rows": 20,
+        "dev_rows": 5,
+    }
+    settings.write_text(yaml.safe_dump(config))
+    assert main(["train", str(settings)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "were one tensor" in line]
+    assert len(said) == 1
+    assert f"{97 * 32 * 4 / 1024:.1f} KiB larger than the model; `hosl export --tie embedding`" in said[0]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "tied"), "--tie", "head"]) == 0
+    assert "were one tensor" not in capsys.readouterr().err
+    two, one = (tmp_path / f / "model.safetensors" for f in ("run/model", "tied"))
+    assert two.stat().st_size - one.stat().st_size >= 97 * 32 * 4
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "two")]) == 0
+    assert "were one tensor" in capsys.readouterr().err

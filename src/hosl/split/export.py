@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -11,14 +12,14 @@ import torch
 from hosl.errors import ConfigError
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
+from hosl.split.u_shape import tied_names
 from hosl.system.atomic import whole_folder
 
-_LEFT_BEHIND = frozenset(
-    # weights, archives
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .ot .npz .npy .pkl .tflite .zip .tar .gz "
-    # code, data
-    ".py .pyc .so .csv .tsv .jsonl .ndjson .parquet .arrow".split()
-)
+_LEFT_BEHIND = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz",
+    ".npy", ".pkl", ".tflite", ".zip", ".tar", ".gz", ".py", ".pyc", ".so", ".csv", ".tsv", ".jsonl", ".ndjson",
+    ".parquet", ".arrow",
+})  # fmt: skip
 """The endings of files of a model's folder that an export does not carry."""
 _CARRIED = ("*", "additional_chat_templates/*", "[0-9]_*/*")  # the last: modules of sentence-transformers
 
@@ -30,7 +31,8 @@ def export_checkpoint(
     *,
     folder: Path | None = None,
     labels: Sequence[str] | None = None,
-) -> None:
+    tie: Literal["embedding", "head"] | None = None,
+) -> int:
     """Write `out`: config, safetensors and tokenizer of the whole model; adapters are merged into their weights.
 
     Tied weights that the cut separated and training changed apart are written untied (`tie_word_embeddings: false`).
@@ -41,9 +43,14 @@ def export_checkpoint(
         out: a folder to make.
         folder: the model's folder; all that it holds beside weights is copied. None: nothing is.
         labels: the names of the classes, in order.
+        tie: the one of a tied model's two copies that stands for both, whatever training made of the other.
+
+    Returns:
+        The bytes by which the model has grown: those of a head that was tied and is so no more.
 
     Raises:
-        ConfigError: if the client half is low-precision: its original weights are gone.
+        ConfigError: if the client half is low-precision: its original weights are gone. Or if `tie` is asked of a model
+            that is not tied.
         FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
@@ -58,16 +65,23 @@ def export_checkpoint(
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    ties = type(server_half.model)._tied_weights_keys or {}
-    for tied, source in ties.items() if getattr(config, "tie_word_embeddings", False) else ():
-        if torch.equal(tensors[tied], tensors[source]):
-            del tensors[tied]
+    grown_bytes = 0
+    ties = tied_names(server_half.model, config)
+    if tie is not None and not ties:
+        raise ConfigError(f"tie: {tie}: the head of this model is not tied to its embeddings; leave it out")
+    for head, embedding in ties.items():
+        if tie == "head":
+            tensors[embedding] = tensors[head]
+        if tie is not None or torch.equal(tensors[head], tensors[embedding]):
+            del tensors[head]
         else:
             config.tie_word_embeddings = False
+            grown_bytes += tensors[head].nbytes
     with whole_folder(out) as partial:
         config.save_pretrained(partial)
         safetensors.torch.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         copy_companions(folder, partial)
+    return grown_bytes
 
 
 def export_adapter(
