@@ -14,9 +14,9 @@ from hosl.report.build import write_report
 from hosl.report.planned import planned_lines
 from hosl.split import export_adapter, export_checkpoint
 from hosl.split.adapters import lora_layers
-from hosl.system.readable import readable_bytes
 from hosl.system.checkpoint import newest_checkpoint
 from hosl.system.machine import machine, process_bytes, versions
+from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock, new_folder
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_run, new_session
