@@ -1,6 +1,7 @@
 """The command line from config to exported model, and what it says to wrong requests."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,10 @@ def test_micro_batches_cost_less_memory_and_give_the_same_losses(tiny_run, tmp_p
 
 
 def test_the_exported_model_gives_the_runs_own_accuracy(tiny_run, tmp_path, capsys):
-    assert main(["train", str(tiny_run(max_steps=30)), "--json"]) == 0
+    config = tiny_run(max_steps=30)
+    (tmp_path / "model-in" / "chat_template.jinja").write_text("template")
+    assert main(["train", str(config), "--json"]) == 0
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").read_text() == "template"
     trained = json.loads(capsys.readouterr().out)
     assert main(["eval", str(tmp_path / "run"), "--split", "test", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -80,17 +84,43 @@ def test_adapters_are_exported_merged_and_on_their_own(tiny_run, tmp_path):
         "auto = transformers.AutoModelForSequenceClassification\n"
         "ids = torch.tensor([[2, 3, 4], [5, 6, 7]])\n"
         "merged = auto.from_pretrained(sys.argv[1] + '/model').eval()\n"
-        "base = auto.from_pretrained(sys.argv[2], num_labels=2, ignore_mismatched_sizes=True).eval()\n"
-        "base.classifier.load_state_dict(merged.classifier.state_dict())\n"
-        "adapted = peft.PeftModel.from_pretrained(base, sys.argv[1] + '/model/adapter').eval()\n"
-        "plain = auto.from_pretrained(sys.argv[2], num_labels=2, ignore_mismatched_sizes=True).eval()\n"
+        "head = {'num_labels': 2, 'ignore_mismatched_sizes': True}\n"
+        "adapted = peft.AutoPeftModelForSequenceClassification.from_pretrained(\n"
+        "    sys.argv[1] + '/model/adapter', **head\n"
+        ").eval()\n"
+        "plain = auto.from_pretrained(sys.argv[2], **head).eval()\n"
         "plain.classifier.load_state_dict(merged.classifier.state_dict())\n"
         "torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)\n"
         "assert not torch.allclose(plain(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)\n"
     )
     asked = [sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "model-in")]
-    ran = subprocess.run(asked, capture_output=True, text=True)
+    ran = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "client", "server", "beyond"),
+    [
+        ("hosl", "lora", "all", "bert.encoder.layer.2."),
+        ("fo-fo", "blocks", "lora", "bert.encoder.layer.0."),
+        ("hosl-node", "blocks", "lora", "bert.encoder.layer.1."),
+        ("frozen", "blocks", "lora", None),
+        ("frozen", "lora", "all", ""),
+        ("hosl", "lora", "lora", None),
+    ],
+)
+def test_an_adapter_is_exported_only_where_it_holds_all_that_was_trained(
+    tiny_run, tmp_path, capsys, method, client, server, beyond
+):
+    lora = {"target_modules": ["query", "value"], "r": 4}
+    settings = {"client": {"lora": lora}, "server": {"trainable": server, "lora": lora}, "max_steps": 2}
+    settings["client"] |= {} if method == "hosl-node" else {"trainable": client}
+    assert main(["train", str(tiny_run(method=method, **settings))]) == 0
+    said = capsys.readouterr().err
+    assert (tmp_path / "run" / "model" / "adapter").is_dir() == (beyond is None)
+    assert ("no adapter beside the model" in said) == bool(beyond)
+    if beyond:
+        assert f"were trained, such as {beyond}" in said
 
 
 @pytest.mark.parametrize(
@@ -296,3 +326,35 @@ def test_hosl_split_writes_two_sides_and_says_how_large(tiny_run, tmp_path, caps
     assert (out / "client" / "tokenizer.json").is_file()
     assert main(words) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_export_of_a_tied_model_says_by_how_much_it_grew_and_can_be_tied(
+    tiny_run, tiny, tmp_path, capsys
+):
+    """The server trains its copy of the head; the embedding stays."""
+    settings = tiny_run(max_steps=2)
+    tiny("opt").save_pretrained(tmp_path / "model-in")
+    for split, count in (("train", 40), ("validation", 8)):
+        rows = [{"sentence": f"red {i} blue", "label": i % 2} for i in range(count)]
+        file = tmp_path / "SST-2" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load(settings.read_text())
+    config["task"] = {
+        "kind": "prompts",
+        "name": "SST-2",
+        "folder": str(tmp_path),
+        "train_rows": 20,
+        "dev_rows": 5,
+    }
+    settings.write_text(yaml.safe_dump(config))
+    assert main(["train", str(settings)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "were one tensor" in line]
+    assert len(said) == 1
+    assert f"{97 * 32 * 4 / 1024:.1f} KiB larger than the model; `hosl export --tie embedding`" in said[0]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "tied"), "--tie", "head"]) == 0
+    assert "were one tensor" not in capsys.readouterr().err
+    two, one = (tmp_path / f / "model.safetensors" for f in ("run/model", "tied"))
+    assert two.stat().st_size - one.stat().st_size >= 97 * 32 * 4
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "two")]) == 0
+    assert "were one tensor" in capsys.readouterr().err

@@ -10,14 +10,20 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         FolderError: if RUN holds no run, or OUT is taken.
+        ConfigError: if --tie is asked of a model that is not tied.
     """
     parser = command_parser("export", "Merge both halves into one checkpoint that plain transformers loads.")
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("out", help="a folder to make; adapters also go to OUT/adapter")
+    parser.add_argument(
+        "--tie",
+        choices=("embedding", "head"),
+        help="of a tied model, the copy that stands for both; default: two",
+    )
     options = parser.parse_args(arguments)
 
     from hosl.training.train import export
 
-    export(Path(options.run), Path(options.out))
+    export(Path(options.run), Path(options.out), tie=options.tie)
     answer({"run": options.run, "out": options.out}, as_json=options.json)
     return 0

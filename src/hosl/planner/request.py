@@ -12,7 +12,7 @@ from hosl.planner.dry_run import Work
 from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
-from hosl.split import resolve_model_folder
+from hosl.split import resolve_model_folder, transformers_tokenizer
 from hosl.system.allocator import return_freed_memory
 from hosl.system.gc_paused import gc_paused
 from hosl.system.readable import readable_bytes, readable_count
@@ -132,7 +132,7 @@ def _question(asked: Planning, say: Callable[[str], None]) -> Question:
         base = load_config(asked.what)
         say(f"reading the task of {asked.what}")
         folder = resolve_model_folder(base.model.name)
-        task = load_task(base.task, TextTokenizer.load(folder), seed=base.seed)
+        task = load_task(base.task, TextTokenizer.load(folder, transformers_tokenizer), seed=base.seed)
         shape = shape_of(base, task)
         rows, tokens = longest_batch(task, base)
     else:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hosl.split.loading import LoadedModel, load_model, resolve_model_folder
     from hosl.split.quantised import quantise_
     from hosl.split.specs import LoraSpec
+    from hosl.split.tokenizer import transformers_tokenizer
     from hosl.split.u_shape import HeadHalf, TrunkHalf, split_u_shape
 
 _MODULES = {
@@ -33,12 +34,13 @@ _MODULES = {
     "LoadedModel": "loading",
     "load_model": "loading",
     "resolve_model_folder": "loading",
+    "transformers_tokenizer": "tokenizer",
 }
 
 __all__ = [
     "ClientHalf", "HeadHalf", "LoadedModel", "LoraSpec", "ServerHalf", "SplitInfo", "TrunkHalf", "add_lora",
     "export_adapter", "export_checkpoint", "load_half", "load_head", "load_model", "quantise_",
-    "resolve_model_folder", "set_trainable", "split_folder", "split_model", "split_u_shape",
+    "resolve_model_folder", "set_trainable", "split_folder", "split_model", "split_u_shape", "transformers_tokenizer",
 ]  # fmt: skip
 
 

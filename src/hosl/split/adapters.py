@@ -5,6 +5,7 @@ import re
 from typing import Any, Literal
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from hosl.errors import ConfigError
 from hosl.split.halves import Half
@@ -41,8 +42,9 @@ def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None
     prefix = f"{half.blocks_name}."
     names_in_blocks = sorted(name.removeprefix(prefix) for name in targets)
     config = peft.LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, target_modules=names_in_blocks, lora_dropout=0.0
-    )
+        r=spec.r, lora_alpha=spec.alpha, target_modules=names_in_blocks, lora_dropout=0.0,
+        fan_in_fan_out=isinstance(half.model.get_submodule(min(targets)), Conv1D),
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global state; drawn again below
         # not into the whole model: in a tied model peft looks for the embeddings, and a half may have none
         peft.inject_adapter_in_model(config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER)

@@ -1,6 +1,6 @@
 """A split folder: client/ and server/, each with only its own tensors, read and written one tensor at a time.
 
-    OUT/client/   config.json  half.json  model.safetensors  tokenizer files  (head.safetensors: labels at the client)
+    OUT/client/   config.json  half.json  model.safetensors  tokenizer  (head.safetensors: labels at the client)
     OUT/server/   config.json  half.json  model.safetensors
 
 half.json names the side, family, cut and head, where the labels stay, the digests of the whole checkpoint and of both
@@ -18,13 +18,14 @@ import safetensors.torch
 import torch
 
 from hosl.errors import ModelError
-from hosl.split.export import copy_tokenizer
+from hosl.split.export import copy_companions
 from hosl.split.families import Family, Head
 from hosl.split.folder_facts import read_half_json
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 from hosl.split.loading import checkpoint_digest, open_pretrained, resolve_model_folder
 from hosl.split.pretrained import fill_, read_config, skeleton, tied_names
 from hosl.split.streaming import tensors_digest, write_tensors
+from hosl.split.tokenizer import transformers_tokenizer
 from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_
 from hosl.system.atomic import whole_folder
 
@@ -81,7 +82,7 @@ def split_folder(
     Raises:
         SplitError: if the family is unknown, or the cut outside 0..n.
         FolderError: if `out` exists and is not an empty folder.
-        ModelError, ConfigError: if the model cannot be read, as in `load_model`.
+        ModelError, ConfigError: if the model cannot be read, as in `load_model`, or a device cannot read the tokenizer.
     """
     name = str(model)
     folder = resolve_model_folder(name)
@@ -109,7 +110,9 @@ def split_folder(
                 **{f"{piece}_digest": digest for piece, digest in digests.items()}, "new_weights": list(weights.new),
             }  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        copy_tokenizer(folder, partial / "client")
+        copy_companions(folder, partial / "client")
+        if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
+            transformers_tokenizer(folder).save(str(partial / "client" / "tokenizer.json"))
     client_bytes = sizes["client"] + sizes.get("head", 0)
     return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], weights.notes)
 

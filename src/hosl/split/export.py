@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -11,11 +12,16 @@ import torch
 from hosl.errors import ConfigError
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
+from hosl.split.pretrained import tied_names
 from hosl.system.atomic import whole_folder
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-)  # fmt: skip
+_LEFT_BEHIND = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz",
+    ".npy", ".pkl", ".tflite", ".zip", ".tar", ".gz", ".py", ".pyc", ".so", ".csv", ".tsv", ".jsonl", ".ndjson",
+    ".parquet", ".arrow",
+})  # fmt: skip
+"""The endings of files of a model's folder that an export does not carry."""
+_CARRIED = ("*", "additional_chat_templates/*", "[0-9]_*/*")  # the last: modules of sentence-transformers
 
 
 def export_checkpoint(
@@ -23,15 +29,28 @@ def export_checkpoint(
     server_half: ServerHalf,
     out: Path,
     *,
-    tokenizer_folder: Path | None = None,
+    folder: Path | None = None,
     labels: Sequence[str] | None = None,
-) -> None:
+    tie: Literal["embedding", "head"] | None = None,
+) -> int:
     """Write `out`: config, safetensors and tokenizer of the whole model; adapters are merged into their weights.
 
     Tied weights that the cut separated and training changed apart are written untied (`tie_word_embeddings: false`).
 
+    Args:
+        client_half: the client's half.
+        server_half: the server's half.
+        out: a folder to make.
+        folder: the model's folder; all that it holds beside weights is copied. None: nothing is.
+        labels: the names of the classes, in order.
+        tie: the one of a tied model's two copies that stands for both, whatever training made of the other.
+
+    Returns:
+        The bytes by which the model has grown: those of a head that was tied and is so no more.
+
     Raises:
-        ConfigError: if the client half is low-precision: its original weights are gone.
+        ConfigError: if the client half is low-precision: its original weights are gone. Or if `tie` is asked of a model
+            that is not tied.
         FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
@@ -46,43 +65,93 @@ def export_checkpoint(
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    ties = type(server_half.model)._tied_weights_keys or {}
-    for tied, source in ties.items() if getattr(config, "tie_word_embeddings", False) else ():
-        if torch.equal(tensors[tied], tensors[source]):
-            del tensors[tied]
+    grown_bytes = 0
+    ties = tied_names(server_half.model, config)
+    if tie is not None and not ties:
+        raise ConfigError(f"tie: {tie}: the head of this model is not tied to its embeddings; leave it out")
+    for head, embedding in ties.items():
+        if tie == "head":
+            tensors[embedding] = tensors[head]
+        if tie is not None or torch.equal(tensors[head], tensors[embedding]):
+            del tensors[head]
         else:
             config.tie_word_embeddings = False
+            grown_bytes += tensors[head].nbytes
     with whole_folder(out) as partial:
         config.save_pretrained(partial)
         safetensors.torch.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        copy_tokenizer(tokenizer_folder, partial)
+        copy_companions(folder, partial)
+    return grown_bytes
 
 
-def export_adapter(client_half: ClientHalf, server_half: ServerHalf, out: Path) -> None:
-    """Write the adapters of both halves to `out` as peft does, for `PeftModel.from_pretrained(base, out)`.
+def export_adapter(
+    client_half: ClientHalf, server_half: ServerHalf, out: Path, *, base: str | None = None
+) -> None:
+    """Write all that was trained to `out` as peft does: adapters, and a classifier's head as `modules_to_save`.
+
+    Args:
+        client_half: the client's half, trained.
+        server_half: the server's half, trained.
+        out: a folder to make.
+        base: the base model's folder or hub name, by which peft's AutoPeftModel classes find it.
 
     Raises:
+        ConfigError: if other weights were trained too: an adapter would be another model.
         FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
     import peft
 
     layers = lora_layers(client_half) | lora_layers(server_half)
-    tensors = {}
-    for name, layer in layers.items():
-        for matrix in ("lora_A", "lora_B"):
-            weight = getattr(layer, matrix)[ADAPTER].weight
-            tensors[f"base_model.model.{name}.{matrix}.weight"] = weight.detach().contiguous().cpu()
-    layer = next(iter(layers.values()))
+    heads = _head_modules(server_half)
+    trained = [
+        n for half in (client_half, server_half) for n, p in half.named_parameters() if p.requires_grad
+    ]
+    beyond = [n for n in trained if ".lora_" not in n and not n.startswith(tuple(f"{h}." for h in heads))]
+    if beyond:
+        raise ConfigError(
+            f"{len(beyond)} weights beside the adapters were trained, such as {beyond[0]}, which an adapter cannot "
+            "hold; for an adapter set client.trainable and server.trainable to lora"
+        )
+    tensors = {
+        f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)[ADAPTER].weight
+        for name, layer in layers.items()
+        for matrix in ("lora_A", "lora_B")
+    }
+    for name in heads:
+        weights = server_half.model.get_submodule(name).named_parameters(prefix=f"base_model.model.{name}")
+        tensors |= dict(weights)
+    ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[ADAPTER] for name, layer in layers.items()}
+    first = next(iter(layers))
     config = peft.LoraConfig(
-        r=layer.r[ADAPTER],
-        lora_alpha=layer.lora_alpha[ADAPTER],
+        task_type="CAUSAL_LM" if server_half.head == "causal" else "SEQ_CLS",
+        base_model_name_or_path=base,
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         target_modules=sorted(layers),
+        modules_to_save=heads or None,
+        fan_in_fan_out=layers[first].fan_in_fan_out,
         lora_dropout=0.0,
+        inference_mode=True,
     )
     with whole_folder(out) as partial:
         config.save_pretrained(str(partial))
-        safetensors.torch.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        stored = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
+        safetensors.torch.save_file(stored, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _head_modules(half: ServerHalf) -> list[str]:
+    """The modules of a classifier's head to save whole: its own, which peft always saves, and a trained pooler."""
+    if half.head == "causal":
+        return []
+    return [
+        name
+        for name in half.head_names
+        if "." not in name or any(p.requires_grad for p in half.model.get_submodule(name).parameters())
+    ]
 
 
 def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
@@ -102,8 +171,28 @@ def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
     return merged
 
 
-def copy_tokenizer(folder: Path | None, out: Path) -> None:
-    """Copy those of `TOKENIZER_FILES` that `folder` has; None: none."""
-    for name in TOKENIZER_FILES:
-        if folder is not None and (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+def copy_companions(folder: Path | None, out: Path) -> None:
+    """Copy what a model's folder holds beside weights: tokenizer, chat templates, generation settings, licence.
+
+    Left behind: weights of any format and their indexes; code, data and hidden files; what links lead to outside of
+    the folder; what `out` has already. None: nothing is copied.
+    """
+    if folder is None:
+        return
+    home = folder.resolve()
+    home = (
+        home.parents[1] if home.parent.name == "snapshots" else home
+    )  # the hub's files are links to its blobs
+    for file in sorted(p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()):
+        copy = out / file.relative_to(folder)
+        if not (_is_left_behind(file.name) or copy.exists()) and file.resolve().is_relative_to(home):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _is_left_behind(name: str) -> bool:
+    return (
+        name.startswith((".", "adapter_"))
+        or name.endswith(".index.json")
+        or Path(name).suffix in _LEFT_BEHIND
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hosl.errors import SplitError
-from hosl.split.families import Family, family_of
+from hosl.split.families import Family, Head, family_of
 from hosl.split.stand_ins import PassThrough, stand_in
 from hosl.system.model_limits import scaling_limit
 
@@ -36,6 +36,16 @@ class Half:
     def family(self) -> str:
         """The value of `config.model_type`."""
         return self._family.model_type
+
+    @property
+    def head(self) -> Head:
+        """The kind of the whole model's head."""
+        return self._family.head
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The modules after the blocks, by their dotted names."""
+        return tuple(self._family.server_only)
 
     @property
     def blocks_name(self) -> str:

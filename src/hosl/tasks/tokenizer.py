@@ -1,11 +1,12 @@
 """A tokenizer read from its folder by the `tokenizers` library alone: a device needs no transformers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
 
-from hosl.errors import TaskError
+from hosl.errors import HoslError, TaskError
 from hosl.system.model_limits import ModelLimits, model_limits
 
 
@@ -23,8 +24,15 @@ class TextTokenizer:
         self._tail = self._special_tail()
 
     @classmethod
-    def load(cls, folder: Path) -> "TextTokenizer":
+    def load(
+        cls, folder: Path, read: Callable[[Path], tokenizers.Tokenizer] | None = None
+    ) -> "TextTokenizer":
         """Read tokenizer.json of a model folder; the padding token from the files beside it.
+
+        Args:
+            folder: the folder of a model, or of a client's half.
+            read: reads the tokenizer of a folder that `hosl split` did not write, whose other files may override
+                tokenizer.json: `hosl.split.transformers_tokenizer`. None: tokenizer.json as it is.
 
         Raises:
             TaskError: if there is no tokenizer.json, or it is damaged.
@@ -36,7 +44,9 @@ class TextTokenizer:
                 "there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            tokenizer = tokenizers.Tokenizer.from_file(str(file)) if read is None else read(folder)
+        except HoslError:
+            raise
         except Exception as cause:  # the library raises plain Exception
             raise TaskError(f"{file} is not a tokenizer: {cause}; fetch it again") from cause
         return cls(tokenizer, _pad_id(folder, tokenizer), model_limits(folder))

@@ -18,6 +18,7 @@ from hosl.parties.servers.basic import TorchServer
 from hosl.planner.budget import check_before_data, check_before_run
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
+from hosl.split.tokenizer import transformers_tokenizer
 from hosl.system.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from hosl.tasks import TextTokenizer, load_task, task_digest
 from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
@@ -109,7 +110,8 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     folder = resolve_model_folder(config.model.name)
     tokenizer_folder = Path(folder)
     check_before_data(config, config.model.name, alone=False)
-    task = load_task(config.task, TextTokenizer.load(tokenizer_folder), seed=config.seed)
+    tokenizer = TextTokenizer.load(tokenizer_folder, transformers_tokenizer)
+    task = load_task(config.task, tokenizer, seed=config.seed)
     check_before_run(config, config.model.name, task, alone=False)
     loaded = load_model(
         config.model.name,

@@ -1,19 +1,22 @@
 """One run of `hosl train` from start to end: setup, training, one evaluation on test, export and report."""
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hosl.config import Config, dump_config
-from hosl.errors import FolderError
+from hosl.errors import ConfigError, FolderError
 from hosl.report.build import write_report
 from hosl.report.planned import planned_lines
 from hosl.split import export_adapter, export_checkpoint
+from hosl.split.adapters import lora_layers
 from hosl.system.checkpoint import newest_checkpoint
 from hosl.system.machine import machine, process_bytes, versions
+from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock, new_folder
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_run, new_session
@@ -70,30 +73,45 @@ def resume(run: Path) -> dict[str, Any]:
         return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=facts.get("metrics_bytes", 0))
 
 
-def export(run: Path, out: Path) -> None:
+def export(run: Path, out: Path, *, tie: Literal["embedding", "head"] | None = None) -> None:
     """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
 
     If client.dtype made the base low-precision, adapters are merged into the original weights, as users of peft do.
 
+    Args:
+        run: the run's folder.
+        out: a folder to make.
+        tie: the copy that stands for both where head and embeddings were one tensor; None: they are two if they differ.
+
     Raises:
         FolderError: if `run` is not a run's folder, or `out` is taken.
+        ConfigError: if `tie` is asked of a model that is not tied.
     """
-    _export_session(load_run(run, low_precision=False), out)
+    _export_session(load_run(run, low_precision=False), out, tie)
 
 
-def _export_session(session: LocalSession, out: Path) -> None:
+def _export_session(
+    session: LocalSession, out: Path, tie: Literal["embedding", "head"] | None = None
+) -> None:
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
-    config = session.config
     labels = session.task.labels if session.task.head == "classification" else None
-    export_checkpoint(
-        session.client_half,
-        session.server_half,
-        out,
-        tokenizer_folder=session.tokenizer_folder,
-        labels=labels,
+    grown_bytes = export_checkpoint(
+        session.client_half, session.server_half, out, folder=session.tokenizer_folder, labels=labels, tie=tie
     )
-    if "lora" in (config.client.trainable, config.server.trainable) and config.method_row.trains != "nothing":
-        export_adapter(session.client_half, session.server_half, out / "adapter")
+    if grown_bytes:
+        _say(
+            f"head and embeddings were one tensor and differ now: {out} is {readable_bytes(grown_bytes)} larger than "
+            "the model; `hosl export --tie embedding` or `--tie head` keeps one of the two"
+        )
+    if not (lora_layers(session.client_half) or lora_layers(session.server_half)):
+        return
+    name = session.config.model.name
+    from_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()
+    base = name if from_hub else str(session.tokenizer_folder.resolve())
+    try:
+        export_adapter(session.client_half, session.server_half, out / "adapter", base=base)
+    except ConfigError as reason:
+        _say(f"no adapter beside the model: {reason}")
 
 
 def _say(text: str) -> None:
