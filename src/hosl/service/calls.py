@@ -25,6 +25,7 @@ from hosl.transport.status import ERROR_KEY, code_of
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_from_message, targets_from_message
 from hosl.wire.tensors import CHUNK_BYTES, WireArray, pack
+from hosl.wire.updates import check_update
 
 _Call = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
 
@@ -234,7 +235,7 @@ class Calls:
         request = await incoming.message(pb.DescendRequest)
         await incoming.end()
         session = self._sessions.of(client, request.where)
-        _check_update(request.seeds, request.coefficients)
+        check_update(request.seeds, request.coefficients)
         _, seconds = await self._compute(
             session,
             [],
@@ -262,7 +263,7 @@ class Calls:
         await incoming.end()
         session = self._sessions.of(client, request.where)
         run, late = session.run, False
-        _check_update(request.seeds, request.scales)
+        check_update(request.seeds, request.scales)
         if run.round is not None and request.examples:
             late = await self._take_part(run, client, request)
         elif request.seeds:
@@ -348,17 +349,6 @@ def _step_replies(stepped: Any, seconds: float) -> list[pb.StepReply]:
     packed = pack(stepped.gradient, "none")
     done = pb.StepDone(loss=stepped.loss, gradient=packed.header, server_s=seconds)
     return [pb.StepReply(done=done), *(pb.StepReply(chunk=chunk) for chunk in packed.chunks())]
-
-
-def _check_update(seeds: Any, scales: Any) -> None:
-    if len(seeds) != len(scales):
-        raise WireError(
-            f"an update has one number per seed, got {len(seeds)} seeds and {len(scales)} numbers"
-        )
-    if any(number != number or abs(number) == float("inf") for number in scales):
-        raise WireError(
-            "an update holds NaN or Inf; the sender has diverged: lower its learning rate or epsilon"
-        )
 
 
 def _check_same(token_client: str, client: str) -> None:
