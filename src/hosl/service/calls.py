@@ -330,14 +330,12 @@ class Calls:
         parsed: Any = (
             targets_from_message(targets, shape) if has_labels else positions_from_message(targets, shape)
         )
-        logits, most = (
-            session.run.half.check(shape, parsed),
-            self._limits.logits_per_tensor * self._limits.tensor_bytes,
-        )
+        logits = session.run.half.check(shape, parsed)
+        most = self._limits.logits_per_tensor * self._limits.tensor_bytes
         if logits > most:
             raise LimitError(
-                f"the logits of {shape[0]} rows at these positions take {logits} bytes; the limit is {most}: send fewer "
-                "rows, or raise the server's --tensor-limit"
+                f"the logits of {shape[0]} rows at these positions take {logits} bytes; the limit is {most}: send "
+                "fewer rows, or raise the server's --tensor-limit"
             )
         arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
         if has_labels:  # without labels a gradient may follow, in StepStates

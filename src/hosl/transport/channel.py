@@ -125,6 +125,9 @@ class Channel:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
+        if self._proof.plaintext or self.line.fingerprint:
+            # the address is that of the line, whatever http_proxy says: a proxy would see a token without TLS
+            options.append(("grpc.enable_http_proxy", 0))
         if self._proof.plaintext:
             _check_loopback(self.line.host)
             self._channel = grpc.insecure_channel(self.line.address, options)
