@@ -39,15 +39,15 @@ def evaluate(
     """Score `examples` in batches of at most `rows_per_batch` rows; a row is one candidate answer.
 
     Raises:
-        NonFiniteError: if a score is NaN.
+        NonFiniteError: if a score is NaN or infinite.
     """
     predictions, losses = [], []
     for chunk in _chunks(examples, max(1, rows_per_batch // task.rows_per_example())):
         batch = task.collate_candidates(chunk)
         scores = server.scores(client.forward(batch), batch.targets)
-        if np.isnan(scores).any():
+        if not np.isfinite(scores).all():
             raise NonFiniteError(
-                "an evaluation score is NaN; the model has diverged: lower the learning rates"
+                "an evaluation score is NaN or infinite; the model has diverged: lower the learning rates"
             )
         predictions.append(task.predict(chunk, scores))
         losses.append(task.losses(chunk, scores))

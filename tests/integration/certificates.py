@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 
-def issue(folder, name, *, by=None, expired=False):
+def issue(folder, name, *, by=None, expired=False, starts_in_days=-3):
     """PEM files (certificate, key) called `name`; signed by the files `by`, or by itself."""
     key = rsa.generate_private_key(65537, 2048)
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
@@ -28,7 +28,7 @@ def issue(folder, name, *, by=None, expired=False):
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=3))
+        .not_valid_before(now + datetime.timedelta(days=starts_in_days))
         .not_valid_after(now + datetime.timedelta(days=-1 if expired else 3))
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)

@@ -7,6 +7,7 @@ command needs it.
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(arguments[1:])
     except HoslError as error:
         if "--json" in arguments:
-            failure = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
+            failure = {"kind": type(error).__name__, "message": _one_line(str(error))}
             sys.stdout.write(json.dumps({"error": failure}) + "\n")
         return _refuse(str(error), status=error.exit_status)
     except KeyboardInterrupt:
@@ -79,5 +80,10 @@ def _again(arguments: list[str]) -> str:
 
 
 def _refuse(message: str, status: int = 2) -> int:
-    sys.stderr.write(f"hosl: {' '.join(message.split())}\n")
+    sys.stderr.write(f"hosl: {_one_line(message)}\n")
     return status
+
+
+def _one_line(message: str) -> str:
+    """A message for a terminal or a log, in one line; what may be the token of a join line is left out."""
+    return re.sub(r"(hosl://[^\s#]*#)\S+|[\w-]{43}\.[\w-]{43}", r"\1...", " ".join(message.split()))

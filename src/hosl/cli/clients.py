@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> int:
         raise FolderError(f"{folder} has no address.json yet: start `hosl serve` once, then add clients")
     server = json.loads((folder / "address.json").read_text(encoding="utf-8"))
     host, _, port = server["address"].rpartition(":")
+    JoinLine(host, int(port), "t" * 43, server["fingerprint"]).check()  # before the token is made
     line = JoinLine(host, int(port), access.enrol(options.name), server["fingerprint"])
     answer({"name": options.name, "join_line": str(line)}, as_json=options.json)
     return 0

@@ -33,6 +33,8 @@ def run(arguments: list[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if (options.certificate is None) != (options.key is None):
         raise ConfigError("--certificate and --key go together; give both or neither")
+    if any("hosl://" in word for word in overrides):  # an error about it would show the token
+        raise ConfigError("a join line stands where none is read; it goes behind --to, in quotes")
     config = overridden(load_config(options.config), overrides)
 
     from hosl.network.join import JoinOptions, join
@@ -42,7 +44,7 @@ def run(arguments: list[str]) -> int:
     line = options.to
     if line.startswith("@"):
         try:
-            line = Path(line[1:]).read_text(encoding="utf-8")
+            line = Path(line[1:]).read_text(encoding="utf-8", errors="replace")
         except OSError as cause:
             raise ConfigError(f"--to {options.to}: {cause.strerror}; the file holds one join line") from cause
     proof = Proof(

@@ -9,6 +9,9 @@ import numpy as np
 from hosl.core.array_types import Float
 from hosl.errors import NonFiniteError
 
+LARGEST_SCALE = 1e18
+"""The scale of an update above which weights are ruined for certain: their next squares are beyond float32."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Projection:
@@ -56,6 +59,15 @@ def mean_scales(coefficients: Sequence[float], learning_rate: float) -> tuple[fl
     """eta c_q / Q for each direction, rounded to float32: the scale of u_q in the update and in the journal.
 
     Source: Alg. 1, line 8. Rounding here, once, makes the journal's 4-byte entry exact.
+
+    Raises:
+        NonFiniteError: if a scale is NaN or beyond `LARGEST_SCALE`.
     """
     eta_over_q = learning_rate / max(len(coefficients), 1)
-    return tuple(float(np.float32(eta_over_q * c_q)) for c_q in coefficients)
+    scales = [eta_over_q * c_q for c_q in coefficients]
+    if not all(abs(scale) < LARGEST_SCALE for scale in scales):
+        raise NonFiniteError(
+            f"an update would move the weights by {max(map(abs, scales)):.0e} times a direction; nothing was updated: "
+            "lower the learning rates, and look for extreme values in the data"
+        )
+    return tuple(float(np.float32(scale)) for scale in scales)

@@ -115,7 +115,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
             self.done(step)  # a round was closed without this client: its half stays as it is
             return None
         self.client = NO_CLIENT_YET  # lets go of the old half before it is loaded again
-        self.client, self.snapshot_step = self.runtime.open_client(self.config, self.folder), 0
+        self.client, self.snapshot_step = self._opened(), 0
         if self._labels_stay:
             self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
         facts: dict[str, Any] = {}
@@ -154,11 +154,17 @@ class JoinedSession(Session[ClientSide, ServerSide]):
     def _own_client(self) -> Any:
         return self.client.client if isinstance(self.client, SharedClient) else self.client
 
+    def _opened(self) -> Any:
+        """The client at its base weights; the connection is told the classes of its model."""
+        client = self.runtime.open_client(self.config, self.folder)
+        self.remote.classes = client.half.config.num_labels
+        return client
+
     def _catch_up(self, step: int) -> None:
         if self._incarnation != self.remote.incarnation:
             # a restarted server may have gone back: replay its journal, from the base weights on
             self.client = NO_CLIENT_YET
-            base = self.runtime.open_client(self.config, self.folder)
+            base = self._opened()
             synchronous = self.config.clients.schedule == "synchronous"
             self.client = SharedClient(base, self.remote, synchronous=synchronous)
             self._incarnation = self.remote.incarnation

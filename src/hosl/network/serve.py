@@ -15,10 +15,13 @@ from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.folder_facts import half_facts
 from hosl.system.run_folder import RunLock
+from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 
 _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256-GCM-SHA384"}
 """Kind of key -> a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,12 @@ def serve(options: ServeOptions) -> None:
     """
     facts = half_facts(options.half, "server")
     host, port = parse_address(options.listen)
-    if options.plaintext and host not in ("127.0.0.1", "localhost", "::1"):
-        raise ConfigError(
-            f"plaintext is for loopback only, got --listen {options.listen}; leave --plaintext out"
-        )
+    for flag, address in (("--listen", options.listen), ("--page", options.page)):
+        if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
+            raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
+    _public_line(
+        options, port or 1, "t" * 43, None
+    )  # a line that no device could use is refused before anything is made
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
@@ -97,7 +102,7 @@ def parse_address(text: str) -> tuple[str, int]:
         ConfigError: if the text has another form.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigError(f"address {text!r} is not host:port with a port up to 65535, such as 0.0.0.0:7070")
     return host.strip("[]"), int(port)
 
@@ -249,21 +254,26 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
 def _announce(
     options: ServeOptions, access: Any, host: str, port: int, credentials: _Credentials | None, page: Any
 ) -> None:
-    from hosl.transport.join_line import JoinLine
-
-    public_host, public_port = parse_address(options.public) if options.public else (host, port)
+    fingerprint = credentials.fingerprint if credentials else None
+    public = _public_line(options, port, "t" * 43, fingerprint)
     facts = {
-        "address": f"{public_host}:{public_port}", "fingerprint": credentials.fingerprint if credentials else None,
-        "plaintext": credentials is None,
+        "address": f"{public.host}:{public.port}", "fingerprint": fingerprint, "plaintext": credentials is None,
     }  # fmt: skip
     (options.service / "address.json").write_text(json.dumps(facts), encoding="utf-8")
     if not access.names():
-        line = JoinLine(public_host, public_port, access.enrol("first"), facts["fingerprint"])
+        line = _public_line(options, port, access.enrol("first"), fingerprint)
         options.say(f"join line of client `first` (shown once; whoever has it is this client):\n{line}")
     else:
         names = ", ".join(client["name"] for client in access.names() if not client["revoked"])
         options.say(f"enrolled clients: {names or 'none'}; `hosl clients add NAME` prints a new join line")
+    options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
     options.say(f"serving {options.half} on {host}:{port}" + (f"; live page on {page.url}" if page else ""))
+
+
+def _public_line(options: ServeOptions, port: int, token: str, fingerprint: str | None) -> JoinLine:
+    """The join line of a token, at the public address; `port` is the one that is listened on."""
+    host, public_port = parse_address(options.public or options.listen)
+    return JoinLine(host, public_port if options.public else port, token, fingerprint).check()
 
 
 def _read(path: Path) -> bytes:

@@ -9,7 +9,14 @@ import torch
 
 from hosl.config import Config
 from hosl.core.journal import Journal
-from hosl.core.targets import ClassTargets, OptionTargets, PositionTargets, StepReply, Targets
+from hosl.core.targets import (
+    ClassTargets,
+    OptionTargets,
+    PositionTargets,
+    StepReply,
+    Targets,
+    positions_of,
+)
 from hosl.errors import CheckpointError, WireError
 from hosl.methods.torch_parties import make_server
 from hosl.parties.remote.torch_wire import from_wire, to_wire
@@ -46,8 +53,11 @@ class TorchHosted:
         self._synchronous = synchronous
         self.party = self._fresh()
 
-    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> None:
+    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> int:
         """Refuse activations of the wrong width or length, and targets that the head does not have.
+
+        Returns:
+            The bytes that the logits of one activation take; few activations with many scored positions take most.
 
         Raises:
             WireError: naming both values.
@@ -70,6 +80,10 @@ class TorchHosted:
             raise WireError(
                 f"this model's head takes {'classes' if takes_classes else 'option tokens'}, got the other kind"
             )
+        if not isinstance(targets, OptionTargets):
+            return 0
+        scored = max(len(positions_of(targets).positions), targets.positions.shape[1])
+        return 4 * shape[0] * scored * text.vocab_size
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
         """See `HostedHalf`."""

@@ -11,13 +11,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from hosl.errors import HoslError, LinkError, WireError
+from hosl.errors import HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.incoming import Incoming
 from hosl.service.limits import Limits, Meterage
 from hosl.service.rounds import Contribution
 from hosl.service.runs import ServedRun
-from hosl.service.scheduler import Scheduler
+from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
 from hosl.service.status import Status
 from hosl.transport.channel import SERVICE
@@ -25,6 +25,7 @@ from hosl.transport.status import ERROR_KEY, code_of
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_from_message, targets_from_message
 from hosl.wire.tensors import CHUNK_BYTES, WireArray, pack
+from hosl.wire.updates import check_update
 
 _Call = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
 
@@ -101,7 +102,7 @@ class Calls:
     async def _hello(self, client: str, incoming: Incoming) -> AsyncIterator[pb.HelloReply]:
         request = await incoming.message(pb.HelloRequest)
         (session, start, run), _ = await self._scheduler.run(
-            client, 0, lambda: self._sessions.hello(client, request)
+            client, HELLO_TOKENS, lambda: self._sessions.hello(client, request)
         )
         self._status.hello(client, run, request.version, start)
         yield pb.HelloReply(
@@ -234,11 +235,12 @@ class Calls:
         request = await incoming.message(pb.DescendRequest)
         await incoming.end()
         session = self._sessions.of(client, request.where)
-        _check_update(request.seeds, request.coefficients)
+        check_update(request.seeds, request.coefficients)
         _, seconds = await self._compute(
             session,
             [],
             lambda: session.run.descend(client, request.where.step, request.seeds, request.coefficients),
+            tokens=CALL_TOKENS * len(request.seeds),
         )
         self._status.stepped(session.run, client, seconds)
         yield pb.DescendReply(server_s=seconds)
@@ -252,7 +254,7 @@ class Calls:
             session.run.check_now(client, request.where.step, evaluation=True)
             return session.run.save()
 
-        step, _ = await self._compute(session, [], work)
+        step, _ = await self._compute(session, [], work, tokens=HELLO_TOKENS)
         yield pb.SaveReply(step=step)
 
     # ---- shared halves and rounds ----
@@ -262,7 +264,7 @@ class Calls:
         await incoming.end()
         session = self._sessions.of(client, request.where)
         run, late = session.run, False
-        _check_update(request.seeds, request.scales)
+        check_update(request.seeds, request.scales)
         if run.round is not None and request.examples:
             late = await self._take_part(run, client, request)
         elif request.seeds:
@@ -281,7 +283,7 @@ class Calls:
         """Contribute to the round and wait until it is closed; returns whether the contribution came too late."""
         contribution = Contribution(tuple(request.seeds), tuple(request.scales), request.examples)
         late, _ = await self._scheduler.run(
-            client, 0, lambda: run.contribute(client, request.where.step, contribution)
+            client, CALL_TOKENS, lambda: run.contribute(client, request.where.step, contribution)
         )
         current = run.round
         if late or current is None or current.number != request.where.step:
@@ -328,18 +330,24 @@ class Calls:
         parsed: Any = (
             targets_from_message(targets, shape) if has_labels else positions_from_message(targets, shape)
         )
-        session.run.half.check(shape, parsed)
+        logits = session.run.half.check(shape, parsed)
+        most = self._limits.logits_per_tensor * self._limits.tensor_bytes
+        if logits > most:
+            raise LimitError(
+                f"the logits of {shape[0]} rows at these positions take {logits} bytes; the limit is {most}: send "
+                "fewer rows, or raise the server's --tensor-limit"
+            )
         arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
         if has_labels:  # without labels a gradient may follow, in StepStates
             await incoming.end()
         return arrays, parsed
 
     async def _compute(
-        self, session: Session, arrays: list[WireArray], work: Callable[[], Any]
+        self, session: Session, arrays: list[WireArray], work: Callable[[], Any], *, tokens: int = 0
     ) -> tuple[Any, float]:
-        """The result of `work` in the compute thread and its seconds; the client is charged for the arrays' tokens."""
-        tokens = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
-        return await self._scheduler.run(session.client, tokens, work)
+        """The result of `work` in the compute thread and its seconds; costs `tokens`, the arrays', or `CALL_TOKENS`."""
+        of_arrays = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
+        return await self._scheduler.run(session.client, max(CALL_TOKENS, tokens, of_arrays), work)
 
 
 def _step_replies(stepped: Any, seconds: float) -> list[pb.StepReply]:
@@ -348,17 +356,6 @@ def _step_replies(stepped: Any, seconds: float) -> list[pb.StepReply]:
     packed = pack(stepped.gradient, "none")
     done = pb.StepDone(loss=stepped.loss, gradient=packed.header, server_s=seconds)
     return [pb.StepReply(done=done), *(pb.StepReply(chunk=chunk) for chunk in packed.chunks())]
-
-
-def _check_update(seeds: Any, scales: Any) -> None:
-    if len(seeds) != len(scales):
-        raise WireError(
-            f"an update has one number per seed, got {len(seeds)} seeds and {len(scales)} numbers"
-        )
-    if any(number != number or abs(number) == float("inf") for number in scales):
-        raise WireError(
-            "an update holds NaN or Inf; the sender has diverged: lower its learning rate or epsilon"
-        )
 
 
 def _check_same(token_client: str, client: str) -> None:

@@ -27,8 +27,8 @@ class Stepped:
 class HostedHalf(Protocol):
     """A server half in training; takes and returns numpy arrays. Not for several threads at once."""
 
-    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> None:
-        """Refuse activations of the wrong width and targets outside the model; raises WireError."""
+    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> int:
+        """Refuse activations of the wrong width and targets outside the model, by WireError; returns logits' bytes."""
         ...
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:

@@ -1,6 +1,7 @@
 """The messages that a call receives, one after the other: each is measured, parsed and held to the idle limit."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import Unpacking, WireArray
 
 _Message = TypeVar("_Message")
+_SLOWEST_BYTES_PER_S = 16 << 10
+"""The rate at which a tensor must arrive at least; a slower call holds memory for longer than it is worth."""
 
 
 class Incoming:
@@ -22,20 +25,27 @@ class Incoming:
         """`check_access` is called at every message; it raises when the client has lost its access."""
         self._frames, self._idle_s, self._check_access = frames, idle_s, check_access
         self.received_bytes = 0
+        self._end_s = float("inf")
+        """The time at which the tensor that arrives must be whole, by the monotonic clock."""
 
     async def message(self, kind: type[_Message]) -> _Message:
         """The next message.
 
         Raises:
             WireError: if the bytes are no such message, or the stream ends.
-            LinkError: if nothing comes within the idle limit.
+            LinkError: if nothing comes within the idle limit, or a tensor comes too slowly.
         """
+        wait_s = min(self._idle_s, self._end_s - time.monotonic())
         try:
-            data = await asyncio.wait_for(anext(self._frames), self._idle_s)
+            data = await asyncio.wait_for(anext(self._frames), max(wait_s, 0.0))
         except StopAsyncIteration:
             raise WireError("the call ended before its request was complete; it changed nothing") from None
         except TimeoutError:
-            raise LinkError(f"nothing arrived for {self._idle_s:g} s; the call was dropped") from None
+            late = wait_s < self._idle_s
+            raise LinkError(
+                f"{'a tensor came too slowly' if late else f'nothing arrived for {self._idle_s:g} s'}; the call was "
+                "dropped"
+            ) from None
         self._check_access()
         self.received_bytes += len(data)
         parsed: Any = kind()
@@ -60,14 +70,16 @@ class Incoming:
         """The tensor whose chunks come next.
 
         Raises:
-            WireError, LimitError: see `Unpacking`.
+            WireError, LimitError: see `Unpacking`. LinkError: see `message`.
         """
         arriving = Unpacking(header, tensor_bytes=tensor_bytes)
+        self._end_s = time.monotonic() + self._idle_s + arriving.wanted / _SLOWEST_BYTES_PER_S
         while not arriving.complete:
             part = await self.message(pb.Upload)
             if part.WhichOneof("part") != "chunk":
                 raise WireError(f"a chunk of a tensor was due, got `{part.WhichOneof('part')}`")
             arriving.add(part.chunk)
+        self._end_s = float("inf")
         return arriving.array()
 
     async def end(self) -> None:

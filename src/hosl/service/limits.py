@@ -17,6 +17,8 @@ class Limits:
 
     tensor_bytes: int = 256 << 20
     """The largest tensor, both as sent and unpacked."""
+    logits_per_tensor: int = 4
+    """The largest logits of one activation, as a multiple of `tensor_bytes`."""
     calls_per_s: int = 200
     """The calls per second on average; twice as many in a burst."""
     concurrent_calls: int = 4

@@ -8,6 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
+CALL_TOKENS = 64
+"""The tokens that a call costs at least, however little it carries: about a pass over the weights without tokens."""
+HELLO_TOKENS = 4096
+"""The tokens of a hello or a save: weights are read or written."""
 
 
 class Scheduler:

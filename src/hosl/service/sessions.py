@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from hosl.wire.enums import from_enum
 
 PROTOCOL = 1
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MOST_RESTORABLE = 1024
+_MOST = {
+    "max_steps": 2**31, "warmup_steps": 2**31, "learning_rate": 1e6, "clients": 4096, "grace_s": 86400.0,
+    "lora.r": 1024, "lora.alpha": 2**20, "optimiser.momentum": 1.0, "optimiser.weight_decay": 1e6,
+}  # fmt: skip
+"""The largest value of each number of a Hello; each decides what a run costs in memory or time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +81,13 @@ class Sessions:
             raise WireError(
                 f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
             )
-        if request.current > 2**31 or any(step > 2**31 for step in request.restorable):
+        if max([request.current, *request.restorable[:_MOST_RESTORABLE]]) > 2**31:
             raise WireError("a step lies beyond 2**31")
+        if len(request.restorable) > _MOST_RESTORABLE:
+            raise WireError(
+                f"{len(request.restorable)} checkpoints are told, a client keeps fewer than {_MOST_RESTORABLE}"
+            )
+        check_numbers(request.training)
         run = self._find_or_open(client, request)
         run.agree(request.model, request.training)
         if client not in run.steps and len(run.steps) >= max(run.training.clients, 1):
@@ -153,6 +165,23 @@ def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
     """Call `act` with every run in memory."""
     for run in list(sessions.runs.values()):
         act(run)
+
+
+def check_numbers(training: pb.Training) -> None:
+    """Refuse numbers that no run has, before anything is made by them.
+
+    Raises:
+        HandshakeError: naming the setting.
+    """
+    for path, most in _MOST.items():
+        value: Any = reduce(getattr, path.split("."), training)
+        if not 0 <= value <= most:
+            raise HandshakeError(f"{path} must lie in 0..{most:g}, got {value}")
+    targets = training.lora.target_modules
+    if len(targets) > 64 or any(len(name) > 64 for name in targets):
+        raise HandshakeError(
+            f"lora.target_modules: at most 64 names of 64 characters, got {len(targets)} names"
+        )
 
 
 def check_training(training: pb.Training) -> None:

@@ -16,9 +16,8 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The last parts of module names, such as q_proj; default: peft's own choice for the architecture."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"lora.r must be >= 1, got {self.r}")
-        if self.alpha < 1:
-            raise ConfigError(f"lora.alpha must be >= 1, got {self.alpha}")
+        for name, most in (("r", 1024), ("alpha", 2**20)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"lora.{name} must lie in 1..{most}, got {getattr(self, name)}")
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("lora.target_modules is empty; name at least one module, or leave it out")

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from hosl.core.rounds import RoundResult
-from hosl.errors import OverBudgetError, StepMoved
+from hosl.errors import OverBudgetError, SessionError, StepMoved
 from hosl.evaluation import Evaluation, evaluate
 from hosl.methods.schedule import batch_of_step, learning_rate
 from hosl.system.interrupts import Stop
@@ -17,6 +17,9 @@ from hosl.tasks import Example
 from hosl.training.memory_budget import over_budget
 from hosl.training.session import Session
 from hosl.training.summary import farewell, greeting, run_summary
+
+_RETURNS = 20
+"""The times in a row that the server may go back before a new step is reached."""
 
 
 def carry_on(
@@ -69,12 +72,18 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
 
     If the server is at another step, the client goes to that step, and the record is cut back with it.
     """
-    first, shown = session.step + 1, dict[str, str]()
+    first, shown, furthest, returns = session.step + 1, dict[str, str](), session.step, 0
     while session.step < session.config.max_steps and not stop.requested:
         try:
             _one_step(session, record, run, first, shown, stop)
         except StepMoved as moved:
             before = session.step
+            furthest, returns = (before, 0) if before > furthest else (furthest, returns + 1)
+            if moved.step <= before and returns > _RETURNS:
+                raise SessionError(
+                    f"the server went back {returns} times, now to step {moved.step}, and no step after {furthest} was "
+                    "reached; ask its owner, then go on"
+                ) from moved
             for meter in (session.meters.client, session.meters.server):
                 meter.take()  # the costs of the broken-off step belong to no line
             facts = session.go_to(run, moved.step)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from hosl.errors import AccessError, ConfigError, LinkError
+from hosl.errors import AccessError, ConfigError, LinkError, WireError
 from hosl.transport.join_line import JoinLine, pinned_certificate
 from hosl.transport.status import error_of
 from hosl.wire import hosl_pb2 as pb
@@ -74,33 +75,25 @@ class Channel:
 
     def ask(self, name: str, request: Any, reply_type: type[_Reply]) -> _Reply:
         """Make a call of one request message and one reply message; returns the reply."""
-        stub = self._channel.unary_unary(
-            f"/{SERVICE}/{name}",
-            request_serializer=self._serialise,
-            response_deserializer=self._deserialiser(reply_type),
+        stub = self._channel.unary_unary(f"/{SERVICE}/{name}", request_serializer=self._serialise)
+        return self._parsed(
+            name, self._mapping_errors(lambda: stub(request, metadata=self._metadata)), reply_type
         )
-        return self._mapping_errors(lambda: stub(request, metadata=self._metadata))
 
     def upload(self, name: str, frames: Iterable[pb.Upload], reply_type: type[_Reply]) -> _Reply:
         """Make a call of many request messages and one reply message; returns the reply."""
-        stub = self._channel.stream_unary(
-            f"/{SERVICE}/{name}",
-            request_serializer=self._serialise,
-            response_deserializer=self._deserialiser(reply_type),
+        stub = self._channel.stream_unary(f"/{SERVICE}/{name}", request_serializer=self._serialise)
+        return self._parsed(
+            name, self._mapping_errors(lambda: stub(iter(frames), metadata=self._metadata)), reply_type
         )
-        return self._mapping_errors(lambda: stub(iter(frames), metadata=self._metadata))
 
     def converse(self, name: str, frames: Iterable[Any], reply_type: type[_Reply]) -> Iterator[_Reply]:
         """Make a call of many messages both ways; the call is cancelled when the caller stops reading."""
-        stub = self._channel.stream_stream(
-            f"/{SERVICE}/{name}",
-            request_serializer=self._serialise,
-            response_deserializer=self._deserialiser(reply_type),
-        )
+        stub = self._channel.stream_stream(f"/{SERVICE}/{name}", request_serializer=self._serialise)
         call = stub(iter(frames), metadata=self._metadata)
         try:
             while (part := self._mapping_errors(lambda: next(call, None))) is not None:
-                yield part
+                yield self._parsed(name, part, reply_type)
         finally:
             call.cancel()
 
@@ -132,6 +125,9 @@ class Channel:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
+        if self._proof.plaintext or self.line.fingerprint:
+            # the address is that of the line, whatever http_proxy says: a proxy would see a token without TLS
+            options.append(("grpc.enable_http_proxy", 0))
         if self._proof.plaintext:
             _check_loopback(self.line.host)
             self._channel = grpc.insecure_channel(self.line.address, options)
@@ -174,12 +170,19 @@ class Channel:
         self.bytes_up += len(data)
         return data
 
-    def _deserialiser(self, kind: type[Any]) -> Callable[[bytes], Any]:
-        def parse(data: bytes) -> Any:
-            self.bytes_down += len(data)
-            return kind.FromString(data)
-
-        return parse
+    def _parsed(self, name: str, data: bytes | None, kind: type[_Reply]) -> _Reply:
+        """A reply from its bytes; gRPC would take bytes that it cannot parse for a broken link, to be tried again."""
+        message: Any = kind
+        try:
+            if data is not None:
+                self.bytes_down += len(data)
+                return message.FromString(data)
+        except DecodeError:
+            pass
+        raise WireError(
+            f"server {self.line.address}: the reply to {name} is {'empty' if data is None else f'{len(data)} bytes'}, "
+            f"no {kind.__name__} of protocol 1"
+        )
 
 
 def connect(

@@ -5,10 +5,12 @@ trusting it, compares, and then trusts this one certificate and no other.
 """
 
 import hmac
+import ipaddress
 import re
 import ssl
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from socket import create_connection
 from typing import Any
@@ -16,9 +18,12 @@ from typing import Any
 from hosl.errors import AccessError, LinkError
 
 _LINE = re.compile(
-    r"hosl://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(?P<port>\d{1,5})#(?P<token>[A-Za-z0-9_-]{43})"
+    r"hosl://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})#(?P<token>[A-Za-z0-9_-]{43})"
     r"(?:\.(?P<fingerprint>[A-Za-z0-9_-]{43}))?"
 )
+
+_NOT_YET_VALID = 9
+"""OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +42,34 @@ class JoinLine:
         """Read a join line.
 
         Raises:
-            AccessError: if `text` is no join line. Its message does not repeat the token.
+            AccessError: if `text` is no join line. Its message repeats nothing of it: any part may be the token.
         """
         match = _LINE.fullmatch(text.strip())
-        if not match or int(match["port"]) > 65535:
-            shown = text.strip().partition("#")[0]
+        if not match or not 0 < int(match["port"]) < 65536:
             raise AccessError(
-                f"the join line {shown}#... is not of the form hosl://host:port#token.fingerprint; copy the whole line "
-                "that `hosl serve` or `hosl clients add` printed, in quotes"
+                f"the join line, {len(text.strip())} characters that are not shown, is not of the form "
+                "hosl://host:port#token.fingerprint; copy the whole line that `hosl serve` or `hosl clients add` "
+                "printed, in quotes"
             )
         return cls(match["host"].strip("[]"), int(match["port"]), match["token"], match["fingerprint"])
+
+    def check(self) -> "JoinLine":
+        """This line, if a device can join by it: it can be read again, and names one machine.
+
+        Raises:
+            AccessError: naming the address.
+        """
+        try:
+            everywhere = ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            everywhere = False
+        if everywhere or not _LINE.fullmatch(str(self)) or not 0 < self.port < 65536:
+            raise AccessError(
+                f"{self.address} cannot stand in a join line: it is "
+                f"{'every address of this machine' if everywhere else 'not host:port'}; give the address at which "
+                "devices reach this server, such as --public server.example:7070"
+            )
+        return self
 
     @property
     def address(self) -> str:
@@ -116,6 +139,11 @@ def _check_dates(line: JoinLine, pem: str, timeout_s: float) -> None:
         ):
             pass
     except ssl.SSLCertVerificationError as cause:
+        if cause.verify_code == _NOT_YET_VALID:
+            raise AccessError(
+                f"the certificate of {line.address} has the right fingerprint but is not valid yet: this device's clock "
+                f"says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC and seems to be behind; set it, then join again"
+            ) from cause
         raise AccessError(
             f"the certificate of {line.address} has the right fingerprint but is not valid: {cause.verify_message}; "
             "on the server, delete certificate.pem and key.pem of the service folder, start it again, use a new line"

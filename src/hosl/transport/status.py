@@ -23,6 +23,8 @@ from hosl.errors import (
 )
 
 ERROR_KEY = "hosl-error"
+DETAILS_CHARACTERS = 1000
+"""The longest text of a peer that is shown."""
 
 _CODES: dict[type[HoslError], grpc.StatusCode] = {
     AccessError: grpc.StatusCode.UNAUTHENTICATED,
@@ -58,6 +60,14 @@ _ERRORS: dict[grpc.StatusCode, type[HoslError]] = {
 }
 
 
+_NAMED: dict[str, type[HoslError]] = {
+    name: kind
+    for name, kind in vars(hosl.errors).items()
+    if isinstance(kind, type) and issubclass(kind, RequestError | FailureError)
+}
+"""The errors that a peer may name: a call's, not what steers a run's loop."""
+
+
 def code_of(error: HoslError) -> grpc.StatusCode:
     """The status code of the error's class, or of its nearest base class in the table."""
     for kind in type(error).__mro__:
@@ -69,9 +79,9 @@ def code_of(error: HoslError) -> grpc.StatusCode:
 def error_of(failed: grpc.RpcError, peer: str) -> HoslError:
     """The error of ours for a failed call: of the class that the peer named, else of the status code's class."""
     call: Any = failed
-    code, details = call.code(), call.details() or ""
-    trailing = dict(call.trailing_metadata() or ())
-    named = getattr(hosl.errors, str(trailing.get(ERROR_KEY, "")), None)
-    if isinstance(named, type) and issubclass(named, HoslError):
+    code = call.code()
+    details = "".join(c if c.isprintable() else " " for c in (call.details() or "")[:DETAILS_CHARACTERS])
+    named = _NAMED.get(str(dict(call.trailing_metadata() or ()).get(ERROR_KEY, "")))
+    if named is not None:
         return named(f"{details} (said by {peer})")
     return _ERRORS.get(code, FailureError)(f"{peer}: {code.name.lower().replace('_', ' ')}: {details}")

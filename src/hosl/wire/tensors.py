@@ -49,6 +49,12 @@ class WireArray:
             return bool(((self.data & 0x7F80) != 0x7F80).all())
         return bool(np.isfinite(self.data).all())
 
+    def largest(self) -> float:
+        """The largest magnitude of an element. Requires: all are finite."""
+        if self.dtype == "bfloat16":
+            return float(_from_bfloat16((self.data & 0x7FFF).max(keepdims=True)).max())
+        return float(max(self.data.max(), -self.data.min()))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
@@ -182,7 +188,8 @@ class Unpacking:
                 tokens = prod(self.shape[:-1])
                 scales = self._bytes[: tokens * 4].view("<f4")
                 values = self._bytes[tokens * 4 :].view(np.int8).reshape(tokens, -1)
-                whole = values * scales[:, None]
+                with np.errstate(over="ignore", invalid="ignore"):  # such bytes are refused when it is whole
+                    whole = values * scales[:, None]
                 return (
                     _to_bfloat16(whole)
                     if self.dtype == "bfloat16"

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from hosl.errors import ConfigError
+from hosl.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch  # at run time only where an optimiser is made: the schema is read by processes without torch
+
+LARGEST_NORM = 1e18
+"""The norm of a gradient above which its squares are beyond float32."""
 
 
 class OptimiserSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,8 +47,30 @@ def make_optimiser(
 
 
 def optimiser_step(optimiser: "torch.optim.Optimizer", learning_rate: float) -> None:
-    """One update at `learning_rate` from the accumulated gradients, which are then released."""
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    """One update at `learning_rate` from the accumulated gradients, which are then released.
+
+    Raises:
+        NonFiniteError: see `check_gradients`; no weight is changed then.
+    """
+    try:
+        check_gradients(p.grad for group in optimiser.param_groups for p in group["params"])
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate
+        optimiser.step()
+    finally:
+        optimiser.zero_grad(set_to_none=True)
+
+
+def check_gradients(gradients: "Iterable[torch.Tensor | None]") -> None:
+    """Refuse gradients that would leave NaN or Inf in the weights, or in an optimiser's squares of them.
+
+    Raises:
+        NonFiniteError: if their norm is not below `LARGEST_NORM`.
+    """
+    import torch
+
+    if not torch.nn.utils.get_total_norm(g.detach() for g in gradients if g is not None) < LARGEST_NORM:
+        raise NonFiniteError(
+            "a gradient is NaN, infinite, or so large that its square is, though the loss is finite; nothing was "
+            "updated: look for extreme values in the data or the activations, and lower the learning rates"
+        )

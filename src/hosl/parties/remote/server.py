@@ -13,8 +13,8 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from hosl.core.array_types import Float
-from hosl.core.targets import Activations, Pair, PositionTargets, StepReply, Targets
-from hosl.errors import SessionError, StepMoved, WireError
+from hosl.core.targets import Activations, ClassTargets, Pair, PositionTargets, StepReply, Targets
+from hosl.errors import NonFiniteError, SessionError, StepMoved, WireError
 from hosl.parties.metered import Meter, payload_bytes
 from hosl.parties.remote.compression_watch import WatchesCompression
 from hosl.parties.remote.packing import Arrays, Packing
@@ -22,8 +22,15 @@ from hosl.transport.channel import Channel
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import targets_to_message
 from hosl.wire.tensors import Compression, Packed, Unpacking, pack
+from hosl.wire.updates import check_update
 
 _Reply = TypeVar("_Reply")
+_HELLOS = 10
+"""The hellos in a row after which a server that forgets every session is given up."""
+_LARGEST_GRADIENT = 1e18
+"""The largest element of a gradient; the squares of larger ones are beyond float32, and so is what comes of them."""
+_JOURNAL_BYTES = 256 << 20
+"""The largest journal that is read in one call."""
 
 
 class PendingLosses(Sequence[float]):
@@ -78,6 +85,9 @@ class RemoteServer(Packing):
         """The client's name on the server, by its token."""
         self.journal_updates = 0
         """The number of updates in the server's journal at the last Hello; for shared halves."""
+        self.classes: int | None = None
+        """The number of classes of the model's head; None: any number of scores is taken."""
+        self._training = pb.Training()
         self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="hosl-sender")
@@ -89,8 +99,17 @@ class RemoteServer(Packing):
         Raises:
             HandshakeError: if the two sides do not fit, naming both values.
             AccessError: if the token is unknown or revoked.
+            WireError: if the server goes on from a state that this client cannot have.
         """
-        reply = self.channel.ask("Hello", self._greeting(self.current), pb.HelloReply)
+        request = self._greeting(self.current)
+        reply = self.channel.ask("Hello", request, pb.HelloReply)
+        self._training, ours = request.training, {*request.restorable, request.current}
+        alone = request.training.clients <= 1
+        if reply.start > request.training.max_steps or (alone and reply.start not in ours):
+            raise WireError(
+                f"the server goes on from step {reply.start}; this client can from {sorted(ours)}, and the run has "
+                f"{request.training.max_steps} steps: the server is at fault, ask its owner"
+            )
         self._session, self._limits, self.client = reply.session, reply.limits, reply.client
         self.journal_updates = reply.journal_updates
         return reply.start
@@ -151,12 +170,14 @@ class RemoteServer(Packing):
             )
             frames = upload_frames(pb.Upload(scores=request), packed)
             reply = self.channel.upload("Scores", frames, pb.ScoresReply)
-            values = np.frombuffer(reply.values, dtype="<f4")
-            if values.size != reply.rows * reply.scores or reply.rows != len(targets.mask):
+            rows, width = len(targets.mask), self.classes if isinstance(targets, ClassTargets) else 1
+            width = reply.scores if width is None else width
+            if (reply.rows, reply.scores, len(reply.values)) != (rows, width, 4 * rows * width):
                 raise WireError(
-                    f"asked to score {len(targets.mask)} rows, the server sent {values.size} numbers"
+                    f"asked for scores [{rows}, {width}], the server sent [{reply.rows}, {reply.scores}] in "
+                    f"{len(reply.values)} bytes"
                 )
-            return values.reshape(reply.rows, reply.scores)
+            return np.frombuffer(reply.values, dtype="<f4").reshape(rows, width)
 
         return self._call(send)
 
@@ -170,7 +191,7 @@ class RemoteServer(Packing):
                 activations=packed[0].header,
                 targets=targets_to_message(targets),
             )
-            return self._stepped("Gradient", pb.Upload(gradient=request), packed)
+            return self._stepped("Gradient", pb.Upload(gradient=request), packed, want_gradient=True)
 
         return self._call(send)
 
@@ -210,7 +231,7 @@ class RemoteServer(Packing):
                 where=self._where(step), activations=packed[0].header, targets=targets_to_message(targets),
                 want_gradient=want_gradient,
             )  # fmt: skip
-            return self._stepped("Step", pb.Upload(step=request), packed)
+            return self._stepped("Step", pb.Upload(step=request), packed, want_gradient=want_gradient)
 
         return self._call(send)
 
@@ -234,15 +255,39 @@ class RemoteServer(Packing):
     def journal(
         self, step: int, have: int, seeds: Sequence[int], scales: Sequence[float], examples: int
     ) -> list[pb.JournalReply]:
-        """Hand in an update of shared halves (or none); returns the updates after the first `have`."""
+        """Hand in an update of shared halves (or none); returns the updates after the first `have`.
+
+        Raises:
+            WireError: if the updates do not ascend, are more than the run's, or cannot be updates.
+        """
 
         def send() -> list[pb.JournalReply]:
             request = pb.JournalRequest(
                 where=self._where(step), have=have, seeds=seeds, scales=scales, examples=examples
             )
-            return list(self.channel.converse("Journal", [request], pb.JournalReply))
+            replies, newest, size_bytes = list[pb.JournalReply](), have, 0
+            for reply in self.channel.converse("Journal", [request], pb.JournalReply):
+                size_bytes += reply.ByteSize()
+                if (replies and not reply.updates) or size_bytes > _JOURNAL_BYTES:
+                    raise WireError("the server's journal has no end; it is at fault, ask its owner")
+                for update in reply.updates:
+                    if not newest < update.step <= self._most_updates:
+                        raise WireError(
+                            f"the server's journal has update {update.step} after {newest}; updates ascend up to "
+                            f"{self._most_updates} in this run"
+                        )
+                    check_update(update.seeds, update.scales, clients=max(self._training.clients, 1))
+                    newest = update.step
+                replies.append(reply)
+            return replies
 
         return self._call(send)
+
+    @property
+    def _most_updates(self) -> int:
+        """The number of updates of a whole run: each client's, or one a round."""
+        together = self._training.order == pb.SYNCHRONOUS
+        return self._training.max_steps * (1 if together else max(self._training.clients, 1))
 
     # ---- how a call is made ----
 
@@ -256,14 +301,19 @@ class RemoteServer(Packing):
 
         Raises:
             StepMoved: if the server then continues from another step than the client.
+            SessionError: if it loses every session.
         """
-        while True:
+        for _ in range(_HELLOS):
             try:
                 return self.channel.for_ever(lambda: self._timed(send), self._say)
             except SessionError as unknown:
                 start = self.channel.for_ever(self.hello, self._say)
                 if start != self.current:
                     raise StepMoved(start) from unknown
+        raise SessionError(
+            f"the server forgot {_HELLOS} sessions in a row, each right after its hello; ask its owner to restart it, "
+            "then go on"
+        )
 
     def _timed(self, send: Callable[[], _Reply]) -> _Reply:
         start_s, computed_s = time.perf_counter(), self.meter.seconds
@@ -277,35 +327,54 @@ class RemoteServer(Packing):
             self._pending.exception()
             self._pending = None
 
-    def _stepped(self, call: str, request: pb.Upload, packed: list[Packed]) -> StepReply:
+    def _stepped(
+        self, call: str, request: pb.Upload, packed: list[Packed], *, want_gradient: bool
+    ) -> StepReply:
         parts = self.channel.converse(call, upload_frames(request, packed), pb.StepReply)
-        done, gradient = self._done(call, parts, pb.StepReply(), packed[0].header)
+        done, gradient = self._done(call, parts, packed[0].header, want_gradient=want_gradient)
         self._count_down(call.lower(), done.server_s, StepReply(done.loss, gradient))
         return StepReply(done.loss, gradient)
 
-    def _done(self, call: str, parts: Iterator[Any], empty: Any, activations: pb.Tensor) -> tuple[Any, Any]:
-        """The last part of a reply, and dL/dh where it announces one, of the activations' shape.
+    def _done(
+        self, call: str, parts: Iterator[Any], activations: pb.Tensor, *, want_gradient: bool
+    ) -> tuple[Any, Any]:
+        """The last part of a reply, and dL/dh if it was asked for, of the activations' shape.
 
         Raises:
-            WireError: if the shape differs, or more parts follow.
+            WireError: if the shape differs, or parts are missing or too many.
+            NonFiniteError: if the loss is NaN or infinite, or the gradient as good as infinite.
         """
-        done, gradient = next(parts, empty).done, None
-        if done.HasField("gradient"):
-            header = done.gradient
-            if list(header.shape) != list(activations.shape):
-                raise WireError(
-                    f"the gradient has shape {list(header.shape)}, the activations {list(activations.shape)}"
-                )
-            gradient = self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), parts)
+        done, gradient = reply_part(call, parts, "done"), None
+        if not math.isfinite(done.loss):
+            raise NonFiniteError(
+                f"the server's reply to {call} has the loss {done.loss}; it must be finite: lower the learning rates"
+            )
+        if done.HasField("gradient") != want_gradient:
+            raise WireError(
+                f"the reply to {call} {'lacks the' if want_gradient else 'has a'} gradient, which was "
+                f"{'' if want_gradient else 'not '}asked for"
+            )
+        if want_gradient:
+            gradient = self._filled(done.gradient, list(activations.shape), activations.dtype, parts)
         check_end(call, parts)
         return done, gradient
 
-    def _filled(self, unpacking: Unpacking, parts: Iterator[Any]) -> Any:
-        """The tensor of the chunks in the next parts of a reply."""
+    def _filled(self, header: pb.Tensor, shape: list[int], dtype: Any, parts: Iterator[Any]) -> Any:
+        """The tensor of the chunks in the next parts of a reply; must have this shape and dtype."""
+        if (list(header.shape), header.dtype) != (shape, dtype):
+            raise WireError(
+                f"the server sends a tensor {list(header.shape)} of dtype {header.dtype}, due is {shape} of {dtype}"
+            )
+        unpacking = Unpacking(header, tensor_bytes=self._limits.tensor_bytes)
         chunks = (part.chunk for part in parts)
         while not unpacking.complete:
             unpacking.add(next(chunks, b""))
-        return self._arrays.from_wire(unpacking.array())
+        array = unpacking.array()
+        if array.largest() > _LARGEST_GRADIENT:
+            raise NonFiniteError(
+                f"the server sends a number of {array.largest():.0e}; the run has diverged: lower the learning rates"
+            )
+        return self._arrays.from_wire(array)
 
     def _packed(self, activations: Activations, targets: Targets) -> Packed:
         packed = pack(self._arrays.to_wire(activations), self._compression, noise=self._noise())
@@ -319,6 +388,8 @@ class RemoteServer(Packing):
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
     def _count_down(self, call: str, server_s: float, payload: Any) -> None:
+        if not 0 <= server_s < 1e9:
+            raise WireError(f"the reply to {call} says that it took {server_s} s")
         self.meter.seconds += server_s
         self.meter.by_call[call] = self.meter.by_call.get(call, 0.0) + server_s
         self.meter.bytes_out += payload_bytes(payload)
@@ -328,6 +399,15 @@ def _finished(losses: list[float]) -> "Future[list[float]]":
     future: Future[list[float]] = Future()
     future.set_result(losses)
     return future
+
+
+def reply_part(call: str, parts: Iterator[Any], kind: str) -> Any:
+    """The next part of a reply; raises WireError if it is missing, or of another kind."""
+    part = next(parts, None)
+    found = None if part is None else part.WhichOneof("part")
+    if found != kind:
+        raise WireError(f"the reply to {call} should go on with `{kind}`, got `{found}`")
+    return getattr(part, kind)
 
 
 def check_end(call: str, parts: Iterator[Any]) -> None:

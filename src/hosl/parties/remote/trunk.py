@@ -7,10 +7,10 @@ from typing import Any
 
 from hosl.core.targets import Activations, PositionTargets, StepReply
 from hosl.errors import WireError
-from hosl.parties.remote.server import RemoteServer, check_end, upload_frames
+from hosl.parties.remote.server import RemoteServer, check_end, reply_part, upload_frames
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import positions_to_message
-from hosl.wire.tensors import Unpacking, pack
+from hosl.wire.tensors import pack
 
 
 class RemoteTrunk(RemoteServer):
@@ -29,10 +29,10 @@ class RemoteTrunk(RemoteServer):
             )  # fmt: skip
             frames = upload_frames(pb.Upload(states=request), packed)
             parts = self.channel.converse("States", frames, pb.StatesReply)
-            done = next(parts, pb.StatesReply()).done
+            done = reply_part("States", parts, "done")
             if len(done.states) != len(packed):
                 raise WireError(f"asked for {len(packed)} states, the server sent {len(done.states)}")
-            states = [self._received(header, parts, targets) for header in done.states]
+            states = [self._received(header, parts, packed[0].header, targets) for header in done.states]
             check_end("States", parts)
             self._count_down("states", done.server_s, states)
             return states
@@ -66,15 +66,17 @@ class RemoteTrunk(RemoteServer):
 
             try:
                 parts = self.channel.converse("StepStates", frames(), pb.StepStatesReply)
-                header = next(parts, pb.StepStatesReply()).states
-                states = self._received(header, parts, targets)
+                header = reply_part("StepStates", parts, "states")
+                states = self._received(header, parts, packed.header, targets)
                 start_s = time.perf_counter()
                 gradient = pack(self._arrays.to_wire(answer(states)), "none")
                 self.wire_s -= time.perf_counter() - start_s  # the head computes on this device
                 for chunk in gradient.chunks():
                     gradient_chunks.put(chunk)
                 gradient_chunks.put(None)
-                done, cut_gradient = self._done("StepStates", parts, pb.StepStatesReply(), packed.header)
+                done, cut_gradient = self._done(
+                    "StepStates", parts, packed.header, want_gradient=want_gradient
+                )
                 self._count_down("step", done.server_s, [states, cut_gradient])
                 self.meter.bytes_in += gradient.size_bytes
                 return StepReply(0.0, cut_gradient)
@@ -83,8 +85,8 @@ class RemoteTrunk(RemoteServer):
 
         return self._call(send)
 
-    def _received(self, header: pb.Tensor, parts: Iterator[Any], targets: PositionTargets) -> Any:
-        expected = [len(targets.mask), len(targets.positions)]
-        if list(header.shape)[:2] != expected:
-            raise WireError(f"asked for states {expected}, the server sent {list(header.shape)}")
-        return self._filled(Unpacking(header, tensor_bytes=self._limits.tensor_bytes), parts)
+    def _received(
+        self, header: pb.Tensor, parts: Iterator[Any], activations: pb.Tensor, targets: PositionTargets
+    ) -> Any:
+        shape = [len(targets.mask), len(targets.positions), activations.shape[2]]
+        return self._filled(header, shape, activations.dtype, parts)

@@ -80,7 +80,7 @@ class FirstOrderServer(TorchServer):
         A repeated call for the last step returns the same reply and changes nothing. Source: Alg. 1, line 7.
 
         Raises:
-            NonFiniteError: if the loss is NaN or infinite; theta_s is then unchanged.
+            NonFiniteError: if the loss or a gradient is NaN or infinite; theta_s is then unchanged.
         """
         if self._last_reply is not None and self._last_reply[0] == step:
             return self._last_reply[1]

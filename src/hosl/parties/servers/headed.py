@@ -16,7 +16,12 @@ from hosl.core.array_types import Float
 from hosl.core.targets import Activations, PositionTargets, StepReply, Targets, positions_of
 from hosl.errors import NonFiniteError
 from hosl.parties.engine.loss import row_losses, row_scores
-from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
+from hosl.parties.engine.optimisers import (
+    OptimiserSpec,
+    check_gradients,
+    make_optimiser,
+    optimiser_step,
+)
 from hosl.split import HeadHalf
 
 
@@ -86,7 +91,7 @@ class HeadedServer:
         """One update of trunk and head; the reply's loss and dL/dh are those before it.
 
         Raises:
-            NonFiniteError: if the loss is NaN or infinite; nothing is updated then.
+            NonFiniteError: if the loss or a gradient is NaN or infinite; nothing is updated then.
         """
         losses: list[float] = []
 
@@ -100,6 +105,7 @@ class HeadedServer:
                 )
             # not of a tied weight, whose gradient is large
             gradient, *head_gradients = torch.autograd.grad(loss, [leaf, *self.trained.values()])
+            check_gradients([gradient, *head_gradients])
             for p, p_gradient in zip(self.trained.values(), head_gradients, strict=True):
                 p.grad = p_gradient  # replaces that of a call whose reply was lost
             losses.append(float(loss.detach()))

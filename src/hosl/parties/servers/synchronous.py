@@ -4,7 +4,7 @@ import torch
 
 from hosl.core.targets import StepReply, Targets
 from hosl.errors import NonFiniteError
-from hosl.parties.engine.optimisers import optimiser_step
+from hosl.parties.engine.optimisers import check_gradients, optimiser_step
 from hosl.parties.servers.basic import FirstOrderServer
 
 
@@ -20,7 +20,7 @@ class SynchronousServer(FirstOrderServer):
         """Add the gradient of this batch, weighted by its number of `examples`, to the round's; theta_s is unchanged.
 
         Raises:
-            NonFiniteError: if the loss is NaN or infinite; nothing was added then.
+            NonFiniteError: if the loss or a gradient is NaN or infinite; nothing was added then.
         """
         h = activations.detach().to(self.device).requires_grad_(want_gradient)
         loss = self._loss(h, targets)
@@ -28,9 +28,15 @@ class SynchronousServer(FirstOrderServer):
             raise NonFiniteError(
                 f"a client's training loss is {float(loss.detach())}; it must be finite: lower the learning rates"
             )
-        (loss * examples).backward()
+        trained = list(self.trained.values())
+        inputs = [*trained, h] if want_gradient else trained
+        gradients = torch.autograd.grad(loss * examples, inputs, allow_unused=True)
+        check_gradients(gradients)
+        for p, gradient in zip(trained, gradients, strict=False):
+            if gradient is not None:
+                p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
         self._examples += examples
-        return StepReply(float(loss.detach()), None if h.grad is None else h.grad / examples)
+        return StepReply(float(loss.detach()), gradients[-1] / examples if want_gradient else None)
 
     def apply(self, step: int) -> None:
         """One update from the mean over all examples contributed since the last one; without any, nothing changes."""

@@ -1,0 +1,32 @@
+"""The numbers of a zeroth-order update, K seeds and K scales: what arrives from a peer is checked before it is used."""
+
+from collections.abc import Sequence
+
+from hosl.core.estimators import LARGEST_SCALE
+from hosl.errors import LimitError, WireError
+
+MOST_DIRECTIONS = 4096
+"""The directions of one update: each costs a pass over the trained weights, and a client draws 16 by default."""
+
+
+def check_update(seeds: Sequence[int], numbers: Sequence[float], *, clients: int = 1) -> None:
+    """Refuse what can be no update: `seeds`, and the scale or coefficient of each; `clients` may be merged in it.
+
+    Raises:
+        WireError: if the two differ in length, or a number is NaN or as good as infinite.
+        LimitError: if there are more than `MOST_DIRECTIONS` for each client.
+    """
+    if len(seeds) != len(numbers):
+        raise WireError(
+            f"an update has one number per seed, got {len(seeds)} seeds and {len(numbers)} numbers"
+        )
+    if len(seeds) > MOST_DIRECTIONS * clients:
+        raise LimitError(
+            f"an update has at most {MOST_DIRECTIONS} directions of each client, got {len(seeds)}; set zo.directions "
+            "lower"
+        )
+    if not all(abs(number) < LARGEST_SCALE for number in numbers):  # NaN is not below it either
+        raise WireError(
+            f"an update holds NaN, Inf or a number beyond {LARGEST_SCALE:.0e}; the sender has diverged: lower its "
+            "learning rate or epsilon"
+        )
