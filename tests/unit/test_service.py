@@ -1,6 +1,8 @@
 """The service's own rules, without a network: whose turn it is, how much is allowed, who may speak."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -88,6 +90,43 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(tmp_path):
     Access(tmp_path).revoke("phone")  # by another process
     with pytest.raises(AccessError, match="has been revoked"):
         access.client_of(token)
+
+
+CHANGES = """
+import sys
+from pathlib import Path
+from hosl.service.access import Access
+access = Access(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(12):
+    access.revoke(f"old-{sys.argv[2]}-{number}")
+    access.enrol(f"new-{sys.argv[2]}-{number}")
+"""
+
+
+def test_processes_that_change_the_clients_at_once_lose_no_revocation_and_no_client(tmp_path):
+    owner = Access(tmp_path)
+    tokens = [owner.enrol(f"old-{process}-{number}") for process in range(3) for number in range(12)]
+    command = [sys.executable, "-c", CHANGES, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    changing = [subprocess.Popen([*command, str(process)], **pipes) for process in range(3)]
+    for process in changing:
+        assert process.stdout.readline() == "ready\n"
+    for process in changing:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in changing:
+        process.communicate()
+        assert process.returncode == 0
+    names = {client["name"]: client["revoked"] for client in owner.names()}
+    assert names == {
+        f"{age}-{process}-{number}": age == "old"
+        for age in ("old", "new") for process in range(3) for number in range(12)
+    }  # fmt: skip
+    for token in tokens:
+        with pytest.raises(AccessError, match="has been revoked"):
+            owner.client_of(token)
 
 
 @pytest.mark.parametrize(

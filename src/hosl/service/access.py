@@ -8,10 +8,13 @@
 """
 
 import datetime
+import fcntl
 import hmac
 import json
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,8 @@ class Access:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "clients.json"
-        self._version: tuple[int, int] = (0, 0)
-        """Modification time and inode of the file that was read last."""
+        self._version = (0, 0, 0)
+        """Modification time, inode and size of the file that was read last."""
         self._clients: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._refresh()
@@ -52,15 +55,15 @@ class Access:
             raise ConfigError(
                 f"client name {name!r}: 1 to 32 of a-z, 0-9, dot, hyphen, underscore, beginning with a letter or digit"
             )
-        self._refresh()
-        if name in self._clients:
-            raise ConfigError(
-                f"client {name} is enrolled already ({', '.join(self._clients)}); choose another name: a lost token "
-                "cannot be shown again, revoke it and enrol under a new name"
-            )
         token = secrets.token_urlsafe(32)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._write(self._clients | {name: {"token_sha256": _hash(token), "enrolled": now, "revoked": False}})
+        with self._changing() as clients:
+            if name in clients:
+                raise ConfigError(
+                    f"client {name} is enrolled already ({', '.join(clients)}); choose another name: a lost token "
+                    "cannot be shown again, revoke it and enrol under a new name"
+                )
+            clients[name] = {"token_sha256": _hash(token), "enrolled": now, "revoked": False}
         return token
 
     def revoke(self, name: str) -> None:
@@ -69,10 +72,10 @@ class Access:
         Raises:
             ConfigError: if there is no such client.
         """
-        self._refresh()
-        if name not in self._clients:
-            raise ConfigError(f"no client is called {name}; there are {', '.join(self._clients) or 'none'}")
-        self._write(self._clients | {name: self._clients[name] | {"revoked": True}})
+        with self._changing() as clients:
+            if name not in clients:
+                raise ConfigError(f"no client is called {name}; there are {', '.join(clients) or 'none'}")
+            clients[name] = clients[name] | {"revoked": True}
 
     def client_of(self, token: str) -> str:
         """The name of the client that a token belongs to; compared in constant time with every client's token.
@@ -99,14 +102,22 @@ class Access:
             stat = self._file.stat()
         except FileNotFoundError:
             return
-        version = (stat.st_mtime_ns, stat.st_ino)
+        version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
         if version != self._version:
             self._clients = json.loads(self._file.read_text(encoding="utf-8"))
             self._version = version
 
-    def _write(self, clients: dict[str, dict[str, Any]]) -> None:
-        whole_file(self._file, json.dumps(clients, indent=2).encode(), mode=0o600)
-        self._refresh()
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """The clients as they are on disk, to be changed and written by this process alone."""
+        with (self._file.parent / ".clients.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._version = (0, 0, 0)
+            self._refresh()
+            clients = dict(self._clients)
+            yield clients
+            whole_file(self._file, json.dumps(clients, indent=2).encode(), mode=0o600)
+            self._refresh()
 
 
 def bearer(authorization: str) -> str:

@@ -15,7 +15,7 @@ from hosl.errors import HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.incoming import Incoming
 from hosl.service.limits import Limits, Meterage
-from hosl.service.rounds import Contribution
+from hosl.service.rounds import Contribution, Round
 from hosl.service.runs import ServedRun
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
@@ -46,8 +46,8 @@ class Calls:
         self._access, self._sessions, self._scheduler = access, sessions, scheduler
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
-        self._grace_timers: dict[str, asyncio.Task[None]] = {}
-        """Per run, the task that closes its round when the grace time is over."""
+        self._closing: dict[Round, asyncio.Task[None]] = {}
+        """The task that closes each open round; no call's own, so that it outlives the client that began it."""
         self.round_closed = asyncio.Condition()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -282,35 +282,35 @@ class Calls:
     async def _take_part(self, run: ServedRun, client: str, request: pb.JournalRequest) -> bool:
         """Contribute to the round and wait until it is closed; returns whether the contribution came too late."""
         contribution = Contribution(tuple(request.seeds), tuple(request.scales), request.examples)
-        late, _ = await self._scheduler.run(
+        current, _ = await self._scheduler.run(
             client, CALL_TOKENS, lambda: run.contribute(client, request.where.step, contribution)
         )
-        current = run.round
-        if late or current is None or current.number != request.where.step:
+        if current is None:
             return True
-        if run.name not in self._grace_timers:
-            self._grace_timers[run.name] = asyncio.create_task(self._close_after_grace(run, current.number))
         if current.complete:
-            self._grace_timers.pop(run.name).cancel()
-            await self._close(run, current.number)
+            self._close_after(0.0, run, current)
+        elif current not in self._closing:
+            self._close_after(run.training.grace_s, run, current)
         async with self.round_closed:
             await self.round_closed.wait_for(lambda: run.round is not current)
         return False
 
-    async def _close_after_grace(self, run: ServedRun, number: int) -> None:
-        await asyncio.sleep(run.training.grace_s)
-        self._grace_timers.pop(run.name, None)
-        await self._close(run, number)
+    def _close_after(self, seconds: float, run: ServedRun, current: Round) -> None:
+        """Let a task of the service close the round, in place of the one that waits to do so."""
 
-    async def _close(self, run: ServedRun, number: int) -> None:
-        def work() -> list[str] | None:
-            return run.close_round() if run.round is not None and run.round.number == number else None
+        async def close() -> None:
+            await asyncio.sleep(seconds)
+            dropped, compute_s = await self._scheduler.run("round", 0, lambda: run.close_round(current))
+            self._closing.pop(current, None)
+            if dropped is not None:
+                self._status.round_closed(run, current.number, dropped, compute_s)
+            async with self.round_closed:
+                self.round_closed.notify_all()
 
-        dropped, seconds = await self._scheduler.run("round", 0, work)
-        if dropped is not None:
-            self._status.round_closed(run, number, dropped, seconds)
-        async with self.round_closed:
-            self.round_closed.notify_all()
+        if run.round is current:  # else its task is about to tell those who wait
+            if current in self._closing:
+                self._closing.pop(current).cancel()
+            self._closing[current] = asyncio.create_task(close())
 
     # ---- shared by the calls ----
 

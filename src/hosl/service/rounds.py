@@ -14,7 +14,7 @@ class Contribution:
     examples: int
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself: after a restart another round may have the same number
 class Round:
     """A round that collects contributions. It may close when all the clients expected have contributed."""
 

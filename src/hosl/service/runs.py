@@ -231,17 +231,21 @@ class ServedRun:
             self.updates += 1
             self._journaled[client] = step
 
-    def contribute(self, client: str, step: int, contribution: Contribution) -> bool:
-        """Add a client's part to the round; returns whether it came too late. For the synchronous schedule."""
+    def contribute(self, client: str, step: int, contribution: Contribution) -> Round | None:
+        """Add a client's part to the round; returns the round, None if it came too late. Synchronous only."""
         assert self.round is not None, "only the synchronous schedule has rounds"
         if step != self.round.number:
-            return True
+            return None
         self.round.contributions[client] = contribution
-        return False
+        return self.round
 
-    def close_round(self) -> list[str]:
-        """Apply the mean over the clients that contributed; returns the names of those that did not."""
-        assert self.round is not None, "only the synchronous schedule has rounds"
+    def close_round(self, current: Round) -> list[str] | None:
+        """Apply the mean over the clients that contributed; returns the names of those that did not.
+
+        None, and nothing is done, if `current` is closed already.
+        """
+        if self.round is None or self.round is not current:
+            return None
         self.half.apply(self.round.number)
         seeds, scales = self.round.mean_update()
         if seeds:

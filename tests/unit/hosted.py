@@ -1,0 +1,138 @@
+"""The service in this process, over a half of two numbers: what a client's calls do, without sockets and torch."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import numpy as np
+
+from hosl.core.journal import Journal
+from hosl.service.access import Access
+from hosl.service.calls import Calls
+from hosl.service.hosted_half import HostedHalf, Stepped
+from hosl.service.incoming import Incoming
+from hosl.service.limits import Limits
+from hosl.service.scheduler import Scheduler
+from hosl.service.sessions import Sessions
+from hosl.service.status import Status
+from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.wire import hosl_pb2 as pb
+from hosl.wire.tensors import WireArray, pack
+
+MODEL = pb.Model(family="bert", cut=2, labels=pb.LABELS_AT_SERVER)
+ACTIVATIONS = np.ones((2, 3, 4), np.float32)
+
+
+class CountingHalf(HostedHalf):
+    """A `HostedHalf` that counts: `updates` of its weights, and the examples that each came from."""
+
+    def __init__(self):
+        self.updates, self.examples, self.pending = 0, [], 0
+
+    def check(self, shape, targets): ...
+    def losses(self, activations, targets):
+        return [float(self.updates)] * len(activations)
+
+    def step(self, activations, targets, step, want_gradient):
+        self.updates += 1
+        return Stepped(float(self.updates), activations if want_gradient else None)
+
+    def contribute(self, activations, targets, examples, want_gradient):
+        self.pending += examples
+        return Stepped(float(self.updates), activations if want_gradient else None)
+
+    def apply(self, step):
+        self.updates, self.pending = self.updates + 1, 0
+        self.examples.append(self.pending)
+
+    def save(self, folder, step, facts, journal, **how):
+        state = {**facts, "half": self.updates}
+        write_checkpoint(
+            folder, Checkpoint(step, state, journal=journal and journal.to_bytes()), **how or {"keep": 2}
+        )
+
+    def restore(self, folder, step):
+        drop_checkpoints_after(folder, step)
+        if step == 0:
+            self.updates = 0
+            return {}, Journal()
+        read = read_checkpoint(folder / f"step-{step:08d}")
+        self.updates = read.state["half"]
+        return read.state, Journal.from_bytes(read.journal or b"")
+
+
+class Service:
+    """Calls, sessions and compute thread over one folder; `call` makes one call and returns its replies."""
+
+    def __init__(self, folder, **how):
+        self.scheduler, self.log = Scheduler(), []
+        self.half = CountingHalf()
+        self.sessions = Sessions(folder, lambda model, training: self.half, **how)
+        status = Status(log=lambda line: self.log.append(msgspec.json.decode(line)))
+        self.calls = Calls(Access(folder), self.sessions, self.scheduler, status, Limits(), idle_s=5.0)
+        self.status = status
+
+    async def call(self, name, client, *messages):
+        """All the replies to a call."""
+        with self.status.call(client, name):
+            incoming = Incoming(_frames(messages), idle_s=5.0, check_access=lambda: None)
+            return [reply async for reply in getattr(self.calls, name)(client, incoming)]
+
+    async def hello(self, client, training, run="run", restorable=(0,), current=0, **more):
+        """Say hello; returns the reply."""
+        request = pb.HelloRequest(
+            protocol=1,
+            run=run,
+            model=MODEL,
+            training=training,
+            restorable=restorable,
+            current=current,
+            **more,
+        )
+        (reply,) = await self.call("_hello", client, request)
+        return reply
+
+    async def step(self, client, session, step):
+        """One training step; returns its loss."""
+        packed = pack(WireArray(ACTIVATIONS, "float32"), "none")
+        rows, seq, _ = ACTIVATIONS.shape
+        targets = pb.Targets(
+            mask=pb.Mask(rows=rows, seq=seq, bits=b"\xff"), classes=pb.Classes(labels=[0] * rows)
+        )
+        where = pb.Where(session=session, step=step)
+        ask = pb.Upload(step=pb.AskStep(where=where, activations=packed.header, targets=targets))
+        reply, *_ = await self.call(
+            "_step", client, ask, *(pb.Upload(chunk=chunk) for chunk in packed.chunks())
+        )
+        return reply.done.loss
+
+    async def journal(self, client, session, step, scales=(0.5,), seeds=None, examples=2, have=0):
+        """Hand in an update; returns the last reply."""
+        seeds = range(1, len(scales) + 1) if seeds is None else seeds
+        request = pb.JournalRequest(
+            where=pb.Where(session=session, step=step),
+            have=have,
+            seeds=seeds,
+            scales=scales,
+            examples=examples,
+        )
+        return (await self.call("_journal", client, request))[-1]
+
+
+def training(**changed):
+    """The settings of a run of hosl with shared halves in rounds, unless `changed`."""
+    facts = {
+        "method": pb.HOSL, "distribution": pb.GAUSSIAN, "trainable": pb.ALL, "learning_rate": 1e-3, "max_steps": 12,
+        "clients": 3, "halves": pb.SHARED, "order": pb.SYNCHRONOUS, "grace_s": 0.2,
+    }  # fmt: skip
+    return pb.Training(**facts | changed)
+
+
+def in_loop(work):
+    """Run an async test to its end; a call that hangs fails it."""
+    return asyncio.run(asyncio.wait_for(work, 20))
+
+
+async def _frames(messages) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message.SerializeToString()
