@@ -12,6 +12,7 @@ from hosl.errors import ConfigError
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
 from hosl.system.atomic import whole_folder
+from hosl.system.own_files import own_file
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
@@ -103,7 +104,7 @@ def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
 
 
 def copy_tokenizer(folder: Path | None, out: Path) -> None:
-    """Copy those of `TOKENIZER_FILES` that `folder` has; None: none."""
+    """Copy those of `TOKENIZER_FILES` that `folder` has; None: none. Links out of the folder are refused."""
     for name in TOKENIZER_FILES:
-        if folder is not None and (folder / name).is_file():
+        if folder is not None and own_file(folder, name).is_file():
             shutil.copyfile(folder / name, out / name)
