@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import yaml
 
 import hosl
@@ -296,3 +297,28 @@ def test_hosl_split_writes_two_sides_and_says_how_large(tiny_run, tmp_path, caps
     assert (out / "client" / "tokenizer.json").is_file()
     assert main(words) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_train_refuses_a_wrapped_checkpoint_before_a_folder_is_made(tiny_run, tmp_path, capsys, wrapper):
+    config, weights = tiny_run(), tmp_path / "model-in" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({wrapper + key: t for key, t in tensors.items()}, weights)
+    assert main(["train", str(config)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"its names hold {wrapper!r}: a wrapper was saved, save the model inside it" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_drawn_and_passed_over_is_said_before_the_first_step(tiny_run, tmp_path, capsys):
+    config = tiny_run(max_steps=1, method="frozen")
+    (tmp_path / "model-in" / "adapter_model.safetensors").write_bytes(b"of another training")
+    assert main(["train", str(config)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    first = next(i for i, line in enumerate(lines) if " on data: " in line)
+    said = "drawn from the seed: classifier.weight, classifier.bias, in place of the stored classifier.weight [5, 32]"
+    assert any(said in line for line in lines[:first])
+    assert any("adapter_model.safetensors beside the model is not applied" in line for line in lines[:first])
+    assert main(["split", str(tmp_path / "model-in"), str(tmp_path / "out"), "--cut", "1",
+                 "--head", "classification", "--num-labels", "2"]) == 0  # fmt: skip
+    assert said in capsys.readouterr().err
