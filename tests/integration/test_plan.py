@@ -92,12 +92,24 @@ def test_what_cannot_be_planned_is_one_line(capsys, words, said):
         ("{", "cannot be read as JSON"),
         ('{"model_type": "mamba"}', "model_type mamba cannot be cut"),
         ('{"model_type": "opt", "hidden_size": 30, "num_attention_heads": 4}', "no model can be built from the config"),
+        ('{"model_type": "llama", "hidden_size": -4}', "is no config that transformers takes"),
+        ('{"model_type": "gemma2", "num_hidden_layers": 1000000000}', "num_hidden_layers must lie in 1..1000"),
+        ('{"model_type": "gpt2", "n_layer": 0}', "n_layer must lie in 1..1000, got 0"),
+        ('{"model_type": "frobnicator"}', "model_type 'frobnicator' is unknown to transformers"),
     ],
 )  # fmt: skip
 def test_a_config_without_what_a_plan_needs_is_refused(capsys, tmp_path, content, said):
     (tmp_path / "config.json").write_text(content)
     assert main(["plan", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_quantised_model_is_not_planned_as_if_it_were_the_original(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}'
+    )
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "is quantised (awq)" in capsys.readouterr().err
 
 
 def mib(count):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import yaml
 
 import hosl
@@ -358,3 +359,28 @@ def test_the_export_of_a_tied_model_says_by_how_much_it_grew_and_can_be_tied(
     assert two.stat().st_size - one.stat().st_size >= 97 * 32 * 4
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "two")]) == 0
     assert "were one tensor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_train_refuses_a_wrapped_checkpoint_before_a_folder_is_made(tiny_run, tmp_path, capsys, wrapper):
+    config, weights = tiny_run(), tmp_path / "model-in" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({wrapper + key: t for key, t in tensors.items()}, weights)
+    assert main(["train", str(config)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"its names hold {wrapper!r}: a wrapper was saved, save the model inside it" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_drawn_and_passed_over_is_said_before_the_first_step(tiny_run, tmp_path, capsys):
+    config = tiny_run(max_steps=1, method="frozen")
+    (tmp_path / "model-in" / "adapter_model.safetensors").write_bytes(b"of another training")
+    assert main(["train", str(config)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    first = next(i for i, line in enumerate(lines) if " on data: " in line)
+    said = "drawn from the seed: classifier.weight, classifier.bias, in place of the stored classifier.weight [5, 32]"
+    assert any(said in line for line in lines[:first])
+    assert any("adapter_model.safetensors beside the model is not applied" in line for line in lines[:first])
+    assert main(["split", str(tmp_path / "model-in"), str(tmp_path / "out"), "--cut", "1",
+                 "--head", "classification", "--num-labels", "2"]) == 0  # fmt: skip
+    assert said in capsys.readouterr().err

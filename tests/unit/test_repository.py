@@ -35,6 +35,23 @@ def test_files_and_functions_stay_short(path):
     assert path.stem not in {"utils", "helpers", "manager", "common", "misc"}
 
 
+def test_transformers_is_told_everywhere_that_code_of_a_model_folder_is_not_trusted():
+    calls = [
+        (path.name, node)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
+    assert len(calls) >= 2
+    for name, call in calls:
+        told = [
+            k.value.value
+            for k in call.keywords
+            if k.arg == "trust_remote_code" and isinstance(k.value, ast.Constant)
+        ]
+        assert told == [False], name
+
+
 def test_no_room_is_crowded():
     rooms = Counter(path.parent for path in SOURCES if not path.name.endswith("_pb2.py"))
     assert {str(room.relative_to(ROOT)): files for room, files in rooms.items() if files > 16} == {}

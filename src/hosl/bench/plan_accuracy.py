@@ -119,7 +119,7 @@ def _saved(folder: Path, families: set[str]) -> Iterator[tuple[str, ModelShape]]
         auto: Any = hf.AutoModelForCausalLM if head == "causal" else hf.AutoModelForSequenceClassification
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            auto.from_config(config_class(**sizes)).save_pretrained(folder / family)
+            auto.from_config(config_class(**sizes), trust_remote_code=False).save_pretrained(folder / family)
         yield family, model_shape(str(folder / family), head=head)
 
 

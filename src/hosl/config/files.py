@@ -45,7 +45,11 @@ def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
         raise ConfigError(f"{kind} {path}: no such file; {instead}") from None
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"{kind} {path} cannot be read as text: {cause}") from cause
-    except yaml.YAMLError as cause:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as cause:  # a date or a number that there is not, a deep nest
         raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(cause).split())}") from cause
 
 

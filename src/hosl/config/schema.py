@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
+from hosl.config.ranges import check_ranges
 from hosl.config.sections import ClientConfig, ClientsConfig, ModelConfig, ServerConfig, WireConfig, ZOConfig
 from hosl.core.methods import METHODS, LearningRates, Method
 from hosl.errors import ConfigError
@@ -31,7 +32,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     profile: Literal["paper", "authors-head"] = "paper"
     """paper: the algorithm as published. authors-head: as the authors' code runs (docs/concepts/algorithm.md)."""
     seed: int = 0
-    """The seed of the data order, the directions, new heads and adapters."""
+    """The seed of the data order, the directions, new heads and adapters; 0 or more."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = DocstringsConfig()
     zo: ZOConfig = ZOConfig()
@@ -59,6 +60,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Experiment trackers that get the metrics, beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for name in (
             "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
             "snapshot_steps",

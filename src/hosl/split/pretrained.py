@@ -86,7 +86,7 @@ def read_config(path: Path, name: str) -> Any:
             f"{transformers.__version__}, and code of a model folder is never executed; hosl can cut {_known_types()}"
         )
     try:
-        return transformers.AutoConfig.from_pretrained(file, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as cause:  # a config's checks may raise any error about its values
         raise ConfigError(f"{file} is no config that transformers takes: {_reason(cause)}") from cause
 

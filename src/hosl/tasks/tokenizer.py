@@ -8,6 +8,7 @@ import tokenizers
 
 from hosl.errors import HoslError, TaskError
 from hosl.system.model_limits import ModelLimits, model_limits
+from hosl.system.own_files import own_file
 
 
 class TextTokenizer:
@@ -36,8 +37,9 @@ class TextTokenizer:
 
         Raises:
             TaskError: if there is no tokenizer.json, or it is damaged.
+            FolderError: if it is a link out of the folder.
         """
-        file = folder / "tokenizer.json"
+        file = own_file(folder, "tokenizer.json")
         if not file.is_file():
             raise TaskError(
                 f"{folder} has no tokenizer.json, and a model without a tokenizer cannot read text; save a fast one "
@@ -91,7 +93,7 @@ class TextTokenizer:
 def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
     """The id for padding: the named padding token, else the end-of-text token, else 0. Padded positions are masked."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
-        if not (folder / name).is_file():
+        if not own_file(folder, name).is_file():
             continue
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
         if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= 0:  # -1: none
