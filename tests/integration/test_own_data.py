@@ -113,6 +113,19 @@ def test_auto_trains_on_whole_rows_and_too_many_tokens_are_refused_before_a_fold
     assert "max_tokens: auto cuts 60 of 60 rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("labels", [None, [11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 12]])
+def test_integer_labels_keep_their_numbers_in_the_exported_model(tiny_run, tmp_path, labels):
+    """As text they would be in the order 0, 1, 10, 11, 2: then id2label of 2 is 10."""
+    write_rows(tmp_path / "numbers.csv", [(f"{a} {b}", (10 * i + j) % 12) for i, a in enumerate(WORDS)
+                                          for j, b in enumerate(WORDS)])  # fmt: skip
+    config = changed(
+        tiny_run(method="frozen", max_steps=1), train=str(tmp_path / "numbers.csv"), labels=labels
+    )
+    assert main(["train", str(config)]) == 0
+    exported = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "model")
+    assert exported.id2label == dict(enumerate(map(str, labels or range(12))))
+
+
 @pytest.mark.parametrize("part", ["train", "dev", "test"])
 def test_a_batch_that_the_server_would_not_take_is_refused_before_the_first_step(tiny_run, tmp_path, part):
     """1 MiB is 8192 tokens of width 32 in float32, and 134 rows of 61 tokens are 8174."""

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
+from hosl.config import parse_config
 from hosl.errors import ConfigError, TaskError
 from hosl.system.model_limits import ModelLimits, limits_of
 from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, load_task
@@ -282,6 +283,12 @@ def test_only_the_shards_of_a_saved_dataset_are_read_not_caches_or_an_earlier_sa
     (folder / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(TaskError, match=r"data-00001-of-00002\.arrow is not an Arrow stream"):
         read(folder)
+    for damage in (b"{", b"[]", b'{"_data_files": ["a"]}', b'{"_split": "train"}'):
+        (folder / "state.json").write_bytes(damage)
+        with pytest.raises(
+            TaskError, match=r"state\.json (is damaged|names no files).*save the dataset again"
+        ):
+            read(folder)
     (folder / "state.json").unlink()
     with pytest.raises(TaskError, match=r"4 .arrow files and no state.json"):
         read(folder)
@@ -353,6 +360,14 @@ def test_data_with_a_class_that_task_labels_lacks_is_refused(tmp_path):
         read(train, labels=("a", "b", "c"), test=str(test))
     with pytest.raises(ConfigError, match=r"task.labels needs two classes or more"):
         FilesConfig(train="x", labels=("a",))
+
+
+def test_classes_that_yaml_takes_for_truth_values_are_refused_with_the_way_out():
+    content = {"task": {"kind": "files", "train": "x", "labels": [False, True]}}
+    with pytest.raises(
+        ConfigError, match="YAML reads yes, no, on, off, true and false as truth values: write them"
+    ):
+        parse_config(content, where="my.yaml")
 
 
 def test_two_devices_whose_files_hold_other_classes_share_one_list(tmp_path):

@@ -85,6 +85,8 @@ def _hint(message: str, content: object) -> str:
         return f"{suggestion} Allowed here: {', '.join(allowed)}."
     if re.search(r"Expected `float.*got `str`|Invalid enum value '[\d.]+e", message):
         return ". YAML reads 1e-3 as text: write 1.0e-3"
+    if re.search(r"Expected `.*str.*got `bool`", message):
+        return ". YAML reads yes, no, on, off, true and false as truth values: write them in quotes"
     return ""
 
 

@@ -207,7 +207,10 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder} is a selection of the rows in its files; save it with a newer `datasets`, or after "
             "`flatten_indices()`"
         )
-    return [folder / Path(file["filename"]).name for file in state.get("_data_files") or ()]
+    try:
+        return [folder / Path(file["filename"]).name for file in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise TaskError(f"{folder / 'state.json'} names no files; save the dataset again") from None
 
 
 def _json_of(file: Path) -> dict[str, Any]:
