@@ -20,7 +20,7 @@ LEARNS = {
     "positions": "where the scored tokens stand, and so how long the candidate answers are",
     "gradient at the states": "often the labels: the gradient's direction differs by class (SECURITY.md)",
     "update": "K numbers per step that depend on this device's data, relayed to the other devices",
-    "hello": "model, settings and software version",
+    "hello": "model, settings, software version; whether a guessed list of class names is this device's",
 }
 
 

@@ -20,8 +20,13 @@ def model_message(facts: dict[str, Any], config: Config) -> pb.Model:
     )  # fmt: skip
 
 
-def training_message(config: Config) -> pb.Training:
-    """The message about the training: the settings of a run that the server must know."""
+def training_message(config: Config, labels_digest: str = "") -> pb.Training:
+    """The message about the training: the settings of a run that the server must know.
+
+    Args:
+        config: the settings of the run.
+        labels_digest: the digest of the names of the classes; not told where the labels stay with the client.
+    """
     server, clients = config.server, config.clients
     optimiser = pb.Optimiser(
         name=to_enum(pb.OptimiserName, server.optimiser.name), momentum=server.optimiser.momentum,
@@ -35,7 +40,7 @@ def training_message(config: Config) -> pb.Training:
         lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type), warmup_steps=config.warmup_steps,
         max_steps=config.max_steps, compression=to_enum(pb.Compression, config.wire.compression),
         clients=clients.count, halves=to_enum(pb.Halves, clients.halves), order=to_enum(pb.Order, clients.schedule),
-        grace_s=clients.grace_s,
+        grace_s=clients.grace_s, labels_digest=labels_digest if config.wire.labels == "server" else "",
     )  # fmt: skip
 
 

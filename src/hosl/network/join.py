@@ -28,7 +28,7 @@ from hosl.system.atomic import whole_file
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
 from hosl.system.run_folder import RunLock, new_folder
-from hosl.tasks import Task, TextTokenizer, load_task, task_digest
+from hosl.tasks import Task, TextTokenizer, label_note, labels_digest, load_task, model_labels, task_digest
 from hosl.training.loop import carry_on
 from hosl.training.trackers import check_trackers, feed_trackers
 from hosl.transport.channel import Patience, Proof, connect
@@ -70,7 +70,10 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     runtime: Any = import_module("hosl.network.torch_runtime")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
-    task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed)
+    names = model_labels(options.half)
+    task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed, model_labels=names)
+    if task.head == "classification" and (note := label_note(task.labels, names)):
+        say(note)
     _check_fit(config, options, facts, task)
     runtime.check_before_run(as_split, str(options.half), task, alone=True)
     run = _joined_run(config)
@@ -132,7 +135,8 @@ def _joined(
 
     def greeting(current: int) -> pb.HelloRequest:
         return pb.HelloRequest(
-            protocol=1, run=run.identity, model=model_message(facts, config), training=training_message(config),
+            protocol=1, run=run.identity, model=model_message(facts, config), 
+            training=training_message(config, labels_digest(task.labels)),
             restorable=session.restorable(run.folder), current=current, version=versions()["hosl"],
         )  # fmt: skip
 

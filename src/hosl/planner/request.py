@@ -16,7 +16,7 @@ from hosl.split import resolve_model_folder, transformers_tokenizer
 from hosl.system.allocator import return_freed_memory
 from hosl.system.gc_paused import gc_paused
 from hosl.system.readable import readable_bytes, readable_count
-from hosl.tasks import Task, TextTokenizer, load_task
+from hosl.tasks import Task, TextTokenizer, load_task, model_labels
 from hosl.transport.link import LinkSpec
 
 _TOKENS = 256
@@ -132,7 +132,8 @@ def _question(asked: Planning, say: Callable[[str], None]) -> Question:
         base = load_config(asked.what)
         say(f"reading the task of {asked.what}")
         folder = resolve_model_folder(base.model.name)
-        task = load_task(base.task, TextTokenizer.load(folder, transformers_tokenizer), seed=base.seed)
+        tokenizer, names = TextTokenizer.load(folder, transformers_tokenizer), model_labels(folder)
+        task = load_task(base.task, tokenizer, seed=base.seed, model_labels=names)
         shape = shape_of(base, task)
         rows, tokens = longest_batch(task, base)
     else:

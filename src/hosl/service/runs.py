@@ -66,7 +66,7 @@ class ServedRun:
     # ---- Hello: the state that both sides go on from ----
 
     def agree(self, model: pb.Model, training: pb.Training) -> None:
-        """Refuse another model or other settings than the run's.
+        """Refuse another model, other settings or other classes than the run's.
 
         Raises:
             HandshakeError: naming the first difference with both values.
@@ -74,6 +74,14 @@ class ServedRun:
         for ours, theirs in ((self.model, model), (self.training, training)):
             for descriptor in ours.DESCRIPTOR.fields:
                 our_value, their_value = getattr(ours, descriptor.name), getattr(theirs, descriptor.name)
+                if descriptor.name == "labels_digest" and our_value != their_value:
+                    if not our_value:  # begun by a version that did not tell it
+                        self.training.labels_digest = their_value
+                        continue
+                    raise HandshakeError(
+                        f"run {self.name}: this device has other classes, or the same in another order, than the "
+                        "device that began the run; set task.labels to one list on every device"
+                    )
                 if our_value != their_value:
                     raise HandshakeError(
                         f"run {self.name}: the server has {descriptor.name} = {_shown(our_value)}, this client "

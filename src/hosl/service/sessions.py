@@ -81,6 +81,8 @@ class Sessions:
             raise WireError(
                 f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
             )
+        if not re.fullmatch("(?:[0-9a-f]{64})?", request.training.labels_digest):
+            raise WireError("labels_digest is no SHA-256 in hexadecimal")
         if max([request.current, *request.restorable[:_MOST_RESTORABLE]]) > 2**31:
             raise WireError("a step lies beyond 2**31")
         if len(request.restorable) > _MOST_RESTORABLE:

@@ -1,29 +1,42 @@
 """Text -> batches: the embedded task, your own files, the paper's six tasks as prompts. No torch here."""
 
+from collections.abc import Sequence
+
 from hosl.tasks.base import Example, Task, task_digest
 from hosl.tasks.configs import DocstringsConfig, FilesConfig, PromptsConfig, TaskConfig
 from hosl.tasks.docstrings import docstrings_task
 from hosl.tasks.files import files_task
+from hosl.tasks.label_order import in_model_order, label_note, labels_digest, model_labels
 from hosl.tasks.prompts import prompts_task
 from hosl.tasks.tokenizer import TextTokenizer
 
 
-def load_task(config: TaskConfig, tokenizer: TextTokenizer, *, seed: int) -> Task:
+def load_task(
+    config: TaskConfig, tokenizer: TextTokenizer, *, seed: int, model_labels: Sequence[str] = ()
+) -> Task:
     """The task that a config describes, read, checked, split and encoded.
+
+    Args:
+        config: the settings of the task.
+        tokenizer: the model's.
+        seed: the seed of the rows that train_rows keeps.
+        model_labels: the classes of the model's head (`model_labels`), whose order the task takes where it has every
+            class of the data and task.labels says nothing else.
 
     Raises:
         TaskError: if its data cannot serve.
     """
     match config:
         case DocstringsConfig():
-            return docstrings_task(config, tokenizer, seed=seed)
+            return in_model_order(docstrings_task(config, tokenizer, seed=seed), model_labels)
         case FilesConfig():
-            return files_task(config, tokenizer, seed=seed)
+            task = files_task(config, tokenizer, seed=seed)
+            return task if config.labels else in_model_order(task, model_labels)
         case PromptsConfig():
             return prompts_task(config, tokenizer, seed=seed)
 
 
 __all__ = [
-    "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "Task", "TaskConfig", "TextTokenizer", "load_task",
-    "task_digest",
+    "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "Task", "TaskConfig", "TextTokenizer", "label_note",
+    "labels_digest", "load_task", "model_labels", "task_digest",
 ]  # fmt: skip

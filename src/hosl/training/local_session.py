@@ -20,7 +20,7 @@ from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
 from hosl.split.tokenizer import transformers_tokenizer
 from hosl.system.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
-from hosl.tasks import TextTokenizer, load_task, task_digest
+from hosl.tasks import TextTokenizer, load_task, model_labels, task_digest
 from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
 from hosl.training.session import Session
 
@@ -111,7 +111,7 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     tokenizer_folder = Path(folder)
     check_before_data(config, config.model.name, alone=False)
     tokenizer = TextTokenizer.load(tokenizer_folder, transformers_tokenizer)
-    task = load_task(config.task, tokenizer, seed=config.seed)
+    task = load_task(config.task, tokenizer, seed=config.seed, model_labels=model_labels(tokenizer_folder))
     check_before_run(config, config.model.name, task, alone=False)
     loaded = load_model(
         config.model.name,

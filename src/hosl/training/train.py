@@ -18,6 +18,7 @@ from hosl.system.checkpoint import newest_checkpoint
 from hosl.system.machine import machine, process_bytes, versions
 from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock, new_folder
+from hosl.tasks import label_note, model_labels
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_run, new_session
 from hosl.training.loop import carry_on
@@ -41,6 +42,10 @@ def start(config: Config) -> dict[str, Any]:
     session = new_session(config)  # before a folder is made: it may refuse the config
     for note in session.facts["notes"]:
         _say(f"model {config.model.name}: {note}")
+    if session.task.head == "classification" and (
+        note := label_note(session.task.labels, model_labels(session.tokenizer_folder))
+    ):
+        _say(note)
     run = new_folder(Path(config.output_dir))
     (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     record = {
