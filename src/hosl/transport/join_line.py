@@ -141,8 +141,8 @@ def _check_dates(line: JoinLine, pem: str, timeout_s: float) -> None:
     except ssl.SSLCertVerificationError as cause:
         if cause.verify_code == _NOT_YET_VALID:
             raise AccessError(
-                f"the certificate of {line.address} has the right fingerprint but is not valid yet: this device's clock "
-                f"says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC and seems to be behind; set it, then join again"
+                f"the certificate of {line.address} has the right fingerprint but is not valid yet: this device's "
+                f"clock says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC and seems to be behind; set it, then join again"
             ) from cause
         raise AccessError(
             f"the certificate of {line.address} has the right fingerprint but is not valid: {cause.verify_message}; "
