@@ -61,6 +61,11 @@ def carry_on(
             summary = run_summary(session, run, finished=True)
             view.say(farewell(summary, run))
             return summary
+    except StepMoved as moved:
+        raise SessionError(
+            f"the server went to step {moved.step} after the last one, {session.step}; go on with: "
+            f"{resume_command.format(run=run)}"
+        ) from moved
     finally:
         record.close()
 
