@@ -19,7 +19,8 @@ command prints {"error": {"kind": the name below, "message": ...}} on standard o
         |-- ModelError                         weights that are missing, cut short or not the expected ones
         |-- LinkError                          a peer that cannot be reached, or went away
         |-- WireError                          bytes from a peer that cannot be what was meant
-        |-- LimitError                         more than a peer may ask for, or more at once
+        |-- LimitError                         more than a peer may ask for
+        |   `-- BusyError                      more at once, or per second; a moment later it is allowed
         |-- StepError                          a step from the past or the future
         |-- OverBudgetError                    a run that takes more memory than it may
         `-- SessionError                       a peer that does not know us (any more): say hello again
@@ -97,7 +98,11 @@ class WireError(FailureError):
 
 
 class LimitError(FailureError):
-    """More than a peer may ask for, or more at once."""
+    """More than a peer may ask for."""
+
+
+class BusyError(LimitError):
+    """More at once, or per second, than a peer may ask for: a moment later it is allowed."""
 
 
 class StepError(FailureError):

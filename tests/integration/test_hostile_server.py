@@ -244,6 +244,24 @@ def test_a_server_that_goes_back_without_end_is_given_up(tiny_run, tmp_path, cap
         assert (status, kind, "went back" in said) == (1, "SessionError", True), (kind, said)
 
 
+def test_a_server_that_goes_back_after_the_last_step_ends_the_run_with_a_named_error(
+    tiny_run, tmp_path, capsys
+):
+    """The dev split has been scored at step 3; the test split finds the server at step 0."""
+    asked = []
+
+    def forget_later(request, honest, context):
+        asked.append(request.where.step)
+        if asked.count(3) > 1:
+            refused(context, "SessionError")
+        return honest
+
+    with HandWritten(Hello=_hello(start=0), Scores=forget_later) as server:
+        status, kind, said = _join(tiny_run, tmp_path, capsys, server, "frozen")
+        assert (status, kind) == (1, "SessionError"), said
+        assert "went to step 0 after the last one, 3; go on with: the same command" in said
+
+
 def test_a_damaged_gradient_leaves_the_client_as_it_was(tiny_run, tmp_path, capsys):
     """The third step's gradient is 3e38: the checkpoint of step 2 is the newest, and finite."""
     import safetensors.torch

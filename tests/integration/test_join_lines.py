@@ -115,15 +115,16 @@ def test_a_proxy_variable_does_not_reroute_a_pinned_connection(
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     with Server(halves / "server", tmp_path / "service", *words) as server:
-        for name in ("http_proxy", "https_proxy", "grpc_proxy", "no_proxy", "no_grpc_proxy", "NO_PROXY"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        channel = Channel(
-            JoinLine.parse(server.line), patience=Patience(connect_s=5.0), proof=Proof(plaintext=bool(words))
-        )
-        with pytest.raises(HandshakeError, match="the client 0"):
-            channel.ask("Hello", pb.HelloRequest(), pb.HelloReply)
-        channel.close()
+        proxies = ("http_proxy", "https_proxy", "grpc_proxy")
+        for variable in proxies:
+            for name in (*proxies, "no_proxy", "no_grpc_proxy", "NO_PROXY"):
+                monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+            proof = Proof(plaintext=bool(words))
+            channel = Channel(JoinLine.parse(server.line), patience=Patience(connect_s=5.0), proof=proof)
+            with pytest.raises(HandshakeError, match="the client 0"):
+                channel.ask("Hello", pb.HelloRequest(), pb.HelloReply)
+            channel.close()
     proxy.shutdown(socket.SHUT_RDWR)
     proxy.close()
     thread.join(10)

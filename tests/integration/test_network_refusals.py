@@ -223,7 +223,7 @@ def test_more_calls_at_once_than_allowed_are_refused(peer):
             named = refused_as(peer, "Losses", peer.upload("losses"))
             if named:
                 break
-        assert named == "LimitError"
+        assert named == "BusyError"
     finally:
         release.set()
         for call in held:

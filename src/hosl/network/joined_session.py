@@ -5,6 +5,7 @@ decides.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,10 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         """Note that the round of `step` is complete on both sides."""
         self.step = step
         self.remote.at(step)
+
+    def stop_when(self, stopping: Callable[[], bool]) -> None:
+        """Wait no longer for a server that is away once `stopping` is true."""
+        self.remote.channel.stopping = stopping
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the client's calls; the server measures its own."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import ssl
 import sys
@@ -21,6 +22,7 @@ from hosl.wire import hosl_pb2 as pb
 _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256-GCM-SHA384"}
 """Kind of key -> a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
 
+_MOST_FILES = 8192
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -129,18 +131,7 @@ async def _serve(
     sessions = Sessions(options.service, _opener(options, facts), runs_at_once=options.runs_at_once)
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
     status.watch_queue(lambda: scheduler.queue)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", limits.message_bytes),
-            ("grpc.max_send_message_length", limits.message_bytes),
-            ("grpc.so_reuseport", 0),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
-            ("grpc.http2.max_ping_strikes", 0),
-            ("grpc.keepalive_time_ms", int(options.idle_s * 500)),
-            ("grpc.keepalive_timeout_ms", int(options.idle_s * 500)),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ]
-    )
+    server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
@@ -165,6 +156,36 @@ async def _serve(
     if page:
         page.close()
     status.line("stopped")
+
+
+def _server_options(message_bytes: int, idle_s: float) -> list[tuple[str, int]]:
+    """gRPC's options of the server: message size, signs of life, and bounds on those who only connect."""
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", 5000),  # a connection that says nothing is closed
+        ("grpc.max_connection_idle_ms", int(max(idle_s, 60.0) * 1000)),
+        (
+            "grpc.max_allowed_incoming_connections",
+            _raised_file_limit() // 2,
+        ),  # the other half is for the runs
+        ("grpc.max_concurrent_streams", 64),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_time_ms", int(idle_s * 500)),
+        ("grpc.keepalive_timeout_ms", int(idle_s * 500)),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def _raised_file_limit() -> int:
+    """The number of files that this process may have open, raised as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def _bind(server: Any, address: str, credentials: _Credentials | None, options: ServeOptions) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from hosl.errors import HoslError, LimitError, LinkError, WireError
+from hosl.errors import CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.incoming import Incoming
 from hosl.service.limits import Limits, Meterage
@@ -252,7 +252,12 @@ class Calls:
 
         def work() -> int:
             session.run.check_now(client, request.where.step, evaluation=True)
-            return session.run.save()
+            try:
+                return session.run.save()
+            except OSError as cause:  # such as too many open files: the client tries again
+                raise CheckpointError(
+                    f"run {session.run.name} could not be saved: {cause.strerror}"
+                ) from cause
 
         step, _ = await self._compute(session, [], work, tokens=HELLO_TOKENS)
         yield pb.SaveReply(step=step)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from hosl.errors import LimitError
+from hosl.errors import BusyError
 from hosl.transport.channel import MESSAGE_BYTES
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import CHUNK_BYTES
@@ -57,18 +57,18 @@ class Meterage:
         """Count one call of a client; the context spans it from its first message to its end.
 
         Raises:
-            LimitError: if it is one too many, at once or per second.
+            BusyError: if it is one too many, at once or per second.
         """
         now, burst = self.clock(), 2.0 * self.limits.calls_per_s
         bucket = self._buckets.setdefault(client, _Bucket(calls_left=burst, refilled_s=now))
         refill = (now - bucket.refilled_s) * self.limits.calls_per_s
         bucket.calls_left, bucket.refilled_s = min(burst, bucket.calls_left + refill), now
         if bucket.calls_left < 1:
-            raise LimitError(
+            raise BusyError(
                 f"client {client} makes more than {self.limits.calls_per_s} calls per second; wait a moment"
             )
         if bucket.running >= self.limits.concurrent_calls:
-            raise LimitError(
+            raise BusyError(
                 f"client {client} has {bucket.running} calls running; "
                 f"{self.limits.concurrent_calls} are allowed at once"
             )

@@ -12,6 +12,7 @@ from hosl.errors import AccessError, ConfigError
 from hosl.service.access import Access, bearer
 from hosl.service.status import Status
 
+_MOST_THREADS = 64
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
@@ -50,6 +51,10 @@ class Page:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     context: ssl.SSLContext | None = None
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether a thread is free; each visitor takes one."""
+        return threading.active_count() < _MOST_THREADS
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         request.settimeout(10)

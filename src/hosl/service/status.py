@@ -17,6 +17,8 @@ from hosl.service.runs import ServedRun
 
 _POINTS = 2000
 """The number of losses kept per run for the live page; above it, every other one is dropped."""
+_QUIET_S = 10.0
+"""The seconds in which a call that is refused again for the same reason gets no further log line."""
 
 
 class Status:
@@ -39,6 +41,8 @@ class Status:
         self._clients: dict[str, dict[str, Any]] = {}
         self._runs: dict[str, dict[str, Any]] = {}
         self._losses: dict[str, deque[tuple[int, float]]] = {}
+        self._quiet: dict[tuple[str, str, str], tuple[float, int]] = {}
+        """Per client, call and error: when it was logged last, and how often it has come since."""
         self.started = time.time()
         self.ready = False
 
@@ -97,13 +101,26 @@ class Status:
     def refused(self, client: str, call: str, error: HoslError) -> None:
         """Record that a call ended with one of hosl's own errors."""
         self._refusals.labels(call, type(error).__name__).inc()
-        self.line("refused", client=client, call=call, error=type(error).__name__, said=str(error)[:300])
+        if times := self._times(client, call, error):
+            name = type(error).__name__
+            self.line("refused", client=client, call=call, error=name, said=str(error)[:300], times=times)
 
     def broke(self, client: str, call: str, error: Exception) -> None:
         """Record that a call failed by a bug of the server."""
         self._refusals.labels(call, "FailureError").inc()
-        trace = "".join(traceback.format_exception(error))[-2000:]
-        self.line("failed", client=client, call=call, error=type(error).__name__, trace=trace)
+        if times := self._times(client, call, error):
+            trace = "".join(traceback.format_exception(error))[-2000:]
+            self.line(
+                "failed", client=client, call=call, error=type(error).__name__, trace=trace, times=times
+            )
+
+    def _times(self, client: str, call: str, error: Exception) -> int:
+        """How often this has happened since its last log line; 0: too soon for another."""
+        key, now = (client, call, type(error).__name__), time.monotonic()
+        last, times = self._quiet.get(key, (-_QUIET_S, 0))
+        due = now - last >= _QUIET_S
+        self._quiet[key] = (now, 0) if due else (last, times + 1)
+        return times + 1 if due else 0
 
     def line(self, event: str, **facts: Any) -> None:
         """Write one structured log line: a JSON object."""

@@ -47,7 +47,11 @@ def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global state; drawn again below
         # not into the whole model: in a tied model peft looks for the embeddings, and a half may have none
-        peft.inject_adapter_in_model(config, half.model.get_submodule(half.blocks_name), adapter_name=ADAPTER)
+        blocks = half.model.get_submodule(half.blocks_name)
+        try:
+            peft.inject_adapter_in_model(config, blocks, adapter_name=ADAPTER)
+        except ValueError as cause:
+            raise ConfigError(f"lora.target_modules {sorted(spec.target_modules or ())}: {cause}") from cause
     with torch.no_grad():
         for name, p in half.named_parameters():
             if ".lora_" in name and dtype is not None:

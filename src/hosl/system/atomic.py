@@ -1,5 +1,6 @@
 """A folder or a file that appears whole or not at all: written under another name, flushed, renamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,6 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hosl.errors import FailureError, FolderError
+
+_NO_SUCH_CALL = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EBADF,
+    errno.EISDIR,
+)
+"""The errors of a filesystem that has no such call, as opposed to a disk that fails or is full."""
 
 
 @contextmanager
@@ -61,8 +73,13 @@ def whole_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or a folder to the disk; not every filesystem can flush a folder, and then it need not be."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as cause:
+        if not path.is_dir() or cause.errno not in _NO_SUCH_CALL:
+            raise

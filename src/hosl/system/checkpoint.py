@@ -114,7 +114,10 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
         (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
     for name in checkpoint.linked:
         assert previous is not None, f"{name} is linked from a checkpoint that does not exist"
-        os.link(previous / name, partial / name)
+        try:
+            os.link(previous / name, partial / name)
+        except OSError:  # a filesystem without hard links, such as exFAT
+            shutil.copyfile(previous / name, partial / name)
     digests = {
         str(file.relative_to(partial)): _digest(file) for file in sorted(partial.rglob("*")) if file.is_file()
     }

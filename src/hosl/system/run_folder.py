@@ -4,9 +4,11 @@ metrics.jsonl holds the values that depend on the config alone (losses, coeffici
 writes the same bytes; timings.jsonl holds the values that a machine measured (seconds, memory). See docs/adr/0003.
 """
 
+import errno
 import fcntl
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,22 +23,32 @@ MEMORY_STEPS = 50
 
 
 class RunLock:
-    """A lock on a run's folder; the system releases it when the process ends, however it ends."""
+    """A lock on a run's folder; the system releases it when the process ends, however it ends.
+
+    A filesystem without locks (exFAT, some network shares) gives none: that is said, and the work goes on.
+    """
 
     def __init__(self, run: Path) -> None:
         """Take the lock.
 
         Raises:
-            FolderError: if another process holds it.
+            FolderError: if another process holds it, or the folder cannot be written.
         """
-        self._file = (run / ".lock").open("w")
+        try:
+            self._file = (run / ".lock").open("w")
+        except OSError as cause:
+            raise FolderError(f"{run} cannot be written: {cause.strerror}; choose another folder") from cause
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise FolderError(
-                f"{run} is in use by another process; wait for it, end it, or choose another output_dir"
-            ) from None
+        except OSError as cause:
+            if cause.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self._file.close()
+                raise FolderError(
+                    f"{run} is in use by another process; wait for it, end it, or choose another output_dir"
+                ) from None
+            sys.stderr.write(
+                f"{run} is on a filesystem without locks ({cause.strerror}): start no second command there\n"
+            )
 
     def __enter__(self) -> "RunLock":
         return self

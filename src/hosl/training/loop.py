@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from hosl.core.rounds import RoundResult
-from hosl.errors import OverBudgetError, SessionError, StepMoved
+from hosl.errors import BusyError, LinkError, OverBudgetError, SessionError, StepMoved
 from hosl.evaluation import Evaluation, evaluate
 from hosl.methods.schedule import batch_of_step, learning_rate
 from hosl.system.interrupts import Stop
@@ -46,6 +46,7 @@ def carry_on(
         ):
             for line in (*session.task.notes, greeting(session, run)):
                 view.say(line)
+            session.stop_when(lambda: stop.requested)
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
@@ -63,6 +64,11 @@ def carry_on(
             summary = run_summary(session, run, finished=True)
             view.say(farewell(summary, run))
             return summary
+    except StepMoved as moved:
+        raise SessionError(
+            f"the server went to step {moved.step} after the last one, {session.step}; go on with: "
+            f"{resume_command.format(run=run)}"
+        ) from moved
     finally:
         record.close()
 
@@ -76,6 +82,10 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
     while session.step < session.config.max_steps and not stop.requested:
         try:
             _one_step(session, record, run, first, shown, stop)
+        except (LinkError, BusyError) as away:
+            if not stop.requested:
+                raise
+            view.say(f"{away}; what came after the newest checkpoint will be done again")
         except StepMoved as moved:
             before = session.step
             furthest, returns = (before, 0) if before > furthest else (furthest, returns + 1)

@@ -3,6 +3,7 @@
 In one process: `local_session.LocalSession`. With the server elsewhere: `network.joined_session.JoinedSession`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -64,6 +65,9 @@ class Session(Generic[ClientT, ServerT]):
     def server_to_call(self, *, under_meter: bool) -> ServerSide:
         """The server that the client calls, with all that is between the two."""
         return metered(self.server, self.meters.server) if under_meter else self.server
+
+    def stop_when(self, stopping: Callable[[], bool]) -> None:
+        """Note the function that says whether the run is to end; only a server elsewhere is waited for."""
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' calls."""

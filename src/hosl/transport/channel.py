@@ -5,6 +5,7 @@ The timeouts are in `Patience`, the messages in `hosl.wire`; `hosl.parties.remot
 
 import ipaddress
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from hosl.errors import AccessError, ConfigError, LinkError, WireError
+from hosl.errors import AccessError, BusyError, ConfigError, LinkError, WireError
 from hosl.transport.join_line import JoinLine, pinned_certificate
 from hosl.transport.status import error_of
 from hosl.wire import hosl_pb2 as pb
@@ -67,11 +68,22 @@ class Channel:
         self.line, self.patience = line, patience or Patience()
         self._proof = proof or Proof()
         self.bytes_up = self.bytes_down = 0
+        self.stopping: Callable[[], bool] = lambda: False
+        """Whether the run is to end: a server that is away is then waited for no longer."""
+        self._closed = threading.Event()
         self._open()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; calls that are under way, in any thread, end."""
+        self._closed.set()
         self._channel.close()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but no longer than until the connection is closed or the run is to end."""
+        end_s = time.monotonic() + seconds
+        while not self.stopping() and (left_s := end_s - time.monotonic()) > 0:
+            if self._closed.wait(min(left_s, 0.2)):
+                return
 
     def ask(self, name: str, request: Any, reply_type: type[_Reply]) -> _Reply:
         """Make a call of one request message and one reply message; returns the reply."""
@@ -98,19 +110,24 @@ class Channel:
             call.cancel()
 
     def for_ever(self, work: Callable[[], _Reply], say: Callable[[str], None]) -> _Reply:
-        """Do `work`, again while the link fails, and return its result.
+        """Do `work`, again while the link fails or the server is busy, and return its result.
 
         The pauses between tries grow and are jittered; longer ones are announced by `say`.
+
+        Raises:
+            LinkError, BusyError: if the run is to end, or the connection was closed.
         """
         pause_s, jitter = 0.2, secrets.SystemRandom()
         while True:
             try:
                 return work()
-            except LinkError as lost:
+            except (LinkError, BusyError) as lost:
                 wait_s = pause_s * (1 - jitter.random() / 2)
                 if pause_s > 1:
                     say(f"{lost}; trying again in {wait_s:.1f} s")
-                time.sleep(wait_s)
+                self.pause(wait_s)
+                if self.stopping() or self._closed.is_set():
+                    raise
                 pause_s = min(pause_s * 2, self.patience.longest_pause_s)
 
     def _open(self) -> None:
@@ -164,6 +181,10 @@ class Channel:
             return call()
         except grpc.RpcError as failed:
             raise error_of(failed, f"server {self.line.address}") from None
+        except ValueError as failed:  # gRPC's, of a channel that was closed
+            if not self._closed.is_set():
+                raise
+            raise LinkError(f"the connection to {self.line.address} was closed") from failed
 
     def _serialise(self, message: Any) -> bytes:
         data = message.SerializeToString()

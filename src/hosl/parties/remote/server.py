@@ -14,7 +14,7 @@ import numpy as np
 
 from hosl.core.array_types import Float
 from hosl.core.targets import Activations, ClassTargets, Pair, PositionTargets, StepReply, Targets
-from hosl.errors import NonFiniteError, SessionError, StepMoved, WireError
+from hosl.errors import CheckpointError, NonFiniteError, SessionError, StepMoved, WireError
 from hosl.parties.metered import Meter, payload_bytes
 from hosl.parties.remote.compression_watch import WatchesCompression
 from hosl.parties.remote.packing import Arrays, Packing
@@ -25,6 +25,8 @@ from hosl.wire.tensors import Compression, Packed, Unpacking, pack
 from hosl.wire.updates import check_update
 
 _Reply = TypeVar("_Reply")
+SAVE_PAUSES_S = (1.0, 5.0, 25.0)
+"""The pauses between the tries of a save that the server could not do."""
 _HELLOS = 10
 """The hellos in a row after which a server that forgets every session is given up."""
 _LARGEST_GRADIENT = 1e18
@@ -125,9 +127,9 @@ class RemoteServer(Packing):
         return self._session.partition(".")[0]
 
     def close(self) -> None:
-        """Close the connection, after the request that is under way."""
-        self._sender.shutdown(wait=True)
+        """Close the connection; a request that is under way is broken off."""
         self.channel.close()
+        self._sender.shutdown(wait=True)
 
     # ---- calls that change nothing ----
 
@@ -247,10 +249,22 @@ class RemoteServer(Packing):
         self._call(send)
 
     def save(self, step: int) -> int:
-        """Let the server write a checkpoint of its state, the one after `step`; returns the server's step."""
-        return self._call(
-            lambda: self.channel.ask("Save", pb.SaveRequest(where=self._where(step)), pb.SaveReply).step
-        )
+        """Let the server write a checkpoint of its state, the one after `step`; returns the server's step.
+
+        Raises:
+            CheckpointError: if the server cannot, tried again after each of `SAVE_PAUSES_S`.
+        """
+
+        def send() -> int:
+            return self.channel.ask("Save", pb.SaveRequest(where=self._where(step)), pb.SaveReply).step
+
+        for pause_s in SAVE_PAUSES_S:
+            try:
+                return self._call(send)
+            except CheckpointError as failed:
+                self._say(f"{failed}; trying again in {pause_s:g} s")
+                self.channel.pause(pause_s)
+        return self._call(send)
 
     def journal(
         self, step: int, have: int, seeds: Sequence[int], scales: Sequence[float], examples: int
