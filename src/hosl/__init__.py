@@ -1,6 +1,7 @@
 """hosl: fine-tune a language model that is cut in two, the device's half by forward passes only.
 
-The public names, and nothing else. They are loaded when first used: `import hosl` costs a device nothing.
+The public names, and nothing else. They are loaded when first used: `import hosl` costs a device nothing. Type checkers
+read them from `__init__.pyi`.
 """
 
 from importlib import import_module
@@ -30,8 +31,10 @@ _HOMES = {
     "RecomputingClient": "hosl.parties.clients.recomputing",
     "FirstOrderServer": "hosl.parties.servers.basic",
     "ZerothOrderServer": "hosl.parties.servers.basic",
+    "OptimiserSpec": "hosl.parties.engine.optimisers",
     "load_run": "hosl.training.local_session",
     "export": "hosl.training.train",
+    "export_checkpoint": "hosl.split.export",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

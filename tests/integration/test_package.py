@@ -1,5 +1,6 @@
 """The wheel, as a user gets it: every file of the package, and the command in an environment without the checkout."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -41,8 +42,13 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        requires = re.findall(r"^Requires-Dist: (.*)$", archive.read(metadata).decode(), re.MULTILINE)
     assert files == {path.removeprefix("src/") for path in tracked("src/hosl")}
     assert len(list(built.glob("*.tar.gz"))) == 1
+    heavy = [text for text in requires if text.startswith(("torch", "transformers", "peft"))]
+    assert len(heavy) == 3
+    assert all("extra == " in text for text in heavy)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """`hosl plan`: the table, its config and its picture; and budgets that refuse before a run or stop it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import transformers as hf
@@ -172,3 +174,79 @@ def test_a_budget_is_an_amount_of_memory(capsys, tiny_run):
     assert main(["train", str(config)]) == 2
     assert "'600 megs' is no amount of memory" in capsys.readouterr().err
     assert yaml.safe_load(config.read_text())["client"] == {"memory_budget": "600 megs"}
+
+
+@pytest.mark.parametrize("rate", ["auto", 0.5, None])
+def test_a_config_whose_rate_is_auto_is_planned(capsys, tiny_run, tmp_path, rate):
+    config = str(tiny_run(method="hosl-node", client={"learning_rate": rate}))
+    assert planned(capsys, config, "--cuts", "2", "--write", str(tmp_path / "way.yaml"))["recommended"]
+    assert load_config(tmp_path / "way.yaml").client.learning_rate == rate
+
+
+def test_a_way_of_another_method_is_written_with_its_own_usual_rate(capsys, tiny_run, tmp_path):
+    config = str(tiny_run(method="hosl", client={"learning_rate": 1e-5}))
+    assert planned(capsys, config, "--cuts", "2", "--write", str(tmp_path / "way.yaml"))["recommended"]
+    written = load_config(tmp_path / "way.yaml")
+    assert (written.method, written.client_rate) == ("hosl-node", 1e-2)
+
+
+def test_a_plan_takes_the_overrides_of_train(capsys, tiny_run):
+    words = [str(tiny_run()), "--cuts", "2"]
+    plain = planned(capsys, *words)
+    more = planned(
+        capsys, *words, "--max-steps", "24", "--per-device-train-batch-size=4", "--zo.directions", "5"
+    )
+    assert (plain["steps"], more["steps"], more["rows"]) == (12, 24, 4)
+    q2, q5 = ({w["way"]: w["round_trips"] for w in found["ways"]}["hosl"] for found in (plain, more))
+    assert (q2, q5) == (3, 6)
+    found = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8", "--max-steps", "7")
+    assert found["steps"] == 7
+    assert main(["plan", *words, "--zo.direction", "5"]) == 2
+    assert "--zo.directions" in capsys.readouterr().err
+
+
+def test_the_reason_cites_what_was_measured_on_such_a_model(capsys, tiny_run):
+    classifier = planned(capsys, str(tiny_run()), "--cuts", "2")["why"]
+    decoder = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8")["why"]
+    assert "BANKING77, a classifier (docs/results/banking77.md)" in classifier
+    assert "on the one decoder measured it could not be told from frozen (docs/results/cut-5.md)" in decoder
+
+
+def test_the_table_is_folded_and_says_the_speeds_that_it_assumed(capsys, tiny_run):
+    words = ["plan", str(tiny_run()), "--cores", "3", "--server-tflops", "7"]
+    assert main(words) == 0
+    folded = capsys.readouterr().out
+    assert "device assumed: 3 cores at 40 GFLOP/s (--cores, --probe measures it)" in folded
+    assert "server assumed: 7 TFLOP/s (--server-tflops)" in folded
+    assert main([*words, "--all"]) == 0
+    full = capsys.readouterr().out
+    rows = [
+        {line.split("  usual")[0].strip(" +->") for line in text.splitlines() if "usual" in line}
+        for text in (folded, full)
+    ]
+    assert f"{len(rows[1] - rows[0])} more rows, of other cuts: --all" in folded
+    assert rows[0] < rows[1]
+    cuts_and_ways = [tuple(row.split(maxsplit=1)) for row in rows[0]]
+    assert {cut for cut, way in cuts_and_ways if way != "hosl-node"} == {"2"}
+    assert {cut for cut, way in cuts_and_ways if way == "hosl-node"} == {"1", "2", "3"}
+
+
+def test_the_pair_in_the_readme_runs_as_it_is_printed(capsys, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"^```yaml\n# my.yaml.*?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    commands = [
+        line.partition("#")[0].split()
+        for line in re.findall(r"^\$ hosl (.*my\.yaml.*)$", readme, re.MULTILINE)
+    ]
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(config)
+    lines = [f"{kind} number {number},{kind}" for kind in ("good", "bad") for number in range(30)]
+    Path("rows.csv").write_text("\n".join(["text,label", *lines]))
+    assert commands[0][:2] == ["plan", "my.yaml"]
+    assert main(commands[0]) == 0
+    shown = capsys.readouterr().out
+    assert "->    6  hosl-node" in shown
+    assert "device: 2 GiB" in shown
+    assert commands[1] == ["train", "my.yaml"]
+    assert main([*commands[1], "--max-steps", "1", "--zo.directions", "1"]) == 0
+    assert Path("runs/my/report.html").is_file()

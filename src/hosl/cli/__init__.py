@@ -5,6 +5,7 @@ command needs it.
 """
 
 import gc
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from hosl.errors import HoslError
+from hosl.errors import ConfigError, HoslError
 
 _COMMANDS = {
     "train": "fine-tune a split model: hosl train CONFIG.yaml [--a.b value] | --resume RUN",
@@ -28,6 +29,13 @@ _COMMANDS = {
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
+_EXTRAS = {
+    "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
+    "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve",
+}  # fmt: skip
+"""Module -> the extra of this package that brings it."""
+_AT_HOME = re.compile(r"^((?:--[\w.-]+=)?@?)(~[^/]*)(?=/|$)")
+"""A path at home where a shell leaves the ~ as it is: --service=~/runs, @~/line."""
 
 
 def command() -> int:
@@ -37,6 +45,9 @@ def command() -> int:
     walk them again and again, and once more at the end: a second of every command.
     """
     gc.set_threshold(10_000)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets escapes, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     finally:
@@ -58,19 +69,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in _COMMANDS:
         return _refuse(f"unknown command `{arguments[0]}`; allowed: {', '.join(_COMMANDS)}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, our memory meter, greets on stderr
+    for argument in arguments:
+        if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
+            return _refuse(f"{argument!r} is not text in UTF-8, so no file of a run could hold it; rename it")
+    arguments = [_AT_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), a) for a in arguments]
+    # torch's profiler, our memory meter, greets on stderr, and warns of what was allocated before it
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run: Callable[[list[str]], int] = import_module(f"hosl.cli.{arguments[0]}").run
     try:
         return run(arguments[1:])
     except HoslError as error:
-        if "--json" in arguments:
-            failure = {"kind": type(error).__name__, "message": _one_line(str(error))}
-            sys.stdout.write(json.dumps({"error": failure}) + "\n")
-        return _refuse(str(error), status=error.exit_status)
+        return _failed(error, arguments)
+    except ModuleNotFoundError as cause:
+        missing = (cause.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        return _failed(
+            ConfigError(
+                f"hosl {arguments[0]} needs {missing}, which is not installed here: "
+                f"`pip install 'hosl[{_EXTRAS[missing]}]'`"
+            ),
+            arguments,
+        )
     except KeyboardInterrupt:
         return _refuse(f"interrupted; go on with {_again(arguments)}", status=130)
     except OSError as error:
         return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}", status=1)
+
+
+def _failed(error: HoslError, arguments: list[str]) -> int:
+    if "--json" in arguments:
+        failure = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
+        sys.stdout.write(json.dumps({"error": failure}) + "\n")
+    return _refuse(str(error), status=error.exit_status)
 
 
 def _again(arguments: list[str]) -> str:

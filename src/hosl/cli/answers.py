@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from hosl.errors import ConfigError
@@ -34,3 +35,13 @@ def answer(result: dict[str, Any], *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         sys.stdout.write("".join(f"{key}: {value}\n" for key, value in result.items()))
+
+
+def need_torch() -> None:
+    """Refuse a command whose work other processes do with torch, where there is no torch; it is not imported.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed; `hosl.cli.main` says what to install.
+    """
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from hosl.cli.answers import Parser, answer, command_parser
+from hosl.cli.answers import Parser, answer, command_parser, need_torch
 from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
 from hosl.core.methods import METHODS
 
@@ -57,6 +57,7 @@ def _memory(arguments: list[str]) -> int:
         help="one step instead of two; process peaks then hold the profiler, too",
     )
     options = parser.parse_args(arguments)
+    need_torch()
 
     from hosl.bench.memory import bench_memory
     from hosl.methods.variants import variants_called

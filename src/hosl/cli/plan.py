@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from hosl.cli.answers import Parser, answer, command_parser
+from hosl.cli.train import overridden
 from hosl.errors import ConfigError
 
 
@@ -15,7 +16,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if an argument is impossible, or the model cannot be planned.
     """
-    options = _parser().parse_args(arguments)
+    options, overrides = _parser().parse_known_args(arguments)
 
     from hosl.system.byte_sizes import parse_bytes
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate
@@ -37,7 +38,8 @@ def run(arguments: list[str]) -> int:
     from hosl.report.planned import draw_plan
 
     planning = Planning(
-        what=options.what, device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
+        what=options.what, settings=lambda base: overridden(base, overrides),
+        device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
         cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
     )  # fmt: skip
     result = planned(planning, say=_say)
@@ -48,14 +50,16 @@ def run(arguments: list[str]) -> int:
     if options.json:
         answer(result.facts(), as_json=True)
     else:
-        sys.stdout.write(result.table())
+        sys.stdout.write(result.table(every_row=options.all))
     return 0
 
 
 def _parser() -> Parser:
     """The options of `hosl plan`."""
     parser = command_parser(
-        "plan", "What every way to train would take on this device, without running or loading any."
+        "plan",
+        "What every way to train would take on this device, without running or loading any. Settings of the config "
+        "as --a.b value.",
     )
     parser.add_argument(
         "what", help="a run's YAML file, or a model: folder, config.json, hub name or known shape"
@@ -76,6 +80,7 @@ def _parser() -> Parser:
         "--probe", action="store_true", help="measure this machine for ten seconds instead of assuming"
     )
     parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
+    parser.add_argument("--all", action="store_true", help="every row, also those of other cuts")
     parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
     parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")
     return parser

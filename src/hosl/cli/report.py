@@ -1,5 +1,6 @@
 """`hosl report RUN... [-o FILE]`: one self-contained page of one run, of many, or of a study's chosen ones."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
@@ -23,13 +24,14 @@ def run(words: list[str]) -> int:
     from hosl.report.runs import is_study, run_folders
 
     check_installed()
+    planner = planned_lines if find_spec("torch") else None  # without it: measured memory only
     folders, out = [Path(word) for word in asked.run], Path(asked.out) if asked.out else None
     if len(folders) > 1:
         runs = run_folders(folders)
-        written = write_comparison(runs, out or Path("report.html"), planner=planned_lines)
+        written = write_comparison(runs, out or Path("report.html"), planner=planner)
     elif is_study(folders[0]):
-        written = write_study_report(folders[0], out=out, planner=planned_lines)
+        written = write_study_report(folders[0], out=out, planner=planner)
     else:
-        written = write_report(folders[0], out=out, planner=planned_lines)
+        written = write_report(folders[0], out=out, planner=planner)
     answer({"report": str(written)}, as_json=asked.json)
     return 0

@@ -40,7 +40,10 @@ def run(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
+    from hosl.methods.torch_parties import check_device
     from hosl.network.serve import ServeOptions, serve
+
+    check_device(options.device, "--device")
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None

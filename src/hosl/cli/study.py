@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import answer, command_parser, need_torch
 from hosl.study.config import Study, parse_study, read_study
 from hosl.study.process import make_alone
 from hosl.study.run import check_runs, config_of_run, first_run, run_study
@@ -34,6 +34,7 @@ def run(words: list[str]) -> int:
     if asked.dry_run:
         answer(_planned(study, command), as_json=asked.json)
         return 0
+    need_torch()
     if asked.run is not None:  # an ordinary run with the settings of one of the study's
         return make_alone(config_of_run(study, asked.run), as_json=asked.json)
     check_runs(study)

@@ -2,13 +2,22 @@
 
 import contextlib
 import io
+import re
 import sys
 from pathlib import Path
+from typing import get_args
+
+import msgspec
 
 from hosl.cli.answers import answer, command_parser
 from hosl.config import Config, load_config
+from hosl.config.files import number_as_yaml
 from hosl.config.former_names import FORMER_NAMES
 from hosl.errors import ConfigError
+from hosl.tasks import TaskConfig
+
+_FRAME = r"[╭╮╰╯│─]|^\+- |\+?-{3,}\+?|^\||\|$"
+"""The frame around tyro's errors, in Unicode and in ASCII."""
 
 
 def run(arguments: list[str]) -> int:
@@ -28,8 +37,9 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run's folder")
     if {"-h", "--help"} & set(arguments):
+        asked, _ = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
         parser.print_help()
-        overridden(Config(), ["--help"])
+        _print_settings(load_config(asked.config) if asked.config else Config())
         return 0
     options, overrides = parser.parse_known_args(arguments)
     if (options.config is None) == (options.resume is None):
@@ -66,8 +76,31 @@ def overridden(config: Config, arguments: list[str]) -> Config:
     except SystemExit as ended:
         if not ended.code:
             return config
-        plain = " ".join(messages.getvalue().translate(str.maketrans("", "", "╭╮╰╯│─")).split())
-        raise ConfigError(plain) from None
+        plain = " ".join(re.sub(_FRAME, "", messages.getvalue(), flags=re.MULTILINE).split())
+        plain = re.sub(
+            r" (Argument helptext:|For full helptext,).*|^Value error |Error parsing Config: ", "", plain
+        )
+        given = re.search(r"invalid literal for int\(\) with base 10: '([^']+)'", plain)
+        number = number_as_yaml(given[1], whole=True) if given else None
+        raise ConfigError(f"{plain}; write {number}" if number else plain) from None
+
+
+def _print_settings(config: Config) -> None:
+    """Print every setting with the config's value as default, then the settings of the other kinds of task."""
+    import tyro
+
+    overridden(config, ["--help"])
+    for kind in get_args(TaskConfig):
+        if not isinstance(config.task, kind):
+            name = kind.__struct_config__.tag
+            task = msgspec.defstruct("Task", [("task", kind)])
+            with contextlib.suppress(SystemExit):
+                tyro.cli(
+                    task,
+                    args=["--help"],
+                    prog="hosl train CONFIG.yaml",
+                    description=f"With task.kind: {name}:",
+                )
 
 
 def _with_new_name(argument: str) -> str:

@@ -1,10 +1,12 @@
 """Reading a run's config from YAML and writing it; the error for a wrong name suggests the nearest right one."""
 
 import difflib
+import json
+import math
 import re
 import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -37,20 +39,45 @@ def read_yaml(path: str | Path, *, kind: str, instead: str) -> object:
         instead: the advice where there is no such file.
 
     Raises:
-        ConfigError: if there is no such file, or it is not YAML.
+        ConfigError: if there is no such file, it is not YAML, or a key stands twice in it.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader.name = f"{kind} {path}"
+        content = loader.get_single_data()
+        json.dumps(
+            content, ensure_ascii=False, default=str, skipkeys=True
+        ).encode()  # a lone surrogate cannot
+        return content
     except FileNotFoundError:
         raise ConfigError(f"{kind} {path}: no such file; {instead}") from None
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"{kind} {path} cannot be read as text: {cause}") from cause
+    except ConfigError:
+        raise
     except (
         yaml.YAMLError,
         ValueError,
         RecursionError,
     ) as cause:  # a date or a number that there is not, a deep nest
         raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(cause).split())}") from cause
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice: plain YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line, named = key.start_mark.line + 1, (key.tag, str(key.value))
+            if named in lines and isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"{self.name}, line {line}: the key `{key.value}` stands there a second time, first in line "
+                    f"{lines[named]}; keep one of the two"
+                )
+            lines[named] = line
+        return node
 
 
 def parse_config(content: object, *, where: str, warn: bool = True) -> Config:
@@ -68,7 +95,7 @@ def parse_config(content: object, *, where: str, warn: bool = True) -> Config:
     try:
         return msgspec.convert(content, Config)
     except msgspec.ValidationError as cause:
-        raise ConfigError(f"config {where}: {cause}{_hint(str(cause), content)}") from cause
+        raise ConfigError(f"config {where}: {cause}{hint(str(cause), content, Config)}") from cause
 
 
 def dump_config(config: Config) -> str:
@@ -76,28 +103,89 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
 
 
-def _hint(message: str, content: object) -> str:
-    unknown = re.search(r"unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?", message)
-    if unknown:
-        allowed = _field_names(unknown[2] or "", content)
-        nearest = difflib.get_close_matches(unknown[1], allowed, n=1)
-        suggestion = f"; did you mean `{nearest[0]}`?" if nearest else ""
-        return f"{suggestion} Allowed here: {', '.join(allowed)}."
-    if re.search(r"Expected `float.*got `str`|Invalid enum value '[\d.]+e", message):
-        return ". YAML reads 1e-3 as text: write 1.0e-3"
+def hint(message: str, content: object, schema: Any) -> str:
+    """The advice after an error of msgspec: the nearest name, the values allowed, or the number as YAML wants it.
+
+    Args:
+        message: the error's text.
+        content: the data that was refused.
+        schema: the struct that it was read as.
+    """
+    where = re.search(r" - at `\$([^`]*)`$", message)
+    kind, value = _at(where[1] if where else "", content, schema)
+    if unknown := re.search(r"unknown field `([^`]+)`", message):
+        allowed = [field.encode_name for field in msgspec.structs.fields(kind)]
+        return f"{_nearest(unknown[1], allowed)} Allowed here: {', '.join(allowed)}."
+    if number := number_as_yaml(value, whole="`int" in message):
+        return f". YAML reads {value} as text: write {number}"
     if re.search(r"Expected `.*str.*got `bool`", message):
         return ". YAML reads yes, no, on, off, true and false as truth values: write them in quotes"
+    if "required field `kind`" in message or message.startswith("Invalid ") or get_origin(kind) is Literal:
+        allowed = _allowed(kind)
+        return f"{_nearest(str(value), allowed)} Allowed: {', '.join(allowed)}."
     return ""
 
 
-def _field_names(path: str, content: object) -> list[str]:
-    """The fields of the struct at a dotted path of the schema; of a union, those of the kind in `content`."""
-    struct: Any = Config
-    for key in filter(None, path.split(".")):
-        struct = get_type_hints(struct)[key]
-        content = content.get(key, {}) if isinstance(content, dict) else {}
-        if get_origin(struct) in (Union, types.UnionType):
-            kind = content.get("kind") if isinstance(content, dict) else None
-            choices = get_args(struct)
-            struct = next((c for c in choices if c.__struct_config__.tag == kind), choices[0])
-    return [field.encode_name for field in msgspec.structs.fields(struct)]
+def number_as_yaml(value: object, *, whole: bool = False) -> str | None:
+    """The number that a text such as 1e-3 stands for, as YAML reads numbers; None: it stands for none."""
+    try:
+        number = float(str(value)) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return None
+    if not math.isfinite(number) or (isinstance(value, float) and not whole):
+        return None
+    if whole:
+        return str(int(number)) if number.is_integer() else None
+    mantissa, _, exponent = str(value).strip().lower().partition("e")
+    if not exponent:
+        return mantissa
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+
+
+def _nearest(word: str, allowed: list[str]) -> str:
+    nearest = difflib.get_close_matches(word, allowed, n=1)
+    return f"; did you mean `{nearest[0]}`?" if nearest else "."
+
+
+def _at(path: str, content: Any, schema: Any) -> tuple[Any, Any]:
+    """The type at a path of a schema, such as `.zo.sides` or `.report_to[0]`, and the value that stands there.
+
+    Of a union of structs the type is the one whose kind the content names; at the kind itself it is the union.
+    """
+    kind = schema
+    for key, index in re.findall(r"\.([^.\[]+)|\[([^\]]*)\]", path):
+        if key:
+            content = content.get(key) if isinstance(content, dict) else None
+            tagged = _tags(kind)
+            kind = kind if key == "kind" and tagged else get_type_hints(_struct(kind))[key]
+        else:  # of a tuple, or of a mapping whose key msgspec does not tell
+            content = content[int(index)] if isinstance(content, list | tuple) and index.isdigit() else None
+            kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
+        tagged = _tags(kind)
+        if tagged and isinstance(content, dict) and content.get("kind") in tagged:
+            kind = tagged[content["kind"]]
+    return kind, content
+
+
+def _tags(kind: Any) -> dict[str, Any]:
+    """kind -> struct, of a union of structs."""
+    choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    structs = [
+        choice for choice in choices if isinstance(choice, type) and issubclass(choice, msgspec.Struct)
+    ]
+    return {str(choice.__struct_config__.tag): choice for choice in structs}
+
+
+def _struct(kind: Any) -> Any:
+    return next(iter(_tags(kind).values()), kind)
+
+
+def _allowed(kind: Any) -> list[str]:
+    """The values that a setting may have, in words."""
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    if tagged := _tags(kind):
+        return list(tagged)
+    if get_origin(kind) in (Union, types.UnionType):
+        return [word for choice in get_args(kind) for word in _allowed(choice)]
+    return [{float: "a number", int: "a whole number", types.NoneType: "null"}.get(kind, "text")]

@@ -14,6 +14,7 @@ from hosl.config.ranges import check_ranges
 from hosl.config.sections import ClientConfig, ClientsConfig, ModelConfig, ServerConfig, WireConfig, ZOConfig
 from hosl.core.methods import METHODS, LearningRates, Method
 from hosl.errors import ConfigError
+from hosl.system.paths import expanded_folder
 from hosl.tasks import DocstringsConfig, TaskConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One fine-tuning run of a split model."""
 
     output_dir: str = "runs/hosl"
-    """The run's folder; created by the run, never overwritten."""
+    """The run's folder, ~ and environment variables allowed; created by the run, never overwritten."""
     method: MethodName = "hosl-node"
     """The way to train the two halves; docs/how-to/choose-a-method.md compares the methods."""
     profile: Literal["paper", "authors-head"] = "paper"
@@ -61,6 +62,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        msgspec.structs.force_setattr(self, "output_dir", expanded_folder(self.output_dir, "output_dir"))
         for name in (
             "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
             "snapshot_steps",
@@ -105,7 +107,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The client learning rates of the method, with the client's optimiser."""
         return self.method_row.rates_for(self.client.optimiser.name)
 
-    def with_client_rate(self, rate: float) -> "Config":
+    def with_client_rate(self, rate: float | Literal["auto"] | None) -> "Config":
         """This config with `rate` for client.learning_rate."""
         return msgspec.structs.replace(self, client=msgspec.structs.replace(self.client, learning_rate=rate))
 

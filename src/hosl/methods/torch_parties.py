@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hosl.config import Config
+from hosl.errors import ConfigError
 from hosl.methods.schedule import learning_rate
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.clients.first_order import FirstOrderClient
@@ -22,6 +23,27 @@ from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_device(name: str, setting: str) -> None:
+    """Refuse a torch device that this machine does not have.
+
+    Args:
+        name: the device, such as cuda:0.
+        setting: the name of the setting, for the error.
+
+    Raises:
+        ConfigError: if no tensor can be made there.
+    """
+    try:
+        if torch.empty(1, device=name).device.type != "meta":
+            return
+        reason = "it holds no numbers"
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:  # torch has a kind for each build
+        reason = str(cause).partition("\n")[0].partition(". ")[0]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
+    raise ConfigError(f"{setting}: {name} cannot be used on this machine: {reason}; there is {there}")
 
 
 def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True) -> FrozenClient:

@@ -68,6 +68,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     return_freed_memory()
     facts = half_facts(options.half, "client")
     runtime: Any = import_module("hosl.network.torch_runtime")
+    runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
     names = model_labels(options.half)

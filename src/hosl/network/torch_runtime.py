@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config
-from hosl.methods.torch_parties import DTYPES, make_client, make_head, party_bytes, trained_elements
+from hosl.methods.torch_parties import (
+    DTYPES,
+    check_device,
+    make_client,
+    make_head,
+    party_bytes,
+    trained_elements,
+)
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.engine.memory import CudaMemory, TorchMemory, memory_of
 from hosl.parties.remote.torch_wire import from_wire, to_wire
@@ -16,7 +23,7 @@ from hosl.split.streaming import tensors_digest
 from hosl.training.checkpointing import put_client, put_head, restore_client_, restore_head_
 
 __all__ = [
-    "check_before_data", "check_before_run", "from_wire", "memory_meter", "open_client", "open_head",
+    "check_before_data", "check_before_run", "check_device", "from_wire", "memory_meter", "open_client", "open_head",
     "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from hosl.planner.costs import (
 from hosl.planner.machine import Machine
 from hosl.planner.model_shape import ModelShape
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
+from hosl.split.families import Head
 from hosl.transport.link import LinkSpec
 
 # cheap and forward-only first, backprop last
@@ -131,8 +132,21 @@ def of_config(question: Question, name: str = "as configured") -> PlanRow:
     return _row(question, name, config, client, server, traffic)
 
 
-def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
+_EVIDENCE: dict[Head, str] = {
+    "classification": "stands first on BANKING77, a classifier (docs/results/banking77.md)",
+    "causal": "is the default; on the one decoder measured it could not be told from frozen "
+    "(docs/results/cut-5.md), it stands first on a classifier (docs/results/banking77.md)",
+}
+"""What a recommended way was seen to do on a model with this head."""
+
+
+def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classification") -> tuple[PlanRow, str]:
     """The row to take, and the reason: the forward-only way that learns most, at `cut` or the nearest cut below.
+
+    Args:
+        rows: the rows of a plan.
+        cut: the cut that is wanted.
+        head: the head of the model, for the evidence.
 
     Raises:
         ConfigError: if nothing fits.
@@ -143,10 +157,7 @@ def recommended(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow, str]:
         if same:
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
-            return (
-                row,
-                f"of the forward-only ways that fit, {name} stands first on BANKING77 (docs/results/index.md){lower}",
-            )
+            return row, f"of the forward-only ways that fit, {name} {_EVIDENCE[head]}{lower}"
     smallest = min(rows, key=lambda row: row.client_process_bytes)
     raise ConfigError(
         f"nothing fits: the least is {smallest.name} at cut {smallest.cut} with "

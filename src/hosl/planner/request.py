@@ -28,6 +28,8 @@ class Planning:
     """Question of `hosl plan` as it is asked."""
 
     what: str
+    settings: Callable[[Config], Config] = lambda base: base
+    """Changes the settings of the file, or the defaults."""
     device_memory_bytes: float | None = None
     link: LinkSpec
     rows: int | None = None
@@ -46,6 +48,10 @@ class Planned:
     rows: Sequence[PlanRow]
     chosen: PlanRow | None
     why: str
+    asked: Config
+    """The settings as they were given; `question.base` has a number, or none, for client.learning_rate."""
+    speed: str
+    """The speeds of both sides in words, and whether they were measured."""
 
     def facts(self) -> dict[str, Any]:
         """Content of --json: units in the names."""
@@ -53,14 +59,22 @@ class Planned:
         return {
             "model": question.shape.name, "blocks": question.shape.blocks, "rows": question.rows,
             "tokens": question.tokens, "steps": question.base.max_steps,
-            "device_memory_bytes": question.device_memory_bytes, "why": self.why,
+            "device_memory_bytes": question.device_memory_bytes, "speed": self.speed, "why": self.why,
             "recommended": _facts(self.chosen) if self.chosen else None,
             "ways": [_facts(row) for row in self.rows],
         }  # fmt: skip
 
-    def table(self) -> str:
-        """Table for people: what fits is marked, the recommended row with an arrow."""
-        question = self.question
+    def table(self, *, every_row: bool = False) -> str:
+        """Table for people: what fits is marked, the recommended row with an arrow.
+
+        Without `every_row`, it has every way at the cut of the recommended row, and that way at every cut.
+        """
+        question, chosen = self.question, self.chosen
+        cut = min(question.base.model.cut, question.shape.blocks) if chosen is None else chosen.cut
+        shown = [
+            row for row in self.rows
+            if every_row or row.cut == cut or (chosen is not None and row.name == chosen.name)
+        ]  # fmt: skip
         limit = question.device_memory_bytes
         head = (
             f"{question.shape.name}, {question.shape.blocks} blocks, batches of {question.rows} x {question.tokens} "
@@ -71,7 +85,7 @@ class Planned:
             "", "cut", "way", "rows at once", "client tensors", "process", "server", "up/step", "down/step", "client s",
             "wire s", "server s", "hours",
         ]  # fmt: skip
-        lines = [columns, *(_cells(row, row is self.chosen) for row in self.rows)]
+        lines = [columns, *(_cells(row, row is chosen) for row in shown)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
@@ -80,7 +94,9 @@ class Planned:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([head, "", *text, "", f"+ fits, -> recommended: {self.why}", ""])
+        folded = len(self.rows) - len(shown)
+        more = [f"{readable_count(folded, 'more row')}, of other cuts: --all"] if folded else []
+        return "\n".join([head, self.speed, "", *text, *more, "", f"+ fits, -> recommended: {self.why}", ""])
 
     def write(self, path: Path) -> None:
         """Write the recommended row as a config that `hosl train` reads.
@@ -90,7 +106,12 @@ class Planned:
         """
         if self.chosen is None:
             raise ConfigError(f"there is nothing to write: {self.why}")
-        path.write_text(dump_config(self.chosen.config), encoding="utf-8")
+        config, asked = self.chosen.config, self.asked
+        if (config.method, config.client.trainable) == (asked.method, asked.client.trainable):
+            config = config.with_client_rate(asked.client.learning_rate)
+        elif config.client.learning_rate is not None:  # of another method: it has its usual one
+            config = config.with_client_rate(None)
+        path.write_text(dump_config(config), encoding="utf-8")
 
 
 def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> Planned:
@@ -99,8 +120,11 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
     Raises:
         ConfigError, SplitError, ModelError, TaskError: if there is no such model, or it cannot be cut or trained so.
     """
-    question = _question(asked, say)
+    config, question = _question(asked, say)
     shape, base = question.shape, question.base
+    speed = (
+        f"device assumed: {readable_count(asked.cores, 'core')} at 40 GFLOP/s (--cores, --probe measures it)"
+    )
     cuts = asked.cuts or _spread(shape.blocks, base.model.cut)
     outside = [cut for cut in cuts if not 0 <= cut <= shape.blocks]
     if outside:
@@ -112,13 +136,15 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         return_freed_memory()  # as `hosl join` does: fresh pages take their time
         work = of_config(question).client.work
         question = _with_machine(question, work)
+        speed = "device measured: this machine"
     with gc_paused():
         rows = plan(question, cuts=cuts)
     try:
-        chosen, why = recommended(rows, cut=base.model.cut)
+        chosen, why = recommended(rows, cut=base.model.cut, head=shape.head)
     except ConfigError as nothing:
         chosen, why = None, str(nothing)
-    return Planned(question, rows, chosen, why)
+    speed += f"; server assumed: {asked.server_tera_flops:g} TFLOP/s (--server-tflops)"
+    return Planned(question, rows, chosen, why, config, speed)
 
 
 def shape_of(config: Config, task: Task) -> ModelShape:
@@ -127,23 +153,26 @@ def shape_of(config: Config, task: Task) -> ModelShape:
     return model_shape(config.model.name, head=task.head, num_labels=labels)
 
 
-def _question(asked: Planning, say: Callable[[str], None]) -> Question:
+def _question(asked: Planning, say: Callable[[str], None]) -> tuple[Config, Question]:
+    """The settings as given, and the question that follows from them."""
     if asked.what.endswith((".yaml", ".yml")):
-        base = load_config(asked.what)
+        config = asked.settings(load_config(asked.what))
         say(f"reading the task of {asked.what}")
-        folder = resolve_model_folder(base.model.name)
+        folder = resolve_model_folder(config.model.name)
         tokenizer, names = TextTokenizer.load(folder, transformers_tokenizer), model_labels(folder)
-        task = load_task(base.task, tokenizer, seed=base.seed, model_labels=names)
-        shape = shape_of(base, task)
-        rows, tokens = longest_batch(task, base)
+        task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
+        shape = shape_of(config, task)
+        rows, tokens = longest_batch(task, config)
     else:
         shape = model_shape(asked.what)
-        base = Config(model=ModelConfig(name=asked.what, cut=max(shape.blocks // 2, 1)))
-        rows, tokens = base.per_device_train_batch_size, min(_TOKENS, shape.longest or _TOKENS)
+        config = asked.settings(Config(model=ModelConfig(name=asked.what, cut=max(shape.blocks // 2, 1))))
+        rows, tokens = config.per_device_train_batch_size, min(_TOKENS, shape.longest or _TOKENS)
     tokens = asked.tokens or tokens
     if shape.longest is not None and tokens > shape.longest:
         raise ConfigError(f"--tokens {tokens}: {shape.name} reads {shape.longest} positions at most")
-    return Question(
+    # a sweep finds auto's number; no cost depends on it
+    base = config.with_client_rate(None) if config.client.learning_rate == "auto" else config
+    return config, Question(
         shape=shape, base=base, rows=asked.rows or rows, tokens=tokens, client=assumed_cpu(asked.cores),
         server=assumed_server(asked.server_tera_flops), link=asked.link, device_memory_bytes=asked.device_memory_bytes,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Schema of a study: the YAML file of `hosl study`, and the arms, groups and runs that it stands for."""
 
-import difflib
 import itertools
 import math
 import re
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from hosl.config import parse_config, read_yaml
+from hosl.config.files import hint
 from hosl.config.former_names import with_new_name, with_new_names
 from hosl.core.methods import FROZEN, METHODS
 from hosl.errors import ConfigError
@@ -179,7 +179,7 @@ def parse_study(content: object, *, where: str) -> Study:
     try:
         return msgspec.convert(content, Study)
     except msgspec.ValidationError as cause:
-        raise ConfigError(f"study {where}: {cause}{_hint(str(cause))}") from cause
+        raise ConfigError(f"study {where}: {cause}{hint(str(cause), content, Study)}") from cause
 
 
 def _check_numbers(what: str, rates: tuple[float, ...]) -> None:
@@ -266,14 +266,3 @@ def _renamed(part: str, settings: Any, where: str) -> Any:
         else method
         for name, method in settings.items()
     }
-
-
-def _hint(message: str) -> str:
-    unknown = re.search(r"unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?", message)
-    if unknown is None:
-        return ". YAML reads 1e-3 as text: write 1.0e-3" if "got `str`" in message else ""
-    struct = StudyMethod if unknown[2] else Study
-    allowed = [field.encode_name for field in msgspec.structs.fields(struct)]
-    nearest = difflib.get_close_matches(unknown[1], allowed, n=1)
-    best = f"; did you mean `{nearest[0]}`?" if nearest else ""
-    return f"{best} Allowed here: {', '.join(allowed)}."

@@ -8,7 +8,14 @@ from hosl.config import Config, load_config
 from hosl.core.protocols import ServerSide
 from hosl.errors import CheckpointError, FolderError
 from hosl.methods.schedule import longest_batch
-from hosl.methods.torch_parties import DTYPES, make_client, make_server, party_bytes, trained_elements
+from hosl.methods.torch_parties import (
+    DTYPES,
+    check_device,
+    make_client,
+    make_server,
+    party_bytes,
+    trained_elements,
+)
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.engine.memory import memory_of
 from hosl.parties.metered import metered
@@ -105,8 +112,10 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
         low_precision: False leaves the client's base weights as the model has them, whatever client.dtype is.
 
     Raises:
-        RequestError, ModelError: see `load_task`, `load_model`, `split_model`.
+        RequestError, ModelError: see `check_device`, `load_task`, `load_model`, `split_model`.
     """
+    check_device(config.client.device, "client.device")
+    check_device(config.server.device, "server.device")
     folder = resolve_model_folder(config.model.name)
     tokenizer_folder = Path(folder)
     check_before_data(config, config.model.name, alone=False)

@@ -1,0 +1,29 @@
+"""The public names for type checkers: a misspelt one is an error, and none is `Any`."""
+
+from hosl.core.directions import direction_seed as direction_seed
+from hosl.core.journal import Journal as Journal
+from hosl.core.rounds import StepInputs as StepInputs
+from hosl.core.rounds import fo_round as fo_round
+from hosl.core.rounds import fo_zo_round as fo_zo_round
+from hosl.core.rounds import frozen_round as frozen_round
+from hosl.core.rounds import hosl_gradient_round as hosl_gradient_round
+from hosl.core.rounds import hosl_guided_round as hosl_guided_round
+from hosl.core.rounds import hosl_node_round as hosl_node_round
+from hosl.core.rounds import hosl_round as hosl_round
+from hosl.core.rounds import zo_round as zo_round
+from hosl.core.targets import Batch as Batch
+from hosl.core.targets import ClassTargets as ClassTargets
+from hosl.core.targets import OptionTargets as OptionTargets
+from hosl.parties.clients.first_order import FirstOrderClient as FirstOrderClient
+from hosl.parties.clients.frozen import FrozenClient as FrozenClient
+from hosl.parties.clients.guided import GuidedClient as GuidedClient
+from hosl.parties.clients.node import NodeClient as NodeClient
+from hosl.parties.clients.recomputing import RecomputingClient as RecomputingClient
+from hosl.parties.clients.zeroth_order import ZerothOrderClient as ZerothOrderClient
+from hosl.parties.engine.optimisers import OptimiserSpec as OptimiserSpec
+from hosl.parties.servers.basic import FirstOrderServer as FirstOrderServer
+from hosl.parties.servers.basic import ZerothOrderServer as ZerothOrderServer
+from hosl.split import split_model as split_model
+from hosl.split.export import export_checkpoint as export_checkpoint
+from hosl.training.local_session import load_run as load_run
+from hosl.training.train import export as export
