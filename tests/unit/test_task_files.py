@@ -84,6 +84,13 @@ def test_a_file_of_the_old_mac_is_read(tmp_path):
     assert pairs(read(path)) == {(f"text {i}", "ab"[i % 2]) for i in range(40)}
 
 
+@pytest.mark.parametrize("before", ["\n", "\r\n\n", "\ufeff", "sep=,\r\n"])
+def test_what_may_stand_before_the_header_is_no_header(tmp_path, before):
+    path = write_csv(tmp_path / "rows.csv", rows())
+    path.write_text(before + path.read_text(), encoding="utf-8")
+    assert pairs(read(path)) == expected(rows())
+
+
 def test_a_row_with_more_cells_than_the_header_is_refused_by_its_number(tmp_path):
     path = write_csv(tmp_path / "rows.csv", rows())
     path.write_text(path.read_text() + "I paid, twice,spam\n")
@@ -176,6 +183,18 @@ def test_a_whole_number_is_one_class_however_it_is_written(tmp_path, kind):
     task = read(path)
     assert task.labels == ("0", "1")
     assert pairs(task) == {(f"text {i}", str(i % 2)) for i in range(40)}
+
+
+def test_one_number_written_in_two_ways_is_one_class_beside_words_too(tmp_path):
+    task = read(write_csv(tmp_path / "rows.csv", rows(60, ("1", "1.0", "unknown", "1.1"))))
+    assert task.labels == ("1", "1.1", "unknown")
+    assert Counter(label for _, label in pairs(task)) == {"1": 30, "1.1": 15, "unknown": 15}
+
+
+@pytest.mark.parametrize("truth", ["true", "FALSE"])
+def test_numbers_and_truth_values_in_one_column_of_csv_are_refused(tmp_path, truth):
+    with pytest.raises(TaskError, match=f"labels are numbers and truth values: `0`, `1`, `{truth}`"):
+        read(write_csv(tmp_path / "rows.csv", rows(60, ("0", "1", truth))))
 
 
 @pytest.mark.parametrize("other", [True, "1", "yes"])

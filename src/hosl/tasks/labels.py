@@ -90,9 +90,18 @@ def text_of(value: object) -> str:
 
 
 def whole_numbers(labels: Collection[str]) -> dict[str, str]:
-    """Label -> the label without a fraction of zero, if all are whole numbers: 1.0 and 1 are one class. Else empty."""
-    matches = {label: _WHOLE.fullmatch(label) for label in labels}
-    return {label: match[1] for label, match in matches.items() if match} if all(matches.values()) else {}
+    """Label -> the whole number that it is: 1.0 is 1 where all labels are whole numbers, or where there is a 1 as well.
+
+    Raises:
+        TaskError: if the labels are numbers and truth values.
+    """
+    matches = {label: match[1] for label in labels if (match := _WHOLE.fullmatch(label))}
+    others = set(labels) - set(matches)
+    if matches and others and all(label.casefold() in ("true", "false") for label in others):
+        raise TaskError(
+            f"labels are numbers and truth values: {_listed(_sorted(labels))}; write all as one kind"
+        )
+    return {label: whole for label, whole in matches.items() if not others or whole in matches}
 
 
 def check_classes(pairs: Collection[tuple[str, str]], name: str) -> None:

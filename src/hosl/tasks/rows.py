@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -91,6 +92,9 @@ def _text_of(path: Path, *, packed: bool) -> str:
 def _separated_rows(path: Path, text: str, separator: str | None) -> Rows:
     """Rows of separated values. Lines end where csv says, not where `str.splitlines` does: U+2028 belongs to a text."""
     csv.field_size_limit(sys.maxsize)  # a long document is one cell
+    text = text.lstrip("\r\n")
+    if stated := re.match(r"sep=(.)\r?\n", text):  # as Excel writes and reads it
+        separator, text = stated[1], text[stated.end() :]
     found = separator or max(_SEPARATORS, key=lambda s: len(_cells(path, text, s)))
     header = _cells(path, text, found)
     twice = sorted({name for name in header if name and header.count(name) > 1})
