@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
+from hosl.cli.run_argument import RUN_HELP, named_run
 
 
 def run(arguments: list[str]) -> int:
@@ -12,12 +13,13 @@ def run(arguments: list[str]) -> int:
         FolderError: if RUN holds no run, or OUT is taken.
     """
     parser = command_parser("export", "Merge both halves into one checkpoint that plain transformers loads.")
-    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("run", help=RUN_HELP)
     parser.add_argument("out", help="a folder to make; adapters also go to OUT/adapter")
     options = parser.parse_args(arguments)
 
     from hosl.training.train import export
 
-    export(Path(options.run), Path(options.out))
-    answer({"run": options.run, "out": options.out}, as_json=options.json)
+    run_folder = named_run(options.run)
+    export(run_folder, Path(options.out))
+    answer({"run": str(run_folder), "out": options.out}, as_json=options.json)
     return 0

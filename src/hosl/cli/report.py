@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
+from hosl.cli.run_argument import RUN_HELP, named_run
 
 
 def run(words: list[str]) -> int:
@@ -10,7 +11,9 @@ def run(words: list[str]) -> int:
     parser = command_parser(
         "report", "One page of one run or of many: curves, accuracy, memory, bytes, time."
     )
-    parser.add_argument("run", nargs="+", help="a run's folder, or a study's, whose chosen runs are taken")
+    parser.add_argument(
+        "run", nargs="+", help=f"{RUN_HELP}; or a study's folder, whose chosen runs are taken"
+    )
     parser.add_argument(
         "-o", "--out", metavar="FILE",
         help="default: report.html in the folder; of several folders, in the current one",
@@ -23,7 +26,7 @@ def run(words: list[str]) -> int:
     from hosl.report.runs import is_study, run_folders
 
     check_installed()
-    folders, out = [Path(word) for word in asked.run], Path(asked.out) if asked.out else None
+    folders, out = [named_run(word) for word in asked.run], Path(asked.out) if asked.out else None
     if len(folders) > 1:
         runs = run_folders(folders)
         written = write_comparison(runs, out or Path("report.html"), planner=planned_lines)

@@ -121,7 +121,7 @@ async def _serve(
 
     access, scheduler, status = Access(options.service), Scheduler(), Status()
     limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
-    sessions = Sessions(options.service, _opener(options, facts), runs_at_once=options.runs_at_once)
+    sessions = Sessions(options.service, _opener(options, facts), status.damaged, options.runs_at_once)
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
     status.watch_queue(lambda: scheduler.queue)
     server = grpc.aio.server(

@@ -7,7 +7,7 @@ from typing import Any
 
 from hosl.config import Config, ModelConfig, dump_config, load_config
 from hosl.errors import ConfigError, SplitError
-from hosl.methods.schedule import longest_batch
+from hosl.methods.schedule import longest_batch, with_steps
 from hosl.planner.dry_run import Work
 from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
@@ -133,7 +133,7 @@ def _question(asked: Planning, say: Callable[[str], None]) -> Question:
         say(f"reading the task of {asked.what}")
         folder = resolve_model_folder(base.model.name)
         task = load_task(base.task, TextTokenizer.load(folder), seed=base.seed)
-        shape = shape_of(base, task)
+        base, shape = with_steps(base, task), shape_of(base, task)
         rows, tokens = longest_batch(task, base)
     else:
         shape = model_shape(asked.what)

@@ -15,6 +15,7 @@ from hosl.errors import HandshakeError, LimitError, SessionError, WireError
 from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
+from hosl.system.checkpoint import intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
@@ -33,8 +34,14 @@ class Session:
 class Sessions:
     """The runs in memory and on disk, and the sessions since this process started."""
 
-    def __init__(self, folder: Path, open_half: OpenHalf, *, runs_at_once: int = 1) -> None:
-        self._folder = folder / "runs"
+    def __init__(
+        self,
+        folder: Path,
+        open_half: OpenHalf,
+        say: Callable[[str], None] = lambda text: None,
+        runs_at_once: int = 1,
+    ) -> None:
+        self._folder, self._say = folder / "runs", say
         self._open_half, self._runs_at_once = open_half, runs_at_once
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
@@ -104,17 +111,16 @@ class Sessions:
                 ParseDict(stored["training"], pb.Training()),
             )
         check_training(training)
-        run = ServedRun(
-            request.run, model, training, self._open_half(model, training), folder / "checkpoints"
-        )
+        half = self._open_half(model, training)
+        run = ServedRun(request.run, model, training, half, folder / "checkpoints", self._say)
         if stored is None:
             folder.mkdir(parents=True, exist_ok=True)
             facts: dict[str, Any] = {
                 "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
             }  # fmt: skip
             whole_file(handshake, msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        elif saved := run.saved_steps():
-            run.go_back(saved[-1])
+        elif saved := next(intact_steps(run.folder, self._say), None):
+            run.go_back(saved)
         self.runs[request.run] = run
         return run
 

@@ -105,6 +105,10 @@ class Status:
         trace = "".join(traceback.format_exception(error))[-2000:]
         self.line("failed", client=client, call=call, error=type(error).__name__, trace=trace)
 
+    def damaged(self, said: str) -> None:
+        """Record that a checkpoint on the disk is damaged."""
+        self.line("damaged", said=said)
+
     def line(self, event: str, **facts: Any) -> None:
         """Write one structured log line: a JSON object."""
         self._log(json.dumps({"time": round(time.time(), 3), "event": event, **facts}))

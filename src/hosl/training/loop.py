@@ -43,6 +43,8 @@ def carry_on(
             open_view(f"{config.method} {run}", session.step, config.max_steps) as view,
         ):
             view.say(greeting(session, run))
+            if record.lost:
+                view.say(f"{run}/metrics.jsonl was damaged: lines up to step {session.step} are missing")
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
