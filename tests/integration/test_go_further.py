@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import yaml
 
 from hosl.cli import main
+from hosl.system.run_folder import read_lines
+from hosl.training.local_session import LocalSession
 
 ADAMW = {"learning_rate": 1e-2, "optimiser": {"name": "adamw"}}
 
@@ -143,3 +146,56 @@ def test_epochs_that_cannot_be_are_refused(tiny_run, tmp_path, capsys):
     assert main(["train", str(tiny_run(warmup_steps=11)), "--num-train-epochs", "1"]) == 2
     assert "warmup_steps must lie in 0..max_steps=10" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["hosl", "fo-fo"])
+def test_the_best_weights_on_dev_are_kept_on_request(tiny_run, tmp_path, capsys, monkeypatch, method):
+    """Whatever the evaluations say: here the second of four is the best, the run stops, and goes on."""
+    from hosl.training import loop
+
+    given = {3: 0.5, 6: 0.75, 9: 0.75, 12: 0.25}
+    scored, at = loop.evaluate, []
+
+    def evaluated(client, server, task, examples, **how):
+        found = scored(client, server, task, examples, **how)
+        return found if examples is task.test else replace(found, accuracy=given[at[-1]])
+
+    def noted(session, step):
+        at.append(step)
+        session.step = step
+        if step == stop_at and stop_at not in stopped:
+            stopped.append(step)
+            raise OSError("the power fails here")
+
+    client = {"learning_rate": 1e-2, "trainable": "all"}
+    config = str(
+        tiny_run(method=method, server=ADAMW, client=client, eval_steps=3, save_steps=4, save_best=True)
+    )
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(LocalSession, "done", noted)
+    stop_at, stopped, run = 7, [], tmp_path / "run"
+    assert main(["train", config]) == 1
+    assert [p.name for p in (run / "best").iterdir()] == ["step-00000006"]
+    assert main(["train", "--resume", str(run)]) == 0
+    best = [line for line in read_lines(run / "metrics.jsonl") if line.get("split") == "dev"]
+    (kept,) = (run / "best").iterdir()
+    expected = max(best, key=lambda line: (line["accuracy"], -line["loss_nats"]))["step"]
+    assert kept.name == f"step-{expected:08d}"
+    assert expected in (6, 9)
+
+    assert (
+        main(["train", config, "--max-steps", str(expected), "--output-dir", str(tmp_path / "ends-there")])
+        == 0
+    )
+    assert main(["export", str(run), str(tmp_path / "out"), "--best"]) == 0
+    whole = tmp_path / "ends-there" / "model" / "model.safetensors"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole.read_bytes()
+    capsys.readouterr()
+    assert main(["eval", str(run), "--best", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == expected
+
+
+def test_a_run_without_best_weights_says_so(tiny_run, tmp_path, capsys):
+    assert main(["train", str(tiny_run(max_steps=2))]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--best"]) == 2
+    assert "has no best weights" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from hosl.system.run_folder import same_name_folders
 
 RUN_HELP = "a run's folder, or its CONFIG.yaml: the newest run of that output_dir"
 
+BEST_HELP = "the weights of the best evaluation on dev, of a run with save_best: true"
+
 
 def named_run(word: str) -> Path:
     """The run's folder that `word` names; of a config, the newest run in its output_dir, which is said.

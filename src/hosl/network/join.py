@@ -117,6 +117,8 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
 
 def _check_served(config: Config) -> None:
     """Refuse settings that need a server in the same process."""
+    if config.save_best:
+        raise ConfigError("save_best keeps both halves, which only `hosl train` has; leave it out")
     if config.profile != "paper":
         raise ConfigError(
             f"profile {config.profile} asks the server for losses with dropout, which only `hosl train` has; use "

@@ -27,7 +27,9 @@ from hosl.split.loading import LoadedModel
 from hosl.system.checkpoint import (
     Checkpoint,
     checkpoint_path,
+    drop_checkpoints_after,
     intact_steps,
+    keep_newest,
     read_checkpoint,
     write_checkpoint,
 )
@@ -119,6 +121,15 @@ class LocalSession(Session[FrozenClient, TorchServer]):
         checkpoint.state |= self.inputs() | facts
         write_checkpoint(run / "checkpoints", checkpoint)
 
+    def save_best(self, run: Path) -> None:
+        """Keep the weights of the present state as the only checkpoint of `run`/best."""
+        checkpoint = Checkpoint(step=self.step, state=self.inputs() | {"optimiser": False})
+        put_server(checkpoint, self.server, optimiser=False)
+        put_client(checkpoint, self.client, snapshot_step=0, snapshot_steps=sys.maxsize, optimiser=False)
+        drop_checkpoints_after(run / "best", self.step - 1)  # of this step, before the run went back
+        write_checkpoint(run / "best", checkpoint)
+        keep_newest(run / "best", 1)
+
 
 def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     """Load the task and the model, cut it, and give each half to its party. Deterministic in the config.
@@ -173,13 +184,16 @@ def run_config(run: Path) -> Config:
     return load_config(run / "config.yaml")
 
 
-def load_run(run: Path, *, low_precision: bool = True, max_steps: int | None = None) -> LocalSession:
+def load_run(
+    run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False
+) -> LocalSession:
     """The session of a run's folder at its newest intact checkpoint, bit for bit as it was; a damaged one is said.
 
     Args:
         run: the run's folder.
         low_precision: False puts the adapters on the client's original base weights instead of those of client.dtype.
         max_steps: the steps of the run; None: as its config says.
+        best: whether to take the weights of its best evaluation on dev instead (`save_best`).
 
     Raises:
         ConfigError: if the run has made more steps than that.
@@ -190,10 +204,10 @@ def load_run(run: Path, *, low_precision: bool = True, max_steps: int | None = N
     if max_steps is not None:
         config = msgspec.structs.replace(config, max_steps=max_steps)
     session = new_session(config, low_precision=low_precision)
-    checkpoint = _newest(run, {"model": session.facts["model"], "task": session.facts["task"]})
+    checkpoint = _newest(run, {"model": session.facts["model"], "task": session.facts["task"]}, best=best)
     if checkpoint is None:
         return session
-    if checkpoint.step < config.max_steps and not checkpoint.state.get("optimiser", True):
+    if not best and checkpoint.step < config.max_steps and not checkpoint.state.get("optimiser", True):
         raise CheckpointError(
             f"{run} was saved without its optimisers' state (save_optimiser: false): it can be scored and exported, "
             "but not trained further"
@@ -205,11 +219,13 @@ def load_run(run: Path, *, low_precision: bool = True, max_steps: int | None = N
     restore_server_(session.server, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
     session.control = session.control.restored(checkpoint.state)
-    session.step, session.metrics_bytes = checkpoint.step, checkpoint.state["metrics_bytes"]
+    session.step, session.metrics_bytes = checkpoint.step, checkpoint.state.get("metrics_bytes", 0)
     return session
 
 
-def load_halves(run: Path) -> tuple[Config, ClientHalf, ServerHalf, Sequence[str] | None]:
+def load_halves(
+    run: Path, *, best: bool = False
+) -> tuple[Config, ClientHalf, ServerHalf, Sequence[str] | None]:
     """The config, the halves with a run's newest weights on the original base, and a classifier's labels; no data.
 
     Raises:
@@ -218,10 +234,10 @@ def load_halves(run: Path) -> tuple[Config, ClientHalf, ServerHalf, Sequence[str
     """
     config, task = run_config(run), (read_record(run) or {}).get("task", {})
     if "head" not in task:  # the record is damaged, or of version 0.2: the data tell
-        session = load_run(run, low_precision=False)
+        session = load_run(run, low_precision=False, best=best)
         return config, session.client_half, session.server_half, session.class_labels
     loaded, client, server = _parties(config, task["head"], len(task["labels"]), low_precision=False)
-    checkpoint = _newest(run, {"model": {"name": config.model.name, "digest": loaded.digest}})
+    checkpoint = _newest(run, {"model": {"name": config.model.name, "digest": loaded.digest}}, best=best)
     if checkpoint is not None:
         restore_server_(server, checkpoint)
         restore_client_(client, checkpoint)
@@ -241,12 +257,17 @@ def _parties(
     return loaded, client, cast(TorchServer, make_server(config, server_half, loaded.initialised))
 
 
-def _newest(run: Path, inputs: dict[str, dict[str, Any]]) -> Checkpoint | None:
+def _newest(run: Path, inputs: dict[str, dict[str, Any]], *, best: bool) -> Checkpoint | None:
     """The newest intact checkpoint of a run, refused if it was trained with another model or other data."""
-    step = next(intact_steps(run / "checkpoints", say), None)
+    folder = run / ("best" if best else "checkpoints")
+    step = next(intact_steps(folder, say), None)
+    if step is None and best:
+        raise FolderError(
+            f"{run} has no best weights: it kept none (save_best: false), or was not evaluated yet"
+        )
     if step is None:
         return None
-    path = checkpoint_path(run / "checkpoints", step)
+    path = checkpoint_path(folder, step)
     checkpoint = read_checkpoint(path)
     for kind, facts in inputs.items():
         before, now = checkpoint.state[f"{kind}_digest"], facts["digest"]

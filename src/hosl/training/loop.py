@@ -102,7 +102,10 @@ def _one_step(
     shown["client"] = f"{session.meters.client.peak_bytes / 2**20:.0f} MiB"
     last = step == config.max_steps
     if step % config.eval_steps == 0 or last:
-        shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
+        dev = _evaluate_dev(session, record, step)
+        shown["dev"] = f"{dev.accuracy:.3f}"
+        if config.save_best and _is_best(record, run, dev, step):
+            session.save_best(run)
     over = over_budget(session)
     if step % config.save_steps == 0 or last or stop.requested or over:
         save(session, record, run)
@@ -156,10 +159,19 @@ def _has_dev_line(record: Record, run: Path, step: int) -> bool:
     return any(line.get("split") == "dev" and line["step"] == step for line in lines)
 
 
-def _evaluate_dev(session: Session, record: Record, step: int) -> float:
+def _is_best(record: Record, run: Path, dev: Evaluation, step: int) -> bool:
+    """Whether no earlier evaluation on dev was as good; by metrics.jsonl, so that a resumed run decides alike."""
+    record.flush()
+    lines = read_lines(run / "metrics.jsonl")
+    earlier = [line for line in lines if line.get("split") == "dev" and line["step"] < step]
+    mine = (dev.accuracy, -dev.loss_nats)
+    return all((line["accuracy"], -line["loss_nats"]) < mine for line in earlier)
+
+
+def _evaluate_dev(session: Session, record: Record, step: int) -> Evaluation:
     dev = _evaluation(session, session.task.dev)
     record.metrics(step=step, split="dev", **asdict(dev))
-    return dev.accuracy
+    return dev
 
 
 def _evaluation(session: Session, examples: Sequence[Example]) -> Evaluation:

@@ -90,15 +90,15 @@ def _record(session: LocalSession) -> dict[str, Any]:
     }
 
 
-def export(run: Path, out: Path) -> None:
-    """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
+def export(run: Path, out: Path, *, best: bool = False) -> None:
+    """Write a run's newest weights, or its `best`, as one Hugging Face checkpoint; adapters also as `out`/adapter.
 
     If client.dtype made the base low-precision, adapters are merged into the original weights, as users of peft do.
 
     Raises:
         FolderError: if `run` is not a run's folder, or `out` is taken.
     """
-    _export(*load_halves(run), out)
+    _export(*load_halves(run, best=best), out)
 
 
 def _export(
