@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from hosl.cli import main
+from hosl.config import parse_config
+from hosl.network.join import _joined_run
 from hosl.network.joined_session import JoinedSession
 from tests.integration.network import Server, split
 
@@ -86,3 +88,44 @@ def test_a_damaged_record_of_a_joined_run_ends_with_one_line(served, tmp_path, c
         assert "record.json is damaged" in err
         assert "Traceback" not in err
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_client_of_shared_halves_that_starts_again_keeps_its_metrics(
+    tiny_run, tmp_path, unchecked, monkeypatch
+):
+    config = tiny_run(max_steps=6, eval_steps=3, clients={"count": 2, "halves": "shared"})
+    halves, run = split(tmp_path / "model-in", tmp_path / "halves"), tmp_path / "run"
+    rounds = JoinedSession.round
+
+    def power_fails(session, batch, step):
+        if step == 5:
+            raise OSError("the power fails here")
+        return rounds(session, batch, step)
+
+    with Server(halves / "server", tmp_path / "service") as server:
+        words = ["join", str(halves / "client"), "--to", server.line, "--config", str(config), "--json"]
+        with monkeypatch.context() as patched:
+            patched.setattr(JoinedSession, "round", power_fails)
+            assert main(words) == 1
+        before = (run / "metrics.jsonl").read_bytes()
+        assert before.count(b'"loss_nats"') == 5  # four steps and one evaluation
+        assert main(words) == 0
+    after = (run / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    lines = [json.loads(line) for line in after.splitlines()]
+    assert [line["step"] for line in lines if "split" not in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_named_like_a_second_one_is_not_taken_for_it(tmp_path):
+    def joined(name, **settings):
+        content = {"output_dir": str(tmp_path / name), "method": "hosl"} | settings
+        said = []
+        return _joined_run(parse_config(content, where="test"), said.append), said
+
+    (other, _), (mine, said) = joined("my-2"), joined("my")
+    assert (mine.folder.name, mine.under_way, said) == ("my", False, [])
+    assert mine.identity != other.identity
+    (again, _), (third, said) = joined("my"), joined("my", seed=1)
+    assert again == mine._replace(under_way=True)
+    assert third.folder.name == "my-3"
+    assert said == [f"output_dir {tmp_path / 'my'} is taken; this run is {tmp_path / 'my-3'}"]

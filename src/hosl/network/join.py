@@ -133,10 +133,10 @@ def _joined(
     task: Task,
     run: "_JoinedRun",
     say: Callable[[str], None],
-) -> tuple[JoinedSession, int]:
+) -> tuple[JoinedSession, int | None]:
     """Connect, greet, and bring the client to the state from which both sides go on.
 
-    Returns the session, and the bytes of metrics.jsonl that belong to this state.
+    Returns the session, and the bytes of metrics.jsonl that belong to this state; None: every line up to its step.
     """
     runtime: Any = import_module("hosl.network.torch_runtime")
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
@@ -166,7 +166,7 @@ def _joined(
         "cut": facts["cut"],
     }
     try:
-        checkpoint_facts = session.go_to(run.folder, channel.for_ever(remote.hello, say)) or {}
+        checkpoint_facts = session.go_to(run.folder, channel.for_ever(remote.hello, say))
     except BaseException:
         remote.close()
         raise
@@ -174,7 +174,7 @@ def _joined(
     write_record(
         run.folder, {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
     )
-    return session, checkpoint_facts.get("metrics_bytes", 0)
+    return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 
 class _JoinedRun(NamedTuple):
@@ -225,9 +225,10 @@ def _settings(folder: Path) -> Config | None:
 
 
 def _identity(config: Config) -> Config:
-    """A config without what may change between two commands of one run: names of places, and patience."""
+    """A config without what may change between two commands of one run: the way to its folder, and patience."""
     wire = msgspec.structs.replace(config.wire, connect_s=1.0, idle_s=1.0)
-    return msgspec.structs.replace(with_absolute_paths(config), output_dir="", report_to=(), wire=wire)
+    name = Path(config.output_dir).name  # a run that was given the name NAME-2 is no second run of NAME
+    return msgspec.structs.replace(with_absolute_paths(config), output_dir=name, report_to=(), wire=wire)
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> bool:

@@ -50,8 +50,11 @@ class RunLock:
 class Record:
     """The two JSON Lines files of a run: appended to, and truncated to a checkpoint on resume."""
 
-    def __init__(self, run: Path, *, metrics_bytes: int = 0, step: int = 0) -> None:
-        """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`)."""
+    def __init__(self, run: Path, *, metrics_bytes: int | None = 0, step: int = 0) -> None:
+        """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`).
+
+        Where there is no such checkpoint (None), lines up to `step` stay.
+        """
         self._run = run
         self.lost = self._open(metrics_bytes, step)
         """Whether lines of metrics.jsonl before that were damaged; they are dropped."""
@@ -81,13 +84,13 @@ class Record:
         self._metrics.close()
         self._timings.close()
 
-    def _open(self, metrics_bytes: int, step: int) -> bool:
+    def _open(self, metrics_bytes: int | None, step: int) -> bool:
         """Open both files to append to what belongs to `step`; returns whether lines of metrics.jsonl are missing."""
         kept_bytes = _cut_back(self._run / "metrics.jsonl", step, metrics_bytes)
         _cut_back(self._run / "timings.jsonl", step, None)
         self._metrics = (self._run / "metrics.jsonl").open("ab")
         self._timings = (self._run / "timings.jsonl").open("ab")
-        return kept_bytes < metrics_bytes
+        return kept_bytes < (metrics_bytes or 0)
 
 
 def same_name_folders(wanted: Path) -> list[Path]:

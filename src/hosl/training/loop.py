@@ -21,7 +21,12 @@ from hosl.training.summary import farewell, greeting, run_summary
 
 
 def carry_on(
-    session: Any, run: Path, resume_command: str, finish: Callable[[Any, Path], None], *, metrics_bytes: int
+    session: Any,
+    run: Path,
+    resume_command: str,
+    finish: Callable[[Any, Path], None],
+    *,
+    metrics_bytes: int | None,
 ) -> dict[str, Any]:
     """Run the steps that are left, evaluate once on test and call `finish`; returns the run's summary.
 
@@ -30,7 +35,7 @@ def carry_on(
         run: the run's folder.
         resume_command: the command that resumes the run after an interruption; `{run}` is filled in.
         finish: is called with the finished session and its folder: export, report, trackers.
-        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done.
+        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done; None: every line up to the last step.
 
     Raises:
         FailureError: if the training fails, or the client exceeds its memory budget.
