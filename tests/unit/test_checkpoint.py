@@ -8,6 +8,7 @@ import torch
 
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
+from hosl.service.sessions import Sessions
 from hosl.system.checkpoint import (
     Checkpoint,
     intact_steps,
@@ -16,6 +17,7 @@ from hosl.system.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from hosl.wire import hosl_pb2 as pb
 
 STATE = {"metrics_bytes": 1234, "snapshot_step": 4, "task_digest": "ab12"}
 
@@ -137,3 +139,23 @@ def test_a_copy_under_another_step_is_no_checkpoint_of_that_step(tmp_path):
     said = []
     assert list(intact_steps(tmp_path, said.append)) == [4]
     assert "its folder was renamed" in said[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 40,
+        b"{}",
+        b"[]",
+        b'{"model": 1, "training": {}}',
+        b'{"model": {"cut": "x"}, "training": {}}',
+    ],
+)
+def test_a_damaged_handshake_of_a_run_on_the_server_is_refused_by_name(tmp_path, content):
+    sessions = Sessions(tmp_path, lambda model, training: pytest.fail("opened"))
+    (tmp_path / "runs" / "my").mkdir(parents=True)
+    (tmp_path / "runs" / "my" / "handshake.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run my: handshake\.json on the server is damaged"):
+        sessions.hello("first", pb.HelloRequest(protocol=1, run="my"))
+    assert (tmp_path / "runs" / "my" / "handshake.json").read_bytes() == content

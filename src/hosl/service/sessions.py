@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from hosl.core.methods import METHODS
-from hosl.errors import HandshakeError, LimitError, SessionError, WireError
+from hosl.errors import CheckpointError, HandshakeError, LimitError, SessionError, WireError
 from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
@@ -104,12 +104,7 @@ class Sessions:
         self._make_room()
         folder = self._folder / request.run
         handshake, stored = folder / "handshake.json", _stored_handshake(folder)
-        model, training = request.model, request.training
-        if stored is not None:
-            model, training = (
-                ParseDict(stored["model"], pb.Model()),
-                ParseDict(stored["training"], pb.Training()),
-            )
+        model, training = stored or (request.model, request.training)
         check_training(training)
         half = self._open_half(model, training)
         run = ServedRun(request.run, model, training, half, folder / "checkpoints", self._say)
@@ -142,17 +137,27 @@ class Sessions:
                 del self._sessions[name]
 
 
-def _stored_handshake(folder: Path) -> dict[str, Any] | None:
-    """The model and training of a run's first Hello; None: there is no such run yet."""
+def _stored_handshake(folder: Path) -> tuple[pb.Model, pb.Training] | None:
+    """The model and training of a run's first Hello; None: there is no such run yet.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     former = folder / "agreement.json"  # its name, and that of `distribution` in it, before version 0.2
-    for file in (folder / "handshake.json", former):
-        if file.is_file():
-            stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
-            training = stored["training"]
-            if "law" in training:
-                training["distribution"] = training.pop("law")
-            return stored
-    return None
+    file = next((file for file in (folder / "handshake.json", former) if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
+        training = stored["training"]
+        if "law" in training:
+            training["distribution"] = training.pop("law")
+        return ParseDict(stored["model"], pb.Model()), ParseDict(training, pb.Training())
+    except (OSError, msgspec.MsgspecError, ParseError, LookupError, TypeError, AttributeError) as cause:
+        raise CheckpointError(
+            f"run {folder.name}: {file.name} on the server is damaged: {cause}; put it back, or choose another "
+            "output_dir for a new run"
+        ) from cause
 
 
 def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
