@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 from hosl.core.journal import Journal
-from hosl.errors import CheckpointError
+from hosl.errors import CheckpointError, HandshakeError
+from hosl.service.hosted_half import HostedHalf
+from hosl.service.runs import ServedRun
 from hosl.service.sessions import Sessions
 from hosl.system.checkpoint import (
     Checkpoint,
@@ -159,3 +162,49 @@ def test_a_damaged_handshake_of_a_run_on_the_server_is_refused_by_name(tmp_path,
     with pytest.raises(CheckpointError, match=r"run my: handshake\.json on the server is damaged"):
         sessions.hello("first", pb.HelloRequest(protocol=1, run="my"))
     assert (tmp_path / "runs" / "my" / "handshake.json").read_bytes() == content
+
+
+def test_a_server_ended_twice_between_two_saves_still_has_the_states_of_its_client(tmp_path):
+    """The client saved at 100; SIGTERM at 150 and at 171, there in mid-step: both sides go on from 100, not from 0."""
+    half = create_autospec(HostedHalf, instance=True)
+
+    def save(folder, step, facts, journal, beside):
+        write_checkpoint(folder, Checkpoint(step, dict(facts)), beside=beside)
+
+    def restore(folder, step):
+        return read_checkpoint(folder / f"step-{step:08d}").state if step else {}, Journal()
+
+    half.save.side_effect, half.restore.side_effect = save, restore
+
+    def started(step):
+        run = ServedRun("my", pb.Model(), pb.Training(max_steps=300, clients=1), half, tmp_path)
+        if step:
+            run.go_back(step)
+        return run
+
+    def ends(run, at):
+        run.server_step = at
+        run.save(asked=False)
+        return started(at)
+
+    run = started(0)
+    for step in (50, 100):
+        run.server_step = step
+        run.save(asked=True)
+    run = ends(ends(run, 150), 171)
+    assert list(intact_steps(tmp_path, print)) == [171, 100, 50]
+    assert run.settle("first", [0, 50, 100], 170) == 100
+    half.restore.assert_called_with(tmp_path, 100)
+
+    run.server_step = 200
+    run.save(asked=True)
+    assert list(intact_steps(tmp_path, print))[:2] == [200, 100]
+
+
+def test_a_state_that_only_the_client_has_is_no_reason_to_go_back_to_the_base_weights(tmp_path):
+    half = create_autospec(HostedHalf, instance=True)
+    run = ServedRun("my", pb.Model(), pb.Training(max_steps=300, clients=1), half, tmp_path)
+    with pytest.raises(HandshakeError, match="only the base weights are common"):
+        run.settle("first", [0, 100], 130)
+    assert run.settle("first", [0], 30) == 0  # before its first save
+    half.restore.assert_not_called()

@@ -155,7 +155,7 @@ async def _serve(
     status.ready = False
     status.line("draining")
     await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
-    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save()))
+    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save(asked=False)))
     scheduler.close()
     if page:
         page.close()

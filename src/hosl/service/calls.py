@@ -250,7 +250,7 @@ class Calls:
 
         def work() -> int:
             session.run.check_now(client, request.where.step, evaluation=True)
-            return session.run.save()
+            return session.run.save(asked=True)
 
         step, _ = await self._compute(session, [], work)
         yield pb.SaveReply(step=step)

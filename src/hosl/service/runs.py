@@ -51,6 +51,8 @@ class ServedRun:
     """The states that each client was sent last, where the labels stay with the client."""
     _journaled: dict[str, int] = field(default_factory=dict)
     """The last step of each client whose update is in the shared journal."""
+    _asked: list[int] = field(default_factory=list)
+    """The steps of the two newest checkpoints that clients asked for."""
 
     def __post_init__(self) -> None:
         if self.training.order == pb.SYNCHRONOUS:
@@ -139,18 +141,26 @@ class ServedRun:
         facts, self.journal = self.half.restore(self.folder, step)
         self.steps = cast(dict[str, int], facts.get("steps", {}))
         self._journaled = cast(dict[str, int], facts.get("journaled", {}))
+        self._asked = cast(list[int], facts.get("asked", self.saved_steps()[-2:]))
         self.updates = self.journal.last_step
         self.server_step = step
         self._replies.clear()
         if self.round is not None:
             self.round = Round(number=step + 1, expected=self.training.clients)
 
-    def save(self) -> int:
-        """Write a checkpoint of the present state; returns its step."""
+    def save(self, *, asked: bool) -> int:
+        """Write a checkpoint of the present state; returns its step.
+
+        The two newest that a client `asked` for stay on the disk, because it has their other halves.
+        """
+        if asked:
+            self._asked = sorted({*self._asked, self.server_step})[-2:]
         if self.server_step and self.server_step not in self.saved_steps():
-            facts: dict[str, object] = {"steps": self.steps, "journaled": self._journaled}
+            facts: dict[str, object] = {
+                "steps": self.steps, "journaled": self._journaled, "asked": self._asked
+            }  # fmt: skip
             shared = self.journal if self.training.halves == pb.SHARED else None
-            self.half.save(self.folder, self.server_step, facts, shared)
+            self.half.save(self.folder, self.server_step, facts, shared, self._asked)
         return self.server_step
 
     # ---- requests that change nothing ----

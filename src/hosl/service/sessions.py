@@ -131,7 +131,7 @@ class Sessions:
                     f"this server trains {len(self.runs)} runs at once and is busy with {busy}; wait until one is "
                     "finished, or ask its owner for `hosl serve --runs-at-once`"
                 )
-            finished.save()
+            finished.save(asked=False)
             del self.runs[finished.name]
             for name in [n for n, s in self._sessions.items() if s.run is finished]:
                 del self._sessions[name]

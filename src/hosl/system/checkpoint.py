@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -46,10 +46,15 @@ class Checkpoint:
     """Names of files that are hard links to those of the previous checkpoint, such as an earlier snapshot."""
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder` and delete all but the newest two; returns the path of the new one.
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, beside: Collection[int] | None = None) -> Path:
+    """Write `checkpoint` below `folder` and delete the older ones but the one before it; returns the new one's path.
 
     Two, because a disk may damage one, and a kill may come between the writes of the two sides of a network run.
+
+    Args:
+        folder: the folder of the checkpoints.
+        checkpoint: what is written.
+        beside: the steps whose checkpoints stay beside it; None: that of the one before it.
 
     Raises:
         CheckpointError: if the disk is full or cannot be written; the older checkpoint then stays.
@@ -63,14 +68,19 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             f"the checkpoint of step {checkpoint.step} could not be written: {cause}; "
             f"{'the one before it is intact' if previous else 'there is none before it'}: free space, then resume"
         ) from cause
-    keep_newest(folder, 2)
+    _keep(folder, {checkpoint.step, *(checkpoint_steps(folder)[-2:] if beside is None else beside)})
     return final
 
 
 def keep_newest(folder: Path, count: int) -> None:
     """Delete all checkpoints but the newest `count`, and what kills left half-written; other files stay."""
-    for step in checkpoint_steps(folder)[:-count]:
-        shutil.rmtree(checkpoint_path(folder, step))
+    _keep(folder, checkpoint_steps(folder)[-count:])
+
+
+def _keep(folder: Path, steps: Collection[int]) -> None:
+    for step in checkpoint_steps(folder):
+        if step not in steps:
+            shutil.rmtree(checkpoint_path(folder, step))
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
 
