@@ -151,7 +151,7 @@ def test_fifty_random_kills_change_nothing(whole, tmp_path):
             if chance.random() < 0.5:
                 client.kill()
                 client.communicate()
-                if (run / "report.html").is_file():  # it was done; the same command would begin another run
+                if (run / "report.html").is_file():  # it was done; the same command would say so
                     break
                 client = joining(halves, line, config, run)
             else:

@@ -1,10 +1,10 @@
 """`hosl eval RUN [--split dev|test]`: score a run's newest weights."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hosl.cli.answers import answer, command_parser
+from hosl.cli.run_argument import BEST_HELP, RUN_HELP, named_run
 
 
 def run(arguments: list[str]) -> int:
@@ -16,20 +16,22 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "eval", "Accuracy, macro F1, loss and the scores of each class, of a run's newest weights."
     )
-    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("run", help=RUN_HELP)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
+    parser.add_argument("--best", action="store_true", help=BEST_HELP)
     options = parser.parse_args(arguments)
 
     from hosl.evaluation import by_class, evaluate
     from hosl.training.local_session import load_run
 
-    session = load_run(Path(options.run))
+    run_folder = named_run(options.run)
+    session = load_run(run_folder, best=options.best)
     examples = session.task.test if options.split == "test" else session.task.dev
     evaluation = evaluate(
         session.client, session.server_to_call(under_meter=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
-    result = {"run": options.run, "step": session.step, "split": options.split, **evaluation.numbers()}
+    result = {"run": str(run_folder), "step": session.step, "split": options.split, **evaluation.numbers()}
     labels, confusion = session.task.labels, evaluation.confusion.tolist()
     classes = by_class(labels, evaluation.confusion)
     if options.json:

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
+from hosl.cli.run_argument import RUN_HELP, named_run
 
 
 def run(words: list[str]) -> int:
@@ -11,7 +12,9 @@ def run(words: list[str]) -> int:
     parser = command_parser(
         "report", "One page of one run or of many: curves, accuracy, memory, bytes, time."
     )
-    parser.add_argument("run", nargs="+", help="a run's folder, or a study's, whose chosen runs are taken")
+    parser.add_argument(
+        "run", nargs="+", help=f"{RUN_HELP}; or a study's folder, whose chosen runs are taken"
+    )
     parser.add_argument(
         "-o", "--out", metavar="FILE",
         help="default: report.html in the folder; of several folders, in the current one",
@@ -25,7 +28,7 @@ def run(words: list[str]) -> int:
 
     check_installed()
     planner = planned_lines if find_spec("torch") else None  # without it: measured memory only
-    folders, out = [Path(word) for word in asked.run], Path(asked.out) if asked.out else None
+    folders, out = [named_run(word) for word in asked.run], Path(asked.out) if asked.out else None
     if len(folders) > 1:
         runs = run_folders(folders)
         written = write_comparison(runs, out or Path("report.html"), planner=planner)

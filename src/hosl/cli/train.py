@@ -4,12 +4,12 @@ import contextlib
 import io
 import re
 import sys
-from pathlib import Path
 from typing import get_args
 
 import msgspec
 
 from hosl.cli.answers import answer, command_parser
+from hosl.cli.run_argument import RUN_HELP, named_run
 from hosl.config import Config, load_config
 from hosl.config.files import number_as_yaml
 from hosl.config.former_names import FORMER_NAMES
@@ -35,24 +35,36 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "config", nargs="?", help="a YAML file; the settings that can stand in it follow below"
     )
-    parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run's folder")
+    parser.add_argument("--resume", metavar="RUN", help=f"go on from the newest checkpoint of {RUN_HELP}")
+    parser.add_argument(
+        "--max-steps", metavar="N", help="with --resume: train a finished run further, to step N"
+    )
     if {"-h", "--help"} & set(arguments):
         asked, _ = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
         parser.print_help()
         _print_settings(load_config(asked.config) if asked.config else Config())
         return 0
     options, overrides = parser.parse_known_args(arguments)
-    if (options.config is None) == (options.resume is None):
+    steps = [] if options.max_steps is None else ["--max-steps", options.max_steps]
+    if options.config is None and options.resume is None:
         raise ConfigError("hosl train: give either a CONFIG.yaml or --resume RUN")
-    if options.resume and overrides:
+    if options.resume is not None and (overrides or options.config is not None):
+        rest = " ".join([*overrides, options.config or ""]).rstrip()
         raise ConfigError(
-            f"hosl train --resume keeps the run's own settings; leave out {' '.join(overrides)}"
+            f"hosl train --resume keeps the run's own settings, --max-steps apart; leave out {rest}"
         )
-    config = None if options.resume else overridden(load_config(options.config), overrides)
+    config = None
+    if options.config is not None:
+        config = overridden(load_config(options.config), [*steps, *overrides])
 
     from hosl.training.train import resume, start  # torch and transformers, only now
 
-    summary = start(config) if config is not None else resume(Path(options.resume))
+    if options.resume is not None:
+        more = overridden(Config(), steps).max_steps if steps else None
+        summary = resume(named_run(options.resume), max_steps=more)
+    else:
+        assert config is not None, "one of the two was given"
+        summary = start(config)
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130
 

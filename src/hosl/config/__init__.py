@@ -3,7 +3,7 @@
 Names follow TRL and axolotl where they have one. Reading a config imports neither torch nor transformers.
 """
 
-from hosl.config.files import dump_config, load_config, parse_config, read_yaml
+from hosl.config.files import dump_config, load_config, parse_config, read_yaml, with_absolute_paths
 from hosl.config.schema import Config
 from hosl.config.sections import ClientConfig, ClientsConfig, ModelConfig, ServerConfig, WireConfig, ZOConfig
 
@@ -19,4 +19,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "read_yaml",
+    "with_absolute_paths",
 ]

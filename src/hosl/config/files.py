@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import re
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from hosl.config.former_names import with_new_names
 from hosl.config.schema import Config
+from hosl.config.sections import ModelConfig
 from hosl.errors import ConfigError
 
 
@@ -101,6 +103,26 @@ def parse_config(content: object, *, where: str, warn: bool = True) -> Config:
 def dump_config(config: Config) -> str:
     """Complete YAML, every default spelled out; `load_config` reads it back to an equal Config."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """This config with its relative paths below the working directory, so that a run can be gone on with elsewhere.
+
+    A name of a model that is no folder here stays as it is, and so does a path with ~ or environment variables.
+    """
+    paths = {
+        name: _absolute(value)
+        for name in ("train", "dev", "test", "folder")
+        if isinstance(value := getattr(config.task, name, None), str)
+    }
+    name = config.model.name
+    embedded = name == ModelConfig().name  # which no folder of that name replaces
+    model = msgspec.structs.replace(config.model, name=name if embedded else _absolute(name))
+    return msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, **paths), model=model)
+
+
+def _absolute(name: str) -> str:
+    return name if name.startswith(("~", "$")) or not Path(name).exists() else os.path.abspath(name)
 
 
 def hint(message: str, content: object, schema: Any) -> str:

@@ -4,6 +4,7 @@ The settings of a component are declared with the component (`OptimiserSpec`, `L
 a method reads are listed in `core.methods`. Importing this file imports neither torch nor transformers.
 """
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -43,6 +44,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     clients: ClientsConfig = ClientsConfig()
     max_steps: int = 300
     """Steps of the run; a step is one server update."""
+    num_train_epochs: float | None = None
+    """Passes over the training rows, in place of max_steps; None: max_steps counts."""
     per_device_train_batch_size: int = 16
     """Examples per step."""
     per_device_eval_batch_size: int = 64
@@ -57,6 +60,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Steps between two checkpoints; one more is written at the end."""
     snapshot_steps: int = 500
     """Steps between snapshots of a zeroth-order client's weights; checkpoints between them hold the journal only."""
+    save_model: bool = True
+    """Whether the finished run writes RUN/model for transformers; `hosl export` makes it later, too."""
+    save_optimiser: bool = True
+    """Whether the last checkpoint holds the optimisers' state, with which a finished run can be trained further."""
+    save_best: bool = False
+    """Whether RUN/best keeps the weights of the best evaluation on dev, by accuracy, then loss, for `export --best`."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers that get the metrics, beside metrics.jsonl."""
 
@@ -69,7 +78,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup_steps <= self.max_steps:
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(f"num_train_epochs must be a number > 0, got {self.num_train_epochs}")
+        if not 0 <= self.warmup_steps <= self.max_steps and self.num_train_epochs is None:
             raise ConfigError(
                 f"warmup_steps must lie in 0..max_steps={self.max_steps}, got {self.warmup_steps}"
             )

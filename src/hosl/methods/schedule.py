@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
 
+import msgspec
 import numpy as np
 
 from hosl.config import Config
@@ -25,6 +26,18 @@ def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:
         epoch, rank = divmod(position, examples)
         indices.append(int(_permutation(seed, epoch, examples)[rank]))
     return indices
+
+
+def with_steps(config: Config, task: Task) -> Config:
+    """The config with max_steps in place of num_train_epochs, now that the training rows are counted.
+
+    Raises:
+        ConfigError: if warmup_steps is more than that.
+    """
+    if config.num_train_epochs is None:
+        return config
+    steps = math.ceil(config.num_train_epochs * len(task.train) / config.per_device_train_batch_size)
+    return msgspec.structs.replace(config, max_steps=steps, num_train_epochs=None)
 
 
 def longest_batch(task: Task, config: Config) -> tuple[int, int]:

@@ -4,19 +4,20 @@ The same steps, metrics and checkpoints as `hosl train`. Server and client settl
 run goes on: with one client, from the newest checkpoint that both sides have.
 """
 
-import json
 import secrets
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from hosl.config import Config, dump_config
-from hosl.errors import ConfigError, HandshakeError
+from hosl.config import Config, dump_config, load_config, with_absolute_paths
+from hosl.errors import ConfigError, FolderError, HandshakeError
+from hosl.methods.schedule import with_steps
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.tensor_limit import check_tensor_limit
@@ -24,12 +25,19 @@ from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.folder_facts import half_facts
 from hosl.system.allocator import return_freed_memory
-from hosl.system.atomic import whole_file
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
-from hosl.system.run_folder import RunLock, new_folder
+from hosl.system.run_folder import (
+    RunLock,
+    new_folder,
+    read_lines,
+    read_record,
+    same_name_folders,
+    write_record,
+)
 from hosl.tasks import Task, TextTokenizer, label_note, labels_digest, load_task, model_labels, task_digest
 from hosl.training.loop import carry_on
+from hosl.training.summary import files_summary
 from hosl.training.trackers import check_trackers, feed_trackers
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
@@ -50,8 +58,7 @@ class JoinOptions:
 def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
     """Train this device's half with the server of the join line; returns the run's summary.
 
-    An unfinished run of the same config is resumed. A finished run stays as it is: the folder of the next one ends in
-    -2, -3, ...
+    An unfinished run of the same settings is resumed; of a finished one the summary is returned, without a server.
 
     Args:
         config: the settings of the run.
@@ -63,7 +70,9 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         AccessError, HandshakeError, LinkError: if the server cannot be trusted, does not fit, or does not reply.
     """
     check_trackers(config)
-    config = config.with_client_rate(config.client_rate)  # auto is refused here, before anything is made
+    config = with_absolute_paths(
+        config.with_client_rate(config.client_rate)
+    )  # auto is refused here, before anything is made
     _check_served(config)
     return_freed_memory()
     facts = half_facts(options.half, "client")
@@ -75,15 +84,18 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed, model_labels=names)
     if task.head == "classification" and (note := label_note(task.labels, names)):
         say(note)
+    config = with_steps(config, task)
     _check_fit(config, options, facts, task)
     runtime.check_before_run(as_split, str(options.half), task, alone=True)
-    run = _joined_run(config)
+    run = _joined_run(config, say)
+    if run.finished:
+        say(f"{run.folder} is finished; choose another output_dir for a new run")
+        return files_summary(config, run.folder, finished=True)
     with RunLock(run.folder):
         try:
             session, metrics_bytes = _joined(config, options, facts, task, run, say)
         except BaseException:
-            if not (run.folder / "metrics.jsonl").is_file():
-                shutil.rmtree(run.folder)  # refused before the first step: nothing half-made stays
+            _clear(run.folder)
             raise
         try:
             return carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
@@ -111,6 +123,8 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
 
 def _check_served(config: Config) -> None:
     """Refuse settings that need a server in the same process."""
+    if config.save_best:
+        raise ConfigError("save_best keeps both halves, which only `hosl train` has; leave it out")
     if config.profile != "paper":
         raise ConfigError(
             f"profile {config.profile} asks the server for losses with dropout, which only `hosl train` has; use "
@@ -125,20 +139,24 @@ def _joined(
     task: Task,
     run: "_JoinedRun",
     say: Callable[[str], None],
-) -> tuple[JoinedSession, int]:
+) -> tuple[JoinedSession, int | None]:
     """Connect, greet, and bring the client to the state from which both sides go on.
 
-    Returns the session, and the bytes of metrics.jsonl that belong to this state.
+    Returns the session, and the bytes of metrics.jsonl that belong to this state; None: every line up to its step.
     """
     runtime: Any = import_module("hosl.network.torch_runtime")
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
     channel = connect(options.line, patience=patience, proof=options.proof, known=run.under_way, say=say)
 
+    @cache  # a Hello is sent again while the link fails
+    def say_once(text: str) -> None:
+        say(text)
+
     def greeting(current: int) -> pb.HelloRequest:
         return pb.HelloRequest(
-            protocol=1, run=run.identity, model=model_message(facts, config), 
+            protocol=1, run=run.identity, model=model_message(facts, config),
             training=training_message(config, labels_digest(task.labels)),
-            restorable=session.restorable(run.folder), current=current, version=versions()["hosl"],
+            restorable=session.restorable(run.folder, say_once), current=current, version=versions()["hosl"],
         )  # fmt: skip
 
     kind = RemoteServer if config.wire.compression == "none" else WatchedServer
@@ -164,9 +182,10 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-    record = {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
-    (run.folder / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    return session, checkpoint_facts.get("metrics_bytes", 0)
+    write_record(
+        run.folder, {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
+    )
+    return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 
 class _JoinedRun(NamedTuple):
@@ -175,31 +194,68 @@ class _JoinedRun(NamedTuple):
     """The run's name on the server."""
     under_way: bool
     """Whether the run was started by an earlier command."""
+    finished: bool
 
 
-def _joined_run(config: Config) -> _JoinedRun:
-    """This config's unfinished run, or a new one."""
-    wanted, text = Path(config.output_dir), dump_config(config)
-    for folder in sorted(wanted.parent.glob(f"{wanted.name}*")):
-        if _unfinished(folder, text):
-            identity = json.loads((folder / "record.json").read_text(encoding="utf-8"))["run_id"]
-            return _JoinedRun(folder, identity, under_way=True)
-    folder = new_folder(wanted)
+def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
+    """This config's run, finished or not, or a new one.
+
+    Raises:
+        FolderError: if its record.json is damaged.
+    """
+    wanted, found = Path(config.output_dir), []
+    for folder in same_name_folders(wanted):
+        if _settings(folder) != _identity(config) or not (folder / "record.json").is_file():
+            continue
+        record = read_record(folder)
+        if record is None:
+            raise FolderError(
+                f"{folder}/record.json is damaged, and the run's name on the server was in it; put it back, or choose "
+                "another output_dir for a new run"
+            )
+        if "run_id" in record:  # one of `hosl train` has none
+            finished = _finished(folder, record)
+            found.append(_JoinedRun(folder, record["run_id"], under_way=True, finished=finished))
+    if found:
+        return min(found, key=lambda run: run.finished)  # the first that is not finished, else the first
+    folder = new_folder(wanted, dump_config(config), say)
     allowed = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.name.lower())
     name = allowed.strip("._-")[:40] or "run"
     # several clients find each other by the name; the run of a single client must not meet another run of its name
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
-    (folder / "record.json").write_text(json.dumps({"run_id": identity}), encoding="utf-8")
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
-    return _JoinedRun(folder, identity, under_way=False)
+    write_record(folder, {"run_id": identity})
+    return _JoinedRun(folder, identity, under_way=False, finished=False)
 
 
-def _unfinished(folder: Path, config_text: str) -> bool:
-    files = folder / "config.yaml", folder / "record.json"
-    if not all(file.is_file() for file in files) or files[0].read_text(encoding="utf-8") != config_text:
-        return False
-    finished = json.loads(files[1].read_text(encoding="utf-8")).get("finished", False)
-    return not finished and not (folder / "report.html").is_file()  # the page is the mark of version 0.1
+def _settings(folder: Path) -> Config | None:
+    """The settings by which the run in a folder is known; None: there is no run, or one of another version."""
+    try:
+        return _identity(load_config(folder / "config.yaml", warn=False))
+    except ConfigError:
+        return None
+
+
+def _identity(config: Config) -> Config:
+    """A config without what may change between two commands of one run: the way to its folder, and patience."""
+    wire = msgspec.structs.replace(config.wire, connect_s=1.0, idle_s=1.0)
+    name = Path(config.output_dir).name  # a run that was given the name NAME-2 is no second run of NAME
+    return msgspec.structs.replace(with_absolute_paths(config), output_dir=name, report_to=(), wire=wire)
+
+
+def _finished(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether a run is; in version 0.1 its page was the mark of that."""
+    page, metrics = folder / "report.html", folder / "metrics.jsonl"
+    tested = metrics.is_file() and any(line.get("split") == "test" for line in read_lines(metrics))
+    return record.get("finished", False) or (page.is_file() and tested)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run that was refused before its first step has made, and nothing else."""
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        for name in ("record.json", "config.yaml", ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # a person's own hidden files
+            folder.rmdir()
 
 
 def _finish(session: JoinedSession, run: Path) -> None:
@@ -207,5 +263,7 @@ def _finish(session: JoinedSession, run: Path) -> None:
 
     write_report(run)
     feed_trackers(session.config, run)
-    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
-    whole_file(run / "record.json", json.dumps(record | {"finished": True}, indent=2).encode())
+    write_record(
+        run,
+        (read_record(run) or {}) | {"finished": True, "client_digest": session.facts["final_client_digest"]},
+    )

@@ -18,7 +18,14 @@ from hosl.methods.step import method_round
 from hosl.parties.metered import metered
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.shared_client import SharedClient
-from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.system.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    drop_checkpoints_after,
+    intact_steps,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hosl.system.machine import process_peak_bytes
 from hosl.training.session import Session
 
@@ -86,14 +93,20 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         """The effect of compression on the signal, in the steps in which it is measured."""
         return self.remote.notes() if isinstance(self.remote, WatchedServer) else {}
 
-    def restorable(self, run: Path) -> list[int]:
-        """The steps whose state this client can go to: its base weights and its checkpoints."""
-        return [0, *sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))]
+    def restorable(self, run: Path, say: Callable[[str], None]) -> list[int]:
+        """The steps whose state this client can go to: its base weights and its intact checkpoints.
+
+        Raises:
+            CheckpointError: if it has checkpoints, and all are damaged.
+        """
+        if self.config.clients.halves == "shared":
+            return [0]  # the server's journal rebuilds the half
+        return [0, *sorted(intact_steps(run / "checkpoints", say))]
 
     def save(self, run: Path, facts: dict[str, Any]) -> None:
         """Let the server write its half, then write the client's; the previous checkpoint stays until the next."""
         self.remote.save(self.step)
-        if (run / "checkpoints" / f"step-{self.step:08d}").is_dir():
+        if checkpoint_path(run / "checkpoints", self.step).is_dir():
             return  # written already, before the server was killed
         checkpoint = Checkpoint(step=self.step)
         # shared halves are rebuilt from the server's journal, whose steps are not this client's: no snapshots
@@ -104,7 +117,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         if self._labels_stay:
             self.runtime.put_head(checkpoint, self.server)
         checkpoint.state |= self.inputs() | facts
-        write_checkpoint(run / "checkpoints", checkpoint, keep=2)
+        write_checkpoint(run / "checkpoints", checkpoint)
 
     def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
         """Take the state after `step`, because the server goes on from there.
@@ -125,7 +138,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
             self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
         facts: dict[str, Any] = {}
         if step:
-            path = run / "checkpoints" / f"step-{step:08d}"
+            path = checkpoint_path(run / "checkpoints", step)
             checkpoint = read_checkpoint(path)
             self._check_task(checkpoint, path)
             self.snapshot_step = self.runtime.restore_client_(self.client, checkpoint)

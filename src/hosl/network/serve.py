@@ -128,7 +128,7 @@ async def _serve(
 
     access, scheduler, status = Access(options.service), Scheduler(), Status()
     limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
-    sessions = Sessions(options.service, _opener(options, facts), runs_at_once=options.runs_at_once)
+    sessions = Sessions(options.service, _opener(options, facts), status.damaged, options.runs_at_once)
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
     status.watch_queue(lambda: scheduler.queue)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
@@ -151,7 +151,7 @@ async def _serve(
     status.ready = False
     status.line("draining")
     await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
-    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save()))
+    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save(asked=False)))
     scheduler.close()
     if page:
         page.close()

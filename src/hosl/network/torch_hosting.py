@@ -17,14 +17,20 @@ from hosl.core.targets import (
     Targets,
     positions_of,
 )
-from hosl.errors import CheckpointError, WireError
+from hosl.errors import WireError
 from hosl.methods.torch_parties import make_server
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.parties.servers.basic import TorchServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.service.hosted_half import Stepped
 from hosl.split import ServerHalf
-from hosl.system.checkpoint import Checkpoint, drop_checkpoints_after, read_checkpoint, write_checkpoint
+from hosl.system.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    drop_checkpoints_after,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hosl.system.model_limits import limits_of
 from hosl.training.checkpointing import put_server, restore_server_
 from hosl.wire.tensors import WireArray
@@ -141,12 +147,19 @@ class TorchHosted:
         """See `HostedHalf`."""
         self._method("descend")(step, list(seeds), list(coefficients))
 
-    def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        facts: dict[str, object],
+        journal: Journal | None,
+        beside: Sequence[int],
+    ) -> None:
         """See `HostedHalf`."""
         checkpoint = Checkpoint(step=step, state=dict(facts))
         put_server(checkpoint, self.party)
         checkpoint.journal = journal.to_bytes() if journal is not None else None
-        write_checkpoint(folder, checkpoint, keep=2)
+        write_checkpoint(folder, checkpoint, beside=beside)
 
     def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:
         """See `HostedHalf`.
@@ -154,15 +167,11 @@ class TorchHosted:
         Raises:
             CheckpointError: if the checkpoint is missing or damaged.
         """
+        checkpoint = read_checkpoint(checkpoint_path(folder, step)) if step else Checkpoint(step=0)
         self.party = self._fresh()
+        if step:
+            restore_server_(self.party, checkpoint)
         drop_checkpoints_after(folder, step)
-        if step == 0:
-            return {}, Journal()
-        path = folder / f"step-{step:08d}"
-        if not path.is_dir():
-            raise CheckpointError(f"there is no checkpoint of step {step} in {folder}")
-        checkpoint = read_checkpoint(path)
-        restore_server_(self.party, checkpoint)
         return checkpoint.state, Journal.from_bytes(checkpoint.journal or b"")
 
     def _fresh(self) -> TorchServer | TrunkServer:

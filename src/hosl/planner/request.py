@@ -7,7 +7,7 @@ from typing import Any
 
 from hosl.config import Config, ModelConfig, dump_config, load_config
 from hosl.errors import ConfigError, SplitError
-from hosl.methods.schedule import longest_batch
+from hosl.methods.schedule import longest_batch, with_steps
 from hosl.planner.dry_run import Work
 from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
@@ -161,7 +161,7 @@ def _question(asked: Planning, say: Callable[[str], None]) -> tuple[Config, Ques
         folder = resolve_model_folder(config.model.name)
         tokenizer, names = TextTokenizer.load(folder, transformers_tokenizer), model_labels(folder)
         task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
-        shape = shape_of(config, task)
+        config, shape = with_steps(config, task), shape_of(config, task)
         rows, tokens = longest_batch(task, config)
     else:
         shape = model_shape(asked.what)

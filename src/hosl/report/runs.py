@@ -15,7 +15,7 @@ import yaml
 from hosl.config import Config, load_config
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
-from hosl.system.run_folder import EVALUATION, read_lines
+from hosl.system.run_folder import EVALUATION, read_lines, read_record
 
 CHOSEN_RUNS = "runs.csv"
 """File of a finished study that says which of its runs have the rates that were chosen."""
@@ -131,13 +131,17 @@ def read_run(folder: Path) -> Run:
             "`hosl join` made, or one of `hosl study`"
         )
     try:
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        record = read_record(folder)
         metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / "timings.jsonl")
         config, parsed = _config(folder / "config.yaml")
         kept = folder / EVALUATION
         classes = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     except (ValueError, yaml.YAMLError) as cause:
         raise FolderError(f"{folder}: its files cannot be read: {cause}") from cause
+    if record is None:
+        raise FolderError(
+            f"{folder}/record.json cannot be read; put it back, or let `hosl train --resume {folder}` write it anew"
+        )
     if not isinstance(config, dict) or not {"model", "task", "cut"} <= record.keys():
         raise FolderError(f"{folder}: its run has not begun yet; wait for its first step")
     return Run(

@@ -253,7 +253,7 @@ class Calls:
         def work() -> int:
             session.run.check_now(client, request.where.step, evaluation=True)
             try:
-                return session.run.save()
+                return session.run.save(asked=True)
             except OSError as cause:  # such as too many open files: the client tries again
                 raise CheckpointError(
                     f"run {session.run.name} could not be saved: {cause.strerror}"

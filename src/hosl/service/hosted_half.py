@@ -77,8 +77,15 @@ class HostedHalf(Protocol):
         """Make one zeroth-order update."""
         ...
 
-    def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
-        """Write a checkpoint of `step` below `folder`; the one before it is kept."""
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        facts: dict[str, object],
+        journal: Journal | None,
+        beside: Sequence[int],
+    ) -> None:
+        """Write a checkpoint of `step` below `folder`; those of the steps `beside` stay, others are deleted."""
         ...
 
     def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:

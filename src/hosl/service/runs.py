@@ -16,6 +16,7 @@ from hosl.core.targets import PositionTargets, Targets
 from hosl.errors import HandshakeError, SessionError, StepError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
+from hosl.system.checkpoint import checkpoint_steps, intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
@@ -30,6 +31,8 @@ class ServedRun:
     half: HostedHalf
     folder: Path
     """The folder of its checkpoints."""
+    say: Callable[[str], None] = lambda text: None
+    """Is called with a line about each damaged checkpoint."""
     steps: dict[str, int] = field(default_factory=dict)
     """The last step of each client that changed the half, or that a Hello settled on."""
     journal: Journal = field(default_factory=Journal)
@@ -48,6 +51,8 @@ class ServedRun:
     """The states that each client was sent last, where the labels stay with the client."""
     _journaled: dict[str, int] = field(default_factory=dict)
     """The last step of each client whose update is in the shared journal."""
+    _asked: list[int] = field(default_factory=list)
+    """The steps of the two newest checkpoints that clients asked for."""
 
     def __post_init__(self) -> None:
         if self.training.order == pb.SYNCHRONOUS:
@@ -103,16 +108,25 @@ class ServedRun:
 
         Raises:
             HandshakeError: if there is no such state.
+            CheckpointError: if the server has checkpoints, and all are damaged.
         """
         recorded = self.steps.get(client, 0)
         theirs = {*restorable, current}
         if self.alone:
             ours = {*self.saved_steps(), self.server_step, 0}
+            if max(theirs & ours, default=0) not in (self.server_step, 0):  # on the disk alone
+                ours = {*intact_steps(self.folder, self.say), self.server_step, 0}
             common = max(theirs & ours, default=None)
             if common is None:
                 raise HandshakeError(
                     f"run {self.name}: the client can go on from steps {sorted(theirs)}, the server from "
                     f"{sorted(ours)}; no state is common: start a new run"
+                )
+            if common == 0 and any(restorable):
+                raise HandshakeError(
+                    f"run {self.name}: the client has intact states of steps {sorted(theirs)}, the server of "
+                    f"{sorted(ours)}, and only the base weights are common; put the other checkpoints back, or choose "
+                    "another output_dir for a new run"
                 )
             if common != self.server_step:
                 self.go_back(common)
@@ -127,26 +141,34 @@ class ServedRun:
         return recorded
 
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints on disk, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        """The steps of the checkpoints on disk, ascending, damaged or not."""
+        return checkpoint_steps(self.folder)
 
     def go_back(self, step: int) -> None:
         """Load the state of a checkpoint, or the base weights for step 0; everything later is dropped."""
         facts, self.journal = self.half.restore(self.folder, step)
         self.steps = cast(dict[str, int], facts.get("steps", {}))
         self._journaled = cast(dict[str, int], facts.get("journaled", {}))
+        self._asked = cast(list[int], facts.get("asked", self.saved_steps()[-2:]))
         self.updates = self.journal.last_step
         self.server_step = step
         self._replies.clear()
         if self.round is not None:
             self.round = Round(number=step + 1, expected=self.training.clients)
 
-    def save(self) -> int:
-        """Write a checkpoint of the present state; returns its step."""
+    def save(self, *, asked: bool) -> int:
+        """Write a checkpoint of the present state; returns its step.
+
+        The two newest that a client `asked` for stay on the disk, because it has their other halves.
+        """
+        if asked:
+            self._asked = sorted({*self._asked, self.server_step})[-2:]
         if self.server_step and self.server_step not in self.saved_steps():
-            facts: dict[str, object] = {"steps": self.steps, "journaled": self._journaled}
+            facts: dict[str, object] = {
+                "steps": self.steps, "journaled": self._journaled, "asked": self._asked
+            }  # fmt: skip
             shared = self.journal if self.training.halves == pb.SHARED else None
-            self.half.save(self.folder, self.server_step, facts, shared)
+            self.half.save(self.folder, self.server_step, facts, shared, self._asked)
         return self.server_step
 
     # ---- requests that change nothing ----

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from hosl.core.methods import METHODS
-from hosl.errors import HandshakeError, LimitError, SessionError, WireError
+from hosl.errors import CheckpointError, HandshakeError, LimitError, SessionError, WireError
 from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
+from hosl.system.checkpoint import intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
@@ -40,8 +41,14 @@ class Session:
 class Sessions:
     """The runs in memory and on disk, and the sessions since this process started."""
 
-    def __init__(self, folder: Path, open_half: OpenHalf, *, runs_at_once: int = 1) -> None:
-        self._folder = folder / "runs"
+    def __init__(
+        self,
+        folder: Path,
+        open_half: OpenHalf,
+        say: Callable[[str], None] = lambda text: None,
+        runs_at_once: int = 1,
+    ) -> None:
+        self._folder, self._say = folder / "runs", say
         self._open_half, self._runs_at_once = open_half, runs_at_once
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
@@ -111,24 +118,18 @@ class Sessions:
         self._make_room()
         folder = self._folder / request.run
         handshake, stored = folder / "handshake.json", _stored_handshake(folder)
-        model, training = request.model, request.training
-        if stored is not None:
-            model, training = (
-                ParseDict(stored["model"], pb.Model()),
-                ParseDict(stored["training"], pb.Training()),
-            )
+        model, training = stored or (request.model, request.training)
         check_training(training)
-        run = ServedRun(
-            request.run, model, training, self._open_half(model, training), folder / "checkpoints"
-        )
+        half = self._open_half(model, training)
+        run = ServedRun(request.run, model, training, half, folder / "checkpoints", self._say)
         if stored is None:
             folder.mkdir(parents=True, exist_ok=True)
             facts: dict[str, Any] = {
                 "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
             }  # fmt: skip
             whole_file(handshake, msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        elif saved := run.saved_steps():
-            run.go_back(saved[-1])
+        elif saved := next(intact_steps(run.folder, self._say), None):
+            run.go_back(saved)
         self.runs[request.run] = run
         return run
 
@@ -144,23 +145,33 @@ class Sessions:
                     f"this server trains {len(self.runs)} runs at once and is busy with {busy}; wait until one is "
                     "finished, or ask its owner for `hosl serve --runs-at-once`"
                 )
-            finished.save()
+            finished.save(asked=False)
             del self.runs[finished.name]
             for name in [n for n, s in self._sessions.items() if s.run is finished]:
                 del self._sessions[name]
 
 
-def _stored_handshake(folder: Path) -> dict[str, Any] | None:
-    """The model and training of a run's first Hello; None: there is no such run yet."""
+def _stored_handshake(folder: Path) -> tuple[pb.Model, pb.Training] | None:
+    """The model and training of a run's first Hello; None: there is no such run yet.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     former = folder / "agreement.json"  # its name, and that of `distribution` in it, before version 0.2
-    for file in (folder / "handshake.json", former):
-        if file.is_file():
-            stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
-            training = stored["training"]
-            if "law" in training:
-                training["distribution"] = training.pop("law")
-            return stored
-    return None
+    file = next((file for file in (folder / "handshake.json", former) if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
+        training = stored["training"]
+        if "law" in training:
+            training["distribution"] = training.pop("law")
+        return ParseDict(stored["model"], pb.Model()), ParseDict(training, pb.Training())
+    except (OSError, msgspec.MsgspecError, ParseError, LookupError, TypeError, AttributeError) as cause:
+        raise CheckpointError(
+            f"run {folder.name}: {file.name} on the server is damaged: {cause}; put it back, or choose another "
+            "output_dir for a new run"
+        ) from cause
 
 
 def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:

@@ -122,6 +122,10 @@ class Status:
         self._quiet[key] = (now, 0) if due else (last, times + 1)
         return times + 1 if due else 0
 
+    def damaged(self, said: str) -> None:
+        """Record that a checkpoint on the disk is damaged."""
+        self.line("damaged", said=said)
+
     def line(self, event: str, **facts: Any) -> None:
         """Write one structured log line: a JSON object."""
         self._log(json.dumps({"time": round(time.time(), 3), "event": event, **facts}))

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from hosl.config import Config, dump_config, parse_config, read_yaml
+from hosl.config import Config, dump_config, parse_config, read_yaml, with_absolute_paths
 from hosl.errors import ConfigError, FolderError
 from hosl.report.runs import flat, seed_draws_rows
 from hosl.study.grid import Grid, Summary, Trial
@@ -136,7 +136,9 @@ def check_same_settings(config: Config, content: object, where: Path) -> None:
             f"{where} was made by a version of hosl whose settings this one does not know; choose another output_dir, "
             "or remove what is there"
         ) from None
+    before, config = with_absolute_paths(before), with_absolute_paths(config)
     same = {"output_dir"} | ({"zo.directions"} if not config.method_row.draws else set())
+    same |= {"num_train_epochs", "max_steps"} if config.num_train_epochs else set()  # counted from the rows
     old, new = (flat(msgspec.to_builtins(c)) for c in (before, config))
     for name in old | new:
         if name not in same and old.get(name) != new.get(name):

@@ -1,19 +1,22 @@
 """Both halves at one step, on disk: written whole or not at all, read back bit for bit.
 
     checkpoints/step-00000200/
-      state.json                   step, distribution, length of metrics.jsonl, digest of every other file
+      state.json                   step, distribution, length of metrics.jsonl, digest of every file, its own too
       client/journal.bin           zeroth-order client: every update since the base weights
       client/trained.safetensors   first-order client: always; zeroth-order: a snapshot (may be of an earlier step)
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
-The folder is written under another name, flushed to the disk and renamed, so the newest `step-*` is always complete.
+The folder is written under another name, flushed to the disk and renamed, so every `step-*` is complete. One that a
+disk has damaged since is told by its digests, and the one before it is taken (`intact_steps`, docs/adr/0018).
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
 torch is imported only when there are tensors to write or read, so that a device without it can import this module.
 """
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +25,10 @@ from typing import Any
 from hosl.errors import CheckpointError, FailureError
 from hosl.system.atomic import whole_folder
 
-_FORMAT = 1
+_FORMAT = 2
+"""Format that is written; 1, without a digest of state.json, is read too."""
+_NAME = re.compile(r"step-(\d{8,})")
+_JOURNAL, _SNAPSHOT = "client/journal.bin", "client/trained.safetensors"
 
 
 @dataclass
@@ -40,15 +46,20 @@ class Checkpoint:
     """Names of files that are hard links to those of the previous checkpoint, such as an earlier snapshot."""
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
-    """Write `checkpoint` below `folder` and delete all but the newest `keep`; returns the path of the new one.
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, beside: Collection[int] | None = None) -> Path:
+    """Write `checkpoint` below `folder` and delete the older ones but the one before it; returns the new one's path.
 
-    `keep` is 2 where the other half is saved on another machine: a kill may come between the two writes.
+    Two, because a disk may damage one, and a kill may come between the writes of the two sides of a network run.
+
+    Args:
+        folder: the folder of the checkpoints.
+        checkpoint: what is written.
+        beside: the steps whose checkpoints stay beside it; None: that of the one before it.
 
     Raises:
         CheckpointError: if the disk is full or cannot be written; the older checkpoint then stays.
     """
-    final, previous = folder / f"step-{checkpoint.step:08d}", newest_checkpoint(folder)
+    final, previous = checkpoint_path(folder, checkpoint.step), newest_checkpoint(folder)
     try:
         with whole_folder(final) as partial:
             _fill(partial, checkpoint, previous)
@@ -57,52 +68,136 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> 
             f"the checkpoint of step {checkpoint.step} could not be written: {cause}; "
             f"{'the one before it is intact' if previous else 'there is none before it'}: free space, then resume"
         ) from cause
-    kept = sorted(folder.glob("step-*"))[-keep:]
-    for old in folder.iterdir():
-        if old not in kept:
-            shutil.rmtree(old)
+    _keep(folder, {checkpoint.step, *(checkpoint_steps(folder)[-2:] if beside is None else beside)})
     return final
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all checkpoints but the newest `count`, and what kills left half-written; other files stay."""
+    _keep(folder, checkpoint_steps(folder)[-count:])
+
+
+def _keep(folder: Path, steps: Collection[int]) -> None:
+    for step in checkpoint_steps(folder):
+        if step not in steps:
+            shutil.rmtree(checkpoint_path(folder, step))
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial)
 
 
 def drop_checkpoints_after(folder: Path, step: int) -> None:
     """Delete checkpoints later than `step`: the run has gone back and will write them again."""
-    for path in folder.glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
+    for later in checkpoint_steps(folder):
+        if later > step:
+            shutil.rmtree(checkpoint_path(folder, later))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The path of the checkpoint of `step` below `folder`."""
+    return folder / f"step-{step:08d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints below `folder`, ascending, by their names; anything else there is ignored."""
+    names = (_NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None."""
-    return max(folder.glob("step-*"), default=None)
+    """The newest checkpoint below `folder`, damaged or not, or None."""
+    steps = checkpoint_steps(folder)
+    return checkpoint_path(folder, steps[-1]) if steps else None
+
+
+def intact_steps(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """The steps of the checkpoints below `folder` whose files are those that were written, the newest first.
+
+    `say` is called with a line about each that is damaged and newer than those. Files are read as steps are asked for.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none is intact.
+    """
+    damaged, newest = [], None
+    for step in reversed(checkpoint_steps(folder)):
+        path = checkpoint_path(folder, step)
+        try:
+            _, whole_snapshot = _checked(path)
+        except CheckpointError as damage:
+            damaged.append(damage)
+            continue
+        if newest is None:
+            for damage in damaged:
+                say(f"{damage}; the newest intact one is of step {step}")
+            if not whole_snapshot:
+                say(f"checkpoint {path}: {_SNAPSHOT} is damaged; its journal rebuilds the same weights")
+        newest = newest or step
+        yield step
+    if damaged and newest is None:
+        raise CheckpointError(
+            f"{damaged[0]}; no intact checkpoint is left in {folder}: put one back, or start a new run"
+        ) from damaged[0]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint back and check every file against its digest.
 
+    A damaged snapshot is left out where there is a journal, which rebuilds the same weights from the base weights.
+
     Raises:
         CheckpointError: if a file is missing or is not the one that was written.
     """
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise CheckpointError(f"checkpoint {path} has no readable state.json: {cause}") from cause
-    if state["format"] != _FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {state['format']}; this version reads {_FORMAT}")
+    state, whole_snapshot = _checked(path)
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
-    for name, digest in state["digests"].items():
-        file = path / name
-        if not file.is_file() or _digest(file) != digest:
-            actual = "another content" if file.is_file() else "no such file"
-            raise CheckpointError(
-                f"checkpoint {path}: {name} should have digest {digest[:12]}, found {actual}"
-            )
-        if name == "client/journal.bin":
-            checkpoint.journal = file.read_bytes()
-        else:
+    for name in state["digests"]:
+        if name == _JOURNAL:
+            checkpoint.journal = (path / name).read_bytes()
+        elif name != _SNAPSHOT or whole_snapshot:
             import safetensors.torch
 
-            checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(file)
+            checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
     return checkpoint
+
+
+def _checked(path: Path) -> tuple[dict[str, Any], bool]:
+    """The content of state.json once every file is as written, and whether a snapshot beside a journal is, too."""
+    state, whole_snapshot = _state(path), True
+    for name, digest in state["digests"].items():
+        found = _found(path / name, digest)
+        if found and name == _SNAPSHOT and _JOURNAL in state["digests"]:
+            whole_snapshot = False
+        elif found:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}"
+            )
+    return state, whole_snapshot
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """The content of state.json, checked against its own digest."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        digest = state.pop("digest", None)
+        if state["format"] not in (1, _FORMAT):
+            raise CheckpointError(
+                f"checkpoint {path} has format {state['format']}; this version reads 1 and {_FORMAT}"
+            )
+        if digest != (None if state["format"] == 1 else _state_digest(state)):
+            raise CheckpointError(f"checkpoint {path}: state.json has another digest than it says")
+        if path.name != checkpoint_path(path, state["step"]).name:
+            raise CheckpointError(f"checkpoint {path} holds step {state['step']}; its folder was renamed")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as cause:
+        raise CheckpointError(f"checkpoint {path} has no readable state.json: {cause}") from cause
+    return state
+
+
+def _found(file: Path, digest: str) -> str | None:
+    """Words for what is there in place of the file of that digest; None: the file is."""
+    try:
+        return None if _digest(file) == digest else "another content"
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as cause:  # such as a bad sector
+        return f"that it cannot be read ({cause.strerror})"
 
 
 def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
@@ -112,16 +207,19 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
         _save_tensors(tensors, partial / f"{name}.safetensors")
     if checkpoint.journal is not None:
         (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
+    digests = {
+        str(file.relative_to(partial)): _digest(file) for file in sorted(partial.rglob("*")) if file.is_file()
+    }
     for name in checkpoint.linked:
         assert previous is not None, f"{name} is linked from a checkpoint that does not exist"
+        # its digest of then: one of now would vouch for whatever a disk has made of it
+        digests[name] = _state(previous)["digests"][name]
         try:
             os.link(previous / name, partial / name)
         except OSError:  # a filesystem without hard links, such as exFAT
             shutil.copyfile(previous / name, partial / name)
-    digests = {
-        str(file.relative_to(partial)): _digest(file) for file in sorted(partial.rglob("*")) if file.is_file()
-    }
     state = {"format": _FORMAT, "step": checkpoint.step, "facts": checkpoint.state, "digests": digests}
+    state["digest"] = _state_digest(json.loads(json.dumps(state)))  # as it will be read
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
@@ -133,6 +231,11 @@ def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
         safetensors.torch.save_file(on_cpu, file)
     except safetensors.SafetensorError as cause:  # wraps the system's error, such as a full disk
         raise OSError(0, str(cause)) from cause
+
+
+def _state_digest(state: dict[str, Any]) -> str:
+    """The SHA-256 digest of the content of state.json without its own digest."""
+    return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

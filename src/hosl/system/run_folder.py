@@ -8,7 +8,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,13 +64,14 @@ class RunLock:
 class Record:
     """The two JSON Lines files of a run: appended to, and truncated to a checkpoint on resume."""
 
-    def __init__(self, run: Path, *, metrics_bytes: int = 0, step: int = 0) -> None:
-        """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`)."""
+    def __init__(self, run: Path, *, metrics_bytes: int | None = 0, step: int = 0) -> None:
+        """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`).
+
+        Where there is no such checkpoint (None), lines up to `step` stay.
+        """
         self._run = run
-        self._metrics = (run / "metrics.jsonl").open("ab")
-        self._metrics.truncate(metrics_bytes)
-        self._timings = (run / "timings.jsonl").open("ab+")
-        self._drop_timings_after(step)
+        self.lost = self._open(metrics_bytes, step)
+        """Whether lines of metrics.jsonl before that were damaged; they are dropped."""
 
     def metrics(self, **line: Any) -> None:
         """Append one line to metrics.jsonl; keys carry their units."""
@@ -91,27 +94,40 @@ class Record:
 
     def cut_back(self, metrics_bytes: int, step: int) -> None:
         """Drop what was written after the checkpoint of `step`, when metrics.jsonl had `metrics_bytes` bytes."""
-        self.flush()
-        self._metrics.truncate(metrics_bytes)
-        self._drop_timings_after(step)
+        self.close()
+        self._open(metrics_bytes, step)
 
     def close(self) -> None:
         """Close both files."""
         self._metrics.close()
         self._timings.close()
 
-    def _drop_timings_after(self, step: int) -> None:
-        self._timings.seek(0)
-        length = 0
-        for line in self._timings:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            length += len(line)
-        self._timings.truncate(length)
+    def _open(self, metrics_bytes: int | None, step: int) -> bool:
+        """Open both files to append to what belongs to `step`; returns whether lines of metrics.jsonl are missing."""
+        kept_bytes = _cut_back(self._run / "metrics.jsonl", step, metrics_bytes)
+        _cut_back(self._run / "timings.jsonl", step, None)
+        self._metrics = (self._run / "metrics.jsonl").open("ab")
+        self._timings = (self._run / "timings.jsonl").open("ab")
+        return kept_bytes < (metrics_bytes or 0)
 
 
-def new_folder(wanted: Path) -> Path:
-    """Make the folder `wanted`, or, where it exists, the same name with -2, -3, ...; returns the folder made.
+def same_name_folders(wanted: Path) -> list[Path]:
+    """The folders of runs whose output_dir is `wanted`: that one, and the same name with -2, -3, ..., in order."""
+    name = re.compile(re.escape(wanted.name) + r"(?:-(\d+))?")
+    found = [(match, path) for path in _children(wanted.parent) if (match := name.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1] or 1))]
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def new_folder(wanted: Path, config_text: str, say: Callable[[str], None]) -> Path:
+    """Make the folder `wanted` with a config.yaml, or, where it is taken, the same name with -2, -3, ...; returns it.
+
+    `say` is called with one line where the name is another.
+
+    An empty folder is taken over, and so is one with nothing but that config.yaml: a kill left it, or a person made it.
 
     Raises:
         FolderError: if the system does not let it be made.
@@ -119,22 +135,64 @@ def new_folder(wanted: Path) -> Path:
     number = 1
     while True:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        config = folder / "config.yaml"
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
+            folder.mkdir(parents=True, exist_ok=True)
+            shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+            if not shown:
+                whole_file(config, config_text.encode())
+            elif shown != {config.name} or config.read_text(encoding="utf-8") != config_text:
+                raise FileExistsError
+        except (FileExistsError, UnicodeDecodeError):
             number += 1
         except OSError as cause:
             raise FolderError(
                 f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
             ) from cause
         else:
+            if number > 1:
+                say(f"output_dir {wanted} is taken; this run is {folder}")
             return folder
 
 
+def write_record(run: Path, record: dict[str, Any]) -> None:
+    """Write record.json, whole or not at all."""
+    whole_file(run / "record.json", json.dumps(record, indent=2).encode())
+
+
+def read_record(run: Path) -> dict[str, Any] | None:
+    """The content of record.json; None: there is none, or it is damaged."""
+    try:
+        record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics or timings file; an unfinished last line is left out."""
+    """The lines of a metrics or timings file; an unfinished last line is left out, and so are damaged ones."""
     with path.open("rb") as file:
-        return [json.loads(line) for line in file if line.endswith(b"\n")]
+        return [content for line in file if (content := _content(line)) is not None]
+
+
+def _cut_back(path: Path, step: int, limit_bytes: int | None) -> int:
+    """Keep the whole lines up to `step` in the first `limit_bytes` of a file; returns how many bytes that is."""
+    before = path.read_bytes() if path.is_file() else b""
+    lines = before[:limit_bytes].splitlines(keepends=True)
+    kept = b"".join(line for line in lines if (content := _content(line)) and content["step"] <= step)
+    if kept != before:
+        whole_file(path, kept)
+    return len(kept)
+
+
+def _content(line: bytes) -> dict[str, Any] | None:
+    """The content of a line; None: it is torn or damaged."""
+    try:
+        content = json.loads(line)
+    except ValueError:  # NUL bytes, which a file system may leave after a power failure, too
+        return None
+    whole = line.endswith(b"\n") and isinstance(content, dict) and isinstance(content.get("step"), int)
+    return content if whole else None
 
 
 def _line(content: dict[str, Any]) -> bytes:

@@ -14,7 +14,12 @@ from hosl.system.checkpoint import Checkpoint
 
 
 def put_client(
-    checkpoint: Checkpoint, client: FrozenClient, *, snapshot_step: int, snapshot_steps: int
+    checkpoint: Checkpoint,
+    client: FrozenClient,
+    *,
+    snapshot_step: int,
+    snapshot_steps: int,
+    optimiser: bool = True,
 ) -> int:
     """Add the client's part to a checkpoint; returns the step of the snapshot that the part depends on.
 
@@ -26,6 +31,7 @@ def put_client(
         client: the client after the checkpoint's step.
         snapshot_step: the step of the newest snapshot; 0 is the base weights.
         snapshot_steps: the steps between two snapshots.
+        optimiser: whether the state of its optimiser is part of it.
     """
     if isinstance(client, ZerothOrderClient):
         checkpoint.journal = client.journal.to_bytes()
@@ -36,7 +42,7 @@ def put_client(
             checkpoint.linked = ("client/trained.safetensors",)
     elif client.trained:
         checkpoint.tensors["client/trained"] = dict(client.trained)
-    if isinstance(client, FirstOrderClient):
+    if isinstance(client, FirstOrderClient) and optimiser:
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
@@ -51,10 +57,12 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     """
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
     journaled = isinstance(client, ZerothOrderClient)
+    if journaled and "client/trained" not in tensors:
+        snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
     if snapshot_step or (client.trained and not journaled):
         _restore_weights_(client.trained, tensors["client/trained"])
     if isinstance(client, FirstOrderClient):
-        _restore_optimiser_(client.optimiser, client.trained, tensors["client/optimiser"])
+        _restore_optimiser_(client.optimiser, client.trained, tensors.get("client/optimiser", {}))
     if journaled:
         client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
     return snapshot_step
@@ -78,10 +86,10 @@ def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["client/head-optimiser"])
 
 
-def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer) -> None:
-    """Add the server's part to a checkpoint."""
+def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer, *, optimiser: bool = True) -> None:
+    """Add the server's part to a checkpoint, the state of its optimiser if `optimiser`."""
     checkpoint.tensors["server/trained"] = dict(server.trained)
-    if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
+    if optimiser and isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
         checkpoint.tensors["server/optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
 
 
@@ -93,7 +101,7 @@ def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -
     """
     _restore_weights_(server.trained, checkpoint.tensors["server/trained"])
     if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
-        _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["server/optimiser"])
+        _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors.get("server/optimiser", {}))
 
 
 def _optimiser_tensors(

@@ -128,7 +128,11 @@ def _tried(rate: float, losses: list[float] | None, unmoved: list[float]) -> Tri
 def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | None:
     """The loss of each held-out batch after the steps at this rate, nats; None: they diverged."""
     short = replace(
-        config.with_client_rate(rate), lr_scheduler_type="constant", warmup_steps=0, max_steps=steps
+        config.with_client_rate(rate),
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_steps=steps,
+        num_train_epochs=None,
     )
     session = new_session(short)
     seen, held_out = _batches(session, steps)

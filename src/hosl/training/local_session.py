@@ -1,13 +1,17 @@
 """A run in one process: from a config, or from a run's folder, to two parties that are ready for their next step."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
+
 from hosl.config import Config, load_config
 from hosl.core.protocols import ServerSide
-from hosl.errors import CheckpointError, FolderError
-from hosl.methods.schedule import longest_batch
+from hosl.errors import CheckpointError, ConfigError, FolderError
+from hosl.methods.schedule import longest_batch, with_steps
 from hosl.methods.torch_parties import (
     DTYPES,
     check_device,
@@ -25,8 +29,19 @@ from hosl.parties.servers.basic import TorchServer
 from hosl.planner.budget import check_before_data, check_before_run
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
+from hosl.split.families import Head
+from hosl.split.loading import LoadedModel
 from hosl.split.tokenizer import transformers_tokenizer
-from hosl.system.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from hosl.system.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    drop_checkpoints_after,
+    intact_steps,
+    keep_newest,
+    read_checkpoint,
+    write_checkpoint,
+)
+from hosl.system.run_folder import read_record
 from hosl.tasks import TextTokenizer, load_task, model_labels, task_digest
 from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
 from hosl.training.session import Session
@@ -39,6 +54,8 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     tokenizer_folder: Path = Path()
     snapshot_step: int = 0
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
+    metrics_bytes: int = 0
+    """The bytes of metrics.jsonl that belong to the state that was loaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +93,11 @@ class LocalSession(Session[FrozenClient, TorchServer]):
         """The server's half of the model."""
         return self.server.half
 
+    @property
+    def class_labels(self) -> Sequence[str] | None:
+        """The names of the classes of a classification head; None: the head is another."""
+        return self.task.labels if self.task.head == "classification" else None
+
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' calls."""
         parties = (
@@ -93,15 +115,28 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     def save(self, run: Path, facts: dict[str, Any]) -> None:
         """Write both halves at the session's step, as one checkpoint."""
         checkpoint = Checkpoint(step=self.step)
-        put_server(checkpoint, self.server)
+        optimiser = self.config.save_optimiser or self.step < self.config.max_steps
+        if not optimiser:
+            checkpoint.state["optimiser"] = False
+        put_server(checkpoint, self.server, optimiser=optimiser)
         self.snapshot_step = put_client(
             checkpoint,
             self.client,
             snapshot_step=self.snapshot_step,
             snapshot_steps=self.config.snapshot_steps,
+            optimiser=optimiser,
         )
         checkpoint.state |= self.inputs() | facts
         write_checkpoint(run / "checkpoints", checkpoint)
+
+    def save_best(self, run: Path) -> None:
+        """Keep the weights of the present state as the only checkpoint of `run`/best."""
+        checkpoint = Checkpoint(step=self.step, state=self.inputs() | {"optimiser": False})
+        put_server(checkpoint, self.server, optimiser=False)
+        put_client(checkpoint, self.client, snapshot_step=0, snapshot_steps=sys.maxsize, optimiser=False)
+        drop_checkpoints_after(run / "best", self.step - 1)  # of this step, before the run went back
+        write_checkpoint(run / "best", checkpoint)
+        keep_newest(run / "best", 1)
 
 
 def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
@@ -121,26 +156,16 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     check_before_data(config, config.model.name, alone=False)
     tokenizer = TextTokenizer.load(tokenizer_folder, transformers_tokenizer)
     task = load_task(config.task, tokenizer, seed=config.seed, model_labels=model_labels(tokenizer_folder))
+    config = with_steps(config, task)
     check_before_run(config, config.model.name, task, alone=False)
-    loaded = load_model(
-        config.model.name,
-        head=task.head,
-        num_labels=len(task.labels) if task.head == "classification" else None,
-        seed=config.seed,
-        dtype=DTYPES[config.model.dtype],
-    )
-    client_half, server_half = split_model(loaded.model, config.model.cut)
+    loaded, client, server = _parties(config, task.head, len(task.labels), low_precision=low_precision)
     session = LocalSession(
-        config=config,
-        task=task,
-        client=make_client(config, client_half, low_precision=low_precision),
-        server=cast(TorchServer, make_server(config, server_half, loaded.initialised)),
-        tokenizer_folder=tokenizer_folder,
+        config=config, task=task, client=client, server=server, tokenizer_folder=tokenizer_folder
     )
     rows, tokens = longest_batch(task, config)
     session.facts = {
-        "model": {"source": loaded.source, "digest": loaded.digest, "family": client_half.family},
-        "task": {"name": task.name, "digest": task_digest(task)},
+        "model": {"source": loaded.source, "digest": loaded.digest, "family": session.client_half.family},
+        "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": list(task.labels)},
         "longest_batch": {"rows": rows, "tokens": tokens},
         "cut": config.model.cut,
         "tied_head_trained_apart": task.head == "causal" and bool(loaded.model.config.tie_word_embeddings),
@@ -153,40 +178,119 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     return session
 
 
-def load_run(run: Path, *, low_precision: bool = True) -> LocalSession:
-    """The session of a run's folder at its newest checkpoint, bit for bit as it was.
-
-    Args:
-        run: the run's folder.
-        low_precision: False puts the adapters on the client's original base weights instead of those of client.dtype.
+def run_config(run: Path) -> Config:
+    """The config of a run that `hosl train` made.
 
     Raises:
-        FolderError: if `run` is not a run's folder.
-        CheckpointError: if its checkpoint belongs to other weights or data, or is damaged.
+        FolderError: if `run` is not such a run's folder.
     """
     if not (run / "config.yaml").is_file():
         raise FolderError(
             f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
         )
-    session = new_session(load_config(run / "config.yaml"), low_precision=low_precision)
-    path = newest_checkpoint(run / "checkpoints")
-    if path is None:
+    if "run_id" in (read_record(run) or {}):
+        raise FolderError(
+            f"{run} was made by `hosl join`: its server half is elsewhere, so it cannot be scored, exported or resumed "
+            f"here; the same `hosl join` command goes on with it, and `hosl report {run}` shows its scores"
+        )
+    return load_config(run / "config.yaml")
+
+
+def load_run(
+    run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False
+) -> LocalSession:
+    """The session of a run's folder at its newest intact checkpoint, bit for bit as it was; a damaged one is said.
+
+    Args:
+        run: the run's folder.
+        low_precision: False puts the adapters on the client's original base weights instead of those of client.dtype.
+        max_steps: the steps of the run; None: as its config says.
+        best: whether to take the weights of its best evaluation on dev instead (`save_best`).
+
+    Raises:
+        ConfigError: if the run has made more steps than that.
+        FolderError: if `run` is not a run's folder.
+        CheckpointError: if its checkpoint belongs to other weights or data, or all are damaged.
+    """
+    config = run_config(run)
+    if max_steps is not None:
+        config = msgspec.structs.replace(config, max_steps=max_steps)
+    session = new_session(config, low_precision=low_precision)
+    checkpoint = _newest(run, {"model": session.facts["model"], "task": session.facts["task"]}, best=best)
+    if checkpoint is None:
         return session
-    checkpoint = read_checkpoint(path)
-    _check_same_inputs(session, checkpoint, path)
+    if not best and checkpoint.step < config.max_steps and not checkpoint.state.get("optimiser", True):
+        raise CheckpointError(
+            f"{run} was saved without its optimisers' state (save_optimiser: false): it can be scored and exported, "
+            "but not trained further"
+        )
+    if checkpoint.step > config.max_steps:
+        raise ConfigError(
+            f"max_steps: {config.max_steps}, but {run} has done {checkpoint.step} steps; give more"
+        )
     restore_server_(session.server, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
     session.control = session.control.restored(checkpoint.state)
-    session.step = checkpoint.step
+    session.step, session.metrics_bytes = checkpoint.step, checkpoint.state.get("metrics_bytes", 0)
     return session
 
 
-def _check_same_inputs(session: Session, checkpoint: Checkpoint, path: Path) -> None:
-    """Refuse a checkpoint of another model or other data."""
-    for kind, name in (("model", session.config.model.name), ("task", session.task.name)):
-        before, now = checkpoint.state[f"{kind}_digest"], session.facts[kind]["digest"]
+def load_halves(
+    run: Path, *, best: bool = False
+) -> tuple[Config, ClientHalf, ServerHalf, Sequence[str] | None]:
+    """The config, the halves with a run's newest weights on the original base, and a classifier's labels; no data.
+
+    Raises:
+        FolderError: if `run` is not a run's folder.
+        CheckpointError: if its checkpoint belongs to other weights, or all are damaged.
+    """
+    config, task = run_config(run), (read_record(run) or {}).get("task", {})
+    if "head" not in task:  # the record is damaged, or of version 0.2: the data tell
+        session = load_run(run, low_precision=False, best=best)
+        return config, session.client_half, session.server_half, session.class_labels
+    loaded, client, server = _parties(config, task["head"], len(task["labels"]), low_precision=False)
+    checkpoint = _newest(run, {"model": {"name": config.model.name, "digest": loaded.digest}}, best=best)
+    if checkpoint is not None:
+        restore_server_(server, checkpoint)
+        restore_client_(client, checkpoint)
+    return config, client.half, server.half, task["labels"] if task["head"] == "classification" else None
+
+
+def _parties(
+    config: Config, head: Head, labels: int, *, low_precision: bool
+) -> tuple[LoadedModel, FrozenClient, TorchServer]:
+    """The model, and the two parties with its halves at their base weights."""
+    loaded = load_model(
+        config.model.name, head=head, num_labels=labels if head == "classification" else None, seed=config.seed,
+        dtype=DTYPES[config.model.dtype],
+    )  # fmt: skip
+    client_half, server_half = split_model(loaded.model, config.model.cut)
+    client = make_client(config, client_half, low_precision=low_precision)
+    return loaded, client, cast(TorchServer, make_server(config, server_half, loaded.initialised))
+
+
+def _newest(run: Path, inputs: dict[str, dict[str, Any]], *, best: bool) -> Checkpoint | None:
+    """The newest intact checkpoint of a run, refused if it was trained with another model or other data."""
+    folder = run / ("best" if best else "checkpoints")
+    step = next(intact_steps(folder, say), None)
+    if step is None and best:
+        raise FolderError(
+            f"{run} has no best weights: it kept none (save_best: false), or was not evaluated yet"
+        )
+    if step is None:
+        return None
+    path = checkpoint_path(folder, step)
+    checkpoint = read_checkpoint(path)
+    for kind, facts in inputs.items():
+        before, now = checkpoint.state[f"{kind}_digest"], facts["digest"]
         if before != now:
             raise CheckpointError(
-                f"{path} was trained with another {kind}: {name} had the digest {before[:12]}, now {now[:12]}; "
-                "put the original files back, or start a new run"
+                f"{path} was trained with another {kind}: {facts.get('name', facts.get('source'))} had the digest "
+                f"{before[:12]}, now {now[:12]}; put the original files back, or start a new run"
             )
+    return checkpoint
+
+
+def say(text: str) -> None:
+    """Write one line for the person who started the command, on standard error."""
+    sys.stderr.write(f"hosl: {text}\n")

@@ -23,7 +23,12 @@ _RETURNS = 20
 
 
 def carry_on(
-    session: Any, run: Path, resume_command: str, finish: Callable[[Any, Path], None], *, metrics_bytes: int
+    session: Any,
+    run: Path,
+    resume_command: str,
+    finish: Callable[[Any, Path], None],
+    *,
+    metrics_bytes: int | None,
 ) -> dict[str, Any]:
     """Run the steps that are left, evaluate once on test and call `finish`; returns the run's summary.
 
@@ -32,7 +37,7 @@ def carry_on(
         run: the run's folder.
         resume_command: the command that resumes the run after an interruption; `{run}` is filled in.
         finish: is called with the finished session and its folder: export, report, trackers.
-        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done.
+        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done; None: every line up to the last step.
 
     Raises:
         FailureError: if the training fails, or the client exceeds its memory budget.
@@ -47,6 +52,8 @@ def carry_on(
             for line in (*session.task.notes, greeting(session, run)):
                 view.say(line)
             session.stop_when(lambda: stop.requested)
+            if record.lost:
+                view.say(f"{run}/metrics.jsonl was damaged: lines up to step {session.step} are missing")
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
@@ -122,7 +129,10 @@ def _one_step(
     shown["client"] = f"{session.meters.client.peak_bytes / 2**20:.0f} MiB"
     last = step == config.max_steps
     if step % config.eval_steps == 0 or last:
-        shown["dev"] = f"{_evaluate_dev(session, record, step):.3f}"
+        dev = _evaluate_dev(session, record, step)
+        shown["dev"] = f"{dev.accuracy:.3f}"
+        if config.save_best and _is_best(record, run, dev, step):
+            session.save_best(run)
     over = over_budget(session)
     if step % config.save_steps == 0 or last or stop.requested or over:
         save(session, record, run)
@@ -176,10 +186,19 @@ def _has_dev_line(record: Record, run: Path, step: int) -> bool:
     return any(line.get("split") == "dev" and line["step"] == step for line in lines)
 
 
-def _evaluate_dev(session: Session, record: Record, step: int) -> float:
+def _is_best(record: Record, run: Path, dev: Evaluation, step: int) -> bool:
+    """Whether no earlier evaluation on dev was as good; by metrics.jsonl, so that a resumed run decides alike."""
+    record.flush()
+    lines = read_lines(run / "metrics.jsonl")
+    earlier = [line for line in lines if line.get("split") == "dev" and line["step"] < step]
+    mine = (dev.accuracy, -dev.loss_nats)
+    return all((line["accuracy"], -line["loss_nats"]) < mine for line in earlier)
+
+
+def _evaluate_dev(session: Session, record: Record, step: int) -> Evaluation:
     dev = _evaluation(session, session.task.dev)
     record.metrics(step=step, split="dev", **dev.numbers())
-    return dev.accuracy
+    return dev
 
 
 def _evaluation(session: Session, examples: Sequence[Example]) -> Evaluation:

@@ -77,6 +77,10 @@ class Session(Generic[ClientT, ServerT]):
         """Write a checkpoint of the present state below `run`; `go_to` returns its `facts`."""
         raise NotImplementedError
 
+    def save_best(self, run: Path) -> None:
+        """Keep the weights of the present state below `run`, in place of those that were the best before."""
+        raise NotImplementedError
+
     def inputs(self) -> dict[str, str]:
         """The facts of a checkpoint by which a later command knows that model, data and directions are the same."""
         return {

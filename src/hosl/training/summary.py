@@ -3,20 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from hosl.system.run_folder import read_lines
+from hosl.config import Config
+from hosl.system.run_folder import read_lines, read_record
 from hosl.training.session import Session
 
 
 def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any]:
+    """The summary of a run: its files' and the steps of the session."""
+    digest = session.facts.get("final_client_digest")
+    own = {"steps": session.step} | ({} if digest is None else {"client_digest": digest})
+    return files_summary(session.config, run, finished=finished) | own
+
+
+def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any]:
     """The summary of a run from its files: losses, accuracies, seconds, peaks, bytes per step."""
     metrics, timings = read_lines(run / "metrics.jsonl"), read_lines(run / "timings.jsonl")
     steps = [line for line in metrics if "split" not in line]
     summary: dict[str, Any] = {
-        "run": str(run), "finished": finished, "method": session.config.method, "steps": session.step,
+        "run": str(run), "finished": finished, "method": config.method, "steps": len(steps),
         "train_loss_nats": steps[-1]["loss_nats"] if steps else None,
     }  # fmt: skip
-    if "final_client_digest" in session.facts:
-        summary["client_digest"] = session.facts["final_client_digest"]
+    if "client_digest" in (record := read_record(run) or {}):
+        summary["client_digest"] = record["client_digest"]
     for line in metrics:
         if "split" in line:
             summary[f"{line['split']}_accuracy"] = line["accuracy"]

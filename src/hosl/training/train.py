@@ -1,26 +1,28 @@
 """One run of `hosl train` from start to end: setup, training, one evaluation on test, export and report."""
 
-import json
+import os
 import re
-import sys
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from hosl.config import Config, dump_config
-from hosl.errors import ConfigError, FolderError
+from hosl.config import Config, dump_config, with_absolute_paths
+from hosl.errors import ConfigError
 from hosl.report.build import write_report
 from hosl.report.planned import planned_lines
-from hosl.split import export_adapter, export_checkpoint
+from hosl.split import ClientHalf, ServerHalf, export_adapter, export_checkpoint, resolve_model_folder
 from hosl.split.adapters import lora_layers
-from hosl.system.checkpoint import newest_checkpoint
+from hosl.system.atomic import whole_file
+from hosl.system.checkpoint import drop_checkpoints_after, keep_newest
 from hosl.system.machine import machine, process_bytes, versions
 from hosl.system.readable import readable_bytes
-from hosl.system.run_folder import RunLock, new_folder
+from hosl.system.run_folder import RunLock, new_folder, read_record, write_record
 from hosl.tasks import label_note, model_labels
 from hosl.training.learning_rate_sweep import with_rate
-from hosl.training.local_session import LocalSession, load_run, new_session
+from hosl.training.local_session import LocalSession, load_halves, load_run, new_session, run_config, say
 from hosl.training.loop import carry_on
 from hosl.training.trackers import check_trackers, feed_trackers
 
@@ -37,97 +39,122 @@ def start(config: Config) -> dict[str, Any]:
         FailureError: if the training fails.
     """
     check_trackers(config)
+    config = with_absolute_paths(config)
     before_bytes = process_bytes()
-    config, swept = with_rate(config, _say)
+    config, swept = with_rate(config, say)
     session = new_session(config)  # before a folder is made: it may refuse the config
     for note in session.facts["notes"]:
-        _say(f"model {config.model.name}: {note}")
+        say(f"model {config.model.name}: {note}")
     if session.task.head == "classification" and (
         note := label_note(session.task.labels, model_labels(session.tokenizer_folder))
     ):
-        _say(note)
-    run = new_folder(Path(config.output_dir))
-    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    record = {
-        "versions": versions(), "machine": machine() | {"threads": torch.get_num_threads()},
-        "process_base_bytes": before_bytes, **session.facts,
-    }  # fmt: skip
-    if swept is not None:
-        record["sweep"] = swept.facts()
-    (run / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        say(note)
+    config = session.config  # with its steps counted
+    run = new_folder(Path(config.output_dir), dump_config(config), say)
     with RunLock(run):
+        swept_facts = {} if swept is None else {"sweep": swept.facts()}
+        write_record(run, _record(session) | {"process_base_bytes": before_bytes} | swept_facts)
         return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=0)
 
 
-def resume(run: Path) -> dict[str, Any]:
-    """Go on from the newest checkpoint of a run's folder; returns the run's summary.
+def resume(run: Path, *, max_steps: int | None = None) -> dict[str, Any]:
+    """Go on from the newest intact checkpoint of a run's folder; returns the run's summary.
+
+    Args:
+        run: the run's folder.
+        max_steps: the steps of the run from now on, so that a finished one is trained further; None: as before.
 
     Raises:
+        ConfigError: if the run has made more steps than that.
         FolderError: if `run` is not a run's folder, or another process uses it.
-        CheckpointError: if the checkpoint belongs to other weights or data, or is damaged.
+        CheckpointError: if the checkpoint belongs to other weights or data, or all are damaged.
         FailureError: if the training fails.
     """
-    if not (run / "config.yaml").is_file():
-        raise FolderError(
-            f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
-        )
+    before = run_config(run)  # ahead of the lock, which is a file
     with RunLock(run):
-        session = load_run(run)
-        path = newest_checkpoint(run / "checkpoints")
-        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"] if path else {}
-        return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=facts.get("metrics_bytes", 0))
+        session = load_run(run, max_steps=max_steps)
+        if session.config != before:
+            _prolong(run, session.config)
+        if read_record(run) is None:
+            say(f"{run}/record.json was damaged; it is written anew, for this process")
+            write_record(run, _record(session))
+        drop_checkpoints_after(run / "checkpoints", session.step)  # the damaged ones
+        return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=session.metrics_bytes)
 
 
-def export(run: Path, out: Path, *, tie: Literal["embedding", "head"] | None = None) -> None:
-    """Write a run's newest weights as one Hugging Face checkpoint; adapters also as `out`/adapter.
+def _prolong(run: Path, config: Config) -> None:
+    """Write the config of a run that now has other steps; its time stays that of the run's beginning."""
+    file = run / "config.yaml"
+    begun = file.stat()
+    whole_file(file, dump_config(config).encode())
+    os.utime(file, ns=(begun.st_atime_ns, begun.st_mtime_ns))
+    if config.lr_scheduler_type != "constant":
+        say(f"lr_scheduler_type: {config.lr_scheduler_type} ends at step {config.max_steps} from now on")
+
+
+def _record(session: LocalSession) -> dict[str, Any]:
+    """The facts of record.json: where the run is made, and of what."""
+    return {
+        "versions": versions(),
+        "machine": machine() | {"threads": torch.get_num_threads()},
+        **session.facts,
+    }
+
+
+def export(
+    run: Path, out: Path, *, best: bool = False, tie: Literal["embedding", "head"] | None = None
+) -> None:
+    """Write a run's newest weights, or its `best`, as one Hugging Face checkpoint; adapters also as `out`/adapter.
 
     If client.dtype made the base low-precision, adapters are merged into the original weights, as users of peft do.
 
     Args:
         run: the run's folder.
         out: a folder to make.
+        best: whether to take the weights of the best evaluation on dev (`save_best`).
         tie: the copy that stands for both where head and embeddings were one tensor; None: they are two if they differ.
 
     Raises:
         FolderError: if `run` is not a run's folder, or `out` is taken.
         ConfigError: if `tie` is asked of a model that is not tied.
     """
-    _export_session(load_run(run, low_precision=False), out, tie)
+    _export(*load_halves(run, best=best), out, tie)
 
 
-def _export_session(
-    session: LocalSession, out: Path, tie: Literal["embedding", "head"] | None = None
+def _export(
+    config: Config,
+    client: ClientHalf,
+    server: ServerHalf,
+    labels: Sequence[str] | None,
+    out: Path,
+    tie: Literal["embedding", "head"] | None = None,
 ) -> None:
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
-    labels = session.task.labels if session.task.head == "classification" else None
-    grown_bytes = export_checkpoint(
-        session.client_half, session.server_half, out, folder=session.tokenizer_folder, labels=labels, tie=tie
-    )
+    folder = resolve_model_folder(config.model.name)
+    grown_bytes = export_checkpoint(client, server, out, folder=folder, labels=labels, tie=tie)
     if grown_bytes:
-        _say(
+        say(
             f"head and embeddings were one tensor and differ now: {out} is {readable_bytes(grown_bytes)} larger than "
             "the model; `hosl export --tie embedding` or `--tie head` keeps one of the two"
         )
-    if not (lora_layers(session.client_half) or lora_layers(session.server_half)):
+    if not (lora_layers(client) or lora_layers(server)):
         return
-    name = session.config.model.name
+    name = config.model.name
     from_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()
-    base = name if from_hub else str(session.tokenizer_folder.resolve())
     try:
-        export_adapter(session.client_half, session.server_half, out / "adapter", base=base)
+        export_adapter(client, server, out / "adapter", base=name if from_hub else str(folder.resolve()))
     except ConfigError as reason:
-        _say(f"no adapter beside the model: {reason}")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"hosl: {text}\n")
+        say(f"no adapter beside the model: {reason}")
 
 
 def _finish(session: LocalSession, run: Path) -> None:
-    if not (run / "model").exists():
+    if session.config.save_model:
+        shutil.rmtree(run / "model", ignore_errors=True)  # that of fewer steps
         if session.config.client.dtype == "model":
-            _export_session(session, run / "model")
+            labels = session.class_labels
+            _export(session.config, session.client_half, session.server_half, labels, run / "model")
         else:
             export(run, run / "model")  # the session no longer has the original weights
+    keep_newest(run / "checkpoints", 1)
     write_report(run, planner=planned_lines)
     feed_trackers(session.config, run)

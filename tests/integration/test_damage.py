@@ -1,0 +1,158 @@
+"""A run whose files a disk has damaged goes on from what is intact, to the bits of the run that was not damaged."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+
+from hosl.cli import main
+from hosl.training.local_session import LocalSession
+
+ADAMW = {"learning_rate": 1e-2, "optimiser": {"name": "adamw"}}
+CASES = {
+    "hosl": ("state.json", "client/journal.bin", "client/trained.safetensors", "server/trained.safetensors"),
+    "fo-fo": ("client/trained.safetensors", "client/optimiser.safetensors", "server/optimiser.safetensors"),
+}
+WAYS = (
+    lambda data: data[:-1],
+    lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    lambda data: b"",
+    lambda data: bytes(len(data)),
+)
+
+
+@pytest.fixture
+def interrupted(tiny_run, tmp_path, monkeypatch):
+    """`interrupted(**settings)`: an unharmed run, and the same one as left in step 11, after the saves of 4 and 8."""
+
+    def make(**settings):
+        config, whole, broken = str(tiny_run(**settings)), tmp_path / "whole", tmp_path / "broken"
+        assert main(["train", config, "--output-dir", str(whole)]) == 0
+        steps = LocalSession.round
+
+        def power_fails(session, batch, step):
+            if step == 11:
+                raise OSError("the power fails here")
+            return steps(session, batch, step)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalSession, "round", power_fails)
+            assert main(["train", config, "--output-dir", str(broken)]) == 1
+        assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == [
+            "step-00000004",
+            "step-00000008",
+        ]
+        return whole, broken
+
+    return make
+
+
+def damage(file, way):
+    file.write_bytes(WAYS[way](file.read_bytes()))
+
+
+def exact(run):
+    """The metrics, the model, and both halves' state after the last step; a snapshot may be of another step."""
+    newest = run / "checkpoints" / "step-00000012"
+    names = [str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file() and p.name != "state.json"]
+    weights = {
+        name: safetensors.torch.load_file(newest / name) if name.endswith("tensors") else (newest / name).read_bytes()
+        for name in names
+        if name != "client/trained.safetensors" or "client/journal.bin" not in names
+    }  # fmt: skip
+    as_bytes = {
+        name: {key: t.numpy().tobytes() for key, t in value.items()} if isinstance(value, dict) else value
+        for name, value in weights.items()
+    }
+    return (run / "metrics.jsonl").read_bytes(), (run / "model" / "model.safetensors").read_bytes(), as_bytes
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_damaged_newest_checkpoint_is_told_and_the_run_ends_with_the_same_bits(
+    interrupted, tmp_path, capsys, method
+):
+    whole, broken = interrupted(
+        method=method, server=ADAMW, client={"learning_rate": 1e-3, "trainable": "all"}
+    )
+    expected = exact(whole)
+    for number, name in enumerate(CASES[method]):
+        run = tmp_path / f"run-{number}"
+        shutil.copytree(broken, run, copy_function=shutil.copy)
+        damage(run / "checkpoints" / "step-00000008" / name, number)
+        capsys.readouterr()
+        assert main(["eval", str(run), "--json"]) == 0  # which changes nothing
+        out, err = capsys.readouterr()
+        snapshot = method == "hosl" and name == "client/trained.safetensors"
+        assert json.loads(out)["step"] == (8 if snapshot else 4)
+        assert f"{name}" in err
+        assert (run / "checkpoints" / "step-00000008").is_dir()
+        assert main(["train", "--resume", str(run)]) == 0
+        said = "its journal rebuilds the same weights" if snapshot else "the newest intact one is of step 4"
+        assert said in capsys.readouterr().err
+        assert exact(run) == expected
+
+
+def test_with_all_checkpoints_damaged_a_resume_ends_with_one_line_and_deletes_nothing(
+    interrupted, tmp_path, capsys
+):
+    _, run = interrupted()
+    for name in ("step-00000004", "step-00000008"):
+        damage(run / "checkpoints" / name / "server" / "trained.safetensors", 1)
+    before = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for words in (
+        ["train", "--resume", str(run)],
+        ["eval", str(run)],
+        ["export", str(run), str(tmp_path / "out")],
+    ):
+        assert main(words) == 1
+        err = capsys.readouterr().err
+        assert "no intact checkpoint is left" in err
+        assert "Traceback" not in err
+    assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == before
+
+
+def test_nul_bytes_a_torn_line_and_an_empty_record_are_cut_back_to_the_checkpoint(
+    interrupted, tmp_path, capsys
+):
+    whole, broken = interrupted()
+    metrics = [(broken / "metrics.jsonl").read_bytes(), (broken / "timings.jsonl").read_bytes()]
+    tails = {
+        "nul": b"\0" * 4096,
+        "torn": b'{"step": 11, "loss_na',
+        "text": b"\xff\xfe\n[1]\n7\n{}\n",
+        "none": b"",
+    }
+    for name, tail in tails.items():
+        run = tmp_path / name
+        shutil.copytree(broken, run)
+        for file, data in zip(("metrics.jsonl", "timings.jsonl"), metrics, strict=True):
+            (run / file).write_bytes(data + tail)
+        (run / "record.json").write_bytes(b"\0" * 100 if name == "nul" else b"")
+        assert main(["report", str(run), "-o", str(tmp_path / "page.html")]) == 2  # one line, no traceback
+        assert "record.json" in capsys.readouterr().err
+        assert main(["train", "--resume", str(run)]) == 0
+        assert exact(run) == exact(whole)
+        assert "record.json was damaged" in capsys.readouterr().err
+        assert json.loads((run / "record.json").read_text())["cut"] == 2
+        steps = [json.loads(line)["step"] for line in (run / "timings.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 13))
+
+
+def test_damage_inside_the_metrics_costs_those_lines_and_is_said(interrupted, tmp_path, capsys):
+    whole, run = interrupted()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lost = lines[2]
+    lines[2] = bytes(len(lost))
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "lines up to step 8 are missing" in capsys.readouterr().err
+    expected = (whole / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    found = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert json.loads(lost)["step"] == 3
+    # the NUL bytes have no line end of their own: the line that follows them is lost, too
+    assert found == [line for line in expected if line not in (lost, lines[3])]
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
