@@ -43,6 +43,8 @@ class JoinOptions:
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
     """The certificates that each side shows the other."""
+    may_go_back: bool = False
+    """Whether the first Hello may undo work of one side that the other has lost."""
 
 
 def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
@@ -119,10 +121,10 @@ def _joined(
     task: Task,
     run: "_JoinedRun",
     say: Callable[[str], None],
-) -> tuple[JoinedSession, int]:
+) -> tuple[JoinedSession, int | None]:
     """Connect, greet, and bring the client to the state from which both sides go on.
 
-    Returns the session, and the bytes of metrics.jsonl that belong to this state.
+    Returns the session, and the bytes of metrics.jsonl that belong to this state; None: its lines up to this step.
     """
     runtime: Any = import_module("hosl.network.torch_runtime")
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
@@ -132,6 +134,7 @@ def _joined(
         return pb.HelloRequest(
             protocol=1, run=run.identity, model=model_message(facts, config), training=training_message(config),
             restorable=session.restorable(run.folder), current=current, version=versions()["hosl"],
+            may_go_back=options.may_go_back and session.client is NO_CLIENT_YET,
         )  # fmt: skip
 
     kind = RemoteServer if config.wire.compression == "none" else WatchedServer

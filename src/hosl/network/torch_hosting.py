@@ -126,12 +126,14 @@ class TorchHosted:
         """See `HostedHalf`."""
         self._method("descend")(step, list(seeds), list(coefficients))
 
-    def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
+    def save(
+        self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None, *, keep: int
+    ) -> None:
         """See `HostedHalf`."""
         checkpoint = Checkpoint(step=step, state=dict(facts))
         put_server(checkpoint, self.party)
         checkpoint.journal = journal.to_bytes() if journal is not None else None
-        write_checkpoint(folder, checkpoint, keep=2)
+        write_checkpoint(folder, checkpoint, keep=keep)
 
     def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:
         """See `HostedHalf`.

@@ -77,8 +77,10 @@ class HostedHalf(Protocol):
         """Make one zeroth-order update."""
         ...
 
-    def save(self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None) -> None:
-        """Write a checkpoint of `step` below `folder`; the one before it is kept."""
+    def save(
+        self, folder: Path, step: int, facts: dict[str, object], journal: Journal | None, *, keep: int
+    ) -> None:
+        """Write a checkpoint of `step` below `folder`; the newest `keep` stay, this one included."""
         ...
 
     def restore(self, folder: Path, step: int) -> tuple[dict[str, object], Journal]:

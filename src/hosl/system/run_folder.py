@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from hosl.errors import FolderError
 
@@ -47,12 +47,14 @@ class RunLock:
 class Record:
     """The two JSON Lines files of a run: appended to, and truncated to a checkpoint on resume."""
 
-    def __init__(self, run: Path, *, metrics_bytes: int = 0, step: int = 0) -> None:
-        """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`)."""
-        self._metrics = (run / "metrics.jsonl").open("ab")
-        self._metrics.truncate(metrics_bytes)
+    def __init__(self, run: Path, *, metrics_bytes: int | None = 0, step: int = 0) -> None:
+        """Open `run`'s files and drop what was written after the checkpoint of `step`.
+
+        The first `metrics_bytes` of metrics.jsonl stay. None: the lines up to `step`, without those of the last test.
+        """
+        self._metrics = (run / "metrics.jsonl").open("ab+")
         self._timings = (run / "timings.jsonl").open("ab+")
-        self._drop_timings_after(step)
+        self.cut_back(metrics_bytes, step)
 
     def metrics(self, **line: Any) -> None:
         """Append one line to metrics.jsonl; keys carry their units."""
@@ -69,25 +71,28 @@ class Record:
             os.fsync(file.fileno())
         return self._metrics.seek(0, os.SEEK_END)
 
-    def cut_back(self, metrics_bytes: int, step: int) -> None:
+    def cut_back(self, metrics_bytes: int | None, step: int) -> None:
         """Drop what was written after the checkpoint of `step`, when metrics.jsonl had `metrics_bytes` bytes."""
         self.flush()
-        self._metrics.truncate(metrics_bytes)
-        self._drop_timings_after(step)
+        self._metrics.truncate(_bytes_until(self._metrics, step) if metrics_bytes is None else metrics_bytes)
+        self._timings.truncate(_bytes_until(self._timings, step))
 
     def close(self) -> None:
         """Close both files."""
         self._metrics.close()
         self._timings.close()
 
-    def _drop_timings_after(self, step: int) -> None:
-        self._timings.seek(0)
-        length = 0
-        for line in self._timings:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            length += len(line)
-        self._timings.truncate(length)
+
+def _bytes_until(file: BinaryIO, step: int) -> int:
+    """The length of the lines up to `step`; a torn line, the first of a later step or of the last test ends them."""
+    file.seek(0)
+    length = 0
+    for text in file:
+        line = json.loads(text) if text.endswith(b"\n") else {}
+        if line.get("step", step + 1) > step or line.get("split") == "test":
+            break
+        length += len(text)
+    return length
 
 
 def new_folder(wanted: Path) -> Path:

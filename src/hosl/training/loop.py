@@ -21,7 +21,12 @@ from hosl.training.summary import farewell, greeting, run_summary
 
 
 def carry_on(
-    session: Any, run: Path, resume_command: str, finish: Callable[[Any, Path], None], *, metrics_bytes: int
+    session: Any,
+    run: Path,
+    resume_command: str,
+    finish: Callable[[Any, Path], None],
+    *,
+    metrics_bytes: int | None,
 ) -> dict[str, Any]:
     """Run the steps that are left, evaluate once on test and call `finish`; returns the run's summary.
 
@@ -30,7 +35,7 @@ def carry_on(
         run: the run's folder.
         resume_command: the command that resumes the run after an interruption; `{run}` is filled in.
         finish: is called with the finished session and its folder: export, report, trackers.
-        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done.
+        metrics_bytes: the bytes of metrics.jsonl that belong to the steps done; None: see `Record`.
 
     Raises:
         FailureError: if the training fails, or the client exceeds its memory budget.
@@ -49,6 +54,7 @@ def carry_on(
                 return run_summary(session, run, finished=False)
             if not _has_dev_line(record, run, session.step):  # other clients made the last steps
                 _evaluate_dev(session, record, session.step)
+                save(session, record, run)
             test = _evaluation(session, session.task.test)
             record.metrics(step=session.step, split="test", **asdict(test))
             record.flush()
@@ -76,7 +82,7 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
                 meter.take()  # the costs of the broken-off step belong to no line
             facts = session.go_to(run, moved.step)
             if facts is not None:
-                record.cut_back(facts.get("metrics_bytes", 0), moved.step)
+                record.cut_back(facts.get("metrics_bytes", 0), session.step)
             view.say(f"the server is at step {moved.step}, this client was at {before}: going on from there")
         view.step(session.step, shown)
 

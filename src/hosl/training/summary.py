@@ -17,6 +17,8 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
     }  # fmt: skip
     if "final_client_digest" in session.facts:
         summary["client_digest"] = session.facts["final_client_digest"]
+    if "journal_updates" in session.facts:
+        summary["journal_updates"] = session.facts["journal_updates"]
     for line in metrics:
         if "split" in line:
             summary[f"{line['split']}_accuracy"] = line["accuracy"]
@@ -43,8 +45,10 @@ def greeting(session: Session, run: Path) -> str:
 
 def farewell(summary: dict[str, Any], run: Path) -> str:
     """The line after the last step: accuracies, and the files to look at."""
+    updates = summary.get("journal_updates")
+    shared = "" if updates is None else f"; this half has {updates} updates of the shared journal"
     model = f", {run}/model loads in transformers" if (run / "model").is_dir() else ""
     return (
         f"done: test accuracy {summary['test_accuracy']:.4f} (dev {summary['dev_accuracy']:.4f}); "
-        f"{run}/report.html shows the run{model}"
+        f"{run}/report.html shows the run{model}{shared}"
     )

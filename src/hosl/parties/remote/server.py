@@ -80,6 +80,10 @@ class RemoteServer(Packing):
         """The number of updates in the server's journal at the last Hello; for shared halves."""
         self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
+        self._changed = 0
+        """The newest step that changed the server; until the client has done it, too, a restart undoes it."""
+        self.follows = ""
+        """The incarnation whose journal the client's half follows; empty: it follows none."""
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="hosl-sender")
         self._pending: Future[list[float]] | None = None
 
@@ -101,8 +105,10 @@ class RemoteServer(Packing):
         return self._session.partition(".")[0]
 
     def close(self) -> None:
-        """Close the connection, after the request that is under way."""
+        """Leave the run and close the connection, after the request that is under way."""
         self._sender.shutdown(wait=True)
+        if self._session:
+            self.channel.leave(self._session)
         self.channel.close()
 
     # ---- calls that change nothing ----
@@ -131,7 +137,7 @@ class RemoteServer(Packing):
             self._count_down("losses", reply.server_s, list(reply.losses))
             return list(reply.losses)
 
-        self._pending = self._sender.submit(self._repeated, send)
+        self._pending = self._sender.submit(self._repeated, send, self.current, True)
         return PendingLosses(self._pending)
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
@@ -153,7 +159,7 @@ class RemoteServer(Packing):
                 )
             return values.reshape(reply.rows, reply.scores)
 
-        return self._call(send)
+        return self._call(send, in_round=False)
 
     def gradient(self, activations: Activations, targets: Targets) -> StepReply:
         """The loss and dL/dh; theta_s unchanged."""
@@ -190,7 +196,7 @@ class RemoteServer(Packing):
             self._count_down("probe", reply.server_s, list(reply.losses))
             return reply.losses[0], reply.losses[1]
 
-        return self._repeated(send)
+        return self._repeated(send, self.current, True)
 
     # ---- calls that change the server: once per step, however often they are sent ----
 
@@ -207,7 +213,9 @@ class RemoteServer(Packing):
             )  # fmt: skip
             return self._stepped("Step", pb.Upload(step=request), packed)
 
-        return self._call(send)
+        reply = self._call(send)
+        self._changed = step
+        return reply
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """One update of a zeroth-order server."""
@@ -219,11 +227,13 @@ class RemoteServer(Packing):
 
         self.meter.bytes_in += payload_bytes([step, list(seeds), list(coefficients)])
         self._call(send)
+        self._changed = step
 
     def save(self, step: int) -> int:
         """Let the server write a checkpoint of its state, the one after `step`; returns the server's step."""
         return self._call(
-            lambda: self.channel.ask("Save", pb.SaveRequest(where=self._where(step)), pb.SaveReply).step
+            lambda: self.channel.ask("Save", pb.SaveRequest(where=self._where(step)), pb.SaveReply).step,
+            in_round=False,
         )
 
     def journal(
@@ -241,23 +251,35 @@ class RemoteServer(Packing):
 
     # ---- how a call is made ----
 
-    def _call(self, send: Callable[[], _Reply]) -> _Reply:
+    @property
+    def restarted(self) -> bool:
+        """Whether the client's half follows the journal of an earlier server process."""
+        return self.follows not in ("", self.incarnation)
+
+    def _call(self, send: Callable[[], _Reply], *, in_round: bool = True) -> _Reply:
         """Make a call once no other request is under way; returns its reply."""
         self._settle()
-        return self._repeated(send)
+        return self._repeated(send, self.current, in_round)
 
-    def _repeated(self, send: Callable[[], _Reply]) -> _Reply:
+    def _repeated(self, send: Callable[[], _Reply], current: int, in_round: bool) -> _Reply:
         """Make a call until there is a reply; send Hello again where the server has lost the session.
 
+        Args:
+            send: makes the call.
+            current: the client's step when the call was asked for: the round may be broken off meanwhile.
+            in_round: whether the call is part of a round, which begins anew where its first part is lost.
+
         Raises:
-            StepMoved: if the server then continues from another step than the client.
+            StepMoved: if the server then continues from another step, or with another journal.
         """
         while True:
             try:
                 return self.channel.for_ever(lambda: self._timed(send), self._say)
             except SessionError as unknown:
                 start = self.channel.for_ever(self.hello, self._say)
-                if start != self.current:
+                lost = self._changed > current or self.restarted
+                if start != current or (in_round and lost):
+                    self._changed = 0
                     raise StepMoved(start) from unknown
 
     def _timed(self, send: Callable[[], _Reply]) -> _Reply:
