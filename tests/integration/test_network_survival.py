@@ -21,7 +21,7 @@ GRACE_S = 2.0
 
 
 @pytest.fixture
-def several(tiny_run, tmp_path, capsys):
+def several(tiny_run, tmp_path, capsys, request):
     """`several(halves, order, max_steps)`: the split halves, the config, a server and three join lines."""
 
     def make(halves, order, max_steps, program=None):
@@ -32,6 +32,7 @@ def several(tiny_run, tmp_path, capsys):
         parts = split(tmp_path / "model-in", tmp_path / "halves")
         server = Server(parts / "server", tmp_path / "service", program=program)
         lines = [server.line, *(enrol(tmp_path / "service", name, capsys) for name in ("second", "third"))]
+        request.addfinalizer(server.close)
         return parts, config, server, lines
 
     return make
@@ -53,7 +54,7 @@ def check_ends(runs, summaries, halves, order, max_steps):
 
 @pytest.mark.parametrize(("halves", "order"), COMBINATIONS)
 def test_a_run_of_three_survives_a_killed_client_a_killed_server_a_pause_and_a_late_joiner(
-    several, tmp_path, halves, order
+    several, tmp_path, request, halves, order
 ):
     parts, config, server, lines = several(halves, order, 24)
     runs = [tmp_path / f"device-{place}" / "run" for place in range(3)]
@@ -64,6 +65,8 @@ def test_a_run_of_three_survives_a_killed_client_a_killed_server_a_pause_and_a_l
     assert second.returncode == -signal.SIGKILL
     first.send_signal(signal.SIGSTOP)  # for longer than the grace: the others start meanwhile
     joined = [first, *(joining(parts, lines[place], config, runs[place]) for place in (1, 2))]
+    for process in joined:
+        request.addfinalizer(process.kill)  # if the test fails
     wait_until(
         lambda: sum(event["event"] == "hello" for event in server.events) >= 4, 240
     )  # each, second twice

@@ -112,6 +112,10 @@ class Service:
         )
         return reply.step
 
+    async def leave(self, client, session):
+        """End a session."""
+        await self.call("_leave", client, pb.LeaveRequest(where=pb.Where(session=session)))
+
     async def journal(self, client, session, step, scales=(0.5,), seeds=None, examples=2, have=0):
         """Hand in an update; returns the last reply."""
         seeds = range(1, len(scales) + 1) if seeds is None else seeds

@@ -41,7 +41,7 @@ def test_a_run_cannot_be_taken_over_by_another_client(tmp_path, how):
         if how == "back at its base weights":
             await service.hello("a", ALONE)
         if how == "left":
-            await service.call("_leave", "a", pb.Where(session=session))
+            await service.leave("a", session)
         if how in ("restarted", "saved"):
             service = Service(tmp_path)
         with pytest.raises(HandshakeError, match="is for 1 clients and has a"):
@@ -137,13 +137,13 @@ def test_an_abandoned_run_makes_room_and_can_be_resumed(tmp_path, how):
             with pytest.raises(LimitError, match=r"busy with run \(a\)"):
                 await service.hello("b", ALONE, run="other")
         if how == "left":
-            await service.call("_leave", "b", pb.Where(session=session))  # not its own
+            await service.leave("b", session)  # not its own
             with pytest.raises(LimitError):
                 await service.hello("b", ALONE, run="other")
-            await service.call("_leave", "a", pb.Where(session=session))
+            await service.leave("a", session)
         await asyncio.sleep(0.4)
         other = (await service.hello("b", ALONE, run="other")).session
-        await service.call("_leave", "b", pb.Where(session=other))
+        await service.leave("b", other)
         return (
             await service.hello("a", ALONE, restorable=[0, 3] if how != "refused" else [0], current=4)
         ).start
@@ -158,11 +158,11 @@ def test_one_client_cannot_fill_the_disk_with_runs(tmp_path, monkeypatch):
         service = Service(tmp_path)
         for number in range(40):  # nothing is trained in these
             session = (await service.hello("a", ALONE, run=f"empty-{number}")).session
-            await service.call("_leave", "a", pb.Where(session=session))
+            await service.leave("a", session)
         folders = len(list((tmp_path / "runs").iterdir()))
         for number in range(3):
             session = await _trained(service, 3, run=f"trained-{number}")
-            await service.call("_leave", "a", pb.Where(session=session))
+            await service.leave("a", session)
         with pytest.raises(LimitError, match="client a has begun 3 runs here, 3 are allowed"):
             await service.hello("a", ALONE, run="one-more")
         await service.hello("b", ALONE, run="of-another")

@@ -256,9 +256,11 @@ class Calls:
         step, _ = await self._compute(session, [], work)
         yield pb.SaveReply(step=step)
 
-    async def _leave(self, client: str, incoming: Incoming) -> AsyncIterator[pb.Where]:
-        self._sessions.leave(client, await incoming.message(pb.Where))
-        yield pb.Where()
+    async def _leave(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LeaveReply]:
+        request = await incoming.message(pb.LeaveRequest)
+        await incoming.end()
+        self._sessions.leave(client, request.where)
+        yield pb.LeaveReply()
 
     # ---- shared halves and rounds ----
 

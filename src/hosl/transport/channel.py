@@ -84,9 +84,11 @@ class Channel:
 
     def leave(self, session: str) -> None:
         """Tell the server that a session ends, if it hears it within a second."""
-        stub = self._channel.unary_unary(f"/{SERVICE}/Leave", request_serializer=pb.Where.SerializeToString)
+        stub = self._channel.unary_unary(
+            f"/{SERVICE}/Leave", request_serializer=pb.LeaveRequest.SerializeToString
+        )
         with suppress(grpc.RpcError):
-            stub(pb.Where(session=session), metadata=self._metadata, timeout=1.0)
+            stub(pb.LeaveRequest(where=pb.Where(session=session)), metadata=self._metadata, timeout=1.0)
 
     def upload(self, name: str, frames: Iterable[pb.Upload], reply_type: type[_Reply]) -> _Reply:
         """Make a call of many request messages and one reply message; returns the reply."""
