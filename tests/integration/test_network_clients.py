@@ -40,6 +40,9 @@ def test_shared_halves_follow_one_journal(tiny_run, tmp_path, capsys, schedule):
         ] * 3  # 6 rounds, 3 clients, 2 directions each
     else:
         assert max(journal.last_step for journal in journals) == 18
+        updates = {summary["client_digest"]: summary["journal_updates"] for summary in summaries}
+        assert max(updates.values()) == 18  # the last to end has all; the others say how many they have
+        assert len(set(updates.values())) == len(updates)  # as many updates, the same half
 
 
 def test_personal_halves_train_one_server_in_rounds(tiny_run, tmp_path, capsys):

@@ -45,11 +45,10 @@ class CountingHalf(HostedHalf):
         self.updates, self.pending = self.updates + 1, 0
         self.examples.append(self.pending)
 
-    def save(self, folder, step, facts, journal, **how):
+    def save(self, folder, step, facts, journal, *, keep=2):
         state = {**facts, "half": self.updates}
-        write_checkpoint(
-            folder, Checkpoint(step, state, journal=journal and journal.to_bytes()), **how or {"keep": 2}
-        )
+        checkpoint = Checkpoint(step, state, journal=journal and journal.to_bytes())
+        write_checkpoint(folder, checkpoint, keep=keep)
 
     def restore(self, folder, step):
         drop_checkpoints_after(folder, step)
@@ -105,6 +104,17 @@ class Service:
             "_step", client, ask, *(pb.Upload(chunk=chunk) for chunk in packed.chunks())
         )
         return reply.done.loss
+
+    async def save(self, client, session, step):
+        """Let the server write a checkpoint; returns its step."""
+        (reply,) = await self.call(
+            "_save", client, pb.SaveRequest(where=pb.Where(session=session, step=step))
+        )
+        return reply.step
+
+    async def leave(self, client, session):
+        """End a session."""
+        await self.call("_leave", client, pb.LeaveRequest(where=pb.Where(session=session)))
 
     async def journal(self, client, session, step, scales=(0.5,), seeds=None, examples=2, have=0):
         """Hand in an update; returns the last reply."""

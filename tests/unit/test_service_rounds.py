@@ -3,6 +3,11 @@
 import asyncio
 import threading
 
+import numpy as np
+import pytest
+
+from hosl.errors import WireError
+from hosl.wire import hosl_pb2 as pb
 from tests.unit.hosted import Service, in_loop, training
 
 
@@ -62,3 +67,118 @@ def test_a_round_closes_though_the_client_that_completed_it_went_away(tmp_path):
         return await first
 
     assert not in_loop(run()).late
+
+
+@pytest.mark.parametrize(
+    ("scales", "seeds"),
+    [
+        ((3e38, 3e38), (7, 7)),
+        ((float("inf"), 1.0), (7, 8)),
+        ((float("nan"),), (7,)),
+        ((-3e38,) * 3, (7, 8, 7)),
+    ],
+)
+@pytest.mark.parametrize("order", [pb.SYNCHRONOUS, pb.SEQUENTIAL])
+def test_an_update_that_does_not_stay_finite_is_refused_and_the_run_goes_on(tmp_path, scales, seeds, order):
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "ab", clients=2, order=order, grace_s=1000.0)
+        for name in "ab":
+            await service.step(name, sessions[name], 1)
+        with pytest.raises(WireError, match="NaN or infinite in float32"):
+            await service.journal("b", sessions["b"], 1, scales, seeds)
+        parts = [service.journal(name, sessions[name], 1, (3e38, 1.0), (7, 8)) for name in "ab"]
+        await asyncio.gather(*parts)
+        return service.sessions.runs["run"].updates_after(0)
+
+    updates = in_loop(run())
+    largest = np.float32(3e38)
+    expected = (
+        [(largest, 1.0)] if order == pb.SYNCHRONOUS else [(largest, 1.0)] * 2
+    )  # the mean of two equal parts
+    assert [tuple(update.scales) for update in updates] == expected
+
+
+def test_a_client_that_only_says_hello_is_waited_for_once(tmp_path):
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "abc")
+        for number in range(1, 5):
+            await service.hello("c", service.sessions.runs["run"].training, current=number - 1)
+            await asyncio.gather(*(service.journal(name, sessions[name], number) for name in "ab"))
+            service.sessions.runs["run"].training.grace_s = 1000.0  # from here on, waiting would hang
+        return [event["clients"] for event in service.log if event["event"] == "dropped"]
+
+    assert in_loop(run()) == [["c"]]
+
+
+def test_a_client_slower_than_the_grace_makes_steps_that_count_once(tmp_path):
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "ab", clients=2)
+        await service.step("b", sessions["b"], 1)  # b is at its step 1 while three rounds are closed
+        for number in (1, 2, 3):
+            await service.journal("a", sessions["a"], number, seeds=[100 + number])
+        slow = asyncio.create_task(service.journal("b", sessions["b"], 1, seeds=[200]))
+        await asyncio.sleep(0.05)
+        await service.journal("a", sessions["a"], 4, seeds=[104])
+        first, again = await slow, await service.journal("b", sessions["b"], 1, seeds=[200])
+        await service.step("b", sessions["b"], 5)
+        await asyncio.gather(
+            *(service.journal(name, sessions[name], 5, seeds=[n]) for n, name in ((105, "a"), (205, "b")))
+        )
+        return first, again, service.sessions.runs["run"]
+
+    first, again, served = in_loop(run())
+    assert (first.late, first.step) == (again.late, again.step) == (True, 4)  # where b goes on from
+    assert [list(update.seeds) for update in served.updates_after(0)] == [
+        [101],
+        [102],
+        [103],
+        [104, 200],
+        [105, 205],
+    ]
+    assert served.updates_after(3)[0].scales == [0.25, 0.25]  # the mean of one update of a and one of b
+
+
+def test_a_client_that_missed_the_last_round_is_told_that_the_run_is_over(tmp_path):
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "ab", clients=2, max_steps=3)
+        for number in (1, 2, 3):
+            await service.journal("a", sessions["a"], number)
+        reply = await service.journal("b", sessions["b"], 1)
+        return (
+            reply,
+            (await service.hello("b", training(clients=2, max_steps=3))).start,
+            service.sessions.runs["run"],
+        )
+
+    reply, start, served = in_loop(run())
+    assert (reply.late, reply.step, start) == (True, 3, 3)
+    assert served.server_step == 3
+    assert served.finished
+
+
+@pytest.mark.parametrize("halves", [pb.PERSONAL, pb.SHARED])
+def test_a_client_killed_after_its_step_does_that_step_again_and_goes_on(tmp_path, halves):
+    async def run():
+        service = Service(tmp_path)
+        settings = training(order=pb.SEQUENTIAL, halves=halves)
+        session = (await service.hello("a", settings)).session
+        for step in range(1, 8):
+            loss = await service.step("a", session, step)
+            if halves == pb.SHARED and step < 7:  # killed before it handed in its update of step 7
+                await service.journal("a", session, step)
+        greeted = await service.hello("a", settings, restorable=[0, 3, 6])
+        again = await service.step("a", greeted.session, 7)
+        if halves == pb.SHARED:
+            await service.journal("a", greeted.session, 7)
+        await service.step("a", greeted.session, 8)
+        return loss, greeted.start, again, service
+
+    loss, start, again, service = in_loop(run())
+    assert start == 6
+    assert again == loss  # what the step was answered before
+    assert service.half.updates == 8  # each step moved the server's half once
+    assert service.sessions.runs["run"].updates == (7 if halves == pb.SHARED else 0)

@@ -27,6 +27,7 @@ _COMMANDS = {
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
     "study": "many runs, resumable, as tables and pictures: hosl study STUDY.yaml [--dry-run]",
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
+    "runs": "what the server holds: hosl runs ls | drop NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
 _EXTRAS = {

@@ -30,6 +30,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--certificate", help="PEM file of our own certificate (mTLS); with --key")
     parser.add_argument("--key", help="PEM file of its private key")
     parser.add_argument("--plaintext", action="store_true", help="no TLS; to a loopback address only")
+    parser.add_argument(
+        "--go-back", action="store_true", help="go on, or begin, where one side has lost its checkpoints"
+    )
     options, overrides = parser.parse_known_args(arguments)
     if (options.certificate is None) != (options.key is None):
         raise ConfigError("--certificate and --key go together; give both or neither")
@@ -52,7 +55,9 @@ def run(arguments: list[str]) -> int:
         identity=(Path(options.certificate), Path(options.key)) if options.certificate else None,
         plaintext=options.plaintext,
     )
-    target = JoinOptions(half=Path(options.half), line=JoinLine.parse(line), proof=proof)
+    target = JoinOptions(
+        half=Path(options.half), line=JoinLine.parse(line), proof=proof, may_go_back=options.go_back
+    )
     summary = join(config, target, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130

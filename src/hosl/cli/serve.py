@@ -33,6 +33,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--runs-at-once", type=int, default=1, help="runs whose halves are in memory together"
     )
+    parser.add_argument(
+        "--away", type=float, default=600.0, help="seconds without a call until a run makes room for another"
+    )
     parser.add_argument("--tensor-limit", type=int, default=256, help="MiB that one activation may take")
     parser.add_argument("--calls-per-s", type=int, default=200, help="of one client, on average")
     parser.add_argument(
@@ -53,7 +56,7 @@ def run(arguments: list[str]) -> int:
             half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
             public=options.public, certificate=path(options.certificate), key=path(options.key),
             client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
-            runs_at_once=options.runs_at_once, tensor_limit_bytes=options.tensor_limit << 20,
+            runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
             calls_per_s=options.calls_per_s, idle_s=options.idle,
         )
     )  # fmt: skip

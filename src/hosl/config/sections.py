@@ -153,11 +153,13 @@ class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     count: int = 1
     """The number of devices that take part."""
     halves: Literal["personal", "shared"] = "personal"
-    """personal: each device has its own client half. shared: all halves stay equal, by a journal on the server."""
+    """personal: each device has its own client half. shared: all follow one journal on the server; halves with as many
+    of its updates are equal. In the sequential schedule a device that ends early lacks the others' last updates."""
     schedule: Literal["sequential", "synchronous"] = "sequential"
     """sequential: each step is applied as it comes. synchronous: one server update per round, over all devices."""
     grace_s: float = 30.0
-    """The seconds that a synchronous round waits for the others after its first contribution."""
+    """The seconds that a synchronous round waits for the others after its first contribution. A slower device's part
+    counts in the round that is open when it comes."""
     directions: Literal["own", "common"] = "own"
     """The random directions with shared halves. own: every device draws its own. common: all draw the same."""
 

@@ -53,6 +53,8 @@ class JoinOptions:
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
     """The certificates that each side shows the other."""
+    may_go_back: bool = False
+    """Whether the first Hello may undo work of one side that the other has lost."""
 
 
 def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
@@ -157,6 +159,7 @@ def _joined(
             protocol=1, run=run.identity, model=model_message(facts, config),
             training=training_message(config, labels_digest(task.labels)),
             restorable=session.restorable(run.folder, say_once), current=current, version=versions()["hosl"],
+            may_go_back=options.may_go_back and session.client is NO_CLIENT_YET,
         )  # fmt: skip
 
     kind = RemoteServer if config.wire.compression == "none" else WatchedServer

@@ -45,11 +45,12 @@ class JoinedSession(Session[ClientSide, ServerSide]):
     """The module of the client's runtime, such as `hosl.network.torch_runtime`."""
     snapshot_step: int = 0
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
-    _incarnation: str = ""
     _wire_bytes: tuple[int, int] = (0, 0)
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method; the server's costs are those that it reports."""
+        if self.remote.restarted:  # noticed between two rounds: its journal may be another one
+            raise StepMoved(self.step)
         self.meters.server = self.remote.meter
         client = metered(self.client, self.meters.client)
         clients = self.config.clients
@@ -57,10 +58,11 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         name = f"client/{self.remote.client}" if own else "client"
         result = method_round(self.config, client, self.server, batch, step, half=name, control=self.control)
         self.control = self.control.after(result.coefficients)
-        if clients.schedule == "synchronous" and clients.halves == "personal":
-            for reply in self.remote.journal(step, 0, (), (), len(batch.input_ids)):
-                if reply.late:
-                    raise StepMoved(reply.step)
+        if self._in_rounds and clients.halves == "personal":
+            self.done(step)  # by this half, whether or not its round is still open
+            last = self.remote.journal(step, 0, (), (), len(batch.input_ids))[-1]
+            if last.late:
+                raise StepMoved(last.step)
         return result
 
     def done(self, step: int) -> None:
@@ -122,23 +124,26 @@ class JoinedSession(Session[ClientSide, ServerSide]):
     def go_to(self, run: Path, step: int) -> dict[str, Any] | None:
         """Take the state after `step`, because the server goes on from there.
 
-        Returns the facts of the checkpoint of that state; None where the client's half keeps what it has learned.
+        Returns the facts of the checkpoint of that state; None where the client's half keeps what it has learned. In
+        rounds, a half that was away goes on from its newest checkpoint before `step`.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, or belongs to other data.
         """
         if self.config.clients.halves == "shared":
+            drop_checkpoints_after(run / "checkpoints", step)
             return self._catch_up(step)
-        if self.client is not NO_CLIENT_YET and step > self.step:
-            self.done(step)  # a round was closed without this client: its half stays as it is
+        if self.client is not NO_CLIENT_YET and (step == self.step or (self._in_rounds and step > self.step)):
+            self.done(step)  # the half stays as it is, whatever rounds were closed without this client
             return None
+        mine = max(s for s in self.restorable(run, lambda text: None) if s <= step) if self._in_rounds else step
         self.client = NO_CLIENT_YET  # lets go of the old half before it is loaded again
         self.client, self.snapshot_step = self._opened(), 0
         if self._labels_stay:
             self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
         facts: dict[str, Any] = {}
-        if step:
-            path = checkpoint_path(run / "checkpoints", step)
+        if mine:
+            path = checkpoint_path(run / "checkpoints", mine)
             checkpoint = read_checkpoint(path)
             self._check_task(checkpoint, path)
             self.snapshot_step = self.runtime.restore_client_(self.client, checkpoint)
@@ -156,7 +161,8 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         With shared halves, first take the updates of the other clients since this client's last step.
         """
         if self.config.clients.halves == "shared":
-            self._shared_client.catch_up()
+            self._catch_up(self.step)
+            self.facts["journal_updates"] = self._own_client.journal.last_step
         self.facts["final_client_digest"] = self.runtime.trained_digest(self._own_client)
 
     @property
@@ -164,9 +170,8 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         return self.config.wire.labels == "client"
 
     @property
-    def _shared_client(self) -> SharedClient:
-        assert isinstance(self.client, SharedClient), "clients.halves is shared"
-        return self.client
+    def _in_rounds(self) -> bool:
+        return self.config.clients.schedule == "synchronous"
 
     @property
     def _own_client(self) -> Any:
@@ -178,16 +183,21 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         self.remote.classes = client.half.config.num_labels
         return client
 
-    def _catch_up(self, step: int) -> None:
-        if self._incarnation != self.remote.incarnation:
-            # a restarted server may have gone back: replay its journal, from the base weights on
-            self.client = NO_CLIENT_YET
-            base = self._opened()
-            synchronous = self.config.clients.schedule == "synchronous"
-            self.client = SharedClient(base, self.remote, synchronous=synchronous)
-            self._incarnation = self.remote.incarnation
-        self.done(step)
-        self._shared_client.catch_up()
+    def _catch_up(self, step: int) -> dict[str, Any]:
+        """Follow the server's journal to its end; a restarted server's from the base weights on."""
+        while True:
+            client = self.client
+            if not isinstance(client, SharedClient) or self.remote.restarted:
+                self.client = NO_CLIENT_YET
+                base = self._opened()
+                self.client = client = SharedClient(base, self.remote, synchronous=self._in_rounds)
+            self.done(step)
+            try:
+                client.catch_up()
+            except StepMoved as restarted:
+                step = restarted.step
+            else:
+                return {"metrics_bytes": None}
 
     def _check_task(self, checkpoint: Checkpoint, path: Path) -> None:
         before, now = checkpoint.state["task_digest"], self.facts["task"]["digest"]

@@ -52,6 +52,8 @@ class ServeOptions:
     """A torch device."""
     runs_at_once: int = 1
     """Runs whose halves are in memory together."""
+    away_s: float = 600.0
+    """Seconds without a call after which a run makes room for another one."""
     tensor_limit_bytes: int = 256 << 20
     """The largest activation that is accepted."""
     calls_per_s: int = 200
@@ -128,7 +130,10 @@ async def _serve(
 
     access, scheduler, status = Access(options.service), Scheduler(), Status()
     limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
-    sessions = Sessions(options.service, _opener(options, facts), status.damaged, options.runs_at_once)
+    sessions = Sessions(
+        options.service, _opener(options, facts), status.damaged, runs_at_once=options.runs_at_once,
+        away_s=options.away_s,
+    )  # fmt: skip
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
     status.watch_queue(lambda: scheduler.queue)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))

@@ -55,7 +55,7 @@ class Calls:
         calls: dict[str, _Call] = {
             "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
             "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
-            "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states,
+            "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states, "Leave": Calls._leave,
         }  # fmt: skip
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -262,21 +262,29 @@ class Calls:
         step, _ = await self._compute(session, [], work, tokens=HELLO_TOKENS)
         yield pb.SaveReply(step=step)
 
+    async def _leave(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LeaveReply]:
+        request = await incoming.message(pb.LeaveRequest)
+        await incoming.end()
+        self._sessions.leave(client, request.where)
+        yield pb.LeaveReply()
+
     # ---- shared halves and rounds ----
 
     async def _journal(self, client: str, incoming: Incoming) -> AsyncIterator[pb.JournalReply]:
         request = await incoming.message(pb.JournalRequest)
         await incoming.end()
         session = self._sessions.of(client, request.where)
-        run, late = session.run, False
+        run, step = session.run, request.where.step
         check_update(request.seeds, request.scales)
         if run.round is not None and request.examples:
-            late = await self._take_part(run, client, request)
-        elif request.seeds:
-            step = request.where.step
+            await self._take_part(run, client, request)
+        elif run.round is None:
             await self._compute(session, [], lambda: run.submit(client, step, request.seeds, request.scales))
-        updates, _ = await self._compute(session, [], lambda: run.updates_after(request.have))
-        reply = pb.JournalReply(step=run.steps.get(client, 0), late=late)
+        (updates, now), _ = await self._compute(
+            session, [], lambda: (run.updates_after(request.have), run.steps.get(client, 0))
+        )
+        late = run.round is not None and request.examples > 0 and now != step
+        reply = pb.JournalReply(step=now, late=late)
         for update in updates:
             if reply.ByteSize() + update.ByteSize() > CHUNK_BYTES:
                 yield reply
@@ -284,31 +292,32 @@ class Calls:
             reply.updates.append(update)
         yield reply
 
-    async def _take_part(self, run: ServedRun, client: str, request: pb.JournalRequest) -> bool:
-        """Contribute to the round and wait until it is closed; returns whether the contribution came too late."""
+    async def _take_part(self, run: ServedRun, client: str, request: pb.JournalRequest) -> None:
+        """Contribute to the round, unless this part was counted before, and wait until it is closed."""
         contribution = Contribution(tuple(request.seeds), tuple(request.scales), request.examples)
         current, _ = await self._scheduler.run(
             client, CALL_TOKENS, lambda: run.contribute(client, request.where.step, contribution)
         )
         if current is None:
-            return True
+            return
         if current.complete:
             self._close_after(0.0, run, current)
         elif current not in self._closing:
             self._close_after(run.training.grace_s, run, current)
         async with self.round_closed:
             await self.round_closed.wait_for(lambda: run.round is not current)
-        return False
 
     def _close_after(self, seconds: float, run: ServedRun, current: Round) -> None:
         """Let a task of the service close the round, in place of the one that waits to do so."""
 
         async def close() -> None:
             await asyncio.sleep(seconds)
-            dropped, compute_s = await self._scheduler.run("round", 0, lambda: run.close_round(current))
+            try:
+                dropped, compute_s = await self._scheduler.run("round", 0, lambda: run.close_round(current))
+                self._status.round_closed(run, current.number, dropped or [], compute_s)
+            except HoslError as error:
+                self._status.refused("round", "close", error)
             self._closing.pop(current, None)
-            if dropped is not None:
-                self._status.round_closed(run, current.number, dropped, compute_s)
             async with self.round_closed:
                 self.round_closed.notify_all()
 

@@ -16,7 +16,7 @@ from hosl.core.targets import PositionTargets, Targets
 from hosl.errors import HandshakeError, SessionError, StepError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
-from hosl.system.checkpoint import checkpoint_steps, intact_steps
+from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
@@ -49,10 +49,14 @@ class ServedRun:
     """The newest (step, reply) of each client, for a request that is repeated."""
     _states: dict[str, WireArray] = field(default_factory=dict)
     """The states that each client was sent last, where the labels stay with the client."""
+    _asked: list[int] = field(default_factory=list)
+    """The steps of the newest two checkpoints that a client asked for, and has or may have, too."""
     _journaled: dict[str, int] = field(default_factory=dict)
     """The last step of each client whose update is in the shared journal."""
     _asked: list[int] = field(default_factory=list)
     """The steps of the two newest checkpoints that clients asked for."""
+    _missed: set[str] = field(default_factory=set)
+    """The clients that a round closed without: none waits for them until they contribute again."""
 
     def __post_init__(self) -> None:
         if self.training.order == pb.SYNCHRONOUS:
@@ -65,8 +69,9 @@ class ServedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether every client that came has done its last step."""
-        return bool(self.steps) and all(step >= self.training.max_steps for step in self.steps.values())
+        """Whether every client that came has done its last step, or the last round is closed."""
+        steps = self.steps.values() if self.round is None else [self.server_step]
+        return bool(steps) and all(step >= self.training.max_steps for step in steps)
 
     # ---- Hello: the state that both sides go on from ----
 
@@ -94,20 +99,23 @@ class ServedRun:
                         "run"
                     )
 
-    def settle(self, client: str, restorable: Sequence[int], current: int) -> int:
+    def settle(
+        self, client: str, restorable: Sequence[int], current: int, *, may_go_back: bool = False
+    ) -> int:
         """The step after which server and client go on.
 
         A client alone in its run: the newest state that both sides have; the server goes back to it. One of several
-        clients: the server never goes back; shared halves follow the journal, a personal half goes back to the newest
-        state that the server has seen of it.
+        clients: the server never goes back. In rounds, the newest one that is closed; else shared halves go on after
+        the client's last update in the journal, a personal half from the newest state that the server has seen of it.
 
         Args:
             client: its name.
             restorable: the steps that the client has checkpoints of.
             current: the step whose state the client is in.
+            may_go_back: whether a side that has lost its checkpoints may undo the work of the other.
 
         Raises:
-            HandshakeError: if there is no such state.
+            HandshakeError: if there is no such state, or more than one checkpoint of a side would be undone.
             CheckpointError: if the server has checkpoints, and all are damaged.
         """
         recorded = self.steps.get(client, 0)
@@ -122,23 +130,34 @@ class ServedRun:
                     f"run {self.name}: the client can go on from steps {sorted(theirs)}, the server from "
                     f"{sorted(ours)}; no state is common: start a new run"
                 )
-            if common == 0 and any(restorable):
-                raise HandshakeError(
-                    f"run {self.name}: the client has intact states of steps {sorted(theirs)}, the server of "
-                    f"{sorted(ours)}, and only the base weights are common; put the other checkpoints back, or choose "
-                    "another output_dir for a new run"
-                )
+            self._check_kept(common, restorable, may_go_back)
             if common != self.server_step:
                 self.go_back(common)
             self.steps = {client: common}
             return common
         if self.round is not None:
-            self.round.join(client)
-            recorded = self.round.number - 1
+            if client not in self._missed:
+                self.round.join(client)
+            start = self.server_step
         elif self.training.halves == pb.PERSONAL:
-            recorded = max((step for step in theirs if step <= recorded), default=0)
-        self.steps[client] = recorded
-        return recorded
+            start = max((step for step in theirs if step <= recorded), default=0)
+        else:
+            start = min(self._journaled.get(client, 0), recorded)
+        self._check_kept(start, restorable, may_go_back)
+        self.steps[client] = start
+        return start
+
+    def _check_kept(self, start: int, restorable: Sequence[int], may_go_back: bool) -> None:
+        """Refuse to undo what both sides had: the server saves first, so each has all but the other's newest."""
+        theirs, ours = sorted(step for step in restorable if step), self._asked
+        undone = (theirs and start < theirs[0]) or (self.alone and len(ours) > 1 and start < ours[0])
+        if undone and not may_go_back:
+            raise HandshakeError(
+                f"run {self.name}: the device has checkpoints of steps {theirs}, the server of {ours}: "
+                "was one of the folders lost, emptied or replaced by a copy, or the run dropped? Put the newest back, "
+                f"or say `hosl join --go-back`: both go on from step {start}, and what is later is deleted; another "
+                "output_dir begins another run"
+            )
 
     def saved_steps(self) -> list[int]:
         """The steps of the checkpoints on disk, ascending, damaged or not."""
@@ -149,26 +168,27 @@ class ServedRun:
         facts, self.journal = self.half.restore(self.folder, step)
         self.steps = cast(dict[str, int], facts.get("steps", {}))
         self._journaled = cast(dict[str, int], facts.get("journaled", {}))
-        self._asked = cast(list[int], facts.get("asked", self.saved_steps()[-2:]))
+        kept = [saved for saved in self.saved_steps() if saved <= step][-2:]
+        self._asked = cast(list[int], facts.get("asked", kept))
         self.updates = self.journal.last_step
         self.server_step = step
         self._replies.clear()
+        self._missed.clear()
         if self.round is not None:
             self.round = Round(number=step + 1, expected=self.training.clients)
 
     def save(self, *, asked: bool) -> int:
         """Write a checkpoint of the present state; returns its step.
 
-        The two newest that a client `asked` for stay on the disk, because it has their other halves.
+        One that no client asked for takes the place of the one before of that kind, never of those that a client has.
         """
-        if asked:
-            self._asked = sorted({*self._asked, self.server_step})[-2:]
-        if self.server_step and self.server_step not in self.saved_steps():
-            facts: dict[str, object] = {
-                "steps": self.steps, "journaled": self._journaled, "asked": self._asked
-            }  # fmt: skip
+        drop_checkpoints_after(self.folder, max(self._asked, default=0))
+        if self.server_step > max(self._asked, default=0):
+            now = [*self._asked[-1:], self.server_step] if asked else self._asked
+            facts: dict[str, object] = {"steps": self.steps, "journaled": self._journaled, "asked": now}
             shared = self.journal if self.training.halves == pb.SHARED else None
-            self.half.save(self.folder, self.server_step, facts, shared, self._asked)
+            self.half.save(self.folder, self.server_step, facts, shared, now)
+            self._asked = now
         return self.server_step
 
     # ---- requests that change nothing ----
@@ -178,7 +198,8 @@ class ServedRun:
 
         Raises:
             StepError: if `step` is from the past or the future.
-            SessionError: if the round of `step` is closed, or the run went back to a state without this client.
+            SessionError: if the client's part of the round of `step` was taken, the last round is closed, or the run
+                went back to a state without this client.
         """
         recorded = self.steps.get(client)
         if recorded is None:
@@ -186,11 +207,12 @@ class ServedRun:
                 f"run {self.name} went back to a checkpoint without client {client}; say hello again"
             )
         if self.round is not None:
-            if step != self.round.number and not evaluation:
+            open_ = recorded < step <= self.round.number <= self.training.max_steps
+            if not open_ and not evaluation:
                 raise SessionError(
                     f"round {step} is closed, the run is in round {self.round.number}; say hello again"
                 )
-            return
+            return  # a slow client's step counts in the round that is open when it comes
         wanted = recorded + (0 if evaluation else 1)
         if step != wanted:
             when = "past" if step < wanted else "future"
@@ -205,7 +227,6 @@ class ServedRun:
     ) -> Stepped:
         """Execute a client's training step, or return the reply that this step got before."""
         if self.round is not None:
-            self.check_now(client, step)
             examples = len(targets.mask)
             return self._once(
                 client,
@@ -224,7 +245,9 @@ class ServedRun:
         cached = self._replies.get(client)
         if cached is not None and cached[0] == step:
             # the gradient of the cached reply was taken at these states
-            return self._states[client], lambda gradient, want_gradient: cached[1]
+            return self._states[client], lambda gradient, want_gradient: self._once(
+                client, step, lambda: cached[1]
+            )
         self.check_now(client, step)
         states, finish = self.half.states_for_step(activations, positions)
         self._states[client] = states
@@ -239,15 +262,18 @@ class ServedRun:
         self._once(client, step, lambda: self.half.descend(self.server_step + 1, seeds, coefficients))
 
     def _once(self, client: str, step: int, work: Callable[[], Any], *, is_update: bool = True) -> Any:
-        """The reply that the step got before, else that of `work`; `is_update` says whether it updates the half."""
-        if self._replies.get(client, (None,))[0] == step:
-            return self._replies[client][1]
-        self.check_now(client, step)
-        reply = work()
+        """The reply that the step got before, else that of `work`; `is_update` says whether it updates the half.
+
+        A client that went back to a checkpoint does its steps again: the newest one counts as done, though not twice.
+        """
+        number, reply = self._replies.get(client, (None, None))
+        if number != step:
+            self.check_now(client, step)
+            reply = work()
+            self._replies[client] = (step, reply)
+            self.server_step += is_update
         if is_update:
-            self.server_step += 1
             self.steps[client] = step
-        self._replies[client] = (step, reply)
         if isinstance(reply, Stepped) and self.model.labels == pb.LABELS_AT_SERVER:
             self.last_loss = reply.loss
         return reply
@@ -256,37 +282,51 @@ class ServedRun:
 
     def submit(self, client: str, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
         """Append a client's update to the shared journal, once per step. For the sequential schedule."""
-        if seeds and self._journaled.get(client, 0) < step:
-            self.journal.append(self.updates + 1, seeds, scales)
-            self.updates += 1
+        if self._journaled.get(client, 0) < step <= self.steps.get(client, 0):
+            if seeds:  # none, where every probe was rejected
+                self.journal.append(self.updates + 1, seeds, scales)
+                self.updates += 1
             self._journaled[client] = step
 
     def contribute(self, client: str, step: int, contribution: Contribution) -> Round | None:
-        """Add a client's part to the round; returns the round, None if it came too late. Synchronous only."""
+        """Add a client's part, once per step, to the round that is open; returns the round. Synchronous only.
+
+        None: the part of this step was counted before, or the last round is closed. The round waits again for a client
+        that it was closed without, once it is at most one round behind.
+        """
         assert self.round is not None, "only the synchronous schedule has rounds"
-        if step != self.round.number:
+        if self.round.number > self.training.max_steps:
+            self.steps[client] = self.server_step
+            return None
+        if not self.steps.get(client, 0) < step <= self.round.number:
             return None
         self.round.contributions[client] = contribution
+        if step >= self.round.number - 1:
+            self._missed.discard(client)
+            self.round.join(client)
         return self.round
 
     def close_round(self, current: Round) -> list[str] | None:
         """Apply the mean over the clients that contributed; returns the names of those that did not.
 
         None, and nothing is done, if `current` is closed already.
+
+        Raises:
+            NonFiniteError: if the server's half cannot be updated; the round is closed, and the run goes on.
         """
         if self.round is None or self.round is not current:
             return None
-        self.half.apply(self.round.number)
-        seeds, scales = self.round.mean_update()
+        dropped = current.members - current.contributions.keys()
+        members = current.members - dropped
+        self._missed |= dropped
+        self.round = Round(number=current.number + 1, expected=len(members), members=members)
+        seeds, scales = current.mean_update()
         if seeds:
-            self.journal.append(self.round.number, seeds, scales)
-        self.updates = self.server_step = self.round.number
-        dropped = sorted(self.round.members - self.round.contributions.keys())
-        for client in self.round.contributions:
-            self.steps[client] = self.round.number
-        members = self.round.members - set(dropped)
-        self.round = Round(number=self.round.number + 1, expected=len(members), members=members)
-        return dropped
+            self.journal.append(current.number, seeds, scales)
+        self.updates = self.server_step = current.number
+        self.steps |= dict.fromkeys(current.contributions, current.number)
+        self.half.apply(current.number)
+        return sorted(dropped)
 
     def updates_after(self, have: int) -> list[pb.Update]:
         """The updates of the shared journal that a client with the first `have` of them lacks."""

@@ -2,6 +2,8 @@
 
 import re
 import secrets
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -12,7 +14,7 @@ import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from hosl.core.methods import METHODS
-from hosl.errors import CheckpointError, HandshakeError, LimitError, SessionError, WireError
+from hosl.errors import CheckpointError, ConfigError, HandshakeError, LimitError, SessionError, WireError
 from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
@@ -21,6 +23,8 @@ from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
 PROTOCOL = 1
+RUNS_PER_CLIENT = 100
+"""The runs with checkpoints that one client may have begun; the owner makes room by `hosl runs drop`."""
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MOST_RESTORABLE = 1024
 _MOST = {
@@ -46,10 +50,14 @@ class Sessions:
         folder: Path,
         open_half: OpenHalf,
         say: Callable[[str], None] = lambda text: None,
+        *,
         runs_at_once: int = 1,
+        away_s: float = 600.0,
     ) -> None:
         self._folder, self._say = folder / "runs", say
-        self._open_half, self._runs_at_once = open_half, runs_at_once
+        self._open_half, self._runs_at_once, self._away_s = open_half, runs_at_once, away_s
+        self._heard_s: dict[str, float] = {}
+        """The time of the last call in each run in memory, by a monotonic clock."""
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
@@ -59,16 +67,26 @@ class Sessions:
         """The session that a request names.
 
         Raises:
-            SessionError: if there is no such session, or it is another client's.
+            SessionError: if there is no such session, it is another client's, or its run was dropped.
         """
         session = self._sessions.get(where.session)
+        if session is not None and _handshake_file(session.run.folder.parent) is None:
+            self._forget(session.run)
+            session = None
         if session is None or session.client != client:
             raise SessionError("this session is not known here (any more); say hello again")
+        self._heard_s[session.run.name] = time.monotonic()
         return session
+
+    def leave(self, client: str, where: pb.Where) -> None:
+        """End a session; a run without sessions makes room for another. Nothing that was trained is lost."""
+        session = self._sessions.get(where.session)
+        if session is not None and session.client == client:
+            self._sessions.pop(where.session, None)
 
     def clients_of(self, run: ServedRun) -> list[str]:
         """The names of the clients that have a session in a run, sorted."""
-        return sorted({session.client for session in self._sessions.values() if session.run is run})
+        return sorted({session.client for session in list(self._sessions.values()) if session.run is run})
 
     def hello(self, client: str, request: pb.HelloRequest) -> tuple[str, int, ServedRun]:
         """Find or open the run and settle on a state; returns the session, the step to go on from, and the run.
@@ -97,81 +115,160 @@ class Sessions:
                 f"{len(request.restorable)} checkpoints are told, a client keeps fewer than {_MOST_RESTORABLE}"
             )
         check_numbers(request.training)
-        run = self._find_or_open(client, request)
-        run.agree(request.model, request.training)
-        if client not in run.steps and len(run.steps) >= max(run.training.clients, 1):
-            raise HandshakeError(
-                f"run {run.name} is for {max(run.training.clients, 1)} clients and has {', '.join(sorted(run.steps))}; "
-                "set clients.count higher for all, or choose another output_dir"
-            )
-        start = run.settle(client, request.restorable, request.current)
-        for name in [n for n, s in self._sessions.items() if s.client == client and s.run is run]:
-            del self._sessions[name]
+        folder = self._folder / request.run
+        stored = _stored_handshake(folder)
+        run, roster = self._find_or_open(client, request, stored)
+        try:
+            run.agree(request.model, request.training)
+            start = run.settle(client, request.restorable, request.current, may_go_back=request.may_go_back)
+        except HandshakeError:
+            if stored is None:  # begun by this Hello, and nothing was trained in it
+                self._forget(run)
+                shutil.rmtree(folder)
+            raise
+        if stored is None or roster != stored.get("clients"):
+            facts: dict[str, Any] = {
+                "model": MessageToDict(run.model), "training": MessageToDict(run.training),
+                "first_client": roster[0], "clients": roster,
+            }  # fmt: skip
+            whole_file(folder / "handshake.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
+        self._heard_s[run.name] = time.monotonic()
+        self._end_sessions(run, client)
         self._count += 1
         session = f"{self._incarnation}.{self._count}"
         self._sessions[session] = Session(client, run)
         return session, start, run
 
-    def _find_or_open(self, client: str, request: pb.HelloRequest) -> ServedRun:
-        if request.run in self.runs:
-            return self.runs[request.run]
-        self._make_room()
-        folder = self._folder / request.run
-        handshake, stored = folder / "handshake.json", _stored_handshake(folder)
-        model, training = stored or (request.model, request.training)
-        check_training(training)
-        half = self._open_half(model, training)
-        run = ServedRun(request.run, model, training, half, folder / "checkpoints", self._say)
-        if stored is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            facts: dict[str, Any] = {
-                "model": MessageToDict(model), "training": MessageToDict(training), "first_client": client,
-            }  # fmt: skip
-            whole_file(handshake, msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        elif saved := next(intact_steps(run.folder, self._say), None):
-            run.go_back(saved)
-        self.runs[request.run] = run
-        return run
+    def _find_or_open(
+        self, client: str, request: pb.HelloRequest, stored: dict[str, Any] | None
+    ) -> tuple[ServedRun, list[str]]:
+        """The run of a Hello, and the clients that take part in it, this one included."""
+        folder, model, training = self._folder / request.run, request.model, request.training
+        run = self.runs.get(request.run)
+        if run is not None and stored is None:
+            self._forget(run)  # dropped by the owner
+            run = None
+        if stored is not None:
+            model = ParseDict(stored["model"], pb.Model())
+            training = ParseDict(stored["training"], pb.Training())
+        roster: list[str] = [] if stored is None else stored.get("clients", [stored["first_client"]])
+        seats = max(training.clients, 1)
+        if client not in roster:
+            if len(roster) >= seats:
+                raise HandshakeError(
+                    f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}; "
+                    "set clients.count higher for all, or choose another output_dir"
+                )
+            roster = [*roster, client]
+        if run is None:
+            check_training(training)
+            self._make_room()
+            if stored is None:
+                self._count_runs(client)
+            half = self._open_half(model, training)
+            run = ServedRun(request.run, model, training, half, folder / "checkpoints", self._say)
+            if stored is None:
+                shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
+                folder.mkdir(parents=True)
+            elif saved := next(intact_steps(run.folder, self._say), None):
+                run.go_back(saved)
+            self.runs[request.run] = run
+        return run, roster
 
     def _make_room(self) -> None:
-        """Save and drop finished runs until one more fits in memory."""
+        """Save and drop runs that are finished, or whose clients have left or were not heard of, until one more fits.
+
+        A run that was dropped from memory is found on disk by the next Hello.
+        """
         while len(self.runs) >= self._runs_at_once:
-            finished = next((run for run in self.runs.values() if run.finished), None)
-            if finished is None:
+            left = next((run for run in self.runs.values() if run.finished or self._is_left(run)), None)
+            if left is None:
                 busy = ", ".join(
                     f"{run.name} ({', '.join(self.clients_of(run))})" for run in self.runs.values()
                 )
                 raise LimitError(
                     f"this server trains {len(self.runs)} runs at once and is busy with {busy}; wait until one is "
-                    "finished, or ask its owner for `hosl serve --runs-at-once`"
+                    f"finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
+                    "`hosl serve --runs-at-once`"
                 )
-            finished.save(asked=False)
-            del self.runs[finished.name]
-            for name in [n for n, s in self._sessions.items() if s.run is finished]:
-                del self._sessions[name]
+            left.save(asked=False)
+            self._forget(left)
+
+    def _is_left(self, run: ServedRun) -> bool:
+        return not self.clients_of(run) or time.monotonic() - self._heard_s[run.name] > self._away_s
+
+    def _forget(self, run: ServedRun) -> None:
+        self.runs.pop(run.name, None)
+        self._end_sessions(run)
+
+    def _end_sessions(self, run: ServedRun, client: str | None = None) -> None:
+        """End the sessions of a run, or of one client in it."""
+        for name, session in list(self._sessions.items()):  # the event loop may end one meanwhile
+            if session.run is run and client in (None, session.client):
+                self._sessions.pop(name, None)
+
+    def _count_runs(self, client: str) -> None:
+        """Delete a client's runs that have no checkpoint; refuse one run too many."""
+        begun = [
+            name
+            for name, stored in stored_runs(self._folder)
+            if stored["first_client"] == client and name not in self.runs
+        ]
+        for name in [name for name in begun if not any((self._folder / name).glob("checkpoints/step-*"))]:
+            shutil.rmtree(self._folder / name)
+            begun.remove(name)
+        if len(begun) >= RUNS_PER_CLIENT:
+            raise LimitError(
+                f"client {client} has begun {len(begun)} runs here, {RUNS_PER_CLIENT} are allowed; the server's owner "
+                "makes room by `hosl runs drop NAME`"
+            )
 
 
-def _stored_handshake(folder: Path) -> tuple[pb.Model, pb.Training] | None:
-    """The model and training of a run's first Hello; None: there is no such run yet.
+def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name and handshake of every run below the folder `runs` of a service, by name."""
+    names = sorted(path.name for path in folder.glob("*") if _RUN_NAME.fullmatch(path.name))
+    return [(name, stored) for name in names if (stored := _stored_handshake(folder / name)) is not None]
+
+
+def drop_run(folder: Path, name: str) -> None:
+    """Delete a run of a service; a running server hears of it at the next call.
 
     Raises:
-        CheckpointError: if the file is damaged.
+        ConfigError: if there is no such run.
     """
-    former = folder / "agreement.json"  # its name, and that of `distribution` in it, before version 0.2
-    file = next((file for file in (folder / "handshake.json", former) if file.is_file()), None)
+    names = [known for known, _ in stored_runs(folder)]
+    if name not in names:
+        raise ConfigError(f"no run is called {name}; there are {', '.join(names) or 'none'}")
+    gone = folder / f".{name}.dropped"
+    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed
+    (folder / name).rename(gone)
+    shutil.rmtree(gone)
+
+
+def _handshake_file(folder: Path) -> Path | None:
+    names = ("handshake.json", "agreement.json")  # the second before version 0.2
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _stored_handshake(folder: Path) -> dict[str, Any] | None:
+    """The model and training of a run's first Hello; None: there is no such run yet."""
+    file = _handshake_file(folder)
     if file is None:
         return None
     try:
         stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
         training = stored["training"]
-        if "law" in training:
+        if "law" in training:  # the name of `distribution` before version 0.2
             training["distribution"] = training.pop("law")
-        return ParseDict(stored["model"], pb.Model()), ParseDict(training, pb.Training())
+        ParseDict(stored["model"], pb.Model())
+        ParseDict(training, pb.Training())
+        stored.setdefault("clients", [stored["first_client"]])
     except (OSError, msgspec.MsgspecError, ParseError, LookupError, TypeError, AttributeError) as cause:
         raise CheckpointError(
             f"run {folder.name}: {file.name} on the server is damaged: {cause}; put it back, or choose another "
             "output_dir for a new run"
         ) from cause
+    return stored
 
 
 def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:

@@ -67,7 +67,7 @@ class Record:
     def __init__(self, run: Path, *, metrics_bytes: int | None = 0, step: int = 0) -> None:
         """Open `run`'s files; drop what was written after the checkpoint of `step` (its first `metrics_bytes`).
 
-        Where there is no such checkpoint (None), lines up to `step` stay.
+        Where there is no such checkpoint (None), lines up to `step` stay, without those of the last test.
         """
         self._run = run
         self.lost = self._open(metrics_bytes, step)
@@ -92,7 +92,7 @@ class Record:
             os.fsync(file.fileno())
         return self._metrics.seek(0, os.SEEK_END)
 
-    def cut_back(self, metrics_bytes: int, step: int) -> None:
+    def cut_back(self, metrics_bytes: int | None, step: int) -> None:
         """Drop what was written after the checkpoint of `step`, when metrics.jsonl had `metrics_bytes` bytes."""
         self.close()
         self._open(metrics_bytes, step)

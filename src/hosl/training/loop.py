@@ -60,6 +60,7 @@ def carry_on(
                 return run_summary(session, run, finished=False)
             if not _has_dev_line(record, run, session.step):  # other clients made the last steps
                 _evaluate_dev(session, record, session.step)
+                save(session, record, run)
             test = _evaluation(session, session.task.test)
             record.metrics(step=session.step, split="test", **test.numbers())
             record.flush()
@@ -105,7 +106,7 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
                 meter.take()  # the costs of the broken-off step belong to no line
             facts = session.go_to(run, moved.step)
             if facts is not None:
-                record.cut_back(facts.get("metrics_bytes", 0), moved.step)
+                record.cut_back(facts.get("metrics_bytes", 0), session.step)
             view.say(f"the server is at step {moved.step}, this client was at {before}: going on from there")
         view.step(session.step, shown)
 

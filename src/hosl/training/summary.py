@@ -52,9 +52,11 @@ def greeting(session: Session, run: Path) -> str:
 
 def farewell(summary: dict[str, Any], run: Path) -> str:
     """The line after the last step: accuracies, and the files to look at."""
+    updates = summary.get("journal_updates")
+    shared = "" if updates is None else f"; this half has {updates} updates of the shared journal"
     model = f", {run}/model loads in transformers" if (run / "model").is_dir() else ""
     return (
         f"done: test accuracy {summary['test_accuracy']:.4f}, macro F1 {summary['test_f1_macro']:.4f} (dev accuracy "
         f"{summary['dev_accuracy']:.4f}); "
-        f"{run}/report.html shows the run{model}"
+        f"{run}/report.html shows the run{model}{shared}"
     )

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,6 +92,14 @@ class Channel:
         return self._parsed(
             name, self._mapping_errors(lambda: stub(request, metadata=self._metadata)), reply_type
         )
+
+    def leave(self, session: str) -> None:
+        """Tell the server that a session ends, if it hears it within a second."""
+        stub = self._channel.unary_unary(
+            f"/{SERVICE}/Leave", request_serializer=pb.LeaveRequest.SerializeToString
+        )
+        with suppress(grpc.RpcError):
+            stub(pb.LeaveRequest(where=pb.Where(session=session)), metadata=self._metadata, timeout=1.0)
 
     def upload(self, name: str, frames: Iterable[pb.Upload], reply_type: type[_Reply]) -> _Reply:
         """Make a call of many request messages and one reply message; returns the reply."""

@@ -106,7 +106,7 @@ SEQUENTIAL: Order
 SYNCHRONOUS: Order
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol", "run", "model", "training", "restorable", "current", "version")
+    __slots__ = ("protocol", "run", "model", "training", "restorable", "current", "version", "may_go_back")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class HelloRequest(_message.Message):
     RESTORABLE_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAY_GO_BACK_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     run: str
     model: Model
@@ -121,7 +122,8 @@ class HelloRequest(_message.Message):
     restorable: _containers.RepeatedScalarFieldContainer[int]
     current: int
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., restorable: _Optional[_Iterable[int]] = ..., current: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    may_go_back: bool
+    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., restorable: _Optional[_Iterable[int]] = ..., current: _Optional[int] = ..., version: _Optional[str] = ..., may_go_back: _Optional[bool] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("family", "cut", "base_digest", "client_digest", "server_digest", "dtype", "labels")
@@ -508,3 +510,13 @@ class SaveReply(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     step: int
     def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("where",)
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    where: Where
+    def __init__(self, where: _Optional[_Union[Where, _Mapping]] = ...) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

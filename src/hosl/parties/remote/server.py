@@ -92,6 +92,10 @@ class RemoteServer(Packing):
         self._training = pb.Training()
         self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
+        self._changed = 0
+        """The newest step that changed the server; until the client has done it, too, a restart undoes it."""
+        self.follows = ""
+        """The incarnation whose journal the client's half follows; empty: it follows none."""
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="hosl-sender")
         self._pending: Future[list[float]] | None = None
 
@@ -127,7 +131,9 @@ class RemoteServer(Packing):
         return self._session.partition(".")[0]
 
     def close(self) -> None:
-        """Close the connection; a request that is under way is broken off."""
+        """Leave the run and close the connection; a request that is under way is broken off."""
+        if self._session:
+            self.channel.leave(self._session)
         self.channel.close()
         self._sender.shutdown(wait=True)
 
@@ -157,7 +163,7 @@ class RemoteServer(Packing):
             self._count_down("losses", reply.server_s, list(reply.losses))
             return list(reply.losses)
 
-        self._pending = self._sender.submit(self._repeated, send)
+        self._pending = self._sender.submit(self._repeated, send, self.current, True)
         return PendingLosses(self._pending)
 
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
@@ -181,7 +187,7 @@ class RemoteServer(Packing):
                 )
             return np.frombuffer(reply.values, dtype="<f4").reshape(rows, width)
 
-        return self._call(send)
+        return self._call(send, in_round=False)
 
     def gradient(self, activations: Activations, targets: Targets) -> StepReply:
         """The loss and dL/dh; theta_s unchanged."""
@@ -218,7 +224,7 @@ class RemoteServer(Packing):
             self._count_down("probe", reply.server_s, list(reply.losses))
             return reply.losses[0], reply.losses[1]
 
-        return self._repeated(send)
+        return self._repeated(send, self.current, True)
 
     # ---- calls that change the server: once per step, however often they are sent ----
 
@@ -235,7 +241,9 @@ class RemoteServer(Packing):
             )  # fmt: skip
             return self._stepped("Step", pb.Upload(step=request), packed, want_gradient=want_gradient)
 
-        return self._call(send)
+        reply = self._call(send)
+        self._changed = step
+        return reply
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """One update of a zeroth-order server."""
@@ -247,6 +255,7 @@ class RemoteServer(Packing):
 
         self.meter.bytes_in += payload_bytes([step, list(seeds), list(coefficients)])
         self._call(send)
+        self._changed = step
 
     def save(self, step: int) -> int:
         """Let the server write a checkpoint of its state, the one after `step`; returns the server's step.
@@ -260,11 +269,11 @@ class RemoteServer(Packing):
 
         for pause_s in SAVE_PAUSES_S:
             try:
-                return self._call(send)
+                return self._call(send, in_round=False)
             except CheckpointError as failed:
                 self._say(f"{failed}; trying again in {pause_s:g} s")
                 self.channel.pause(pause_s)
-        return self._call(send)
+        return self._call(send, in_round=False)
 
     def journal(
         self, step: int, have: int, seeds: Sequence[int], scales: Sequence[float], examples: int
@@ -305,16 +314,26 @@ class RemoteServer(Packing):
 
     # ---- how a call is made ----
 
-    def _call(self, send: Callable[[], _Reply]) -> _Reply:
+    @property
+    def restarted(self) -> bool:
+        """Whether the client's half follows the journal of an earlier server process."""
+        return self.follows not in ("", self.incarnation)
+
+    def _call(self, send: Callable[[], _Reply], *, in_round: bool = True) -> _Reply:
         """Make a call once no other request is under way; returns its reply."""
         self._settle()
-        return self._repeated(send)
+        return self._repeated(send, self.current, in_round)
 
-    def _repeated(self, send: Callable[[], _Reply]) -> _Reply:
+    def _repeated(self, send: Callable[[], _Reply], current: int, in_round: bool) -> _Reply:
         """Make a call until there is a reply; send Hello again where the server has lost the session.
 
+        Args:
+            send: makes the call.
+            current: the client's step when the call was asked for: the round may be broken off meanwhile.
+            in_round: whether the call is part of a round, which begins anew where its first part is lost.
+
         Raises:
-            StepMoved: if the server then continues from another step than the client.
+            StepMoved: if the server then continues from another step, or with another journal.
             SessionError: if it loses every session.
         """
         for _ in range(_HELLOS):
@@ -322,7 +341,9 @@ class RemoteServer(Packing):
                 return self.channel.for_ever(lambda: self._timed(send), self._say)
             except SessionError as unknown:
                 start = self.channel.for_ever(self.hello, self._say)
-                if start != self.current:
+                lost = self._changed > current or self.restarted
+                if start != current or (in_round and lost):
+                    self._changed = 0
                     raise StepMoved(start) from unknown
         raise SessionError(
             f"the server forgot {_HELLOS} sessions in a row, each right after its hello; ask its owner to restart it, "

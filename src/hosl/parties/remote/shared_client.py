@@ -13,6 +13,7 @@ from hosl.core.protocols import ZerothOrderClientSide
 from hosl.core.targets import Activations, Batch, Pair
 from hosl.errors import StepMoved
 from hosl.parties.remote.server import RemoteServer
+from hosl.wire import hosl_pb2 as pb
 
 
 @runtime_checkable
@@ -33,6 +34,7 @@ class SharedClient:
         """`synchronous`: the update is the mean of a round, and comes when the round is closed."""
         self.client, self._server, self._synchronous = client, server, synchronous
         self._examples = 0
+        server.follows = server.incarnation
 
     def __getattr__(self, name: str) -> Any:
         return getattr(
@@ -55,19 +57,27 @@ class SharedClient:
         """Hand in the update, and apply the journal's updates since the last time.
 
         Raises:
-            StepMoved: if the round was closed without this client; the round's update has been applied.
+            StepMoved: if the round was closed without this client, whose update counts in a later one; the updates
+                until then have been applied. Or if the server was restarted; none has been applied then.
         """
         scales = mean_scales(coefficients, learning_rate)
-        if self._exchange(step, seeds, scales, self._examples):
-            raise StepMoved(self.client.journal.last_step)
+        last = self._exchange(step, seeds, scales, self._examples)
+        if self._synchronous and last.late:
+            raise StepMoved(last.step)
 
     def catch_up(self) -> None:
-        """Apply the journal's updates since the last time."""
+        """Apply the journal's updates since the last time.
+
+        Raises:
+            StepMoved: if the server was restarted; none has been applied then.
+        """
         self._exchange(self._server.current, (), (), 0)
 
-    def _exchange(self, step: int, seeds: Sequence[int], scales: Sequence[float], examples: int) -> bool:
+    def _exchange(
+        self, step: int, seeds: Sequence[int], scales: Sequence[float], examples: int
+    ) -> pb.JournalReply:
         replies = self._server.journal(step, self.client.journal.last_step, seeds, scales, examples)
         for reply in replies:
             for update in reply.updates:
                 self.client.apply(update.step, list(update.seeds), list(update.scales))
-        return self._synchronous and any(reply.late for reply in replies)
+        return replies[-1]

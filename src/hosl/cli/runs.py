@@ -1,0 +1,51 @@
+"""`hosl runs ls | drop NAME`: the runs that a service keeps; on the server's machine."""
+
+from pathlib import Path
+
+from hosl.cli.answers import answer, command_parser
+from hosl.errors import FolderError
+
+
+def run(arguments: list[str]) -> int:
+    """List the runs or delete one; a running server hears of it at the next call. Returns the exit status.
+
+    Raises:
+        ConfigError: if the name is missing or unknown.
+        FolderError: if there is no service in the folder.
+    """
+    parser = command_parser("runs", "The runs that the service keeps, in memory or on disk.")
+    parser.add_argument("act", choices=("ls", "drop"))
+    parser.add_argument(
+        "name", nargs="?", help="of the run, for drop: its server half and checkpoints are deleted"
+    )
+    parser.add_argument("--service", default="runs/service", help="the folder given to `hosl serve`")
+    options = parser.parse_args(arguments)
+    folder = Path(options.service) / "runs"
+    if not folder.parent.is_dir():
+        raise FolderError(
+            f"{folder.parent} is no service folder: it does not exist; give the right --service"
+        )
+    if (options.act == "ls") != (options.name is None):
+        parser.error("ls takes no name, drop takes one")
+
+    from hosl.service.sessions import drop_run, stored_runs
+
+    if options.act == "drop":
+        drop_run(folder, options.name)
+        answer({"dropped": options.name}, as_json=options.json)
+        return 0
+    runs = [
+        {
+            "name": name,
+            "clients": stored.get("clients", [stored["first_client"]]),
+            "saved_steps": sorted(int(path.name[5:]) for path in (folder / name).glob("checkpoints/step-*")),
+            "max_steps": stored["training"]["maxSteps"],
+        }
+        for name, stored in stored_runs(folder)
+    ]
+    lines = {
+        run["name"]: f"{', '.join(run['clients'])}; saved: {run['saved_steps']} of {run['max_steps']} steps"
+        for run in runs
+    }
+    answer({"runs": runs} if options.json else lines, as_json=options.json)
+    return 0
