@@ -15,8 +15,9 @@ SIDES = ["none", "left", "right"]
 
 def _whole(model, ids, mask):
     options = {"use_cache": False} if hasattr(model, "lm_head") else {}
-    if model.config.model_type == "gpt2":  # it would count the padding; as transformers' own generate does
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if model.config.model_type == "gpt2":  # it would count the padding at the left
+        leading = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        options["position_ids"] = (torch.arange(mask.shape[1]) - leading).clamp(min=0)
     return model(input_ids=ids, attention_mask=mask, **options).logits
 
 

@@ -42,10 +42,9 @@ def _whole(model, ids, mask, positions=None):
     with _projecting_only(model, positions) as left:
         if left is not None and _kind(model) == "causal":
             options["logits_to_keep"] = left
-        if (
-            model.config.model_type == "gpt2"
-        ):  # it would count the padding; as transformers' own generate does
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if model.config.model_type == "gpt2":  # it would count the padding at the left
+            leading = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+            options["position_ids"] = (torch.arange(mask.shape[1]) - leading).clamp(min=0)
         return model(input_ids=ids, attention_mask=mask, **options).logits
 
 

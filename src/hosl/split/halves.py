@@ -136,7 +136,9 @@ class ClientHalf(Half):
         base = getattr(self.model, self.model.base_model_prefix)
         options: dict[str, Any] = {} if self._family.head == "classification" else {"use_cache": False}
         if self._family.positions_from_mask:
-            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            # from a row's first token on: the argmax of its mask
+            options["position_ids"] = (places - attention_mask.argmax(-1, keepdim=True)).clamp(min=0)
         h = base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         return h if self.hidden_dtype is None else h.to(self.hidden_dtype)
 
