@@ -25,7 +25,11 @@ from hosl.training.local_session import LocalSession, new_session
 
 STUDY = Path("examples/studies/open-questions.yaml")
 OUT = Path("runs/client-momentum")
-SETTINGS = {"method": "hosl", "model": {"cut": 6}, "server": {"learning_rate": 3e-3}}
+SETTINGS = {
+    "method": "hosl",
+    "model": {"cut": 6},
+    "server": {"learning_rate": 3e-3, "optimiser": {"name": "sgd"}},
+}
 ROWS = ((0.0, 1e-6), (0.9, 1e-6), (0.0, 1e-5), (0.9, 1e-5), (0.0, 1e-4))
 SEEDS = (0, 1, 2)
 

@@ -251,7 +251,8 @@ def _config(folder: Path, run: Path, settings: dict) -> Path:
     base = {
         "output_dir": str(run), "seed": 3, "model": {"name": "all-MiniLM-L6-v2", "cut": 3},
         "task": {"kind": "files", "train": str(folder / "rows.csv")},
-        "zo": {"directions": 2}, "client": {"learning_rate": 1e-3}, "server": {"learning_rate": 1e-2},
+        "zo": {"directions": 2}, "client": {"learning_rate": 1e-3},
+        "server": {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}},
         "max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 4, "save_steps": 4, "snapshot_steps": 3,
     }  # fmt: skip
     file = run.with_suffix(".yaml")

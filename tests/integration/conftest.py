@@ -37,7 +37,7 @@ def tiny_run(tmp_path, tiny):
             "task": {"kind": "files", "train": str(tmp_path / "data.csv")},
             "zo": {"directions": 2, "distribution": "gaussian"},
             "client": {"learning_rate": 1e-3},
-            "server": {"learning_rate": 1e-2},
+            "server": {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}},
             "max_steps": 12, "per_device_train_batch_size": 8, "eval_steps": 5, "save_steps": 4, "snapshot_steps": 6,
         }  # fmt: skip
         # of 16 directions, the default, a run would take its time

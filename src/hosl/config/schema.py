@@ -114,6 +114,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.learning_rates.usual_for(self.client.trainable) if rate is None else rate
 
     @property
+    def server_rate(self) -> float:
+        """eta_s, the learning rate of the server."""
+        if self.server.learning_rate is not None:
+            return self.server.learning_rate
+        adamw = self.method_row.server == "first-order" and self.server.optimiser.name == "adamw"
+        return 1e-4 if adamw else 1e-3
+
+    @property
     def learning_rates(self) -> LearningRates:
         """The client learning rates of the method, with the client's optimiser."""
         return self.method_row.rates_for(self.client.optimiser.name)

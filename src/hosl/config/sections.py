@@ -115,9 +115,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     trainable: Literal["all", "lora"] = "all"
     """all: every weight, the head included. lora: adapters, and the head of a classifier."""
-    learning_rate: float = 1e-3
-    """eta_s of the server's update."""
-    optimiser: OptimiserSpec = OptimiserSpec()
+    learning_rate: float | None = None
+    """eta_s of the server's update. null: 1e-4 with adamw; 1e-3 with sgd, and where it is trained by probes."""
+    optimiser: OptimiserSpec = OptimiserSpec(name="adamw")
     """The optimiser of a first-order server. A zeroth-order server uses plain SGD."""
     lora: LoraSpec = LoraSpec()
     """The adapters, where trainable is lora."""
@@ -125,8 +125,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A torch device."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"server.learning_rate must be >= 0, got {self.learning_rate}")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ConfigError(f"server.learning_rate must be >= 0 or null, got {self.learning_rate}")
 
 
 class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

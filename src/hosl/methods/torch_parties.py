@@ -126,7 +126,7 @@ def make_server(
                 p.requires_grad_(True)
     else:
         set_trainable(half, "all")
-    eta = learning_rate(config, config.server.learning_rate)
+    eta = learning_rate(config, config.server_rate)
     device = config.server.device
     if isinstance(half, TrunkHalf):
         return TrunkServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
@@ -145,7 +145,7 @@ def make_head(config: Config, half: HeadHalf, client_half: ClientHalf, trunk: Tr
         if id(p) not in tied:
             p.requires_grad_(True)
     return HeadedServer(
-        trunk, half, learning_rate=learning_rate(config, config.server.learning_rate),
+        trunk, half, learning_rate=learning_rate(config, config.server_rate),
         optimiser=config.server.optimiser, device=config.client.device, without=tied,
     )  # fmt: skip
 

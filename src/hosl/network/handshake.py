@@ -36,7 +36,7 @@ def training_message(config: Config, labels_digest: str = "") -> pb.Training:
     return pb.Training(
         method=to_enum(pb.Method, config.method_row.on_the_wire), seed=config.seed,
         distribution=to_enum(pb.Distribution, config.zo.distribution),
-        trainable=to_enum(pb.Trainable, server.trainable), learning_rate=server.learning_rate, optimiser=optimiser,
+        trainable=to_enum(pb.Trainable, server.trainable), learning_rate=config.server_rate, optimiser=optimiser,
         lora=lora, schedule=to_enum(pb.Schedule, config.lr_scheduler_type), warmup_steps=config.warmup_steps,
         max_steps=config.max_steps, compression=to_enum(pb.Compression, config.wire.compression),
         clients=clients.count, halves=to_enum(pb.Halves, clients.halves), order=to_enum(pb.Order, clients.schedule),

@@ -242,6 +242,7 @@ def _config(path: Path) -> tuple[Any, Config | None]:
     plain = msgspec.to_builtins(config)
     if config.client.learning_rate is None:
         plain["client"]["learning_rate"] = config.client_rate
+    plain["server"]["learning_rate"] = config.server_rate
     return plain, config
 
 

@@ -244,7 +244,7 @@ def _arm(study: Study, group: Group, name: str) -> Arm:
     settings = merged(settings, {"method": study.method_of(name), **method.settings})
     server_learning_rates = study.server_learning_rates if name == study.frozen else ()
     if not (study.server_learning_rates or method.one_rate):
-        server_learning_rates = (parse_config(settings, where=group.arms[name]).server.learning_rate,)
+        server_learning_rates = (parse_config(settings, where=group.arms[name]).server_rate,)
     return Arm(
         group.arms[name], settings, method.rates or (0.0,), server_learning_rates, group.arms[study.frozen],
         method.one_rate,

@@ -62,7 +62,8 @@ class Sweep:
 
 
 def with_rate(config: Config, say: Callable[[str], None]) -> tuple[Config, Sweep | None]:
-    """The config with a number for client.learning_rate, and the sweep that chose it, if the rate was auto."""
+    """The config with a number for both learning rates, and the sweep that chose the client's, if it was auto."""
+    config = replace(config, server=replace(config.server, learning_rate=config.server_rate))
     if config.client.learning_rate != "auto":
         return config.with_client_rate(config.client_rate), None
     result = sweep(config, say)

@@ -148,7 +148,7 @@ def _write_step(session: Session, record: Record, step: int, seconds: float, res
         loss_nats=result.loss,
         coefficients=list(result.coefficients),
         client_learning_rate=learning_rate(config, config.client_rate)(step),
-        server_learning_rate=learning_rate(config, config.server.learning_rate)(step),
+        server_learning_rate=learning_rate(config, config.server_rate)(step),
         bytes_up=server.bytes_in,
         bytes_down=server.bytes_out,
         **_probes(result),
