@@ -107,6 +107,24 @@ def test_a_client_killed_before_it_wrote_its_first_checkpoint_is_not_asked(tmp_p
     assert in_loop(run()) == 0
 
 
+def test_a_save_between_a_step_and_its_update_in_the_journal_is_not_taken_for_a_loss(tmp_path):
+    settings = training(clients=2, order=pb.SEQUENTIAL)
+
+    async def run():
+        service = Service(tmp_path)
+        a, b = [(await service.hello(name, settings)).session for name in "ab"]
+        for step in (1, 2):
+            await service.step("a", a, step)
+            await service.journal("a", a, step)
+        await service.step("a", a, 3)
+        await service.save("b", b, 0)
+        await service.journal("a", a, 3)
+        await service.save("a", a, 3)
+        return (await Service(tmp_path).hello("a", settings, restorable=[0, 3], current=3)).start
+
+    assert in_loop(run()) == 2
+
+
 def test_a_server_stopped_again_and_again_keeps_the_checkpoints_that_its_client_has(tmp_path):
     """Each orderly stop saves; the client is then killed and has those of 3 and 6 only."""
 

@@ -150,7 +150,9 @@ class ServedRun:
     def _check_kept(self, start: int, restorable: Sequence[int], may_go_back: bool) -> None:
         """Refuse to undo what both sides had: the server saves first, so each has all but the other's newest."""
         theirs, ours = sorted(step for step in restorable if step), self._asked
-        undone = (theirs and start < theirs[0]) or (self.alone and len(ours) > 1 and start < ours[0])
+        # another client may have saved between a step and its update in the shared journal
+        known = start + 1 if self.training.halves == pb.SHARED else start
+        undone = (theirs and known < theirs[0]) or (self.alone and len(ours) > 1 and start < ours[0])
         if undone and not may_go_back:
             raise HandshakeError(
                 f"run {self.name}: the device has checkpoints of steps {theirs}, the server of {ours}: "
