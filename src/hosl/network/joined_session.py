@@ -136,7 +136,9 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         if self.client is not NO_CLIENT_YET and (step == self.step or (self._in_rounds and step > self.step)):
             self.done(step)  # the half stays as it is, whatever rounds were closed without this client
             return None
-        mine = max(s for s in self.restorable(run, lambda text: None) if s <= step) if self._in_rounds else step
+        mine = (
+            max(s for s in self.restorable(run, lambda text: None) if s <= step) if self._in_rounds else step
+        )
         self.client = NO_CLIENT_YET  # lets go of the old half before it is loaded again
         self.client, self.snapshot_step = self._opened(), 0
         if self._labels_stay:
