@@ -56,7 +56,8 @@ class Moved(Channel):
 def test_a_request_of_a_round_that_was_broken_off_ends():
     """The second pair of probes is under way when the first is told that the run is ten rounds ahead."""
     channel = Moved()
-    server = RemoteServer(channel, lambda current: pb.HelloRequest(current=current), Plain())
+    training = pb.Training(max_steps=20, clients=3)
+    server = RemoteServer(channel, lambda at: pb.HelloRequest(current=at, training=training), Plain())
     server.at(2)
     losses = inspect.unwrap(RemoteServer.losses)  # the check of its type would read a loss, and wait for it
     first, second = losses(server, [H, H], TARGETS), losses(server, [H, H], TARGETS)

@@ -201,3 +201,13 @@ def test_the_owner_lists_and_drops_runs(tmp_path, capsys):
     assert list((tmp_path / "runs").iterdir()) == []
     assert main(["runs", "ls", "--service", str(tmp_path / "nowhere")]) == 2
     assert "is no service folder" in capsys.readouterr().err
+
+
+def test_a_run_whose_handshake_is_damaged_is_listed_and_dropped_and_stops_no_other(tmp_path, capsys):
+    in_loop(_trained(Service(tmp_path), 7))
+    (tmp_path / "runs" / "run" / "handshake.json").write_text("{")
+    assert main(["runs", "ls", "--service", str(tmp_path)]) == 0
+    assert "handshake.json is damaged" in capsys.readouterr().out
+    in_loop(_trained(Service(tmp_path), 2, run="another"))
+    assert main(["runs", "drop", "run", "--service", str(tmp_path)]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another"]

@@ -37,9 +37,9 @@ def run(arguments: list[str]) -> int:
     runs = [
         {
             "name": name,
-            "clients": stored.get("clients", [stored["first_client"]]),
+            "clients": stored["clients"] if stored else ["handshake.json is damaged"],
             "saved_steps": sorted(int(path.name[5:]) for path in (folder / name).glob("checkpoints/step-*")),
-            "max_steps": stored["training"]["maxSteps"],
+            "max_steps": stored["training"]["maxSteps"] if stored else None,
         }
         for name, stored in stored_runs(folder)
     ]

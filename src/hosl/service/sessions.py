@@ -212,7 +212,7 @@ class Sessions:
         begun = [
             name
             for name, stored in stored_runs(self._folder)
-            if stored["first_client"] == client and name not in self.runs
+            if stored is not None and stored["first_client"] == client and name not in self.runs
         ]
         for name in [name for name in begun if not any((self._folder / name).glob("checkpoints/step-*"))]:
             shutil.rmtree(self._folder / name)
@@ -224,10 +224,18 @@ class Sessions:
             )
 
 
-def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Name and handshake of every run below the folder `runs` of a service, by name."""
+def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """Name and handshake of every run below the folder `runs` of a service, by name; None: the file is damaged."""
     names = sorted(path.name for path in folder.glob("*") if _RUN_NAME.fullmatch(path.name))
-    return [(name, stored) for name in names if (stored := _stored_handshake(folder / name)) is not None]
+    runs: list[tuple[str, dict[str, Any] | None]] = []
+    for name in names:
+        try:
+            stored = _stored_handshake(folder / name)
+        except CheckpointError:
+            runs.append((name, None))
+        else:
+            runs += [] if stored is None else [(name, stored)]
+    return runs
 
 
 def drop_run(folder: Path, name: str) -> None:

@@ -153,7 +153,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
+                name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
             )
         )
     except Exception as cause:  # the hub client raises its own, its HTTP library's and the system's
