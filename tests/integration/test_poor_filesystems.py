@@ -61,9 +61,9 @@ def test_a_run_on_a_poor_filesystem_is_the_same_run(tiny_run, tmp_path, monkeypa
 
 
 def test_a_snapshot_is_copied_where_it_cannot_be_linked(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path, Checkpoint(step=1, journal=b"x" * 16), keep=2)
+    write_checkpoint(tmp_path, Checkpoint(step=1, journal=b"x" * 16))
     _without("links", errno.EPERM, monkeypatch)
-    second = write_checkpoint(tmp_path, Checkpoint(step=2, linked=("client/journal.bin",)), keep=2)
+    second = write_checkpoint(tmp_path, Checkpoint(step=2, linked=("client/journal.bin",)))
     assert read_checkpoint(second).journal == b"x" * 16
 
 

@@ -204,7 +204,7 @@ def test_a_server_ended_twice_between_two_saves_still_has_the_states_of_its_clie
 def test_a_state_that_only_the_client_has_is_no_reason_to_go_back_to_the_base_weights(tmp_path):
     half = create_autospec(HostedHalf, instance=True)
     run = ServedRun("my", pb.Model(), pb.Training(max_steps=300, clients=1), half, tmp_path)
-    with pytest.raises(HandshakeError, match="only the base weights are common"):
+    with pytest.raises(HandshakeError, match="both go on from step 0, and what is later is deleted"):
         run.settle("first", [0, 100], 130)
     assert run.settle("first", [0], 30) == 0  # before its first save
     half.restore.assert_not_called()

@@ -33,8 +33,9 @@ def test_a_misspelt_public_name_is_an_error_to_a_type_checker(tmp_path):
     assert "adam" in errors[1]
     revealed = [d["message"] for d in found if d["severity"] == "information"]
     assert [re.search(r'is "(.*)"$', text, re.DOTALL)[1] for text in revealed] == [
-        "(run: Path, *, low_precision: bool = True) -> LocalSession", "OptimiserSpec",
-    ]  # fmt: skip
+        "(run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False) -> LocalSession",
+        "OptimiserSpec",
+    ]
 
 
 def test_type_checkers_and_python_know_the_same_names():

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: HoslError, arguments: list[str]) -> int:
     if "--json" in arguments:
-        failure = {"kind": type(error).__name__, "message": " ".join(str(error).split())}
+        failure = {"kind": type(error).__name__, "message": _one_line(str(error))}
         sys.stdout.write(json.dumps({"error": failure}) + "\n")
     return _refuse(str(error), status=error.exit_status)
 

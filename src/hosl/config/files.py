@@ -140,11 +140,11 @@ def hint(message: str, content: object, schema: Any) -> str:
         return f"{_nearest(unknown[1], allowed)} Allowed here: {', '.join(allowed)}."
     if number := number_as_yaml(value, whole="`int" in message):
         return f". YAML reads {value} as text: write {number}"
-    if re.search(r"Expected `.*str.*got `bool`", message):
-        return ". YAML reads yes, no, on, off, true and false as truth values: write them in quotes"
     if "required field `kind`" in message or message.startswith("Invalid ") or get_origin(kind) is Literal:
         allowed = _allowed(kind)
         return f"{_nearest(str(value), allowed)} Allowed: {', '.join(allowed)}."
+    if re.search(r"Expected `.*str.*got `bool`", message):
+        return ". YAML reads yes, no, on, off, true and false as truth values: write them in quotes"
     return ""
 
 

@@ -5,7 +5,7 @@ import msgspec
 from hosl.errors import ConfigError
 
 _LARGEST: dict[str, float] = {
-    "seed": 2**64 - 1, "directions": 1_000_000, "r": 8192, "alpha": 1_000_000, "per_device_train_batch_size": 1_000_000,
+    "seed": 2**64 - 1, "directions": 1_000_000, "per_device_train_batch_size": 1_000_000,
     "connect_s": 1e8, "idle_s": 1e8, "grace_s": 1e8,
 }  # fmt: skip
 _LARGEST_COUNT, _LARGEST_FLOAT = 2**31 - 1, 1e30

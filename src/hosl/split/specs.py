@@ -17,7 +17,9 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         for name, most in (("r", 1024), ("alpha", 2**20)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"lora.{name} must lie in 1..{most}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                shown = value if abs(value) < 10**12 else f"a number of {len(str(abs(value)))} digits"
+                raise ConfigError(f"lora.{name} must lie in 1..{most:,}, got {shown}")
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("lora.target_modules is empty; name at least one module, or leave it out")

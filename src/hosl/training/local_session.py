@@ -260,6 +260,8 @@ def _parties(
     config: Config, head: Head, labels: int, *, low_precision: bool
 ) -> tuple[LoadedModel, FrozenClient, TorchServer]:
     """The model, and the two parties with its halves at their base weights."""
+    check_device(config.client.device, "client.device")
+    check_device(config.server.device, "server.device")
     loaded = load_model(
         config.model.name, head=head, num_labels=labels if head == "classification" else None, seed=config.seed,
         dtype=DTYPES[config.model.dtype],

@@ -9,6 +9,7 @@ from hosl.core.rounds import RoundResult
 from hosl.errors import BusyError, LinkError, OverBudgetError, SessionError, StepMoved
 from hosl.evaluation import Evaluation, evaluate
 from hosl.methods.schedule import batch_of_step, learning_rate
+from hosl.system.checkpoint import checkpoint_steps
 from hosl.system.interrupts import Stop
 from hosl.system.machine import process_peak_bytes
 from hosl.system.progress import View, open_view
@@ -60,7 +61,8 @@ def carry_on(
                 return run_summary(session, run, finished=False)
             if not _has_dev_line(record, run, session.step):  # other clients made the last steps
                 _evaluate_dev(session, record, session.step)
-                save(session, record, run)
+                if session.step not in checkpoint_steps(run / "checkpoints"):
+                    save(session, record, run)
             test = _evaluation(session, session.task.test)
             record.metrics(step=session.step, split="test", **test.numbers())
             record.flush()

@@ -12,6 +12,8 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
     """The summary of a run: its files' and the steps of the session."""
     digest = session.facts.get("final_client_digest")
     own = {"steps": session.step} | ({} if digest is None else {"client_digest": digest})
+    if "journal_updates" in session.facts:
+        own["journal_updates"] = session.facts["journal_updates"]
     return files_summary(session.config, run, finished=finished) | own
 
 
