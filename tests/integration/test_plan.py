@@ -152,7 +152,7 @@ def test_a_run_over_its_budget_is_stopped_with_its_state_saved(capsys, tiny_run,
 
 
 def test_a_device_keeps_to_its_budget_for_200_steps(tiny_run, tmp_path):
-    client = {"learning_rate": 1e-3, "memory_budget": mib(RUNTIME_BASE_BYTES + 27 * 2**20)}
+    client = {"learning_rate": 1e-3, "memory_budget": mib(RUNTIME_BASE_BYTES + 53 * 2**20)}
     config = tiny_run(client=client, max_steps=200, eval_steps=100, save_steps=100)
     halves = split(tmp_path / "model-in", tmp_path / "halves")
     with Server(halves / "server", tmp_path / "service") as server:

@@ -17,8 +17,9 @@ from hosl.tasks import Task
 if TYPE_CHECKING:
     from hosl.planner.plan import Demand
 
-_NETWORK_BYTES = 26 << 20
-"""The memory that a connection adds to a client process, grpc's import included (docs/log.md, 2026-11-23)."""
+_JOINED_BYTES = 52 << 20
+"""The memory that a joined client adds to its process after this check: the connection, and code and pools of the first
+passes (docs/log.md, 2026-11-28)."""
 _NOTHING_ELSE = "raise the budget, or see `hosl plan` for ways that take less"
 
 
@@ -130,7 +131,7 @@ def _limit(config: Config) -> float:
 
 def _base(alone: bool, held: float = 0) -> float:
     """Bytes before any weight; `held`: what the process has already, more than the usual base on some machines."""
-    return max(RUNTIME_BASE_BYTES, held) + (_NETWORK_BYTES if alone else 0)
+    return max(RUNTIME_BASE_BYTES, held) + (_JOINED_BYTES if alone else 0)
 
 
 def _budget(limit: float) -> str:
