@@ -28,16 +28,18 @@ def _fine_tuned(tmp_path, names):
     """
     folder = tmp_path / "model-in"
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    model = hf.AutoModelForSequenceClassification.from_pretrained(
-        folder, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-        num_labels=len(names), ignore_mismatched_sizes=True,
-    ).eval()  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the new head's
+        model = hf.AutoModelForSequenceClassification.from_pretrained(
+            folder, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+            num_labels=len(names), ignore_mismatched_sizes=True,
+        ).eval()  # fmt: skip
     rows = _rows(tmp_path)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text, _ in rows])
     fold = [name.casefold() for name in names]
     truth = torch.tensor([fold.index(label) for _, label in rows])
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(100):
+    for _ in range(200):
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(model(ids).logits, truth).backward()
         optimiser.step()
