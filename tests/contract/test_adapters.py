@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers as hf
 
+from hosl.config import parse_config
 from hosl.errors import ConfigError
+from hosl.methods.torch_parties import make_server
 from hosl.split import LoraSpec, add_lora, export_adapter, load_model, split_model
 
 
@@ -131,3 +133,21 @@ def test_an_adapter_beside_trained_weights_that_it_cannot_hold_is_not_written(ti
     with pytest.raises(ConfigError, match=f"1 weights beside the adapters were trained, such as {which}"):
         export_adapter(client_half, server_half, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_a_stored_head_is_trained_beside_adapters_as_peft_does(tiny, name, cut):
+    """It stayed frozen, and with all blocks at the client the server had nothing to train."""
+    model = tiny(name)
+    adapted = ["q_lin" if name == "distilbert" else "query"]
+    settings = {"trainable": "lora", "lora": {"target_modules": adapted}}
+    config = parse_config({"method": "fo-fo", "server": settings}, where="here")
+    server = make_server(config, split_model(deepcopy(model), cut)[1], ())
+    mine = {n for n, p in server.half.named_parameters() if p.requires_grad and "lora" not in n}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=adapted))
+    trained = {n for n, p in theirs.named_parameters() if p.requires_grad and "lora" not in n}
+    assert mine == {
+        n.partition("base_model.model.")[2].replace("modules_to_save.default.", "") for n in trained
+    }

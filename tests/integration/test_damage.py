@@ -156,3 +156,18 @@ def test_damage_inside_the_metrics_costs_those_lines_and_is_said(interrupted, tm
     assert (run / "model" / "model.safetensors").read_bytes() == (
         whole / "model" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("gone", ["the folder", "its content"])
+def test_a_finished_run_without_checkpoints_is_not_taken_for_the_untrained_model(
+    tiny_run, tmp_path, capsys, gone
+):
+    assert main(["train", str(tiny_run(max_steps=2, method="frozen"))]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    if gone == "its content":
+        (tmp_path / "run" / "checkpoints").mkdir()
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    for words in (["eval", run], ["export", run, str(tmp_path / "out")], ["train", "--resume", run]):
+        assert main(words) == 1
+        assert "is finished, but its checkpoints are gone" in capsys.readouterr().err

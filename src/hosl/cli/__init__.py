@@ -119,4 +119,8 @@ def _refuse(message: str, status: int = 2) -> int:
 
 def _one_line(message: str) -> str:
     """A message for a terminal or a log, in one line; what may be the token of a join line is left out."""
-    return re.sub(r"(hosl://[^\s#]*#)\S+|[\w-]{43}\.[\w-]{43}", r"\1...", " ".join(message.split()))
+    return re.sub(
+        r"(hosl://[^\s#]*#)(?!token\.fingerprint)\S+|[\w-]{43}\.[\w-]{43}",
+        r"\1...",
+        " ".join(message.split()),
+    )

@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     line = options.to
     if line.startswith("@"):
         try:
-            line = Path(line[1:]).read_text(encoding="utf-8", errors="replace")
+            line = Path(line[1:]).read_text(encoding="utf-8-sig", errors="replace")
         except OSError as cause:
             raise ConfigError(f"--to {options.to}: {cause.strerror}; the file holds one join line") from cause
     proof = Proof(

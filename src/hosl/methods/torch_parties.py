@@ -23,6 +23,8 @@ from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLASSIFIER_HEADS = ("classifier", "pre_classifier", "score")
+"""The modules that are a classifier's head: LoRA trains them whole, as peft does for such a task."""
 
 
 def check_device(name: str, setting: str) -> None:
@@ -116,13 +118,14 @@ def make_server(
     Args:
         config: the run's config.
         half: a `ServerHalf`, or a `TrunkHalf` where the labels stay with the client; the party takes it over.
-        new_weights: names of weights that the checkpoint did not hold; LoRA trains a new head without adapters.
+        new_weights: names of weights that the checkpoint did not hold; LoRA trains them, and a classifier's head,
+            without adapters.
         synchronous: whether the gradients of several clients make one update.
     """
     if config.server.trainable == "lora":
         add_lora(half, config.server.lora, seed=config.seed)
         for name, p in half.named_parameters():
-            if name in new_weights:
+            if name in new_weights or name.partition(".")[0] in CLASSIFIER_HEADS:
                 p.requires_grad_(True)
     else:
         set_trainable(half, "all")

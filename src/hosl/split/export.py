@@ -65,6 +65,8 @@ def export_checkpoint(
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
+        if getattr(config, "problem_type", None) is not None:
+            config.problem_type = "single_label_classification"  # what was trained, whatever the head was for
     grown_bytes = 0
     ties = tied_names(server_half.model, config)
     if tie is not None and not ties:

@@ -166,7 +166,7 @@ def read_record(run: Path) -> dict[str, Any] | None:
         record = json.loads((run / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and record else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -15,13 +16,19 @@ class TextTokenizer:
     """Text -> token ids, with the model's own special tokens."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, pad_id: int, limits: ModelLimits | None = None
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        pad_id: int,
+        limits: ModelLimits | None = None,
+        *,
+        cut_left: bool = False,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.pad_id = pad_id
         self.limits = limits or ModelLimits()
+        self._cut_left = cut_left
         self._tail = self._special_tail()
 
     @classmethod
@@ -51,16 +58,18 @@ class TextTokenizer:
             raise
         except Exception as cause:  # the library raises plain Exception
             raise TaskError(f"{file} is not a tokenizer: {cause}; fetch it again") from cause
-        return cls(tokenizer, _pad_id(folder, tokenizer), model_limits(folder))
+        return cls(tokenizer, _pad_id(folder, tokenizer), model_limits(folder), cut_left=_cut_left(folder))
 
     def encode(self, text: str, max_tokens: int) -> tuple[int, ...]:
-        """Token ids with special tokens; cut at the right to `max_tokens`, the closing special tokens kept."""
+        """Token ids with special tokens; cut to `max_tokens` on the tokenizer's truncation side, special ones kept."""
         return self.cut(tuple(self._tokenizer.encode(text).ids), max_tokens)
 
     def cut(self, ids: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
         """The ids of a text, cut as in `encode`."""
         if len(ids) <= max_tokens:
             return ids
+        if self._cut_left:
+            return (*ids[: self.opening], *ids[len(ids) - max_tokens + self.opening :])
         return (*ids[: max_tokens - len(self._tail)], *self._tail)
 
     def token(self, token_id: int) -> str | None:
@@ -79,7 +88,11 @@ class TextTokenizer:
 
     def _special_tail(self) -> tuple[int, ...]:
         """The special tokens that the post-processor puts after a text."""
-        encoding = self._tokenizer.encode("a")
+        probes = ("a", *self._tokenizer.get_vocab())  # a tokenizer may drop a letter that it does not know
+        encodings = (self._tokenizer.encode(text) for text in probes)
+        encoding = next((e for e in encodings if 0 in e.special_tokens_mask), None)
+        if encoding is None:
+            return ()
         tail: list[int] = []
         for token, special in zip(
             reversed(encoding.ids), reversed(encoding.special_tokens_mask), strict=True
@@ -90,12 +103,28 @@ class TextTokenizer:
         return tuple(tail)
 
 
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise TaskError(f"{file} cannot be read as JSON: {cause}; fetch it again") from cause
+    if not isinstance(settings, dict):
+        raise TaskError(f"{file} holds no settings but {type(settings).__name__}; fetch it again")
+    return settings
+
+
+def _cut_left(folder: Path) -> bool:
+    """Whether the tokenizer cuts a long text at its beginning: `truncation_side` of tokenizer_config.json."""
+    file = own_file(folder, "tokenizer_config.json")
+    return file.is_file() and _settings(file).get("truncation_side") == "left"
+
+
 def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
     """The id for padding: the named padding token, else the end-of-text token, else 0. Padded positions are masked."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
         if not own_file(folder, name).is_file():
             continue
-        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        settings = _settings(folder / name)
         if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= 0:  # -1: none
             return settings["pad_token_id"]
         for key in ("pad_token", "eos_token"):

@@ -41,7 +41,7 @@ from hosl.system.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from hosl.system.run_folder import read_record
+from hosl.system.run_folder import read_lines, read_record
 from hosl.tasks import TextTokenizer, load_task, model_labels, task_digest
 from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
 from hosl.training.session import Session
@@ -280,6 +280,13 @@ def _newest(run: Path, inputs: dict[str, dict[str, Any]], *, best: bool) -> Chec
             f"{run} has no best weights: it kept none (save_best: false), or was not evaluated yet"
         )
     if step is None:
+        lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+        if any(line.get("split") == "test" for line in lines):
+            raise CheckpointError(
+                f"{run} is finished, but its checkpoints are gone; put {folder} back (the weights may also be in "
+                f"{run}/model)"
+            )
+        say(f"{run} has no checkpoint: its weights are those of the model")
         return None
     path = checkpoint_path(folder, step)
     checkpoint = read_checkpoint(path)
