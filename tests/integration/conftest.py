@@ -1,6 +1,7 @@
 """A tiny model with a tokenizer, a small labelled file, and a config over both: a whole run takes seconds."""
 
 import csv
+from contextlib import contextmanager
 
 import pytest
 import tokenizers
@@ -55,3 +56,23 @@ def halves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
     build("bert").save_pretrained(folder / "model")
     return split(folder / "model", folder / "halves")
+
+
+@pytest.fixture
+def power_failure(monkeypatch):
+    """`with power_failure(Session, step)`: a session of that class raises OSError in place of the round of `step`."""
+
+    @contextmanager
+    def failing(session_class, at):
+        rounds = session_class.round
+
+        def power_fails(session, batch, step):
+            if step == at:
+                raise OSError("the power fails here")
+            return rounds(session, batch, step)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(session_class, "round", power_fails)
+            yield
+
+    return failing

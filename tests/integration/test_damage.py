@@ -23,21 +23,13 @@ WAYS = (
 
 
 @pytest.fixture
-def interrupted(tiny_run, tmp_path, monkeypatch):
+def interrupted(tiny_run, tmp_path, power_failure):
     """`interrupted(**settings)`: an unharmed run, and the same one as left in step 11, after the saves of 4 and 8."""
 
     def make(**settings):
         config, whole, broken = str(tiny_run(**settings)), tmp_path / "whole", tmp_path / "broken"
         assert main(["train", config, "--output-dir", str(whole)]) == 0
-        steps = LocalSession.round
-
-        def power_fails(session, batch, step):
-            if step == 11:
-                raise OSError("the power fails here")
-            return steps(session, batch, step)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(LocalSession, "round", power_fails)
+        with power_failure(LocalSession, 11):
             assert main(["train", config, "--output-dir", str(broken)]) == 1
         assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == [
             "step-00000004",

@@ -24,19 +24,13 @@ def served(tiny_run, tmp_path, unchecked):
         yield config, words, server
 
 
-def test_a_joined_run_is_known_by_its_content_and_stays_finished(served, tmp_path, monkeypatch, capsys):
+def test_a_joined_run_is_known_by_its_content_and_stays_finished(
+    served, tmp_path, monkeypatch, power_failure, capsys
+):
     config, words, server = served
     folder = tmp_path / "runs [1]" / "my [2]"
     folder.mkdir(parents=True)  # a command that was killed at once left it, empty
-    rounds = JoinedSession.round
-
-    def power_fails(session, batch, step):
-        if step == 5:
-            raise OSError("the power fails here")
-        return rounds(session, batch, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(JoinedSession, "round", power_fails)
+    with power_failure(JoinedSession, 5):
         assert main(words) == 1
     run_id = json.loads((folder / "record.json").read_text())["run_id"]
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
@@ -91,21 +85,13 @@ def test_a_damaged_record_of_a_joined_run_ends_with_one_line(served, tmp_path, c
 
 
 def test_a_client_of_shared_halves_that_starts_again_keeps_its_metrics(
-    tiny_run, tmp_path, unchecked, monkeypatch
+    tiny_run, tmp_path, unchecked, power_failure
 ):
     config = tiny_run(max_steps=6, eval_steps=3, clients={"count": 2, "halves": "shared"})
     halves, run = split(tmp_path / "model-in", tmp_path / "halves"), tmp_path / "run"
-    rounds = JoinedSession.round
-
-    def power_fails(session, batch, step):
-        if step == 5:
-            raise OSError("the power fails here")
-        return rounds(session, batch, step)
-
     with Server(halves / "server", tmp_path / "service") as server:
         words = ["join", str(halves / "client"), "--to", server.line, "--config", str(config), "--json"]
-        with monkeypatch.context() as patched:
-            patched.setattr(JoinedSession, "round", power_fails)
+        with power_failure(JoinedSession, 5):
             assert main(words) == 1
         before = (run / "metrics.jsonl").read_bytes()
         assert before.count(b'"loss_nats"') == 5  # four steps and one evaluation

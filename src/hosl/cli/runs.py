@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hosl.cli.answers import answer, command_parser
 from hosl.errors import FolderError
+from hosl.system.checkpoint import checkpoint_steps
 
 
 def run(arguments: list[str]) -> int:
@@ -38,7 +39,7 @@ def run(arguments: list[str]) -> int:
         {
             "name": name,
             "clients": stored["clients"] if stored else ["handshake.json is damaged"],
-            "saved_steps": sorted(int(path.name[5:]) for path in (folder / name).glob("checkpoints/step-*")),
+            "saved_steps": checkpoint_steps(folder / name / "checkpoints"),
             "max_steps": stored["training"]["maxSteps"] if stored else None,
         }
         for name, stored in stored_runs(folder)

@@ -9,8 +9,8 @@ import numpy as np
 from hosl.core.array_types import Float
 from hosl.errors import NonFiniteError
 
-LARGEST_SCALE = 1e18
-"""The scale of an update above which weights are ruined for certain: their next squares are beyond float32."""
+LARGEST_NUMBER = 1e18
+"""The scale or gradient above which weights are ruined for certain: squares of larger ones are beyond float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,11 +61,11 @@ def mean_scales(coefficients: Sequence[float], learning_rate: float) -> tuple[fl
     Source: Alg. 1, line 8. Rounding here, once, makes the journal's 4-byte entry exact.
 
     Raises:
-        NonFiniteError: if a scale is NaN or beyond `LARGEST_SCALE`.
+        NonFiniteError: if a scale is NaN or beyond `LARGEST_NUMBER`.
     """
     eta_over_q = learning_rate / max(len(coefficients), 1)
     scales = [eta_over_q * c_q for c_q in coefficients]
-    if not all(abs(scale) < LARGEST_SCALE for scale in scales):
+    if not all(abs(scale) < LARGEST_NUMBER for scale in scales):
         raise NonFiniteError(
             f"an update would move the weights by {max(map(abs, scales)):.0e} times a direction; nothing was updated: "
             "lower the learning rates, and look for extreme values in the data"

@@ -29,8 +29,8 @@ from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
 from hosl.system.run_folder import (
     RunLock,
+    is_tested,
     new_folder,
-    read_lines,
     read_record,
     same_name_folders,
     write_record,
@@ -247,9 +247,7 @@ def _identity(config: Config) -> Config:
 
 def _finished(folder: Path, record: dict[str, Any]) -> bool:
     """Whether a run is; in version 0.1 its page was the mark of that."""
-    page, metrics = folder / "report.html", folder / "metrics.jsonl"
-    tested = metrics.is_file() and any(line.get("split") == "test" for line in read_lines(metrics))
-    return record.get("finished", False) or (page.is_file() and tested)
+    return record.get("finished", False) or ((folder / "report.html").is_file() and is_tested(folder))
 
 
 def _clear(folder: Path) -> None:

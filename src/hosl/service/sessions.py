@@ -18,7 +18,7 @@ from hosl.errors import CheckpointError, ConfigError, HandshakeError, LimitError
 from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
-from hosl.system.checkpoint import intact_steps
+from hosl.system.checkpoint import checkpoint_steps, intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
@@ -214,7 +214,7 @@ class Sessions:
             for name, stored in stored_runs(self._folder)
             if stored is not None and stored["first_client"] == client and name not in self.runs
         ]
-        for name in [name for name in begun if not any((self._folder / name).glob("checkpoints/step-*"))]:
+        for name in [name for name in begun if not checkpoint_steps(self._folder / name / "checkpoints")]:
             shutil.rmtree(self._folder / name)
             begun.remove(name)
         if len(begun) >= RUNS_PER_CLIENT:

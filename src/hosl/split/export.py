@@ -14,6 +14,7 @@ from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
 from hosl.split.pretrained import tied_names
 from hosl.system.atomic import whole_folder
+from hosl.system.own_files import is_own
 
 _LEFT_BEHIND = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz",
@@ -181,13 +182,9 @@ def copy_companions(folder: Path | None, out: Path) -> None:
     """
     if folder is None:
         return
-    home = folder.resolve()
-    home = (
-        home.parents[1] if home.parent.name == "snapshots" else home
-    )  # the hub's files are links to its blobs
     for file in sorted(p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()):
         copy = out / file.relative_to(folder)
-        if not (_is_left_behind(file.name) or copy.exists()) and file.resolve().is_relative_to(home):
+        if not (_is_left_behind(file.name) or copy.exists()) and is_own(folder, file):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 

@@ -7,7 +7,7 @@
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
 The folder is written under another name, flushed to the disk and renamed, so every `step-*` is complete. One that a
-disk has damaged since is told by its digests, and the one before it is taken (`intact_steps`, docs/adr/0018).
+disk has damaged since is told by its digests, and the one before it is taken (`intact_steps`, docs/adr/0015).
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
 torch is imported only when there are tensors to write or read, so that a device without it can import this module.
 """

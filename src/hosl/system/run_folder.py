@@ -175,6 +175,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [content for line in file if (content := _content(line)) is not None]
 
 
+def is_tested(run: Path) -> bool:
+    """Whether the last evaluation of a run, on test, was made."""
+    metrics = run / "metrics.jsonl"
+    return metrics.is_file() and any(line.get("split") == "test" for line in read_lines(metrics))
+
+
 def _cut_back(path: Path, step: int, limit_bytes: int | None) -> int:
     """Keep the whole lines up to `step` in the first `limit_bytes` of a file; returns how many bytes that is."""
     before = path.read_bytes() if path.is_file() else b""

@@ -41,7 +41,7 @@ from hosl.system.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from hosl.system.run_folder import read_lines, read_record
+from hosl.system.run_folder import is_tested, read_record
 from hosl.tasks import TextTokenizer, load_task, model_labels, task_digest
 from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
 from hosl.training.session import Session
@@ -149,8 +149,7 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     Raises:
         RequestError, ModelError: see `check_device`, `load_task`, `load_model`, `split_model`.
     """
-    check_device(config.client.device, "client.device")
-    check_device(config.server.device, "server.device")
+    _check_devices(config)
     folder = resolve_model_folder(config.model.name)
     tokenizer_folder = Path(folder)
     check_before_data(config, config.model.name, alone=False)
@@ -248,6 +247,7 @@ def load_halves(
     if "head" not in task:  # the record is damaged, or of version 0.2: the data tell
         session = load_run(run, low_precision=False, best=best)
         return config, session.client_half, session.server_half, session.class_labels
+    _check_devices(config)
     loaded, client, server = _parties(config, task["head"], len(task["labels"]), low_precision=False)
     checkpoint = _newest(run, {"model": {"name": config.model.name, "digest": loaded.digest}}, best=best)
     if checkpoint is not None:
@@ -256,12 +256,16 @@ def load_halves(
     return config, client.half, server.half, task["labels"] if task["head"] == "classification" else None
 
 
+def _check_devices(config: Config) -> None:
+    """Refuse devices that this machine does not have, before anything is loaded."""
+    check_device(config.client.device, "client.device")
+    check_device(config.server.device, "server.device")
+
+
 def _parties(
     config: Config, head: Head, labels: int, *, low_precision: bool
 ) -> tuple[LoadedModel, FrozenClient, TorchServer]:
     """The model, and the two parties with its halves at their base weights."""
-    check_device(config.client.device, "client.device")
-    check_device(config.server.device, "server.device")
     loaded = load_model(
         config.model.name, head=head, num_labels=labels if head == "classification" else None, seed=config.seed,
         dtype=DTYPES[config.model.dtype],
@@ -280,8 +284,7 @@ def _newest(run: Path, inputs: dict[str, dict[str, Any]], *, best: bool) -> Chec
             f"{run} has no best weights: it kept none (save_best: false), or was not evaluated yet"
         )
     if step is None:
-        lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-        if any(line.get("split") == "test" for line in lines):
+        if is_tested(run):
             raise CheckpointError(
                 f"{run} is finished, but its checkpoints are gone; put {folder} back (the weights may also be in "
                 f"{run}/model)"

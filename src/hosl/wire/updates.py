@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hosl.core.estimators import LARGEST_SCALE
+from hosl.core.estimators import LARGEST_NUMBER
 from hosl.errors import LimitError, WireError
 
 MOST_DIRECTIONS = 4096
@@ -25,8 +25,8 @@ def check_update(seeds: Sequence[int], numbers: Sequence[float], *, clients: int
             f"an update has at most {MOST_DIRECTIONS} directions of each client, got {len(seeds)}; set zo.directions "
             "lower"
         )
-    if not all(abs(number) < LARGEST_SCALE for number in numbers):  # NaN is not below it either
+    if not all(abs(number) < LARGEST_NUMBER for number in numbers):  # NaN is not below it either
         raise WireError(
-            f"an update holds NaN, Inf or a number beyond {LARGEST_SCALE:.0e}; the sender has diverged: lower its "
+            f"an update holds NaN, Inf or a number beyond {LARGEST_NUMBER:.0e}; the sender has diverged: lower its "
             "learning rate or epsilon"
         )

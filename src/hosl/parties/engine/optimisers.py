@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from hosl.core.estimators import LARGEST_NUMBER
 from hosl.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch  # at run time only where an optimiser is made: the schema is read by processes without torch
-
-LARGEST_NORM = 1e18
-"""The norm of a gradient above which its squares are beyond float32."""
 
 
 class OptimiserSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,11 +63,11 @@ def check_gradients(gradients: "Iterable[torch.Tensor | None]") -> None:
     """Refuse gradients that would leave NaN or Inf in the weights, or in an optimiser's squares of them.
 
     Raises:
-        NonFiniteError: if their norm is not below `LARGEST_NORM`.
+        NonFiniteError: if their norm is not below `LARGEST_NUMBER`.
     """
     import torch
 
-    if not torch.nn.utils.get_total_norm(g.detach() for g in gradients if g is not None) < LARGEST_NORM:
+    if not torch.nn.utils.get_total_norm(g.detach() for g in gradients if g is not None) < LARGEST_NUMBER:
         raise NonFiniteError(
             "a gradient is NaN, infinite, or so large that its square is, though the loss is finite; nothing was "
             "updated: look for extreme values in the data or the activations, and lower the learning rates"

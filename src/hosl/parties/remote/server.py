@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from hosl.core.array_types import Float
+from hosl.core.estimators import LARGEST_NUMBER
 from hosl.core.targets import Activations, ClassTargets, Pair, PositionTargets, StepReply, Targets
 from hosl.errors import CheckpointError, NonFiniteError, SessionError, StepMoved, WireError
 from hosl.parties.metered import Meter, payload_bytes
@@ -29,8 +30,6 @@ SAVE_PAUSES_S = (1.0, 5.0, 25.0)
 """The pauses between the tries of a save that the server could not do."""
 _HELLOS = 10
 """The hellos in a row after which a server that forgets every session is given up."""
-_LARGEST_GRADIENT = 1e18
-"""The largest element of a gradient; the squares of larger ones are beyond float32, and so is what comes of them."""
 _JOURNAL_BYTES = 256 << 20
 """The largest journal that is read in one call."""
 
@@ -405,7 +404,7 @@ class RemoteServer(Packing):
         while not unpacking.complete:
             unpacking.add(next(chunks, b""))
         array = unpacking.array()
-        if array.largest() > _LARGEST_GRADIENT:
+        if array.largest() > LARGEST_NUMBER:
             raise NonFiniteError(
                 f"the server sends a number of {array.largest():.0e}; the run has diverged: lower the learning rates"
             )
