@@ -10,6 +10,7 @@ from typing import Any
 
 from hosl.tasks.base import Example
 from hosl.tasks.classification import ClassificationTask
+from hosl.tasks.labels import whole_numbers
 
 
 def model_labels(folder: Path) -> tuple[str, ...]:
@@ -63,4 +64,5 @@ def labels_digest(labels: Sequence[str]) -> str:
 
 
 def _key(name: str) -> str:
-    return name.strip().casefold()
+    key = name.strip().casefold()
+    return whole_numbers([key]).get(key, key)
