@@ -61,7 +61,7 @@ def test_a_fine_tuned_head_keeps_its_accuracy_before_the_first_step(tiny_run, tm
     session = new_session(load_config(config))
     assert [label.casefold() for label in session.task.labels] == [name.casefold() for name in names]
     scored = evaluate(
-        session.client, session.server_to_call(under_meter=False), session.task,
+        session.client, session.server_to_call(in_round=False), session.task,
         [*session.task.train, *session.task.dev, *session.task.test], rows_per_batch=64,
     )  # fmt: skip
     assert scored.accuracy == 1.0
