@@ -106,10 +106,15 @@ def test_a_head_for_other_classes_is_said_before_the_run(tiny_run, tmp_path, cap
         label2id={"NEG": 0, "POS": 1},
         ignore_mismatched_sizes=True,
     ).save_pretrained(folder)
+    said = "`colour` is its `NEG`, `other` is its `POS`; task.labels sets the order"
+    capsys.readouterr()
     assert main(["train", str(config)]) == 0
-    assert (
-        "`colour` is its `NEG`, `other` is its `POS`; task.labels sets the order" in capsys.readouterr().err
-    )
+    assert capsys.readouterr().err.count(said) == 1
+    halves = split(folder, tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service") as server:
+        out, err = join(halves / "client", server.line, config, "--output-dir", tmp_path / "a").communicate()
+    assert json.loads(out.splitlines()[-1])["finished"]
+    assert err.count(said) == 1
 
 
 def test_two_devices_with_different_classes_do_not_train_one_head(tiny_run, tmp_path, capsys):
