@@ -1,6 +1,7 @@
 """Data that cannot serve: refused before anything is trained, with the reason and the way out."""
 
 import json
+from typing import Any
 
 import pyarrow
 import pytest
@@ -53,7 +54,9 @@ def test_a_saved_selection_of_a_dataset_is_not_read_as_all_its_rows(tmp_path, wo
      (ROWS[:4], {"dev": ROWS[:1], "test": ROWS[:4]}, "train")],
 )  # fmt: skip
 def test_a_part_without_a_row_of_its_own_is_refused(tmp_path, words, train, more, left):
-    files = {name: write(tmp_path / f"{name}.csv", rows) for name, rows in ({"train": train} | more).items()}
+    files: dict[str, Any] = {
+        name: write(tmp_path / f"{name}.csv", rows) for name, rows in ({"train": train} | more).items()
+    }
     with pytest.raises(TaskError, match=f"no row is left for {left} once the splits are disjoint; give more"):
         load_task(FilesConfig(**files), words, seed=0)
 
