@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     session = load_run(run_folder, best=options.best)
     examples = session.task.test if options.split == "test" else session.task.dev
     evaluation = evaluate(
-        session.client, session.server_to_call(under_meter=False), session.task, examples,
+        session.client, session.server_to_call(in_round=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     result = {"run": str(run_folder), "step": session.step, "split": options.split, **evaluation.numbers()}

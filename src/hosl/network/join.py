@@ -35,7 +35,7 @@ from hosl.system.run_folder import (
     same_name_folders,
     write_record,
 )
-from hosl.tasks import Task, TextTokenizer, label_note, labels_digest, load_task, model_labels, task_digest
+from hosl.tasks import Task, TextTokenizer, labels_digest, load_task, model_labels, task_digest
 from hosl.training.loop import carry_on
 from hosl.training.summary import files_summary
 from hosl.training.trackers import check_trackers, feed_trackers
@@ -82,10 +82,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
-    names = model_labels(options.half)
-    task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed, model_labels=names)
-    if task.head == "classification" and (note := label_note(task.labels, names)):
-        say(note)
+    tokenizer, names = TextTokenizer.load(options.half), model_labels(options.half)
+    task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
     config = with_steps(config, task)
     _check_fit(config, options, facts, task)
     runtime.check_before_run(as_split, str(options.half), task, alone=True)

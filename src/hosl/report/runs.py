@@ -227,10 +227,11 @@ def setting_text(value: Any) -> str:
 
 
 def _timings(path: Path) -> list[dict[str, Any]]:
-    """The lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
+    """The steps' lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
     return [
         {name.replace("_verbs_s", "_calls_s"): value for name, value in line.items()}
         for line in read_lines(path)
+        if "split" not in line
     ]
 
 

@@ -197,7 +197,11 @@ def _costs(row: Row) -> list[Cell]:
     costs = row.arm.costs
     return [
         Cell("-" if costs.peak_bytes is None else readable_bytes(costs.peak_bytes)),
-        Cell(f"{readable_bytes(costs.bytes_up)} up", f"and {readable_bytes(costs.bytes_down)} down"),
+        Cell(
+            f"{readable_bytes(costs.bytes_up)} up",
+            f"and {readable_bytes(costs.bytes_down)} down"
+            + (f"; all evaluations {readable_bytes(costs.eval_bytes_up)} up" if costs.eval_bytes_up else ""),
+        ),
         Cell("-" if costs.step_s is None else readable_seconds(costs.step_s)),
     ]
 

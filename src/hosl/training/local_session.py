@@ -70,12 +70,12 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     def _receiving(self) -> Receiving:
         return Receiving(self.server, torch_wire)
 
-    def server_to_call(self, *, under_meter: bool) -> ServerSide:
-        """The server that the client calls; behind wire.compression if the config has one."""
+    def server_to_call(self, *, in_round: bool) -> ServerSide:
+        """The server that the client calls under its meter; behind wire.compression if the config has one."""
         if self._wire is None:
-            return super().server_to_call(under_meter=under_meter)
-        if not under_meter:
-            return self._wire.at_rest(self._receiving)
+            return super().server_to_call(in_round=in_round)
+        if not in_round:
+            return self._wire.at_rest()
         self._wire.at(self.step)
         return self._wire
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from hosl.core.rounds import RoundResult
 from hosl.errors import BusyError, LinkError, OverBudgetError, SessionError, StepMoved
@@ -60,11 +60,10 @@ def carry_on(
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
                 return run_summary(session, run, finished=False)
             if not _has_dev_line(record, run, session.step):  # other clients made the last steps
-                _evaluate_dev(session, record, session.step)
+                _evaluate(session, record, session.step, "dev")
                 if session.step not in checkpoint_steps(run / "checkpoints"):
                     save(session, record, run)
-            test = _evaluation(session, session.task.test)
-            record.metrics(step=session.step, split="test", **test.numbers())
+            test = _evaluate(session, record, session.step, "test")
             record.flush()
             record.evaluation(
                 step=session.step, split="test", labels=session.task.labels, confusion=test.confusion.tolist()
@@ -104,8 +103,6 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
                     f"the server went back {returns} times, now to step {moved.step}, and no step after {furthest} was "
                     "reached; ask its owner, then go on"
                 ) from moved
-            for meter in (session.meters.client, session.meters.server):
-                meter.take()  # the costs of the broken-off step belong to no line
             facts = session.go_to(run, moved.step)
             if facts is not None:
                 record.cut_back(facts.get("metrics_bytes", 0), session.step)
@@ -122,6 +119,7 @@ def _one_step(
     session: Session, record: Record, run: Path, first: int, shown: dict[str, str], stop: Stop
 ) -> None:
     config, step, begin = session.config, session.step + 1, perf_counter()
+    session.count_anew()  # an evaluation's costs, or a broken-off step's, belong to no step
     session.measure_memory(on=step < first + 2 or step % MEMORY_STEPS == 0)
     result = session.round(batch_of_step(config, session.task, step), step)
     session.measure_memory(on=False)
@@ -132,7 +130,7 @@ def _one_step(
     shown["client"] = f"{session.meters.client.peak_bytes / 2**20:.0f} MiB"
     last = step == config.max_steps
     if step % config.eval_steps == 0 or last:
-        dev = _evaluate_dev(session, record, step)
+        dev = _evaluate(session, record, step, "dev")
         shown["dev"] = f"{dev.accuracy:.3f}"
         if config.save_best and _is_best(record, run, dev, step):
             session.save_best(run)
@@ -198,14 +196,22 @@ def _is_best(record: Record, run: Path, dev: Evaluation, step: int) -> bool:
     return all((line["accuracy"], -line["loss_nats"]) < mine for line in earlier)
 
 
-def _evaluate_dev(session: Session, record: Record, step: int) -> Evaluation:
-    dev = _evaluation(session, session.task.dev)
-    record.metrics(step=step, split="dev", **dev.numbers())
-    return dev
-
-
-def _evaluation(session: Session, examples: Sequence[Example]) -> Evaluation:
-    return evaluate(
-        session.client, session.server_to_call(under_meter=False), session.task, examples,
+def _evaluate(session: Session, record: Record, step: int, split: Literal["dev", "test"]) -> Evaluation:
+    """Score a part of the data; its bytes are counted by themselves, and what a wire took is a line of timings."""
+    examples: Sequence[Example] = getattr(session.task, split)
+    session.count_anew()
+    found = evaluate(
+        session.client, session.server_to_call(in_round=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
+    server, wire = session.meters.server.take(), session.costs()
+    record.metrics(
+        step=step,
+        split=split,
+        **found.numbers(),
+        eval_bytes_up=server.bytes_in,
+        eval_bytes_down=server.bytes_out,
+    )
+    if wire:
+        record.timings(step=step, split=split, server_s=round(server.seconds, 6), **wire)
+    return found
