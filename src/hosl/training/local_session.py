@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import msgspec
 
-from hosl.config import Config, load_config
+from hosl.config import Config, load_begun_config
 from hosl.core.protocols import ServerSide
 from hosl.errors import CheckpointError, ConfigError, FolderError
 from hosl.methods.schedule import longest_batch, with_steps
@@ -182,17 +182,19 @@ def run_config(run: Path) -> Config:
 
     Raises:
         FolderError: if `run` is not such a run's folder.
+        ConfigError: if its config.yaml was cut, or is another one than the run was begun with.
     """
     if not (run / "config.yaml").is_file():
         raise FolderError(
             f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
         )
-    if "run_id" in (read_record(run) or {}):
+    record = read_record(run) or {}
+    if "run_id" in record:
         raise FolderError(
             f"{run} was made by `hosl join`: its server half is elsewhere, so it cannot be scored, exported or resumed "
             f"here; the same `hosl join` command goes on with it, and `hosl report {run}` shows its scores"
         )
-    return load_config(run / "config.yaml")
+    return load_begun_config(run / "config.yaml", record)
 
 
 def load_run(
