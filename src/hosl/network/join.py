@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hosl.config import Config, dump_config, load_config, with_absolute_paths
+from hosl.config import Config, dump_config, load_begun_config, load_config, parse_config, with_absolute_paths
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
 from hosl.network.handshake import model_message, training_message
@@ -183,9 +183,8 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-    write_record(
-        run.folder, {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
-    )
+    record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
+    write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 
@@ -203,10 +202,14 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
 
     Raises:
         FolderError: if its record.json is damaged.
+        ConfigError: if its config.yaml is, or is not the one that it was begun with.
     """
     wanted, found = Path(config.output_dir), []
     for folder in same_name_folders(wanted):
-        if _settings(folder) != _identity(config) or not (folder / "record.json").is_file():
+        if not (folder / "record.json").is_file():
+            continue
+        if _settings(folder) != _identity(config):
+            _check_not_damaged(folder, config)
             continue
         record = read_record(folder)
         if record is None:
@@ -224,7 +227,7 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
     name = allowed.strip("._-")[:40] or "run"
     # several clients find each other by the name; the run of a single client must not meet another run of its name
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
-    write_record(folder, {"run_id": identity})
+    write_record(folder, {"run_id": identity, "config": msgspec.to_builtins(config)})
     return _JoinedRun(folder, identity, under_way=False, finished=False)
 
 
@@ -234,6 +237,17 @@ def _settings(folder: Path) -> Config | None:
         return _identity(load_config(folder / "config.yaml", warn=False))
     except ConfigError:
         return None
+
+
+def _check_not_damaged(folder: Path, config: Config) -> None:
+    """Refuse a damaged config.yaml of a run that was begun with `config`: another run would begin beside it."""
+    record = read_record(folder) or {}
+    try:
+        kept = parse_config(record.get("config"), where=f"{folder}/record.json", warn=False)
+    except ConfigError:  # none is kept, or one of another version
+        return
+    if "run_id" in record and _identity(kept) == _identity(config):
+        load_begun_config(folder / "config.yaml", record, warn=False)
 
 
 def _identity(config: Config) -> Config:

@@ -8,11 +8,11 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 
-from hosl.config import Config
+from hosl.config import Config, flat
 from hosl.evaluation import by_class
 from hosl.report.comparison import ACCURACY, LOSS, Comparison, Metric, Row
 from hosl.report.groups import Group, differing
-from hosl.report.runs import Run, flat, setting_text
+from hosl.report.runs import Run, setting_text
 from hosl.report.style import Look
 from hosl.system.readable import readable_bytes, readable_seconds
 from hosl.tasks import TaskConfig

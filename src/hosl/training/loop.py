@@ -55,6 +55,8 @@ def carry_on(
             session.stop_when(lambda: stop.requested)
             if record.lost:
                 view.say(f"{run}/metrics.jsonl was damaged: lines up to step {session.step} are missing")
+            if config.save_best and session.best is None:  # a checkpoint of version 0.2 does not tell
+                session.best = _best_of_lines(session, record, run, view)
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
@@ -112,7 +114,8 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
 
 def save(session: Session, record: Record, run: Path) -> None:
     """Write a checkpoint at the session's step."""
-    session.save(run, {"metrics_bytes": record.flush(), **session.control.state()})
+    best = {} if session.best is None else {"best": list(session.best)}
+    session.save(run, {"metrics_bytes": record.flush(), **session.control.state(), **best})
 
 
 def _one_step(
@@ -132,7 +135,9 @@ def _one_step(
     if step % config.eval_steps == 0 or last:
         dev = _evaluate(session, record, step, "dev")
         shown["dev"] = f"{dev.accuracy:.3f}"
-        if config.save_best and _is_best(record, run, dev, step):
+        found = (dev.accuracy, -dev.loss_nats)
+        if config.save_best and (session.best is None or found > session.best):
+            session.best = found
             session.save_best(run)
     over = over_budget(session)
     if step % config.save_steps == 0 or last or stop.requested or over:
@@ -187,13 +192,14 @@ def _has_dev_line(record: Record, run: Path, step: int) -> bool:
     return any(line.get("split") == "dev" and line["step"] == step for line in lines)
 
 
-def _is_best(record: Record, run: Path, dev: Evaluation, step: int) -> bool:
-    """Whether no earlier evaluation on dev was as good; by metrics.jsonl, so that a resumed run decides alike."""
+def _best_of_lines(session: Session, record: Record, run: Path, view: View) -> tuple[float, float] | None:
     record.flush()
-    lines = read_lines(run / "metrics.jsonl")
-    earlier = [line for line in lines if line.get("split") == "dev" and line["step"] < step]
-    mine = (dev.accuracy, -dev.loss_nats)
-    return all((line["accuracy"], -line["loss_nats"]) < mine for line in earlier)
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line.get("split") == "dev"]
+    if record.lost or (not lines and session.step >= session.config.eval_steps):
+        view.say(
+            f"save_best: evaluations up to step {session.step} are not known; the best one after them may be kept"
+        )
+    return max(((line["accuracy"], -line["loss_nats"]) for line in lines), default=None)
 
 
 def _evaluate(session: Session, record: Record, step: int, split: Literal["dev", "test"]) -> Evaluation:

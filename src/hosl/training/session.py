@@ -42,6 +42,8 @@ class Session(Generic[ClientT, ServerT]):
     """The facts for the run's record about model and task: source, digests, cut, family, new weights."""
     step: int = 0
     """Steps done."""
+    best: tuple[float, float] | None = None
+    """Accuracy and negative loss of the best evaluation on dev so far, with save_best; None: none yet, or not known."""
     meters: Meters = field(default_factory=Meters)
     control: CoefficientControl = field(init=False)
     """The control of the coefficients after `step`; its state goes into checkpoints."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from hosl.config import Config, dump_config, with_absolute_paths
@@ -92,6 +93,7 @@ def _record(session: LocalSession) -> dict[str, Any]:
     return {
         "versions": versions(),
         "machine": machine() | {"threads": torch.get_num_threads()},
+        "config": msgspec.to_builtins(session.config),
         **session.facts,
     }
 
