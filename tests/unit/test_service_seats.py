@@ -59,7 +59,7 @@ def test_the_seat_of_a_revoked_client_is_free_for_another_and_for_one_only(tmp_p
 @pytest.mark.parametrize("restarted", [False, True])
 def test_who_takes_a_seat_over_goes_on_with_its_count_so_that_the_journal_stays_a_runs(tmp_path, restarted):
     settings = training(clients=2, order=pb.SEQUENTIAL, max_steps=3)
-    access = _enrolled(tmp_path, "abc")
+    access = _enrolled(tmp_path, "abcd")
 
     async def run():
         service = Service(tmp_path, revoked=access.revoked)
@@ -70,6 +70,10 @@ def test_who_takes_a_seat_over_goes_on_with_its_count_so_that_the_journal_stays_
                 await service.journal(name, sessions[name], step)
         await service.save("b", sessions["b"], 3)
         _revoke(tmp_path, "a")
+        with pytest.raises(HandshakeError, match="--go-back"):  # who is refused leaves the seat as it was
+            await service.hello("d", settings, restorable=[0, 9], current=9)
+        with pytest.raises(HandshakeError, match="learning_rate"):
+            await service.hello("d", training(clients=2, order=pb.SEQUENTIAL, max_steps=3, learning_rate=0.5))
         greeted = await service.hello("c", settings)
         if restarted:  # before another checkpoint
             service = Service(tmp_path, revoked=access.revoked)

@@ -146,6 +146,8 @@ class Sessions:
                 run.hand_over(gone, client)
             start = run.settle(client, request.restorable, request.current, may_go_back=request.may_go_back)
         except HandshakeError:
+            if gone:
+                run.hand_over(client, gone)  # back: the seat is still free
             if stored is None:  # begun by this Hello, and nothing was trained in it
                 self._forget(run)
                 shutil.rmtree(folder)
