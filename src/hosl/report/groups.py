@@ -73,7 +73,8 @@ class Group:
     @property
     def dev_loss(self) -> float:
         """Mean over its finished runs of the last dev loss."""
-        return float(np.mean([run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]))
+        losses = [run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]
+        return float(np.mean(losses or [np.inf]))
 
     def _bytes_per_step(self, direction: str) -> float:
         counts = [step[f"bytes_{direction}"] for run in self.runs for step in run.steps]

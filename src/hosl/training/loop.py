@@ -65,12 +65,7 @@ def carry_on(
                 _evaluate_dev(session, record, session.step)
                 if session.step not in checkpoint_steps(run / "checkpoints"):
                     save(session, record, run)
-            test = _evaluation(session, session.task.test)
-            record.metrics(step=session.step, split="test", **test.numbers())
-            record.flush()
-            record.evaluation(
-                step=session.step, split="test", labels=session.task.labels, confusion=test.confusion.tolist()
-            )
+            _evaluate_test(session, record)
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
@@ -208,6 +203,14 @@ def _evaluate_dev(session: Session, record: Record, step: int) -> Evaluation:
     dev = _evaluation(session, session.task.dev)
     record.metrics(step=step, split="dev", **dev.numbers())
     return dev
+
+
+def _evaluate_test(session: Session, record: Record) -> None:
+    test = _evaluation(session, session.task.test)
+    line = {"step": session.step, "split": "test", **test.numbers()}
+    record.metrics(**line)
+    record.flush()
+    record.evaluation(**line, labels=session.task.labels, confusion=test.confusion.tolist())
 
 
 def _evaluation(session: Session, examples: Sequence[Example]) -> Evaluation:
