@@ -287,3 +287,56 @@ def test_a_checkpoint_is_read_for_its_digests_once(tiny_run, tmp_path, monkeypat
         assert main([*words, str(tmp_path / "run"), *more]) == 0
         optimisers = ["optimiser.safetensors"] if words[0] == "train" else []
         assert sorted(read) == ["journal.bin", *optimisers, "trained.safetensors"]
+
+
+def test_a_run_whose_metrics_are_empty_is_scored_exported_and_resumed_by_its_checkpoint(
+    tiny_run, tmp_path, capsys
+):
+    assert main(["train", str(tiny_run(max_steps=4)), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    run, out = tmp_path / "run", tmp_path / "out"
+    (run / "metrics.jsonl").write_bytes(b"")
+    assert main(["eval", str(run), "--split", "test", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["step"] == 4
+    for key in ("accuracy", "f1_macro", "loss_nats"):
+        assert scores[key] == summary[f"test_{key}"]
+    assert main(["export", str(run), str(out)]) == 0
+    exported = (out / "model.safetensors").read_bytes()
+    assert exported == (run / "model" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 2
+    assert "metrics.jsonl has no line, but the run has a checkpoint of step 4" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--json"]) == 0
+    found, err = capsys.readouterr()
+    assert "lines up to step 4 are missing" in err
+    assert {key: json.loads(found)[key] for key in ("steps", "test_loss_nats")} == {
+        "steps": 4,
+        "test_loss_nats": summary["test_loss_nats"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("metrics.jsonl", {"loss_nats": "low"}),
+        ("metrics.jsonl", {"bytes_up": None}),
+        ("timings.jsonl", {"step_s": [1]}),
+    ],
+)
+def test_a_line_of_another_type_is_dropped_by_a_resume_which_ends_with_the_same_weights(
+    interrupted, capsys, name, change
+):
+    whole, run = interrupted()
+    lines = (run / name).read_text().splitlines(keepends=True)
+    lines[1] = json.dumps(json.loads(lines[1]) | change) + "\n"
+    (run / name).write_text("".join(lines))
+    assert main(["report", str(run)]) == 2
+    assert f"{run / name}, line 2, is damaged" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
+    assert ("lines up to step 8 are missing" in capsys.readouterr().err) == (name == "metrics.jsonl")
+    steps = [
+        json.loads(line)["step"] for line in (run / name).read_text().splitlines() if "split" not in line
+    ]
+    assert steps == [1, *range(3, 13)]
+    assert exact(run)[1:] == exact(whole)[1:]

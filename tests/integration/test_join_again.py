@@ -62,6 +62,20 @@ def test_a_joined_run_is_known_by_its_content_and_stays_finished(
     assert json.loads(out) == first
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
+    whole = (folder / "metrics.jsonl").read_bytes()
+    for lost in (b"", None):
+        (folder / "metrics.jsonl").unlink() if lost is None else (folder / "metrics.jsonl").write_bytes(lost)
+        assert main(words) == 0  # the steps by the checkpoint, the scores by evaluation.json
+        out, err = capsys.readouterr()
+        assert "metrics.jsonl has lost its lines" in err
+        left, known = (
+            json.loads(out),
+            ("steps", "client_digest", "test_accuracy", "test_f1_macro", "test_loss_nats"),
+        )
+        assert {key: left[key] for key in known} == {key: first[key] for key in known}
+        assert left["train_loss_nats"] is None
+    (folder / "metrics.jsonl").write_bytes(whole)
+
     for command in (["eval", str(folder)], ["export", str(folder), str(tmp_path / "out")],
                     ["train", "--resume", str(folder)]):  # fmt: skip
         assert main(command) == 2

@@ -33,7 +33,8 @@ def test_a_misspelt_public_name_is_an_error_to_a_type_checker(tmp_path):
     assert "adam" in errors[1]
     revealed = [d["message"] for d in found if d["severity"] == "information"]
     assert [re.search(r'is "(.*)"$', text, re.DOTALL)[1] for text in revealed] == [
-        "(run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False) -> LocalSession",
+        "(run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False, "
+        "weights_only: bool = False) -> LocalSession",
         "OptimiserSpec",
     ]
 

@@ -90,7 +90,10 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     run = _joined_run(config, say)
     if run.finished:
         say(f"{run.folder} is finished; choose another output_dir for a new run")
-        return files_summary(config, run.folder, finished=True)
+        summary = files_summary(config, run.folder, finished=True)
+        if summary["train_loss_nats"] is None:
+            say(f"{run.folder}/metrics.jsonl has lost its lines: losses and bytes of the steps are not known")
+        return summary
     with RunLock(run.folder):
         try:
             session, metrics_bytes = _joined(config, options, facts, task, run, say)

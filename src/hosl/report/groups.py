@@ -74,7 +74,8 @@ class Group:
     @property
     def dev_loss(self) -> float:
         """Mean over its finished runs of the last dev loss."""
-        return float(np.mean([run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]))
+        losses = [run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]
+        return float(np.mean(losses or [np.inf]))
 
     def _eval_bytes(self, direction: str) -> float:
         evaluations = [line for run in self.runs for line in (*run.dev, *([run.test] if run.test else []))]

@@ -158,7 +158,9 @@ def machine(runs: Sequence[Run]) -> str:
     machines = []
     for run in runs:
         facts = run.record.get("machine", {})
-        parts = [str(facts.get("processor") or facts.get("system") or run.record["versions"]["machine"])]
+        parts = [
+            str(facts.get("processor") or facts.get("system") or run.record["versions"].get("machine", "?"))
+        ]
         parts += [
             f"{facts[unit]} {unit if facts[unit] > 1 else unit[:-1]}"
             for unit in ("cores", "threads")

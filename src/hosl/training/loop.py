@@ -68,8 +68,9 @@ def carry_on(
             test = _evaluate(session, record, session.step, "test")
             record.flush()
             record.evaluation(
-                step=session.step, split="test", labels=session.task.labels, confusion=test.confusion.tolist()
-            )
+                step=session.step, split="test", **test.numbers(), labels=session.task.labels,
+                confusion=test.confusion.tolist(),
+            )  # fmt: skip
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
