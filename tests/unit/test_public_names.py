@@ -71,11 +71,14 @@ NEED_TORCH = {
     "bench step": [], "bench memory": [], "bench plan": [], "bench link": [], "study": ["STUDY"],
     "join": ["HALF", "--to", LINE, "--config", "CONFIG"],
 }  # fmt: skip
+HALF = {"format": 1, "side": "client", "family": "bert", "head": "classification", "cut": 2} | dict.fromkeys(
+    ("base_digest", "digest", "client_digest", "server_digest"), ""
+)
 
 
 def test_every_verb_that_needs_torch_says_so_in_one_line_where_there_is_none(tmp_path):
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "half.json").write_text('{"side": "client", "client_digest": "", "cut": 2}')
+    (tmp_path / "half" / "half.json").write_text(json.dumps(HALF))
     (tmp_path / "config.yaml").write_text("max_steps: 1\n")
     names = {"CONFIG": tmp_path / "config.yaml", "HALF": tmp_path / "half", "RUN": tmp_path / "run"}
     names |= {"OUT": tmp_path / "out", "STUDY": ROOT / "examples" / "studies" / "quick.yaml"}

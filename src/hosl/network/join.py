@@ -10,12 +10,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from os.path import expanduser, expandvars
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from hosl.config import Config, dump_config, load_begun_config, load_config, parse_config, with_absolute_paths
+from hosl.config import (
+    Config,
+    ModelConfig,
+    dump_config,
+    load_begun_config,
+    load_config,
+    parse_config,
+    with_absolute_paths,
+)
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
 from hosl.network.handshake import model_message, training_message
@@ -24,6 +33,7 @@ from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
+from hosl.split.reading.model_folder import checkpoint_digest
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
@@ -79,6 +89,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     return_freed_memory()
     facts = half_facts(options.half, "client")
     runtime: Any = import_module("hosl.network.torch_runtime")
+    _check_model(config, options, facts, say)
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
@@ -111,11 +122,43 @@ def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=facts["cut"]))
 
 
+def _check_model(
+    config: Config, options: JoinOptions, facts: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Refuse a config for another model or cut than the half's. Defaults are nobody's choice, so they are not compared.
+
+    A name is compared by the digest of its weights, where it is a folder of this device.
+    """
+    name, cut, default = config.model.name, config.model.cut, ModelConfig()
+    if cut not in (facts["cut"], default.cut):
+        raise HandshakeError(
+            f"model.cut is {cut}, but {options.half} was cut at {facts['cut']}; split again with --cut {cut}, or set "
+            f"model.cut: {facts['cut']}"
+        )
+    if cut != facts["cut"]:
+        say(f"{options.half} was cut at {facts['cut']}; model.cut is not read")
+    folder = Path(expanduser(expandvars(name)))
+    if name == default.name or not folder.is_dir() or (folder / "half.json").is_file():
+        return
+    digest = checkpoint_digest(folder, name)
+    if digest != facts["base_digest"]:
+        raise HandshakeError(
+            f"model.name is {name}, whose weights have the digest {digest[:12]}, but {options.half} is of a "
+            f"{facts['family']} with {facts['base_digest'][:12]}; split the model again, or change model.name"
+        )
+
+
 def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> None:
     if task.head != facts["head"]:
         raise HandshakeError(
             f"task {task.name} needs a {task.head} head, the half in {options.half} was split with a {facts['head']} "
             f"one; split again with --head {task.head}"
+        )
+    classes = facts.get("classes", len(task.labels))
+    if task.head == "classification" and classes != len(task.labels):
+        raise HandshakeError(
+            f"task {task.name} has {len(task.labels)} classes, the half in {options.half} was split for {classes}; "
+            f"split again with --labels {len(task.labels)}"
         )
     if facts.get("labels", "server") != config.wire.labels:
         raise HandshakeError(
