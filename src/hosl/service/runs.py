@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.core.journal import Journal
-from hosl.core.targets import PositionTargets, Targets
+from hosl.core.targets import PositionTargets, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
@@ -229,7 +229,7 @@ class ServedRun:
     ) -> Stepped:
         """Execute a client's training step, or return the reply that this step got before."""
         if self.round is not None:
-            examples = len(targets.mask)
+            examples = weight_of(targets)
             return self._once(
                 client,
                 step,
