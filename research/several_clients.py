@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from hosl.report.statistics import spread_text
-from hosl.split.loading import EMBEDDED_MODEL
+from hosl.split.reading.model_folder import EMBEDDED_MODEL
 from hosl.study.tables import of_seeds
 from hosl.system.atomic import whole_file
 from hosl.tasks.classification import LabelledText, carve

@@ -21,7 +21,7 @@ from hosl.network import torch_runtime
 from hosl.network.handshake import model_message, training_message
 from hosl.parties.metered import Meter, metered
 from hosl.parties.remote.server import RemoteServer
-from hosl.split.folder_facts import half_facts
+from hosl.split.reading.half_json import half_facts
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import process_peak_bytes
 from hosl.transport.channel import Channel

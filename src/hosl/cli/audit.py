@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     config = overridden(load_config(options.config), overrides)
 
     from hosl.network.audit import audit
-    from hosl.split.folder_facts import half_facts
+    from hosl.split.reading.half_json import half_facts
     from hosl.system.model_limits import model_limits
     from hosl.tasks import TextTokenizer, load_task
 

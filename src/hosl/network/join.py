@@ -23,7 +23,7 @@ from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
-from hosl.split.folder_facts import half_facts
+from hosl.split.reading.half_json import half_facts
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits

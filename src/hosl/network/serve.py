@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
-from hosl.split.folder_facts import half_facts
+from hosl.split.reading.half_json import half_facts
 from hosl.system.run_folder import RunLock
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb

@@ -19,7 +19,7 @@ from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.parties.servers.headed import HeadedServer
 from hosl.planner.budget import check_before_data, check_before_run
 from hosl.split import ClientHalf, load_half, load_head
-from hosl.split.streaming import tensors_digest
+from hosl.split.reading.tensors import tensors_digest
 from hosl.training.checkpointing import put_client, put_head, restore_client_, restore_head_
 
 __all__ = [

@@ -66,7 +66,7 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     """
     from hosl.split import resolve_model_folder
     from hosl.split.halves import check_row_length
-    from hosl.split.pretrained import read_config
+    from hosl.split.reading.config_json import read_config
 
     longest = max(
         len(row) for part in (task.train, task.dev, task.test) for example in part for row in example.rows

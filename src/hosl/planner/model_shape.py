@@ -9,7 +9,8 @@ from typing import Any
 from hosl.errors import ConfigError, ModelError
 from hosl.split import ClientHalf, ServerHalf, resolve_model_folder, split_model
 from hosl.split.families import FAMILIES, Head
-from hosl.split.pretrained import read_config, skeleton
+from hosl.split.reading.config_json import read_config
+from hosl.split.reading.skeleton import skeleton
 from hosl.split.shapes import SHAPES, shape_config
 from hosl.system.model_limits import limits_of
 

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from hosl.split.artifact import SplitInfo, load_half, load_head, split_folder
     from hosl.split.export import export_adapter, export_checkpoint
     from hosl.split.halves import ClientHalf, ServerHalf, split_model
-    from hosl.split.loading import LoadedModel, load_model, resolve_model_folder
     from hosl.split.quantised import quantise_
+    from hosl.split.reading.loading import LoadedModel, load_model
+    from hosl.split.reading.model_folder import resolve_model_folder
+    from hosl.split.reading.tokenizer import transformers_tokenizer
     from hosl.split.specs import LoraSpec
-    from hosl.split.tokenizer import transformers_tokenizer
     from hosl.split.u_shape import HeadHalf, TrunkHalf, split_u_shape
 
 _MODULES = {
@@ -31,10 +32,10 @@ _MODULES = {
     "TrunkHalf": "u_shape",
     "split_u_shape": "u_shape",
     "load_head": "artifact",
-    "LoadedModel": "loading",
-    "load_model": "loading",
-    "resolve_model_folder": "loading",
-    "transformers_tokenizer": "tokenizer",
+    "LoadedModel": "reading.loading",
+    "load_model": "reading.loading",
+    "resolve_model_folder": "reading.model_folder",
+    "transformers_tokenizer": "reading.tokenizer",
 }
 
 __all__ = [

@@ -20,12 +20,14 @@ import torch
 from hosl.errors import ModelError
 from hosl.split.export import copy_companions
 from hosl.split.families import Family, Head
-from hosl.split.folder_facts import read_half_json
 from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_, cut_to_server_
-from hosl.split.loading import checkpoint_digest, open_pretrained, resolve_model_folder
-from hosl.split.pretrained import fill_, read_config, skeleton, tied_names
-from hosl.split.streaming import tensors_digest, write_tensors
-from hosl.split.tokenizer import transformers_tokenizer
+from hosl.split.reading.config_json import read_config
+from hosl.split.reading.half_json import read_half_json
+from hosl.split.reading.loading import open_pretrained
+from hosl.split.reading.model_folder import checkpoint_digest, resolve_model_folder
+from hosl.split.reading.skeleton import fill_, skeleton, tied_names
+from hosl.split.reading.tensors import tensors_digest, write_tensors
+from hosl.split.reading.tokenizer import transformers_tokenizer
 from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_
 from hosl.system.atomic import whole_folder
 

@@ -12,7 +12,7 @@ import torch
 from hosl.errors import ConfigError
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
-from hosl.split.pretrained import tied_names
+from hosl.split.reading.skeleton import tied_names
 from hosl.system.atomic import whole_folder
 from hosl.system.own_files import is_own
 

@@ -139,3 +139,8 @@ def family_of(config: Any, architecture: str) -> Family:
             f"To add it, write a row for ({config.model_type!r}, its head) in hosl/split/families.py"
         )
     return row
+
+
+def known_types() -> str:
+    """The model types that hosl can cut, as a line."""
+    return ", ".join(sorted({model_type for model_type, _ in FAMILIES}))

@@ -1,4 +1,4 @@
-"""Bytes, seconds and counts as people read them."""
+"""Bytes, seconds, counts and other libraries' messages as people read them."""
 
 
 def readable_bytes(count: float | int) -> str:
@@ -20,3 +20,8 @@ def readable_seconds(seconds: float) -> str:
 def readable_count(count: int, noun: str = "") -> str:
     """Count with its noun in the singular or the plural: `1 run`, `12,345 steps`; without a noun the number alone."""
     return f"{count:,} {noun}{'s' * (count != 1)}" if noun else f"{count:,}"
+
+
+def one_line(message: object) -> str:
+    """What another library says, in one line of at most 300 characters."""
+    return " ".join(str(message).split())[:300]

@@ -30,8 +30,8 @@ from hosl.planner.budget import check_before_data, check_before_run
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
 from hosl.split.families import Head
-from hosl.split.loading import LoadedModel
-from hosl.split.tokenizer import transformers_tokenizer
+from hosl.split.reading.loading import LoadedModel
+from hosl.split.reading.tokenizer import transformers_tokenizer
 from hosl.system.checkpoint import (
     Checkpoint,
     checkpoint_path,

@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 
 from hosl.errors import ModelError
+from hosl.system.readable import one_line
 
 _PROBES = (
     "", "A", " two  spaces ", "Über-naïve CAFÉ, don't!", "12,345.67 €", "tab\tand\nline", "日本語の文",
@@ -30,8 +31,7 @@ def transformers_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         )
     except Exception as cause:  # each library raises its own
         raise ModelError(
-            f"{folder}: transformers cannot load the tokenizer: {' '.join(str(cause).split())[:300]}; fetch its files "
-            "again"
+            f"{folder}: transformers cannot load the tokenizer: {one_line(cause)}; fetch its files again"
         ) from cause
     plain = _plain(loaded)
     if plain is None:

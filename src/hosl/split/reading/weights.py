@@ -1,13 +1,11 @@
-"""A pretrained model's folder, read by one rule for training and for splitting, or refused.
+"""The weights of a model: where each tensor is stored, under which name, or how it is drawn.
 
-The weights are those of model.safetensors.index.json, else of model.safetensors; no other file counts. Every tensor of
-the model must be there, with its shape and as floats; only the head of a new task may be missing, and is drawn.
+Every tensor of the model must be there, with its shape and as floats; only the head of a new task may be missing:
+it is drawn from the seed.
 """
 
-import json
 import math
 from collections.abc import Collection
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -16,17 +14,16 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from hosl.errors import ConfigError, ModelError, SplitError
-from hosl.split.families import FAMILIES, Family, Head, family_of
-from hosl.split.streaming import Source
+from hosl.errors import ConfigError, ModelError
+from hosl.split.families import Family
+from hosl.split.reading.model_folder import weights_files
+from hosl.split.reading.skeleton import tied_names
+from hosl.split.reading.tensors import Source
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_MOST_BLOCKS = 1000
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 """What DataParallel, torch.compile and PEFT put before a tensor's name when their wrapper is saved."""
 _BUFFERS = (
@@ -51,114 +48,6 @@ class Weights:
     """What was passed over, replaced or drawn: lines for people."""
     untied: bool
     """Whether the config ties head and embedding, but the checkpoint has two different ones, which are both read."""
-
-
-def read_config(path: Path, name: str) -> Any:
-    """The config of a model folder, or of a config.json. No code of the folder is executed.
-
-    Raises:
-        ModelError: if the folder has none, or the weights are quantised.
-        ConfigError: if it is not JSON, has no model_type, or transformers refuses its values.
-        SplitError: if transformers does not know the model type.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        if (path / "adapter_config.json").is_file():
-            raise ModelError(
-                f"model {name}: {path} holds a PEFT adapter only; merge it into its base model first"
-            )
-        raise ModelError(f"model {name}: {path} has no config.json, so it is no Hugging Face model folder")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as cause:
-        raise ConfigError(f"{file} cannot be read as JSON: {cause}") from cause
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise ConfigError(
-            f"{file} has no model_type, so nobody can tell what model it is of; known: {_known_types()}"
-        )
-    _refuse_quantised(content, name)
-    for key, value in content.items():
-        if key in ("num_hidden_layers", "n_layer", "n_layers") and not _counts_blocks(value):
-            raise ConfigError(f"{file}: {key} must lie in 1..{_MOST_BLOCKS}, got {value!r}")
-    if content["model_type"] not in transformers.CONFIG_MAPPING:
-        raise SplitError(
-            f"model {name}: model_type {content['model_type']!r} is unknown to transformers "
-            f"{transformers.__version__}, and code of a model folder is never executed; hosl can cut {_known_types()}"
-        )
-    try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as cause:  # a config's checks may raise any error about its values
-        raise ConfigError(f"{file} is no config that transformers takes: {_reason(cause)}") from cause
-
-
-def skeleton(config: Any, head: Head, dtype: torch.dtype = torch.float32) -> tuple[Any, Family]:
-    """The model of a config on the meta device: shapes, names and dtypes, without memory. `config` is left as it is.
-
-    Raises:
-        SplitError: if hosl has no such family, or transformers no such model.
-        ConfigError: if no model can be built from the config's values.
-    """
-    auto: Any = transformers.AutoModelForCausalLM
-    if head == "classification":
-        auto = transformers.AutoModelForSequenceClassification
-    if type(config) not in auto._model_mapping:
-        raise SplitError(
-            f"transformers has no {head} model of model_type {config.model_type!r}; known: {_known_types()}"
-        )
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False)
-    except Exception as cause:  # a model's constructor may raise any error about its numbers
-        raise ConfigError(
-            f"no model can be built from the config of this {config.model_type}: {_reason(cause)}; it must have what "
-            f"transformers' own config of {config.model_type!r} has"
-        ) from cause
-    return model, family_of(config, type(model).__name__)
-
-
-def weights_files(folder: Path, name: str) -> dict[Path, set[str] | None]:
-    """The safetensors files of a checkpoint, each with the tensors that the index says are in it; None: all.
-
-    Raises:
-        ModelError: if there is none, or an index and a whole file side by side, or the index is damaged.
-    """
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        if single.is_file():
-            return {single: None}
-        suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        found = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
-        pickled = bool(found) and all(f.endswith((".bin", ".pt", ".pth")) for f in found)
-        content = (
-            f"only {', '.join(found)}{', which is pickle and never read' * pickled}"
-            if found
-            else "no weights"
-        )
-        raise ModelError(
-            f"model {name}: {folder} holds {content}; {SINGLE} is wanted, or {INDEX} and its files: save it with "
-            "`model.save_pretrained(folder)` of transformers 5"
-        )
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {
-            folder / Path(file).name: {k for k, f in places.items() if f == file}
-            for file in {*places.values()}
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise ModelError(f"model {name}: {INDEX} is damaged ({cause!r}); fetch it again") from cause
-    absent = sorted(file.name for file in files if not file.is_file())
-    if single.is_file() and len(absent) == len(files):
-        return {single: None}  # a later save removed the index's files but not the index
-    if single.is_file() and single not in files:
-        raise ModelError(
-            f"model {name}: {folder} holds {SINGLE}, and {INDEX} with its own files; transformers reads the first, "
-            "other tools the second, and nobody can tell which is the newer: delete the other"
-        )
-    if absent or not files:
-        raise ModelError(
-            f"model {name}: {INDEX} names {', '.join(absent) or 'no file'}, not in {folder}; fetch it again"
-        )
-    return dict(sorted(files.items()))
 
 
 def find_weights(folder: Path, name: str, model: Any, family: Family, seed: int) -> Weights:
@@ -196,19 +85,6 @@ def find_weights(folder: Path, name: str, model: Any, family: Family, seed: int)
     for key in new:
         sources[key] = _drawn(key, tuple(expected[key].shape), model.config, seed)
     return Weights(sources, tuple(sorted(new)), tuple(notes), untied)
-
-
-def fill_(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Give a skeleton its tensors and buffers, in place; every parameter can be trained afterwards."""
-    _restore_buffers_(model)
-    model.load_state_dict(tensors, assign=True)
-    for p in model.parameters():
-        p.requires_grad_(True)
-
-
-def tied_names(model: Any, config: Any) -> dict[str, str]:
-    """The tensors that head and embedding share: name in the head -> name of the embedding; empty when untied."""
-    return dict(type(model)._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
 
 
 def seeded_generator(seed: int, name: str) -> np.random.Generator:
@@ -313,32 +189,6 @@ def _drawn(key: str, shape: tuple[int, ...], config: Any, seed: int) -> Source:
     return Source(key, "F32", shape, read)
 
 
-def _restore_buffers_(model: Any) -> None:
-    """Compute the buffers that no file holds (rotary frequencies, position ids): the meta device has none."""
-    for module in model.modules():
-        lost = [key for key, b in module._buffers.items() if b is not None and b.is_meta]
-        for key in lost:
-            b = module._buffers[key]
-            module._buffers[key] = torch.zeros(b.shape, dtype=b.dtype)
-        if lost:
-            # transformers' own initialisation; parameters are still meta, so only buffers are filled
-            model._init_weights(module)
-
-
-def _refuse_quantised(content: dict[str, Any], name: str) -> None:
-    settings = content.get("quantization_config") or content.get("compression_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        raise ModelError(
-            f"model {name} is quantised ({method or 'compressed-tensors'}), which cannot be trained or cut; give the "
-            "original model, and client.dtype: int8 where the device needs it"
-        )
-    if content.get("transformers_weights"):
-        raise ModelError(
-            f"model {name}: transformers_weights in config.json is not read; name the file {SINGLE}"
-        )
-
-
 def _passed_over(folder: Path) -> list[str]:
     adapters = [
         file for file in ("adapter_model.safetensors", "adapter_model.bin") if (folder / file).is_file()
@@ -346,18 +196,6 @@ def _passed_over(folder: Path) -> list[str]:
     return [f"{file} beside the model is not applied; merge it first if it is wanted" for file in adapters]
 
 
-def _counts_blocks(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_BLOCKS
-
-
 def _some(names: Collection[str]) -> str:
     shown = ", ".join(list(names)[:2])
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
-
-
-def _known_types() -> str:
-    return ", ".join(sorted({model_type for model_type, _ in FAMILIES}))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,4 +1,4 @@
-"""A writer of safetensors files, one tensor at a time; the library's own needs all of them in memory at once.
+"""Tensors read and written one at a time; the safetensors library's own writer needs all of them in memory at once.
 
 The format (safetensors' README): header length as uint64, the JSON header padded with spaces to 8 bytes, then the
 tensors' bytes without gaps. The library reads these files.

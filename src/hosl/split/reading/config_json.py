@@ -1,0 +1,70 @@
+"""A model's config.json, checked and read; no code of its folder is executed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from hosl.errors import ConfigError, ModelError, SplitError
+from hosl.split.families import known_types
+from hosl.system.readable import one_line
+
+_MOST_BLOCKS = 1000
+
+
+def read_config(path: Path, name: str) -> Any:
+    """The config of a model folder, or of a config.json. No code of the folder is executed.
+
+    Raises:
+        ModelError: if the folder has none, or the weights are quantised.
+        ConfigError: if it is not JSON, has no model_type, or transformers refuses its values.
+        SplitError: if transformers does not know the model type.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model {name}: {path} holds a PEFT adapter only; merge it into its base model first"
+            )
+        raise ModelError(f"model {name}: {path} has no config.json, so it is no Hugging Face model folder")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as cause:
+        raise ConfigError(f"{file} cannot be read as JSON: {cause}") from cause
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ConfigError(
+            f"{file} has no model_type, so nobody can tell what model it is of; known: {known_types()}"
+        )
+    _refuse_quantised(content, name)
+    for key, value in content.items():
+        if key in ("num_hidden_layers", "n_layer", "n_layers") and not _counts_blocks(value):
+            raise ConfigError(f"{file}: {key} must lie in 1..{_MOST_BLOCKS}, got {value!r}")
+    if content["model_type"] not in transformers.CONFIG_MAPPING:
+        raise SplitError(
+            f"model {name}: model_type {content['model_type']!r} is unknown to transformers "
+            f"{transformers.__version__}, and code of a model folder is never executed; hosl can cut {known_types()}"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as cause:  # a config's checks may raise any error about its values
+        reason = one_line(f"{type(cause).__name__}: {cause}")
+        raise ConfigError(f"{file} is no config that transformers takes: {reason}") from cause
+
+
+def _refuse_quantised(content: dict[str, Any], name: str) -> None:
+    settings = content.get("quantization_config") or content.get("compression_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise ModelError(
+            f"model {name} is quantised ({method or 'compressed-tensors'}), which cannot be trained or cut; give the "
+            "original model, and client.dtype: int8 where the device needs it"
+        )
+    if content.get("transformers_weights"):
+        raise ModelError(
+            f"model {name}: transformers_weights in config.json is not read; name the file model.safetensors"
+        )
+
+
+def _counts_blocks(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_BLOCKS
