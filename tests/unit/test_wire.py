@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,8 @@ def test_targets_come_back():
     mask = np.array([[1, 1, 0], [1, 1, 1]], np.int8)
     classes = ClassTargets(mask, np.array([4, 0]))
     options = OptionTargets(mask, np.array([[0, 1], [1, 0]], np.int32), np.array([[7, 9], [3, -1]], np.int32))
-    for targets in (classes, options):
+    by_token = replace(options, mean_over="tokens")
+    for targets in (classes, options, by_token):
         message = pb.Targets.FromString(targets_to_message(targets).SerializeToString())
         back = targets_from_message(message, (2, 3, 8))
         for name in targets.__slots__:

@@ -5,7 +5,7 @@ server. No field of `Targets` can carry the input's token ids or text. The calls
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -31,9 +31,9 @@ class ClassTargets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OptionTargets:
-    """Targets of a language-model head: the tokens of one candidate answer (option) per row.
+    """Targets of a language-model head: the scored tokens of each row, such as one candidate answer (option).
 
-    Rows with options shorter than the longest are padded: position 0, token -1. A padded element is not scored.
+    Rows with fewer scored tokens than the longest are padded: position 0, token -1. A padded element is not scored.
     """
 
     mask: Int[np.ndarray, "rows seq"]
@@ -42,6 +42,9 @@ class OptionTargets:
     """The positions of the logits that predict each option token: the token's own position minus 1; int32."""
     tokens: Int[np.ndarray, "rows span"]
     """The option's tokens, -1 where padded; int32."""
+    mean_over: Literal["rows", "tokens"] = "rows"
+    """The mean that is the loss: over rows, each the mean of its tokens (MeZO's prompts), or over all scored tokens of
+    the step, as causal language models are trained."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +77,13 @@ class StepReply:
     """Mean loss of the batch at the theta_s that entered the step, in nats."""
     gradient: Activations | None = None
     """dL/dh at the same theta_s, shaped like the activations; None unless asked for."""
+
+
+def weight_of(targets: Targets) -> int:
+    """The weight of this batch among others of the same step: its rows, or its scored tokens."""
+    if isinstance(targets, OptionTargets) and targets.mean_over == "tokens":
+        return int((targets.tokens >= 0).sum())
+    return len(targets.mask)
 
 
 def positions_of(targets: Targets) -> PositionTargets:

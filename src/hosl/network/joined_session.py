@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from hosl.core.protocols import ClientSide, ServerSide
 from hosl.core.rounds import RoundResult
-from hosl.core.targets import Batch
+from hosl.core.targets import Batch, weight_of
 from hosl.errors import CheckpointError, StepMoved
 from hosl.methods.step import method_round
 from hosl.parties.metered import metered
@@ -67,7 +67,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         self.control = self.control.after(result.coefficients)
         if self._in_rounds and clients.halves == "personal":
             self.done(step)  # by this half, whether or not its round is still open
-            last = self.remote.journal(step, 0, (), (), len(batch.input_ids))[-1]
+            last = self.remote.journal(step, 0, (), (), weight_of(batch.targets))[-1]
             if last.late:
                 raise StepMoved(last.step)
         return result

@@ -14,15 +14,18 @@ from hosl.core.targets import Batch
 class Example:
     """One encoded example: its candidate rows of tokens, and which of them is right.
 
-    A classification example has one row, and its label is a class; a prompt has one row per candidate answer.
+    A classification example has one row, and its label is a class; a prompt has one row per candidate answer. A text to
+    learn (`scored`) has one row and no label.
     """
 
     rows: tuple[tuple[int, ...], ...]
     """Token ids, special tokens included."""
-    label: int
+    label: int = 0
     """The index of the right class or candidate."""
     option_lengths: tuple[int, ...] = ()
     """Per row, the number of its last tokens that are the candidate answer; empty for classification."""
+    scored: tuple[tuple[int, int], ...] = ()
+    """The spans [start, stop) of the row's tokens that are learned, ascending and apart; start is 1 or more."""
 
 
 @runtime_checkable
@@ -36,7 +39,7 @@ class Task(Protocol):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes, or the candidate answers."""
+        """The classes, or the candidate answers; empty where texts are learned token by token."""
         ...
 
     @property
@@ -99,6 +102,7 @@ def task_digest(task: Task) -> str:
     digest = sha256()
     for part in (task.train, task.dev, task.test):
         for example in part:
-            digest.update(repr((example.rows, example.label, example.option_lengths)).encode())
+            fields = (example.rows, example.label, example.option_lengths)
+            digest.update(repr((*fields, example.scored) if example.scored else fields).encode())
         digest.update(b"|")
     return digest.hexdigest()

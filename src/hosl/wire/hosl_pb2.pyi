@@ -368,14 +368,16 @@ class Classes(_message.Message):
     def __init__(self, labels: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Options(_message.Message):
-    __slots__ = ("span", "positions", "tokens")
+    __slots__ = ("span", "positions", "tokens", "by_token")
     SPAN_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BY_TOKEN_FIELD_NUMBER: _ClassVar[int]
     span: int
     positions: _containers.RepeatedScalarFieldContainer[int]
     tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, span: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    by_token: bool
+    def __init__(self, span: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., by_token: _Optional[bool] = ...) -> None: ...
 
 class Positions(_message.Message):
     __slots__ = ("mask", "positions")

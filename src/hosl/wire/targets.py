@@ -15,6 +15,7 @@ def targets_to_message(targets: ClassTargets | OptionTargets) -> pb.Targets:
         span=targets.positions.shape[1],
         positions=targets.positions.reshape(-1).tolist(),
         tokens=targets.tokens.reshape(-1).tolist(),
+        by_token=targets.mean_over == "tokens",
     )
     return pb.Targets(mask=_mask(targets.mask), options=options)
 
@@ -75,7 +76,8 @@ def _read_options(message: pb.Options, mask: np.ndarray) -> OptionTargets:
         raise WireError(f"option position {positions.max()} lies outside 0..{seq - 1}")
     if tokens.min() < -1 or not (tokens >= 0).any(axis=1).all():
         raise WireError("option tokens must be >= -1, and every row needs one that is scored")
-    return OptionTargets(mask, positions.astype(np.int32), tokens.astype(np.int32))
+    mean_over = "tokens" if message.by_token else "rows"
+    return OptionTargets(mask, positions.astype(np.int32), tokens.astype(np.int32), mean_over)
 
 
 def _mask(mask: np.ndarray) -> pb.Mask:

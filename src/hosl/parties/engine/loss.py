@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hosl.core.array_types import Float
+from hosl.core.array_types import Float, Int
 from hosl.core.targets import ClassTargets, OptionTargets, Targets, positions_of
 
 
@@ -28,22 +28,60 @@ def row_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     return -_option_log_likelihoods(logits, targets)
 
 
+def mean_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """The loss of a batch, nats: the mean of `row_losses`, or the mean over all scored tokens (`mean_over`)."""
+    if isinstance(targets, OptionTargets) and targets.mean_over == "tokens":
+        return F.cross_entropy(_widened(logits).flatten(0, 1), _token_grid(logits, targets).flatten())
+    return row_losses(logits, targets).mean()
+
+
 def row_scores(logits: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
-    """Log-probabilities per class [rows, classes], or of each row's option, mean per token [rows, 1]."""
+    """Log-probabilities per class [rows, classes], or of each row's option, mean per token [rows, 1].
+
+    Where the mean is over tokens [rows, 2]: the second score is the number of tokens that the model ranks first.
+    """
     if isinstance(targets, ClassTargets):
         return _widened(logits).log_softmax(dim=-1).cpu().numpy()
-    return _option_log_likelihoods(logits, targets)[:, None].cpu().numpy()
+    scores = _option_log_likelihoods(logits, targets)[:, None]
+    if targets.mean_over == "tokens":
+        right = (logits.argmax(-1) == _token_grid(logits, targets)).sum(dim=1, keepdim=True)
+        scores = torch.cat([scores, right.to(scores)], dim=1)
+    return scores.cpu().numpy()
 
 
 def _option_log_likelihoods(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
+    if targets.mean_over == "tokens":
+        grid = _token_grid(logits, targets)
+        losses = F.cross_entropy(_widened(logits).transpose(1, 2), grid, reduction="none")
+        return -losses.sum(dim=1) / (grid != _NOT_SCORED).sum(dim=1)
     scored = torch.from_numpy(targets.tokens >= 0).to(logits.device)
     tokens = torch.from_numpy(targets.tokens.astype(np.int64)).to(logits.device).clamp(min=0)
-    positions = positions_of(targets).positions
-    columns = np.searchsorted(positions, targets.positions).clip(max=len(positions) - 1)
     rows = torch.arange(len(tokens), device=logits.device)[:, None]
-    at_tokens = _widened(logits[rows, torch.from_numpy(columns).to(logits.device)]).log_softmax(dim=-1)
+    columns = torch.from_numpy(_columns(targets)).to(logits.device)
+    at_tokens = _widened(logits[rows, columns]).log_softmax(dim=-1)
     log_likelihoods = at_tokens.gather(-1, tokens[..., None])[..., 0]
     return (log_likelihoods * scored).sum(dim=1) / scored.sum(dim=1)
+
+
+_NOT_SCORED = -100
+"""The label that cross_entropy leaves out."""
+
+
+def _token_grid(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
+    """The right token of each of the logits, [rows, positions], int64; `_NOT_SCORED` elsewhere.
+
+    A gather of the scored logits, as options have it, would hold a second copy of nearly all of them.
+    """
+    grid = np.full(logits.shape[:2], _NOT_SCORED, np.int64)
+    rows, places = np.nonzero(targets.tokens >= 0)
+    grid[rows, _columns(targets)[rows, places]] = targets.tokens[rows, places]
+    return torch.from_numpy(grid).to(logits.device)
+
+
+def _columns(targets: OptionTargets) -> Int[np.ndarray, "rows span"]:
+    """The place of each scored position among `wanted_positions`, int64."""
+    positions = positions_of(targets).positions
+    return np.searchsorted(positions, targets.positions).clip(max=len(positions) - 1)
 
 
 def _widened(logits: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ class RemoteServer(Packing):
             )
             frames = upload_frames(pb.Upload(scores=request), packed)
             reply = self.channel.upload("Scores", frames, pb.ScoresReply)
-            rows, width = len(targets.mask), self.classes if isinstance(targets, ClassTargets) else 1
+            rows, width = len(targets.mask), self._score_width(targets)
             width = reply.scores if width is None else width
             if (reply.rows, reply.scores, len(reply.values)) != (rows, width, 4 * rows * width):
                 raise WireError(
@@ -190,6 +190,12 @@ class RemoteServer(Packing):
             return scores
 
         return self._call(send, in_round=False)
+
+    def _score_width(self, targets: Targets) -> int | None:
+        """The scores of a row; None: any number is taken."""
+        if isinstance(targets, ClassTargets):
+            return self.classes
+        return 2 if targets.mean_over == "tokens" else 1
 
     def gradient(self, activations: Activations, targets: Targets) -> StepReply:
         """The loss and dL/dh; theta_s unchanged."""

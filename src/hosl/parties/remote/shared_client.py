@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from hosl.core.estimators import mean_scales
 from hosl.core.journal import Journal
 from hosl.core.protocols import ZerothOrderClientSide
-from hosl.core.targets import Activations, Batch, Pair
+from hosl.core.targets import Activations, Batch, Pair, weight_of
 from hosl.errors import StepMoved
 from hosl.parties.remote.server import RemoteServer
 from hosl.wire import hosl_pb2 as pb
@@ -43,12 +43,12 @@ class SharedClient:
 
     def forward(self, batch: Batch) -> Activations:
         """h = f_c(x; theta_c)."""
-        self._examples = len(batch.input_ids)
+        self._examples = weight_of(batch.targets)
         return self.client.forward(batch)
 
     def probes(self, batch: Batch, seeds: Sequence[int], epsilon: float) -> Iterator[Pair]:
         """f_c at theta_c +- epsilon u(seed), for each seed."""
-        self._examples = len(batch.input_ids)
+        self._examples = weight_of(batch.targets)
         return self.client.probes(batch, seeds, epsilon)
 
     def descend(

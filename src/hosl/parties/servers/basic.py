@@ -10,7 +10,7 @@ from hosl.core.directions import Distribution
 from hosl.core.estimators import mean_scales
 from hosl.core.targets import Pair, StepReply, Targets
 from hosl.errors import NonFiniteError
-from hosl.parties.engine.loss import row_losses, row_scores, wanted_positions
+from hosl.parties.engine.loss import mean_loss, row_scores, wanted_positions
 from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
 from hosl.parties.engine.perturbation import Probe, descend_, stacked, trained_parameters
 from hosl.split import ServerHalf
@@ -54,7 +54,7 @@ class TorchServer:
         return self.half(h.to(self.device), mask, None if positions is None else positions.to(self.device))
 
     def _loss(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
-        return row_losses(self._logits(h, targets), targets).mean()
+        return mean_loss(self._logits(h, targets), targets)
 
 
 class FirstOrderServer(TorchServer):
@@ -125,8 +125,8 @@ class ZerothOrderServer(TorchServer):
             logits = self.half(h, mask, None if positions is None else positions.to(self.device))
         logits_plus, logits_minus = logits.chunk(2)
         return (
-            float(row_losses(logits_plus, targets).mean()),
-            float(row_losses(logits_minus, targets).mean()),
+            float(mean_loss(logits_plus, targets)),
+            float(mean_loss(logits_minus, targets)),
         )
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:

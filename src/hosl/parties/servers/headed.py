@@ -15,7 +15,7 @@ import torch
 from hosl.core.array_types import Float
 from hosl.core.targets import Activations, PositionTargets, StepReply, Targets, positions_of
 from hosl.errors import NonFiniteError
-from hosl.parties.engine.loss import row_losses, row_scores
+from hosl.parties.engine.loss import mean_loss, row_scores
 from hosl.parties.engine.optimisers import (
     OptimiserSpec,
     check_gradients,
@@ -119,4 +119,4 @@ class HeadedServer:
         return StepReply(loss=losses[-1], gradient=reply.gradient)
 
     def _loss(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
-        return row_losses(self.head.logits(states.to(self.device)), targets).mean()
+        return mean_loss(self.head.logits(states.to(self.device)), targets)
