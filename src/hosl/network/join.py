@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hosl.config import Config, dump_config, load_config, with_absolute_paths
+from hosl.config import Config, dump_config, load_begun_config, load_config, parse_config, with_absolute_paths
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
 from hosl.network.handshake import model_message, training_message
@@ -35,7 +35,7 @@ from hosl.system.run_folder import (
     same_name_folders,
     write_record,
 )
-from hosl.tasks import Task, TextTokenizer, label_note, labels_digest, load_task, model_labels, task_digest
+from hosl.tasks import Task, TextTokenizer, labels_digest, load_task, model_labels, task_digest
 from hosl.training.loop import carry_on
 from hosl.training.summary import files_summary
 from hosl.training.trackers import check_trackers, feed_trackers
@@ -82,10 +82,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
-    names = model_labels(options.half)
-    task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed, model_labels=names)
-    if task.head == "classification" and (note := label_note(task.labels, names)):
-        say(note)
+    tokenizer, names = TextTokenizer.load(options.half), model_labels(options.half)
+    task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
     config = with_steps(config, task)
     _check_fit(config, options, facts, task)
     runtime.check_before_run(as_split, str(options.half), task, alone=True)
@@ -185,9 +183,8 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-    write_record(
-        run.folder, {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
-    )
+    record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
+    write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 
@@ -205,10 +202,14 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
 
     Raises:
         FolderError: if its record.json is damaged.
+        ConfigError: if its config.yaml is, or is not the one that it was begun with.
     """
     wanted, found = Path(config.output_dir), []
     for folder in same_name_folders(wanted):
-        if _settings(folder) != _identity(config) or not (folder / "record.json").is_file():
+        if not (folder / "record.json").is_file():
+            continue
+        if _settings(folder) != _identity(config):
+            _check_not_damaged(folder, config)
             continue
         record = read_record(folder)
         if record is None:
@@ -226,7 +227,7 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
     name = allowed.strip("._-")[:40] or "run"
     # several clients find each other by the name; the run of a single client must not meet another run of its name
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
-    write_record(folder, {"run_id": identity})
+    write_record(folder, {"run_id": identity, "config": msgspec.to_builtins(config)})
     return _JoinedRun(folder, identity, under_way=False, finished=False)
 
 
@@ -236,6 +237,17 @@ def _settings(folder: Path) -> Config | None:
         return _identity(load_config(folder / "config.yaml", warn=False))
     except ConfigError:
         return None
+
+
+def _check_not_damaged(folder: Path, config: Config) -> None:
+    """Refuse a damaged config.yaml of a run that was begun with `config`: another run would begin beside it."""
+    record = read_record(folder) or {}
+    try:
+        kept = parse_config(record.get("config"), where=f"{folder}/record.json", warn=False)
+    except ConfigError:  # none is kept, or one of another version
+        return
+    if "run_id" in record and _identity(kept) == _identity(config):
+        load_begun_config(folder / "config.yaml", record, warn=False)
 
 
 def _identity(config: Config) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from hosl.config import Config, load_config
+from hosl.config import Config, flat, load_begun_config, read_yaml
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
 from hosl.system.run_folder import EVALUATION, read_lines, read_record
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> Run:
     try:
         record = read_record(folder)
         metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / "timings.jsonl")
-        config, parsed = _config(folder / "config.yaml")
+        config, parsed = _config(folder / "config.yaml", record or {})
         kept = folder / EVALUATION
         classes = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     except (ValueError, yaml.YAMLError) as cause:
@@ -200,14 +200,6 @@ def is_study(folder: Path) -> bool:
     return (folder / "runs").is_dir() and not (folder / "metrics.jsonl").is_file()
 
 
-def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted path -> value."""
-    paths: dict[str, Any] = {}
-    for name, value in config.items():
-        paths |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return paths
-
-
 def seed_draws_rows(task: Mapping[str, Any]) -> bool:
     """Whether the seed chooses the rows of train or dev: then the task's digest is another for every seed."""
     return task.get("kind") not in ("docstrings", "files") or task.get("train_rows") is not None
@@ -227,18 +219,22 @@ def setting_text(value: Any) -> str:
 
 
 def _timings(path: Path) -> list[dict[str, Any]]:
-    """The lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
+    """The steps' lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
     return [
         {name.replace("_verbs_s", "_calls_s"): value for name, value in line.items()}
         for line in read_lines(path)
+        if "split" not in line
     ]
 
 
-def _config(path: Path) -> tuple[Any, Config | None]:
+def _config(path: Path, record: dict[str, Any]) -> tuple[Any, Config | None]:
     try:
-        config = load_config(path, warn=False)
-    except ConfigError:  # of another version: what it says can still be shown
-        return yaml.safe_load(path.read_text(encoding="utf-8")), None
+        config = load_begun_config(path, record, warn=False)
+    except ConfigError:
+        content = read_yaml(path, kind="config", instead="the folder of a run has one")
+        if not isinstance(content, dict) or "config" in record:
+            raise
+        return content, None  # of another version: what it says can still be shown
     plain = msgspec.to_builtins(config)
     if config.client.learning_rate is None:
         plain["client"]["learning_rate"] = config.client_rate

@@ -25,23 +25,23 @@ MEMORY_STEPS = 50
 
 
 class RunLock:
-    """A lock on a run's folder; the system releases it when the process ends, however it ends.
+    """A lock on a folder, a run's or a service's; the system releases it when the process ends, however it ends.
 
     A filesystem without locks (exFAT, some network shares) gives none: that is said, and the work goes on.
     """
 
-    def __init__(self, run: Path) -> None:
-        """Take the lock.
+    def __init__(self, run: Path, *, file: str = ".lock", wait: bool = False) -> None:
+        """Take the lock, of which `file` in the folder is the name; `wait` while another process holds it.
 
         Raises:
-            FolderError: if another process holds it, or the folder cannot be written.
+            FolderError: if another process holds it and `wait` is false, or the folder cannot be written.
         """
         try:
-            self._file = (run / ".lock").open("w")
+            self._file = (run / file).open("w")
         except OSError as cause:
             raise FolderError(f"{run} cannot be written: {cause.strerror}; choose another folder") from cause
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as cause:
             if cause.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 self._file.close()

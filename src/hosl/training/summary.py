@@ -18,8 +18,9 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
 
 
 def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any]:
-    """The summary of a run from its files: losses, accuracies, seconds, peaks, bytes per step."""
+    """The summary of a run from its files: losses, accuracies, seconds, peaks, bytes of a step and of evaluations."""
     metrics, timings = read_lines(run / "metrics.jsonl"), read_lines(run / "timings.jsonl")
+    timings = [line for line in timings if "split" not in line]
     steps = [line for line in metrics if "split" not in line]
     summary: dict[str, Any] = {
         "run": str(run), "finished": finished, "method": config.method, "steps": len(steps),
@@ -39,6 +40,8 @@ def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any
     if steps:
         summary["bytes_up_per_step"] = sum(line["bytes_up"] for line in steps) // len(steps)
         summary["bytes_down_per_step"] = sum(line["bytes_down"] for line in steps) // len(steps)
+    for key in ("eval_bytes_up", "eval_bytes_down"):
+        summary[key] = sum(line.get(key, 0) for line in metrics if "split" in line)
     return summary
 
 

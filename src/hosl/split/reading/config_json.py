@@ -11,6 +11,8 @@ from hosl.split.families import known_types
 from hosl.system.readable import one_line
 
 _MOST_BLOCKS = 1000
+PLAIN_CALLS = {"return_dict": True, "chunk_size_feed_forward": 0}
+"""Settings of how a model is called, not of what it computes: other values are set aside, and that is said."""
 
 
 def read_config(path: Path, name: str) -> Any:

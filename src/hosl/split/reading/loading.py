@@ -1,7 +1,7 @@
 """A Hugging Face model by name, opened without reading a weight, or loaded whole. New weights come from the seed."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import transformers
 
 from hosl.errors import ConfigError
 from hosl.split.families import Family, Head
-from hosl.split.reading.config_json import read_config
+from hosl.split.reading.config_json import PLAIN_CALLS, read_config
 from hosl.split.reading.model_folder import checkpoint_digest, resolve_model_folder
 from hosl.split.reading.skeleton import fill_, skeleton
 from hosl.split.reading.weights import Weights, find_weights
@@ -89,6 +89,12 @@ def open_pretrained(
     weights = find_weights(folder, name, model, family, seed)
     if weights.untied:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    aside = [
+        f"{key} {getattr(config, key)}" for key, plain in PLAIN_CALLS.items() if getattr(config, key) != plain
+    ]
+    if aside:
+        note = f"set aside from config.json: {', '.join(aside)}; it says how a model is called, not what it computes"
+        weights = replace(weights, notes=(*weights.notes, note))
     return Pretrained(config, model, family, weights)
 
 
