@@ -112,7 +112,7 @@ def with_absolute_paths(config: Config) -> Config:
     """
     paths = {
         name: _absolute(value)
-        for name in ("train", "dev", "test", "folder")
+        for name in ("train", "dev", "test", "folder", "chat_template")
         if isinstance(value := getattr(config.task, name, None), str)
     }
     name = config.model.name

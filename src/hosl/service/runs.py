@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.core.journal import Journal
-from hosl.core.targets import PositionTargets, Targets
+from hosl.core.targets import PositionTargets, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
