@@ -1,7 +1,7 @@
 """A tokenizer read from its folder by the `tokenizers` library alone: a device needs no transformers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,32 @@ class TextTokenizer:
         """Token ids of a text that goes on: opening special tokens, no closing ones."""
         ids = self._tokenizer.encode(text).ids
         return tuple(ids[: len(ids) - len(self._tail)])
+
+    def encode_as_is(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that names its own special tokens, such as a chat template's."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def continuation(self, before: Sequence[int]) -> Callable[[int], str]:
+        """The function from each token that follows `before`, in turn, to the text that it makes certain.
+
+        A character of several tokens comes whole, with the last of them. Special tokens are left out.
+
+        Raises (the function):
+            TaskError: if the tokenizer cannot undo what it does.
+        """
+        stream = tokenizers.decoders.DecodeStream(ids=list(before), skip_special_tokens=True)
+
+        def decoded(token: int) -> str:
+            try:
+                return stream.step(self._tokenizer, token) or ""
+            except Exception as cause:  # the library raises plain Exception
+                raise TaskError(f"the tokenizer cannot turn token {token} into text: {cause}") from cause
+
+        return decoded
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token; None: there is none."""
+        return self._tokenizer.token_to_id(token)
 
     @property
     def opening(self) -> int:
