@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hosl.errors import SplitError
+from hosl.split.caches import HalfCache
 from hosl.split.families import Family, Head, family_of
 from hosl.split.reading.config_json import PLAIN_CALLS
 from hosl.split.stand_ins import PassThrough, stand_in
@@ -70,6 +71,21 @@ class Half:
             return torch.arange(heads * 3 * size).view(heads, 3, size)[:, 0].flatten()
         return torch.arange(heads * size)
 
+    @property
+    def own_blocks(self) -> range:
+        """The indices of this side's blocks."""
+        return range(self.cut, len(self.model.get_submodule(self._family.blocks)))
+
+    def new_cache(self) -> HalfCache:
+        """An empty cache, for calls that go on with one text."""
+        return HalfCache(self.config, self.own_blocks)
+
+    def _keeping(self, cache: HalfCache | None) -> dict[str, Any]:
+        """The options of HF's forward about the cache."""
+        if self._family.head == "classification":
+            return {}
+        return {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache.states}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This side's parameters by their names in the whole model."""
         return self.model.named_parameters()
@@ -117,12 +133,20 @@ class ClientHalf(Half):
     hidden_dtype: torch.dtype | None = None
     """The dtype of the returned hidden state; None: as computed. A low-precision base keeps the dtype of the model."""
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    @property
+    def own_blocks(self) -> range:
+        """The indices of this side's blocks."""
+        return range(self.cut)
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: HalfCache | None = None
+    ) -> torch.Tensor:
         """The hidden state at the cut, h = f_c(x).
 
         Args:
             input_ids: [rows, seq], int64.
-            attention_mask: [rows, seq], int64; 0 is padding, on either side.
+            attention_mask: [rows, seq], int64; 0 is padding, on either side. With a cache: of its tokens too.
+            cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
             The hidden state [rows, seq, width] in the weights' dtype, or in `hidden_dtype`.
@@ -130,14 +154,17 @@ class ClientHalf(Half):
         Raises:
             SplitError: if the rows are so long that rotary scaling would make them depend on each other.
         """
-        check_row_length(self.config, input_ids.shape[1])
+        check_row_length(self.config, attention_mask.shape[1])
         base = getattr(self.model, self.model.base_model_prefix)
-        options: dict[str, Any] = {} if self._family.head == "classification" else {"use_cache": False}
+        options = self._keeping(cache)
         if self._family.positions_from_mask:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            seen = attention_mask.shape[1] - input_ids.shape[1]
+            places = torch.arange(seen, attention_mask.shape[1], device=input_ids.device)
             # from a row's first token on: the argmax of its mask
             options["position_ids"] = (places - attention_mask.argmax(-1, keepdim=True)).clamp(min=0)
         h = base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        if cache is not None:
+            cache.advance_(input_ids.shape[1])
         return h if self.hidden_dtype is None else h.to(self.hidden_dtype)
 
 
@@ -145,7 +172,11 @@ class ServerHalf(Half):
     """Blocks cut..n-1 and the head. `server_half(hidden, attention_mask)` is the logits."""
 
     def __call__(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: HalfCache | None = None,
     ) -> torch.Tensor:
         """The logits, f_s(h).
 
@@ -153,16 +184,18 @@ class ServerHalf(Half):
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64, the same as the client's.
             positions: [positions], int64; the positions of the logits, for a causal model. None: all.
+            cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
             Logits: [rows, classes], or [rows, seq or positions, vocabulary].
         """
-        options: dict[str, Any] = {}
-        if self._family.head == "causal":
-            options["use_cache"] = False
-            if positions is not None:
-                options["logits_to_keep"] = positions
-        return self.model(inputs_embeds=hidden, attention_mask=attention_mask, **options).logits
+        options = self._keeping(cache)
+        if self._family.head == "causal" and positions is not None:
+            options["logits_to_keep"] = positions
+        logits = self.model(inputs_embeds=hidden, attention_mask=attention_mask, **options).logits
+        if cache is not None:
+            cache.advance_(hidden.shape[1])
+        return logits
 
 
 def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hosl.split.caches import HalfCache
 from hosl.split.families import Family, family_of
 from hosl.split.halves import ClientHalf, Half, ServerHalf, check_cut, cut_to_client_, cut_to_server_
 
@@ -19,7 +20,11 @@ class TrunkHalf(Half):
     """Blocks cut..n-1 and nothing after them. `trunk(hidden, attention_mask, positions)` is the last block's states."""
 
     def __call__(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: HalfCache | None = None,
     ) -> torch.Tensor:
         """The states at the scored positions.
 
@@ -27,13 +32,16 @@ class TrunkHalf(Half):
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64.
             positions: [positions], int64; 0 for a classification head.
+            cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
             [rows, positions, width].
         """
         base = getattr(self.model, self.model.base_model_prefix)
-        options = {} if self._family.head == "classification" else {"use_cache": False}
+        options = self._keeping(cache)
         states = base(inputs_embeds=hidden, attention_mask=attention_mask, **options).last_hidden_state
+        if cache is not None:
+            cache.advance_(hidden.shape[1])
         return states[:, positions]
 
 
@@ -45,6 +53,7 @@ class HeadHalf(ServerHalf):
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        cache: HalfCache | None = None,
     ) -> torch.Tensor:
         """The logits of a trunk's states.
 
@@ -52,13 +61,14 @@ class HeadHalf(ServerHalf):
             hidden: the states [rows, positions, width].
             attention_mask: [rows, positions], int64. No block is left that reads it, so None will do.
             positions: [positions], int64; the states to take, for a causal model. None: all.
+            cache: as of `ServerHalf`; no block is left that would read it.
 
         Returns:
             Logits: [rows, classes], or [rows, positions, vocabulary].
         """
         if attention_mask is None:
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return super().__call__(hidden, attention_mask, positions)
+        return super().__call__(hidden, attention_mask, positions, cache)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The logits [rows, classes] or [rows, positions, vocabulary] of the states [rows, positions, width]."""
