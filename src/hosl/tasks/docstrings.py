@@ -20,6 +20,7 @@ import msgspec
 
 from hosl.errors import TaskError
 from hosl.system.atomic import whole_file
+from hosl.system.cache_folder import cache_folder
 from hosl.system.gc_paused import gc_paused
 from hosl.tasks.classification import ClassificationTask, LabelledText, carve, classification_task
 from hosl.tasks.configs import DocstringsConfig
@@ -73,10 +74,8 @@ def _library() -> Path:
 
 def _cache_file() -> Path | None:
     """The file that keeps the texts between commands; None: this user has no home folder."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hosl", "docstrings.json")
-    except RuntimeError:
-        return None
+    folder = cache_folder()
+    return folder and folder / "docstrings.json"
 
 
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
