@@ -40,7 +40,7 @@ def load_model(
     """Load a model of transformers' auto classes; deterministic, without a change of the global random state.
 
     Args:
-        name: the embedded model, a folder (environment variables allowed), or a hub name.
+        name: an embedded model, a folder (environment variables allowed), a GGUF file, or a hub name.
         head: causal language model, or sequence classification.
         num_labels: the number of classes of a classification head.
         seed: the seed of weights that the checkpoint does not hold.
@@ -84,7 +84,7 @@ def open_pretrained(
         if not 1 <= num_labels <= _MOST_LABELS:
             raise ConfigError(f"a classification head has 1..{_MOST_LABELS:,} labels, got {num_labels}")
         config.num_labels = num_labels
-    with _quiet():
+    with quiet():
         model, family = skeleton(config, head, dtype)
     weights = find_weights(folder, name, model, family, seed)
     if weights.untied:
@@ -99,7 +99,7 @@ def open_pretrained(
 
 
 @contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Silence transformers' progress bars and advice inside the context; its settings are restored at the end."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
