@@ -11,6 +11,7 @@ from hosl.errors import TaskError
 from hosl.methods.schedule import alike_indices, batch_indices
 from hosl.tasks import SftConfig, TextTokenizer, load_task
 from hosl.tasks.base import task_digest
+from hosl.tasks.docstrings import documented_functions, documented_functions_note
 from hosl.tasks.encoding import Encoder
 from hosl.tasks.sft.formats import sft_rows
 from hosl.tasks.sft.spans import RowEncoder
@@ -277,6 +278,14 @@ def test_files_of_two_formats_without_rows_and_settings_that_mean_nothing_are_re
         learned(tokenizer(MISTRAL), {"messages": CHAT})
     with pytest.raises(TaskError, match="no row is left for train"):
         load_task(SftConfig(train=write(tmp_path / "t.jsonl", [PAIR])), tokenizer(), seed=0)
+
+
+def test_the_embedded_rows_have_parts_of_their_own(tokenizer):
+    task = load_task(SftConfig(train="python-docstrings", max_tokens=1024), tokenizer(), seed=0)
+    parts = documented_functions()
+    assert [len(part) for part in (task.train, task.dev, task.test)] == [len(parts[p]) for p in parts]
+    assert task.notes[0] == documented_functions_note()
+    assert not any("drawn" in note or "dropped" in note for note in task.notes)
 
 
 LENGTHS = tuple((7 * i * i + 3) % 97 for i in range(101))

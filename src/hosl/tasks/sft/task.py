@@ -13,6 +13,7 @@ from hosl.tasks.base import Example
 from hosl.tasks.classification import carve
 from hosl.tasks.collate import token_batch
 from hosl.tasks.configs import SftConfig
+from hosl.tasks.docstrings import PYTHON_DOCSTRINGS, documented_functions, documented_functions_note
 from hosl.tasks.encoding import Encoder
 from hosl.tasks.rows import expanded_path, read_rows
 from hosl.tasks.sft.formats import Chat, SftRow, SftRows, Text, sft_rows
@@ -76,7 +77,7 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
     )
     encoded = {part: [rows.example(row) for row in of_part] for part, of_part in parts.items()}
     encoder.check(encoded)
-    formats = [note for of_file in files.values() for note in of_file.notes]
+    formats = dict.fromkeys(note for of_file in files.values() for note in of_file.notes)
     said = _said(rows, parts["train"][0], encoded, encoder, tokenizer)
     return SftTask(
         Path(config.train).stem, *encoded.values(), pad_id=tokenizer.pad_id, notes=(*formats, *notes, *said)
@@ -85,7 +86,10 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
 
 def _files(config: SftConfig) -> dict[str, SftRows]:
     files = {}
-    for part in _PARTS:
+    if config.train == PYTHON_DOCSTRINGS:
+        note, embedded = documented_functions_note(), documented_functions()
+        files = {part: sft_rows(embedded[part], config.train, (note,)) for part in _PARTS}
+    for part in _PARTS[len(files) > 0 :]:
         name = getattr(config, part)
         if name is not None:
             read = read_rows(expanded_path(name), part)
