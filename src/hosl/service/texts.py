@@ -3,9 +3,10 @@
 A text only reads the weights, as they are at each of its tokens; a run that trains meanwhile goes on as without it.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,15 @@ from hosl.service.runs import ServedRun
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Sessions
 from hosl.service.status import Status
+from hosl.system.allocator import trim
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import pack
 
 CANDIDATES = 1024
 """The most candidates of an answer; where more are asked for, the logits of all tokens are sent."""
+
+_SOON_S = 0.2
+"""The time after a text when memory is returned: glibc keeps what a text of 4,000 tokens freed, 290 MiB of 715."""
 
 
 @dataclass
@@ -99,10 +104,10 @@ class Texts:
         with (
             self._caches.reserved(client, ask.most_tokens, sizes.token_bytes),
             self._sessions.in_use(run),
-            self._status.text(client) as held,
+            self._status.text(client, run) as count,
+            _memory_returned(),
+            closing(run.half.open_text(0 if ask.candidates > CANDIDATES else ask.candidates)) as text,
         ):
-            text = run.half.open_text(0 if ask.candidates > CANDIDATES else ask.candidates)
-            self._status.line("generate", client=client, run=run.shown, step=run.server_step)
             yield pb.GenerateReply(ready=pb.GenerateReady(run=run.shown, step=run.server_step))
             seen = 0
             while (part := await incoming.message_or_end(pb.GenerateRequest)) is not None:
@@ -113,8 +118,7 @@ class Texts:
                 seen += shape[1]
                 work = _answer(run, text, hidden)
                 (step, answer), seconds = await self._scheduler.run(client, max(CALL_TOKENS, shape[1]), work)
-                held(text.size_bytes)
-                self._status.generated(run, client, seconds)
+                count(seconds, text.size_bytes)
                 for reply in _replies(answer, step, seconds):
                     yield reply
 
@@ -128,6 +132,16 @@ class Texts:
         if seen + shape[1] > most_tokens:
             raise WireError(f"the text was to have {most_tokens} tokens at most, it has {seen + shape[1]}")
         return shape
+
+
+@contextmanager
+def _memory_returned() -> Iterator[None]:
+    """Give the allocator's free memory back to the system a moment after the context, when the text's is among it."""
+    try:
+        yield
+    finally:
+        loop = asyncio.get_running_loop()
+        loop.call_later(_SOON_S, loop.run_in_executor, None, trim)
 
 
 def _answer(run: ServedRun, text: HostedText, hidden: Any) -> Any:
