@@ -281,9 +281,10 @@ def _classes(file: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_bytes())
         _check_content(content, _Classes, file)
-        if not content["labels"] and "confusion" not in content:
+        labels, confusion = content["labels"], content.get("confusion", [])
+        if not labels and not confusion:
             return None
-        if any(len(row) != len(content["labels"]) for row in ((c := content.get("confusion", [])), *c)):
+        if any(len(row) != len(labels) for row in (confusion, *confusion)):
             raise ValueError("the confusion matrix has not a row and a column for each label")
     except FolderError:
         raise
