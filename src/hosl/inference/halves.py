@@ -1,14 +1,16 @@
 """Two halves on PyTorch that go on with a text: the calls of each, and both together in one process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from hosl.inference.answering import NextToken
 from hosl.inference.decoding import Candidates, most_probable
-from hosl.split import ClientHalf, ServerHalf, TrunkHalf
+from hosl.parties.remote.torch_wire import from_wire, to_wire
+from hosl.split import ClientHalf, HeadHalf, ServerHalf, TrunkHalf
 from hosl.split.caches import HalfCache
+from hosl.wire.tensors import WireArray
 
 
 def hidden_states(half: ClientHalf, ids: Sequence[int], cache: HalfCache) -> torch.Tensor:
@@ -55,6 +57,25 @@ class TwoHalves:
             return best_of(at_the_end(self._server, hidden, caches[1]), candidates)
 
         yield next_token
+
+
+class TorchDeviceHalf:
+    """The half of a device that generates with a server's, with its head where the labels stay here."""
+
+    def __init__(self, half: ClientHalf, head: HeadHalf | None = None) -> None:
+        self._half, self._head = half, head
+
+    def new_text(self) -> Callable[[Sequence[int]], WireArray]:
+        """See `hosl.inference.remote.DeviceHalf`."""
+        cache = self._half.new_cache()
+        return lambda ids: to_wire(hidden_states(self._half, ids, cache))
+
+    def candidates(self, state: WireArray, count: int) -> Candidates:
+        """See `hosl.inference.remote.DeviceHalf`."""
+        assert self._head is not None, "a half without a head is answered with candidates"
+        weight = next(self._head.parameters())
+        with torch.no_grad():
+            return best_of(self._head.logits(from_wire(state).to(weight.device, weight.dtype)), count)
 
 
 def _all_ones(cache: HalfCache, new: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,12 @@ class ServeOptions:
     """Calls of one client per second, on average."""
     idle_s: float = 60.0
     """Seconds without a sign of life before a call is dropped."""
+    cache_limit_bytes: int = 256 << 20
+    """Keys and values that the texts of one client may take, when they are generated."""
+    cache_total_bytes: int = 1 << 30
+    """Keys and values of all clients."""
+    texts_at_once: int = 4
+    """Texts that are generated at once; 0: none."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
     """Is called with each line for the person who starts the server."""
 
@@ -127,7 +133,11 @@ async def _serve(
     from hosl.service.status import Status
 
     access, scheduler, status = Access(options.service), Scheduler(), Status()
-    limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
+    limits = Limits(
+        tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
+        cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
+        texts_at_once=options.texts_at_once,
+    )  # fmt: skip
     sessions = Sessions(
         options.service, _opener(options, facts), status.damaged, revoked=access.revoked,
         runs_at_once=options.runs_at_once, away_s=options.away_s,
@@ -290,8 +300,19 @@ def _announce(
         names = ", ".join(client["name"] for client in access.names() if not client["revoked"])
         options.say(f"enrolled clients: {names or 'none'}; `hosl clients add NAME` prints a new join line")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
+    options.say(_generation(options))
     options.say(
         f"serving {options.half} on {address_of(host, port)}" + (f"; live page on {page.url}" if page else "")
+    )
+
+
+def _generation(options: ServeOptions) -> str:
+    """The line about what may be generated."""
+    if not options.texts_at_once:
+        return "nothing is generated (--texts-at-once 0)"
+    return (
+        f"generation: {options.texts_at_once} texts at once, with caches of up to {options.cache_limit_bytes >> 20:,} "
+        f"MiB a client and {options.cache_total_bytes >> 20:,} MiB in all"
     )
 
 

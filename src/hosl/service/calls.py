@@ -20,6 +20,7 @@ from hosl.service.runs import ServedRun
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
 from hosl.service.status import Status
+from hosl.service.texts import Texts
 from hosl.transport.channel import SERVICE
 from hosl.transport.status import ERROR_KEY, code_of
 from hosl.wire import hosl_pb2 as pb
@@ -46,6 +47,7 @@ class Calls:
         self._access, self._sessions, self._scheduler = access, sessions, scheduler
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
+        self._texts = Texts(sessions, scheduler, status, limits)
         self._closing: dict[Round, asyncio.Task[None]] = {}
         """The task that closes each open round; no call's own, so that it outlives the client that began it."""
         self.round_closed = asyncio.Condition()
@@ -56,6 +58,7 @@ class Calls:
             "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
             "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
             "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states, "Leave": Calls._leave,
+            "Generate": Calls._generate,
         }  # fmt: skip
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -189,6 +192,10 @@ class Calls:
         for tensor in packed:
             for chunk in tensor.chunks():
                 yield pb.StatesReply(chunk=chunk)
+
+    async def _generate(self, client: str, incoming: Incoming) -> AsyncIterator[pb.GenerateReply]:
+        async for reply in self._texts.generate(client, incoming):
+            yield reply
 
     # ---- calls that change the server, once per (client, step) ----
 

@@ -36,6 +36,11 @@ class Status:
         self._loss = Gauge("hosl_loss_nats", "Last training loss", ["run"], registry=self.registry)
         self._queue = Gauge("hosl_queue", "Pieces of work that wait", registry=self.registry)
         self._running = Gauge("hosl_calls_running", "Calls under way", registry=self.registry)
+        self._texts = Gauge("hosl_texts_running", "Texts being generated", registry=self.registry)
+        self._cache = Gauge("hosl_cache_bytes", "Bytes of their keys and values", registry=self.registry)
+        self._generated = Counter(
+            "hosl_generated_tokens", "Tokens answered in texts", ["run", "client"], registry=self.registry
+        )
         self._log = log or _to_stderr
         self._lock = threading.Lock()
         self._clients: dict[str, dict[str, Any]] = {}
@@ -59,6 +64,30 @@ class Status:
             facts["last_seen"] = time.time()
         with self._running.track_inprogress():
             yield
+
+    @contextmanager
+    def text(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Count one text that is generated; the function that it gives is told the bytes of the text's cache."""
+        held_bytes = 0
+
+        def hold(size_bytes: int) -> None:
+            nonlocal held_bytes
+            change, held_bytes = size_bytes - held_bytes, size_bytes
+            self._cache.inc(change)
+            with self._lock:
+                facts = self._clients[client]
+                facts["cache_bytes"] = facts.get("cache_bytes", 0) + change
+
+        with self._texts.track_inprogress():
+            try:
+                yield hold
+            finally:
+                hold(0)
+
+    def generated(self, run: ServedRun, client: str, seconds: float) -> None:
+        """Count a token of a text, which took `seconds` of compute."""
+        self._generated.labels(run.shown, client).inc()
+        self._seconds.labels(run.shown).inc(seconds)
 
     def transferred(self, client: str, *, up: int, down: int) -> None:
         """Count the message bytes of a client's call since the last count."""
@@ -142,13 +171,18 @@ class Status:
                 for name, facts in self._runs.items()
             }
             clients = {name: dict(facts) for name, facts in self._clients.items()}
-        queue_lengths = [sample.value for metric in self._queue.collect() for sample in metric.samples]
+        queue, texts, cache_bytes = (
+            next(sample.value for metric in gauge.collect() for sample in metric.samples)
+            for gauge in (self._queue, self._texts, self._cache)
+        )
         return {
             "started": self.started,
             "now": time.time(),
             "runs": runs,
             "clients": clients,
-            "queue": queue_lengths[0],
+            "queue": queue,
+            "texts": texts,
+            "cache_bytes": cache_bytes,
         }
 
 

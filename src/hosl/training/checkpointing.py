@@ -10,6 +10,7 @@ from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
+from hosl.split import HeadHalf
 from hosl.system.checkpoint import Checkpoint
 
 
@@ -84,6 +85,16 @@ def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
     _restore_weights_(server.trained, checkpoint.tensors["client/head"])
     if server.optimiser is not None:
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["client/head-optimiser"])
+
+
+def restore_head_weights_(head: HeadHalf, checkpoint: Checkpoint) -> None:
+    """Bring a head that is only used to a checkpoint; what it shares with the client half is the client's part.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+    """
+    trained = checkpoint.tensors["client/head"]
+    _restore_weights_({name: p for name, p in head.named_parameters() if name in trained}, trained)
 
 
 def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer, *, optimiser: bool = True) -> None:

@@ -522,3 +522,63 @@ class LeaveRequest(_message.Message):
 class LeaveReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("ask", "hidden", "chunk")
+    ASK_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ask: AskGenerate
+    hidden: Tensor
+    chunk: bytes
+    def __init__(self, ask: _Optional[_Union[AskGenerate, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class AskGenerate(_message.Message):
+    __slots__ = ("protocol", "model", "run", "base", "most_tokens", "candidates", "version")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    model: Model
+    run: str
+    base: bool
+    most_tokens: int
+    candidates: int
+    version: str
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., run: _Optional[str] = ..., base: _Optional[bool] = ..., most_tokens: _Optional[int] = ..., candidates: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class GenerateReply(_message.Message):
+    __slots__ = ("ready", "next", "chunk")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ready: GenerateReady
+    next: Next
+    chunk: bytes
+    def __init__(self, ready: _Optional[_Union[GenerateReady, _Mapping]] = ..., next: _Optional[_Union[Next, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class GenerateReady(_message.Message):
+    __slots__ = ("run", "step")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    step: int
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class Next(_message.Message):
+    __slots__ = ("step", "server_s", "tokens", "logits", "tensor")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SERVER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    server_s: float
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    logits: _containers.RepeatedScalarFieldContainer[float]
+    tensor: Tensor
+    def __init__(self, step: _Optional[int] = ..., server_s: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...

@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import Parser, answer, command_parser
+from hosl.cli.answers import Parser, add_connection, answer, command_parser, connection
 from hosl.cli.run_argument import BEST_HELP, named_run
 from hosl.errors import ConfigError
 
@@ -22,25 +23,35 @@ def run(arguments: list[str]) -> int:
         FailureError: if weights are damaged.
     """
     parser = command_parser("generate", "What a tuned model says to prompts, token by token.")
-    parser.add_argument("model", help="a run's folder or its CONFIG.yaml, or a model's folder or name")
+    parser.add_argument(
+        "model",
+        help="a run's folder or its CONFIG.yaml, or a model's folder or name; with --to: OUT/client of `hosl split` or "
+        "a run of `hosl join`",
+    )
     _add_prompts(parser)
     _add_choice(parser)
     parser.add_argument("--before", action="store_true", help="also what the model said before the run")
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
+    add_connection(parser, required=False)
+    parser.add_argument(
+        "--run",
+        default="",
+        metavar="NAME",
+        help="with --to: a run on the server; default: this half's newest",
+    )
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
     wanted = _wanted(options)  # an impossible one is refused before anything is loaded
 
     from hosl.inference.text_model import TextModel
-    from hosl.split import transformers_tokenizer
     from hosl.tasks import TextTokenizer
 
-    models = _models(options)
+    models, read = _models_across(options) if options.to else _models_here(options)
     columns: dict[str, list[Any]] = {}
     for when, opened in models.items():
         with opened() as ready:
             _say(f"{when}: {ready.says}")
-            tokenizer = TextTokenizer.load(ready.folder, transformers_tokenizer)
+            tokenizer = TextTokenizer.load(ready.folder, read)
             speaker = TextModel(ready.model, tokenizer, ready.folder, wanted, _say)
             columns[when] = [
                 _shown(speaker, number, prompt, many=len(prompts) > 1, silent=options.json)
@@ -57,17 +68,38 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _models(options: argparse.Namespace) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
-    """The models that are asked for, by when they spoke; each is loaded when it is opened."""
+_Models = dict[str, Callable[[], AbstractContextManager[Any]]]
+"""Models by when they spoke; each is loaded when it is opened."""
+
+
+def _models_across(options: argparse.Namespace) -> tuple[_Models, None]:
+    """The models across the split that are asked for; a half's tokenizer.json is read as it is."""
+    if options.best:
+        raise ConfigError("--best is for a run whose both halves are here; leave it out, or --to")
+    line, proof = connection(options)
+
+    from hosl.network.generate import SplitUse, split_model_for_use
+
+    use = SplitUse(path=Path(options.model), line=line, proof=proof, run=options.run)
+    models: _Models = {"now": lambda: split_model_for_use(use, _say)}
+    if options.before:
+        models["before"] = lambda: split_model_for_use(replace(use, base=True), _say)
+    return models, None
+
+
+def _models_here(options: argparse.Namespace) -> tuple[_Models, Callable[[Path], Any]]:
+    """The models of this machine that are asked for, and how their tokenizer is read."""
+    if options.run:
+        raise ConfigError("--run names a run on a server; give --to too, or leave it out")
+
     from hosl.inference.local import model_before, ready_model
+    from hosl.split import transformers_tokenizer
 
     name = str(named_run(options.model)) if Path(options.model).exists() else options.model
-    models: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "now": lambda: nullcontext(ready_model(name, best=options.best))
-    }
+    models: _Models = {"now": lambda: nullcontext(ready_model(name, best=options.best))}
     if options.before:
         models["before"] = lambda: nullcontext(model_before(name))
-    return models
+    return models, transformers_tokenizer
 
 
 def _add_prompts(parser: Parser) -> None:
