@@ -269,3 +269,13 @@ def test_the_papers_tasks_are_encoded_as_ever(hosl_data, name):
     reader = TextTokenizer.load(hosl_data / "data/tokenizers/opt")
     task = load_task(PromptsConfig(name=name, folder=str(hosl_data / "data/tasks")), reader, seed=0)
     assert task_digest(task)[:12] == GOLDEN[name]
+
+
+def test_the_order_of_options_tells_two_configs_apart(tmp_path):
+    config, other = (
+        own(tmp_path, options=dict(pairs)) for pairs in (OPTIONS.items(), [*OPTIONS.items()][::-1])
+    )
+    assert config != other
+    assert hash(config) != hash(other)
+    assert config == own(tmp_path)
+    assert hash(config) == hash(own(tmp_path))
