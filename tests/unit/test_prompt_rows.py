@@ -10,7 +10,6 @@ import pytest
 import tokenizers
 
 from hosl.config.files import dump_config, parse_config
-from hosl.config.schema import Config
 from hosl.errors import ConfigError, TaskError
 from hosl.tasks import PromptsConfig, TextTokenizer, load_task, task_digest
 
@@ -123,13 +122,14 @@ def test_dev_and_test_files_and_numbers_of_rows_are_as_asked(tmp_path):
 
 def test_a_config_is_read_back_as_it_was_written(tmp_path):
     config = parse_config({"task": msgspec.to_builtins(own(tmp_path))}, where="here")
-    assert (config.task.train_rows, config.task.dev_rows) == (None, None)  # auto, of own files
+    task: Any = config.task
+    assert (task.train_rows, task.dev_rows) == (None, None)  # auto, of own files
     import yaml
 
     again = parse_config(yaml.safe_load(dump_config(config)), where="there")
     assert again == config
-    assert [*again.task.options] == [*OPTIONS]
-    of_folder = Config(task=PromptsConfig(name="CB", folder="x")).task
+    assert [*msgspec.to_builtins(again.task)["options"]] == [*OPTIONS]
+    of_folder = PromptsConfig(name="CB", folder="x")
     assert (of_folder.train_rows, of_folder.dev_rows) == (1000, 500)
 
 
@@ -269,3 +269,13 @@ def test_the_papers_tasks_are_encoded_as_ever(hosl_data, name):
     reader = TextTokenizer.load(hosl_data / "data/tokenizers/opt")
     task = load_task(PromptsConfig(name=name, folder=str(hosl_data / "data/tasks")), reader, seed=0)
     assert task_digest(task)[:12] == GOLDEN[name]
+
+
+def test_the_order_of_options_tells_two_configs_apart(tmp_path):
+    config, other = (
+        own(tmp_path, options=dict(pairs)) for pairs in (OPTIONS.items(), [*OPTIONS.items()][::-1])
+    )
+    assert config != other
+    assert hash(config) != hash(other)
+    assert config == own(tmp_path)
+    assert hash(config) == hash(own(tmp_path))

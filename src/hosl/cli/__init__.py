@@ -19,6 +19,7 @@ _COMMANDS = {
     "train": "fine-tune a split model: hosl train CONFIG.yaml [--a.b value] | --resume RUN",
     "eval": "accuracy of a run's newest weights: hosl eval RUN [--split dev|test]",
     "generate": "what a tuned model says: hosl generate RUN --prompt TEXT [--before]",
+    "predict": "labels of new rows: hosl predict RUN ROWS -o OUT.jsonl",
     "export": "one Hugging Face checkpoint from a run: hosl export RUN OUT",
     "split": "cut a checkpoint into two folders: hosl split MODEL --cut K OUT",
     "serve": "train a server half with the devices that join: hosl serve OUT/server --listen HOST:PORT",
@@ -31,7 +32,7 @@ _COMMANDS = {
     "runs": "what the server holds: hosl runs ls | drop NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
-_ROOMS = {"generate": "use."}
+_ROOMS = {"generate": "use.", "predict": "use."}
 """The room of a command's module below this one, where it has one."""
 _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",

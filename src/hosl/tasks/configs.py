@@ -54,6 +54,16 @@ class FilesConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="file
             raise ConfigError(f"task.labels needs two classes or more, got {len(self.labels)}")
 
 
+class _Options(dict[str, str]):
+    """Options in their order, which counts when two configs are compared; hashable, as settings are. Never changed."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and list(self.items()) == list(other.items())
+
+
 class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="prompts"):
     """Prompts made of your own columns, whose options a language model scores; or one of the paper's six tasks."""
 
@@ -132,7 +142,7 @@ class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="pr
         empty = [key for key, text in named.items() if not text or not key.strip()]
         if empty:
             raise ConfigError(f"task.options: `{empty[0]}` is empty, or its continuation is; write some text")
-        msgspec.structs.force_setattr(self, "options", named)
+        msgspec.structs.force_setattr(self, "options", _Options(named))
 
     def rows_of(self, part: Literal["train", "dev", "test"]) -> int | None:
         """The number of rows of a part; None: all."""
