@@ -7,14 +7,17 @@ from typing import Any
 import transformers
 
 from hosl.errors import ConfigError, ModelError, SplitError
-from hosl.split.families import known_types
+from hosl.split.families import FAMILIES, known_types
 from hosl.system.readable import one_line
 
 _MOST_BLOCKS = 1000
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def read_config(path: Path, name: str) -> Any:
-    """The config of a model folder, or of a config.json. No code of the folder is executed.
+    """The config of a model folder, or of a config.json; that of its text model, where it reads more than text.
+
+    No code of the folder is executed.
 
     Raises:
         ModelError: if the folder has none, or the weights are quantised.
@@ -37,8 +40,9 @@ def read_config(path: Path, name: str) -> Any:
             f"{file} has no model_type, so nobody can tell what model it is of; known: {known_types()}"
         )
     _refuse_quantised(content, name)
-    for key, value in content.items():
-        if key in ("num_hidden_layers", "n_layer", "n_layers") and not _counts_blocks(value):
+    inner = content.get("text_config")
+    for key, value in [*content.items(), *(inner.items() if isinstance(inner, dict) else ())]:
+        if key in _BLOCK_COUNTS and not _counts_blocks(value):
             raise ConfigError(f"{file}: {key} must lie in 1..{_MOST_BLOCKS}, got {value!r}")
     if content["model_type"] not in transformers.CONFIG_MAPPING:
         raise SplitError(
@@ -46,10 +50,24 @@ def read_config(path: Path, name: str) -> Any:
             f"{transformers.__version__}, and code of a model folder is never executed; hosl can cut {known_types()}"
         )
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return _of_text(transformers.AutoConfig.from_pretrained(path, trust_remote_code=False), content)
     except Exception as cause:  # a config's checks may raise any error about its values
         reason = one_line(f"{type(cause).__name__}: {cause}")
         raise ConfigError(f"{file} is no config that transformers takes: {reason}") from cause
+
+
+def _of_text(config: Any, content: dict[str, Any]) -> Any:
+    """The config of the text model inside one that hosl has no row for; else the config itself."""
+    text = config.get_text_config(decoder=True)
+    known = {model_type for model_type, _ in FAMILIES}
+    if text is config or config.model_type in known or text.model_type not in known:
+        return config
+    if "tie_word_embeddings" in content:
+        text.tie_word_embeddings = content["tie_word_embeddings"]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if content.get(key) is not None:
+            setattr(text, key, content[key])
+    return text
 
 
 def _refuse_quantised(content: dict[str, Any], name: str) -> None:

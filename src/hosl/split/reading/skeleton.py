@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from hosl.errors import ConfigError, SplitError
-from hosl.split.families import Family, Head, family_of, known_types
+from hosl.split.families import Family, Head, known_types
+from hosl.split.structure import family_for
 from hosl.system.readable import one_line
 
 
@@ -34,7 +35,7 @@ def skeleton(config: Any, head: Head, dtype: torch.dtype = torch.float32) -> tup
             f"no model can be built from the config of this {config.model_type}: {reason}; it must have what "
             f"transformers' own config of {config.model_type!r} has"
         ) from cause
-    return model, family_of(config, type(model).__name__)
+    return model, family_for(model)
 
 
 def fill_(model: Any, tensors: dict[str, torch.Tensor]) -> None:
