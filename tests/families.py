@@ -114,3 +114,10 @@ LAST_TOKEN_CLASSIFIERS = {
 }
 
 MORE_MODELS = LANGUAGE_MODELS | ENCODERS | LAST_TOKEN_CLASSIFIERS
+
+UNUSUAL = (
+    "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "gpt_bigcode", "gpt_bigcode-heads", "granite", "falcon",
+    "falcon-multi-query", "falcon-alibi", "bloom", "mpt", "gptj", "gpt_neo", "electra", "modernbert", "deberta-v2",
+    "opt (class)",
+)  # fmt: skip
+"""Those whose blocks take or return something that no other family's do: the parties' engine is tried on them."""

@@ -29,6 +29,10 @@ class Half:
         for name in family.shared:
             if (module := submodule(model, name)) is not None:
                 module.requires_grad_(False)
+        for block in model.get_submodule(family.blocks):
+            for name in family.alone:
+                if not isinstance(block, PassThrough):
+                    block.get_submodule(name).one_evaluation_at_a_time = True
         self.eval()
 
     @property
@@ -66,17 +70,17 @@ class Half:
         """The layers of a block whose outputs are added to the residual stream, by their names within the block.
 
         Raises:
-            SplitError: if they are not known: the architecture has no row in `hosl.split.families`.
+            SplitError: if they are not known, as where the architecture has no row in `hosl.split.families`.
         """
         if not self._family.output_projections:
-            raise _unknown(self.family, "layers of a block write to the residual stream")
+            raise _unknown(self.family, "the layers of a block that write to the residual stream")
         return self._family.output_projections
 
     @property
     def query(self) -> str:
         """The layer of a block that computes the queries, by its name within the block; errors as above."""
         if self._family.query is None:
-            raise _unknown(self.family, "layer of a block computes the queries")
+            raise _unknown(self.family, "a layer of a block that computes the tokens' queries alone")
         return self._family.query
 
     @property
@@ -294,8 +298,8 @@ def _replace_(model: Any, name: str, value: nn.Module | float | None) -> None:
 
 def _unknown(family: str, what: str) -> SplitError:
     return SplitError(
-        f"{family} was cut by its structure, so that hosl does not know which {what}; choose a method that moves all "
-        "weights, such as hosl, or write the family's row in hosl/split/families"
+        f"this method moves {what}, which hosl does not know of {family}; choose one that moves all weights, such as "
+        "hosl or hosl-gradient"
     )
 
 

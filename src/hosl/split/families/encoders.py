@@ -61,9 +61,10 @@ ENCODERS = (
         client_only={"deberta.embeddings": "inputs_embeds"},
         server_only={"pooler": "identity", "classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
-        query="attention.self.query_proj",
+        query=None,  # attention.self.query_proj also turns distances into queries, for all tokens at once
         blocks_return_tuples=True,
         needs_a_block=True,
+        alone=("attention.self",),
         shared=("deberta.encoder.rel_embeddings", "deberta.encoder.LayerNorm"),
         cannot={"deberta.encoder.conv": "a convolution after block 0 reads the embeddings again"},
     ),

@@ -32,7 +32,7 @@ class Family:
     """The layers of a block whose outputs are added to the residual stream: attention's and the feed-forward's last.
     Without the latter where experts compute it. Empty: not known, so that no method can train by them."""
     query: str | None = None
-    """The layer of a block that computes the queries; None: not known."""
+    """The layer of a block that computes the tokens' queries and nothing else; None: none is known."""
     query_place: QueryPlace = "all"
     positions_from_mask: bool = False
     """Whether the forward pass counts padding as positions, which are absolute: it is told them by the mask instead."""
@@ -44,6 +44,9 @@ class Family:
     """Whether the class is read off each row's last token, found by the mask: a decoder as a classifier."""
     shared: tuple[str, ...] = ()
     """The modules outside the blocks that every block reads: each half has them, and neither trains them."""
+    alone: tuple[str, ...] = ()
+    """The modules of a block whose layers also read what has no rows, such as a table of distances: probes call them
+    for one evaluation at a time."""
     guessed: bool = False
     """Whether this is no row: `hosl.split.structure` found it out."""
     cannot: dict[str, str] = field(default_factory=dict)
