@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from hosl.config import Config, dump_config, with_absolute_paths
@@ -20,7 +21,6 @@ from hosl.system.checkpoint import drop_checkpoints_after, keep_newest
 from hosl.system.machine import machine, process_bytes, versions
 from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock, new_folder, read_record, write_record
-from hosl.tasks import label_note, model_labels
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_halves, load_run, new_session, run_config, say
 from hosl.training.loop import carry_on
@@ -45,10 +45,6 @@ def start(config: Config) -> dict[str, Any]:
     session = new_session(config)  # before a folder is made: it may refuse the config
     for note in session.facts["notes"]:
         say(f"model {config.model.name}: {note}")
-    if session.task.head == "classification" and (
-        note := label_note(session.task.labels, model_labels(session.tokenizer_folder))
-    ):
-        say(note)
     config = session.config  # with its steps counted
     run = new_folder(Path(config.output_dir), dump_config(config), say)
     with RunLock(run):
@@ -97,6 +93,7 @@ def _record(session: LocalSession) -> dict[str, Any]:
     return {
         "versions": versions(),
         "machine": machine() | {"threads": torch.get_num_threads()},
+        "config": msgspec.to_builtins(session.config),
         **session.facts,
     }
 
