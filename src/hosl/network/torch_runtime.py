@@ -7,6 +7,7 @@ from hosl.config import Config
 from hosl.methods.torch_parties import (
     DTYPES,
     check_device,
+    head_elements,
     make_client,
     make_head,
     party_bytes,
@@ -19,11 +20,13 @@ from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.parties.servers.headed import HeadedServer
 from hosl.planner.budget import check_before_data, check_before_run
 from hosl.split import ClientHalf, load_half, load_head
+from hosl.split.reading.half_json import half_facts
 from hosl.split.reading.tensors import tensors_digest
 from hosl.training.checkpointing import put_client, put_head, restore_client_, restore_head_
 
 __all__ = [
-    "check_before_data", "check_before_run", "check_device", "from_wire", "memory_meter", "open_client", "open_head",
+    "check_before_data", "check_before_run", "check_device", "from_wire", "head_elements",
+    "memory_meter", "open_client", "open_head",
     "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip
@@ -39,7 +42,7 @@ def open_client(config: Config, folder: Path) -> FrozenClient:
 def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
     """The head at its base weights, for a client whose labels stay; rounds call it in place of the server."""
     half = load_head(folder, client.half, DTYPES[config.model.dtype])
-    return make_head(config, half, client.half, trunk)
+    return make_head(config, half, client.half, trunk, half_facts(folder, "client").get("new_weights", ()))
 
 
 def trained_digest(client: Any) -> str:
@@ -47,6 +50,6 @@ def trained_digest(client: Any) -> str:
     return tensors_digest({name: p.detach() for name, p in client.trained.items()})
 
 
-def memory_meter(client: Any) -> TorchMemory | CudaMemory:
-    """A meter of the memory of this client's calls."""
-    return memory_of(client, party_bytes(client))
+def memory_meter(client: Any, head: Any = None) -> TorchMemory | CudaMemory:
+    """A meter of the memory of this client's calls; `head`: what is on the device of the head, if it is there."""
+    return memory_of(client, party_bytes(client, head))

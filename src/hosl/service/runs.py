@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.core.journal import Journal
-from hosl.core.targets import PositionTargets, Targets, weight_of
+from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
+from hosl.service.turn import Turn
 from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
@@ -43,6 +44,8 @@ class ServedRun:
     """The number of updates of the server half."""
     last_loss: float | None = None
     """The loss of the newest step, nats; None where the labels stay with the client."""
+    turn: Turn = field(default_factory=Turn)
+    """Is held from the states of a step to its update, where each step of several clients is applied as it comes."""
     round: Round | None = None
     """The round that collects contributions; None under the sequential schedule."""
     _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -66,6 +69,11 @@ class ServedRun:
     def alone(self) -> bool:
         """Whether one client trains this run, so that both sides can go back together."""
         return self.training.clients <= 1
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether no update may fall between the two parts of a client's step."""
+        return self.round is None and not self.alone
 
     @property
     def finished(self) -> bool:
@@ -254,7 +262,7 @@ class ServedRun:
         )
 
     def states_for_step(
-        self, client: str, step: int, activations: WireArray, positions: PositionTargets
+        self, client: str, step: int, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
         """The states of a step whose labels stay with the client, and the function that updates from their gradient."""
         cached = self._replies.get(client)
@@ -264,13 +272,21 @@ class ServedRun:
                 client, step, lambda: cached[1]
             )
         self.check_now(client, step)
-        states, finish = self.half.states_for_step(activations, positions)
-        self._states[client] = states
+        in_round, weight = self.round is not None, weight_of(positions)
+        begin = self.half.states_for_part if in_round else self.half.states_for_step
+        self._states[client], finish = begin(activations, positions)
 
         def update(gradient: WireArray, want_gradient: bool) -> Stepped:
-            return self._once(client, step, lambda: finish(gradient, self.server_step + 1, want_gradient))
+            def work() -> Stepped:
+                if not in_round:
+                    return finish(gradient, self.server_step + 1, want_gradient)
+                reply = finish(gradient, weight, want_gradient)
+                self._weights[client] = (step, weight)
+                return reply
 
-        return states, update
+            return self._once(client, step, work, is_update=not in_round)
+
+        return self._states[client], update
 
     def descend(self, client: str, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """Make a client's zeroth-order update of the server half, once."""

@@ -26,15 +26,16 @@ class TrunkHalf(Half):
         Args:
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64.
-            positions: [positions], int64; 0 for a classification head.
+            positions: [positions], int64, of every row, 0 for a classification head; or [rows, seq], bool, of each row
+                its own.
 
         Returns:
-            [rows, positions, width].
+            [rows, positions, width]; of each row its own: [1, scored, width], row by row.
         """
         base = getattr(self.model, self.model.base_model_prefix)
         options = {} if self._family.head == "classification" else {"use_cache": False}
         states = base(inputs_embeds=hidden, attention_mask=attention_mask, **options).last_hidden_state
-        return states[:, positions]
+        return states[positions][None] if positions.dtype == torch.bool else states[:, positions]
 
 
 class HeadHalf(ServerHalf):
@@ -90,6 +91,15 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
         TrunkHalf(pieces[1], family, cut),
         HeadHalf(pieces[2], family, cut),
     )
+
+
+def joined_server_half(trunk: TrunkHalf, head: HeadHalf) -> ServerHalf:
+    """The ordinary server half of a trunk and a head, as merging and export want it; it shares their tensors."""
+    model = deepcopy(head.model, {id(p): p for p in head.model.parameters()})
+    model.set_submodule(trunk.blocks_name, trunk.model.get_submodule(trunk.blocks_name))
+    half = ServerHalf(model, head._family, trunk.cut)
+    half.config = head.config  # as it is written: that of `model` is of the calls
+    return half
 
 
 def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:
