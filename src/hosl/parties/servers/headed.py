@@ -162,4 +162,5 @@ class HeadedServer:
 
     def _logits_of_scored(self, states: torch.Tensor) -> torch.Tensor:
         """The logits [1, scored, vocabulary]; a row for each, as a mask of all in one row would be their square."""
-        return self.head.logits(states.to(self.device).transpose(0, 1)).transpose(0, 1)
+        alone = states.to(self.device)[0].unsqueeze(1)  # no transposed view: its product is made row by row
+        return self.head.logits(alone).transpose(0, 1)
