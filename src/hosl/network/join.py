@@ -46,6 +46,7 @@ from hosl.system.run_folder import (
     write_record,
 )
 from hosl.tasks import Task, TextTokenizer, labels_digest, load_task, model_labels, task_digest
+from hosl.training.crossing import what_crosses
 from hosl.training.loop import carry_on
 from hosl.training.summary import files_summary
 from hosl.training.trackers import check_trackers, feed_trackers
@@ -165,6 +166,12 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
             f"wire.labels is {config.wire.labels}, but {options.half} was split for labels at the "
             f"{facts.get('labels', 'server')}; split again with --labels-at {config.wire.labels}, or change the config"
         )
+    if config.wire.labels == "client" and config.clients.halves == "shared" and facts.get("new_weights"):
+        raise HandshakeError(
+            "clients.halves: shared leaves the head as the model has it where the labels stay with the client, but "
+            f"{facts['new_weights'][0]} of {options.half} is new and was drawn at random; use wire.labels: server, "
+            "clients.halves: personal, or a model whose head was trained"
+        )
 
 
 def _check_served(config: Config) -> None:
@@ -218,6 +225,7 @@ def _joined(
         "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
         "task": {"name": task.name, "digest": task_digest(task)},
         "cut": facts["cut"],
+        "crosses": what_crosses(config, task),
     }
     try:
         start = channel.for_ever(remote.hello, say)
@@ -229,6 +237,8 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
+    if config.wire.labels == "client":
+        session.facts["trained_parameters"]["head"] = runtime.head_elements(session.server)
     record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
     write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)

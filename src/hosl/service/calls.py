@@ -6,6 +6,7 @@ reply messages. Errors become status codes in one place (`_served`).
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import grpc
@@ -220,18 +221,21 @@ class Calls:
         arrays, positions = await self._activations(
             incoming, session, [request.activations], request.positions
         )
-        (states, update), forward_s = await self._compute(
-            session, arrays, lambda: session.run.states_for_step(client, step, arrays[0], positions)
-        )
-        packed = pack(states, "none")
-        yield pb.StepStatesReply(states=packed.header)
-        for chunk in packed.chunks():
-            yield pb.StepStatesReply(chunk=chunk)
-        gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
-        await incoming.end()
-        stepped, backward_s = await self._compute(
-            session, arrays, lambda: update(gradient, request.want_gradient)
-        )
+        run = session.run
+        in_turn = run.turn.taken(run.training.grace_s) if run.takes_turns else nullcontext()
+        async with in_turn:  # not over the reply, which may be read slowly
+            (states, update), forward_s = await self._compute(
+                session, arrays, lambda: run.states_for_step(client, step, arrays[0], positions)
+            )
+            packed = pack(states, "none")
+            yield pb.StepStatesReply(states=packed.header)
+            for chunk in packed.chunks():
+                yield pb.StepStatesReply(chunk=chunk)
+            gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
+            await incoming.end()
+            stepped, backward_s = await self._compute(
+                session, arrays, lambda: update(gradient, request.want_gradient)
+            )
         self._status.stepped(session.run, client, forward_s + backward_s)
         for reply in _step_replies(stepped, forward_s + backward_s):
             yield (

@@ -69,10 +69,10 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     return snapshot_step
 
 
-def put_head(checkpoint: Checkpoint, server: HeadedServer) -> None:
-    """Add the head's part to a client's checkpoint."""
+def put_head(checkpoint: Checkpoint, server: HeadedServer, *, optimiser: bool = True) -> None:
+    """Add the head's part to a client's checkpoint, the state of its optimiser if `optimiser`."""
     checkpoint.tensors["client/head"] = dict(server.trained)
-    if server.optimiser is not None:
+    if optimiser and server.optimiser is not None:
         checkpoint.tensors["client/head-optimiser"] = _optimiser_tensors(server.optimiser, server.trained)
 
 
@@ -84,7 +84,8 @@ def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
     """
     _restore_weights_(server.trained, checkpoint.tensors["client/head"])
     if server.optimiser is not None:
-        _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors["client/head-optimiser"])
+        tensors = checkpoint.tensors.get("client/head-optimiser", {})
+        _restore_optimiser_(server.optimiser, server.trained, tensors)
 
 
 def restore_head_weights_(head: HeadHalf, checkpoint: Checkpoint) -> None:

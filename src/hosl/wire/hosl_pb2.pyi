@@ -380,12 +380,14 @@ class Options(_message.Message):
     def __init__(self, span: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., by_token: _Optional[bool] = ...) -> None: ...
 
 class Positions(_message.Message):
-    __slots__ = ("mask", "positions")
+    __slots__ = ("mask", "positions", "scored")
     MASK_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     mask: Mask
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, mask: _Optional[_Union[Mask, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    scored: Mask
+    def __init__(self, mask: _Optional[_Union[Mask, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., scored: _Optional[_Union[Mask, _Mapping]] = ...) -> None: ...
 
 class LossesReply(_message.Message):
     __slots__ = ("losses", "server_s")

@@ -14,7 +14,7 @@ import numpy as np
 
 from hosl.core.array_types import Float
 from hosl.core.estimators import LARGEST_NUMBER
-from hosl.core.targets import Activations, ClassTargets, Pair, PositionTargets, StepReply, Targets
+from hosl.core.targets import Activations, AskedPositions, ClassTargets, Pair, StepReply, Targets
 from hosl.errors import CheckpointError, NonFiniteError, SessionError, StepMoved, WireError
 from hosl.parties.metered import Meter, payload_bytes
 from hosl.parties.remote.compression_watch import WatchesCompression
@@ -427,7 +427,7 @@ class RemoteServer(Packing):
     def _where(self, step: int) -> pb.Where:
         return pb.Where(session=self._session, step=step)
 
-    def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
+    def _count_up(self, packed: list[Packed], targets: Targets | AskedPositions) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
     def _count_down(self, call: str, server_s: float, payload: Any) -> None:
