@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 
 from hosl.cli import main
+from tests.integration.forked import Forked
 
 HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -49,9 +51,7 @@ class Server:
         ]
         self.service = service
         self.log = open(service.with_suffix(".log"), "ab")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=ENVIRONMENT
-        )
+        self.process = Forked(command, env=ENVIRONMENT, stderr=self.log)
         self.said, self.line = [], None
         while True:
             text = self.process.stdout.readline()
@@ -99,12 +99,13 @@ def enrol(service, name, capsys):
     return line.partition(": ")[2]
 
 
-def join(half, line, config, *words):
-    """`hosl join` in a process of its own."""
+def join(half, line, config, *words, start=Forked):
+    """`hosl join` in a process of its own; `start=anew`: one that holds nothing else, for tests of its memory."""
     command = [*HOSL, "join", str(half), "--to", line, "--config", str(config), "--json", *map(str, words)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    return start(command, env=ENVIRONMENT)
+
+
+anew = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process, wait_s=240):

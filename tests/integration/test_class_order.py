@@ -61,7 +61,7 @@ def test_a_fine_tuned_head_keeps_its_accuracy_before_the_first_step(tiny_run, tm
     session = new_session(load_config(config))
     assert [label.casefold() for label in session.task.labels] == [name.casefold() for name in names]
     scored = evaluate(
-        session.client, session.server_to_call(under_meter=False), session.task,
+        session.client, session.server_to_call(in_round=False), session.task,
         [*session.task.train, *session.task.dev, *session.task.test], rows_per_batch=64,
     )  # fmt: skip
     assert scored.accuracy == 1.0
@@ -106,10 +106,15 @@ def test_a_head_for_other_classes_is_said_before_the_run(tiny_run, tmp_path, cap
         label2id={"NEG": 0, "POS": 1},
         ignore_mismatched_sizes=True,
     ).save_pretrained(folder)
+    said = "`colour` is its `NEG`, `other` is its `POS`; task.labels sets the order"
+    capsys.readouterr()
     assert main(["train", str(config)]) == 0
-    assert (
-        "`colour` is its `NEG`, `other` is its `POS`; task.labels sets the order" in capsys.readouterr().err
-    )
+    assert capsys.readouterr().err.count(said) == 1
+    halves = split(folder, tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service") as server:
+        out, err = join(halves / "client", server.line, config, "--output-dir", tmp_path / "a").communicate()
+    assert json.loads(out.splitlines()[-1])["finished"]
+    assert err.count(said) == 1
 
 
 def test_two_devices_with_different_classes_do_not_train_one_head(tiny_run, tmp_path, capsys):

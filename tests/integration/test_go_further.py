@@ -195,6 +195,48 @@ def test_the_best_weights_on_dev_are_kept_on_request(tiny_run, tmp_path, capsys,
     assert json.loads(capsys.readouterr().out)["step"] == expected
 
 
+@pytest.mark.parametrize("way", ["whole", "emptied", "without evaluations"])
+def test_the_best_weights_are_those_of_the_whole_run_though_its_metrics_were_lost(
+    tiny_run, tmp_path, capsys, monkeypatch, power_failure, way
+):
+    from hosl.training import loop
+
+    given, scored = iter((0.5, 0.9, 0.75, 0.25)), loop.evaluate
+
+    def evaluated(client, server, task, examples, **how):
+        found = scored(client, server, task, examples, **how)
+        return found if examples is task.test else replace(found, accuracy=next(given))
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    run = tmp_path / "run"
+    with power_failure(LocalSession, 8):
+        assert main(["train", str(tiny_run(eval_steps=3, save_steps=7, save_best=True))]) == 1
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    left = {
+        "whole": lines,
+        "emptied": [],
+        "without evaluations": [line for line in lines if b"dev" not in line],
+    }
+    (run / "metrics.jsonl").write_bytes(b"".join(left[way]))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert [p.name for p in (run / "best").iterdir()] == ["step-00000006"]
+    assert "are not known" not in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_that_kept_no_best_evaluation_says_that_it_is_not_known(
+    tiny_run, tmp_path, capsys, power_failure
+):
+    run = tmp_path / "run"
+    with power_failure(
+        LocalSession, 8
+    ):  # without save_best its checkpoint says as little as one of that version
+        assert main(["train", str(tiny_run(eval_steps=3, save_steps=7))]) == 1
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("best: false", "best: true"))
+    (run / "metrics.jsonl").write_bytes(b"")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "save_best: evaluations up to step 7 are not known" in capsys.readouterr().err
+
+
 def test_a_run_without_best_weights_says_so(tiny_run, tmp_path, capsys):
     assert main(["train", str(tiny_run(max_steps=2))]) == 0
     assert main(["eval", str(tmp_path / "run"), "--best"]) == 2

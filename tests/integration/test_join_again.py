@@ -8,6 +8,7 @@ import yaml
 
 from hosl.cli import main
 from hosl.config import parse_config
+from hosl.errors import ConfigError
 from hosl.network.join import _joined_run
 from hosl.network.joined_session import JoinedSession
 from tests.integration.network import Server, split
@@ -50,7 +51,8 @@ def test_a_joined_run_is_known_by_its_content_and_stays_finished(
     first = json.loads(capsys.readouterr().out)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert json.loads((folder / "record.json").read_text())["run_id"] == run_id
-    steps = [json.loads(line)["step"] for line in (folder / "timings.jsonl").read_text().splitlines()]
+    timed = map(json.loads, (folder / "timings.jsonl").read_text().splitlines())
+    steps = [line["step"] for line in timed if "split" not in line]
     assert steps == [1, 2, 3, 4, 5, 6]
 
     server.stop()  # a finished run needs none
@@ -59,6 +61,20 @@ def test_a_joined_run_is_known_by_its_content_and_stays_finished(
     assert "is finished" in err
     assert json.loads(out) == first
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+    whole = (folder / "metrics.jsonl").read_bytes()
+    for lost in (b"", None):
+        (folder / "metrics.jsonl").unlink() if lost is None else (folder / "metrics.jsonl").write_bytes(lost)
+        assert main(words) == 0  # the steps by the checkpoint, the scores by evaluation.json
+        out, err = capsys.readouterr()
+        assert "metrics.jsonl has lost its lines" in err
+        left, known = (
+            json.loads(out),
+            ("steps", "client_digest", "test_accuracy", "test_f1_macro", "test_loss_nats"),
+        )
+        assert {key: left[key] for key in known} == {key: first[key] for key in known}
+        assert left["train_loss_nats"] is None
+    (folder / "metrics.jsonl").write_bytes(whole)
 
     for command in (["eval", str(folder)], ["export", str(folder), str(tmp_path / "out")],
                     ["train", "--resume", str(folder)]):  # fmt: skip
@@ -115,3 +131,21 @@ def test_a_run_named_like_a_second_one_is_not_taken_for_it(tmp_path):
     assert again == mine._replace(under_way=True)
     assert third.folder.name == "my-3"
     assert said == [f"output_dir {tmp_path / 'my'} is taken; this run is {tmp_path / 'my-3'}"]
+
+
+@pytest.mark.parametrize("at", ["client:\n  trainable: blocks\n", "max_steps: 6\n", ""])
+def test_a_joined_run_whose_config_was_cut_is_named_and_no_second_run_begins(tmp_path, at):
+    def joined(**settings):
+        config = parse_config({"output_dir": str(tmp_path / "my"), "max_steps": 6} | settings, where="test")
+        return _joined_run(config, print)
+
+    settings = {"client": {"learning_rate": 0.5}, "eval_steps": 2}
+    run = joined(**settings)
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text[: text.index(at) + len(at)])
+    with pytest.raises(ConfigError, match=r"config .*my/config\.yaml (lacks .*: it was cut|is empty)"):
+        joined(**settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["my"]
+    assert not joined(**settings, seed=1).under_way  # another run, as before
+    (run.folder / "config.yaml").write_text(text)
+    assert joined(**settings) == run._replace(under_way=True)

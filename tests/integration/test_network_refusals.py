@@ -260,7 +260,7 @@ def test_tls_1_2_is_refused(secured):
 
 
 def test_plaintext_to_a_tls_server_is_no_connection(secured):
-    with pytest.raises(LinkError, match="no hosl server answers"):
+    with pytest.raises(AccessError, match="speaks TLS: leave --plaintext out"):
         Channel(JoinLine.parse(secured.line), patience=Patience(connect_s=2.0), proof=Proof(plaintext=True))
 
 
@@ -311,7 +311,7 @@ def test_a_server_with_our_own_certificate_wants_clients_with_theirs(halves, tmp
         Channel(line, patience=patience, proof=Proof(authority=authority[0], identity=identity)).close()
         with pytest.raises(LinkError, match="which certificates either side wants"):
             Channel(line, patience=patience, proof=Proof(authority=authority[0]))
-        with pytest.raises(LinkError, match="no hosl server answers"):
+        with pytest.raises(AccessError, match="no authority known here vouches"):
             Channel(line, patience=patience, proof=Proof(identity=identity))
 
 

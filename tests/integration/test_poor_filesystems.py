@@ -2,13 +2,16 @@
 
 import errno
 import fcntl
+import json
 import os
 import stat
+import threading
 
 import pytest
 
 from hosl.cli import main
 from hosl.errors import CheckpointError, FolderError
+from hosl.service.access import Access
 from hosl.system.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hosl.system.run_folder import RunLock
 
@@ -72,6 +75,41 @@ def test_a_disk_that_fails_is_still_an_error_with_its_cause(tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
         write_checkpoint(tmp_path, Checkpoint(step=1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_clients_are_added_and_revoked_where_there_are_no_locks(tmp_path, monkeypatch, capsys, number):
+    _without("locks", number, monkeypatch)
+    address = {"address": "server.example:7070", "fingerprint": "F" * 43}
+    (tmp_path / "address.json").write_text(json.dumps(address))
+    for words in (["add", "phone"], ["add", "tablet"], ["revoke", "phone"]):
+        assert main(["clients", *words, "--service", str(tmp_path)]) == 0
+        assert f"on a filesystem without locks ({os.strerror(number)})" in capsys.readouterr().err
+    assert {client["name"]: client["revoked"] for client in Access(tmp_path).names()} == {
+        "phone": True, "tablet": False
+    }  # fmt: skip
+
+
+def test_a_lock_of_the_clients_waits_for_another_process_and_that_of_a_run_does_not(tmp_path):
+    access, order = Access(tmp_path), []
+
+    def enrol():
+        access.enrol("phone")
+        order.append("enrolled")
+
+    with RunLock(tmp_path), RunLock(tmp_path, file=".clients.lock"):
+        thread = threading.Thread(target=enrol)
+        thread.start()
+        thread.join(0.3)
+        order.append("released")
+    thread.join(10)
+    assert order == ["released", "enrolled"]
+
+
+def test_a_service_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / ".clients.lock").mkdir()  # root may write anywhere, but not to a folder
+    assert main(["clients", "revoke", "phone", "--service", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written: {os.strerror(errno.EISDIR)}" in capsys.readouterr().err
 
 
 def test_a_lock_that_another_process_holds_is_told_from_a_folder_that_cannot_be_written(

@@ -118,8 +118,16 @@ class Service:
         """End a session."""
         await self.call("_leave", client, pb.LeaveRequest(where=pb.Where(session=session)))
 
-    async def journal(self, client, session, step, scales=(0.5,), seeds=None, examples=2, have=0):
-        """Hand in an update; returns the last reply."""
+    async def journal(self, client, session, step, *update, **more):
+        """Hand in an update, in rounds after the step of which it is the update; returns the last reply."""
+        run = self.sessions.runs["run"]
+        open_ = run.round and run.steps.get(client, 0) < step <= run.round.number <= run.training.max_steps
+        if open_ and run._rows.get(client, (0, 0))[0] != step:
+            await self.step(client, session, step)
+        return await self.hand_in(client, session, step, *update, **more)
+
+    async def hand_in(self, client, session, step, scales=(0.5,), seeds=None, examples=2, have=0):
+        """Hand in an update, and nothing else; returns the last reply."""
         seeds = range(1, len(scales) + 1) if seeds is None else seeds
         request = pb.JournalRequest(
             where=pb.Where(session=session, step=step),

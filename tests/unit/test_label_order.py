@@ -12,9 +12,9 @@ from hosl.errors import HandshakeError
 from hosl.network.handshake import training_message
 from hosl.service.hosted_half import HostedHalf
 from hosl.service.runs import ServedRun
-from hosl.tasks import Example, label_note, labels_digest, model_labels
+from hosl.tasks import Example, labels_digest, model_labels
 from hosl.tasks.classification import ClassificationTask
-from hosl.tasks.label_order import in_model_order
+from hosl.tasks.label_order import in_model_order, label_note
 from hosl.wire import hosl_pb2 as pb
 
 
@@ -70,6 +70,27 @@ def test_a_head_that_was_trained_for_other_classes_is_said_to_be_so():
         "`NEGATIVE`; task.labels sets the order"
     )
     assert label_note(["bad", "good"], ["a", "b", "c"]) == label_note(["a", "b"], ["A", "B"]) == ""
+
+
+@pytest.mark.parametrize("reorder", [True, False])
+@pytest.mark.parametrize(
+    ("data", "model", "said"),
+    [
+        (["bad", "good"], ["POSITIVE", "NEGATIVE"], "`bad` is its `POSITIVE`, `good` is its `NEGATIVE`"),
+        (["bad", "good", "so so"], ["POSITIVE", "NEGATIVE"], ""),
+        (["bad", "good"], [], ""),
+    ],
+)
+def test_a_head_for_other_classes_is_one_of_the_notes_of_its_task(data, model, said, reorder):
+    notes = in_model_order(_task(data), model, reorder=reorder).notes
+    assert len(notes) == bool(said)
+    assert all("trained for other classes" in note and said in note for note in notes)
+
+
+def test_classes_that_task_labels_sets_in_another_order_are_said_to_be_so():
+    (note,) = in_model_order(_task(["no", "yes"]), ["yes", "no"], reorder=False).notes
+    assert "`no` is its `yes`, `yes` is its `no`; task.labels sets the order" in note
+    assert not in_model_order(_task(["no", "yes"]), ["yes", "no"]).notes
 
 
 def _run(digest):

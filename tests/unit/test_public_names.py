@@ -33,7 +33,8 @@ def test_a_misspelt_public_name_is_an_error_to_a_type_checker(tmp_path):
     assert "adam" in errors[1]
     revealed = [d["message"] for d in found if d["severity"] == "information"]
     assert [re.search(r'is "(.*)"$', text, re.DOTALL)[1] for text in revealed] == [
-        "(run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False) -> LocalSession",
+        "(run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False, "
+        "weights_only: bool = False) -> LocalSession",
         "OptimiserSpec",
     ]
 
@@ -70,11 +71,14 @@ NEED_TORCH = {
     "bench step": [], "bench memory": [], "bench plan": [], "bench link": [], "study": ["STUDY"],
     "join": ["HALF", "--to", LINE, "--config", "CONFIG"],
 }  # fmt: skip
+HALF = {"format": 1, "side": "client", "family": "bert", "head": "classification", "cut": 2} | dict.fromkeys(
+    ("base_digest", "digest", "client_digest", "server_digest"), ""
+)
 
 
 def test_every_verb_that_needs_torch_says_so_in_one_line_where_there_is_none(tmp_path):
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "half.json").write_text('{"side": "client", "client_digest": "", "cut": 2}')
+    (tmp_path / "half" / "half.json").write_text(json.dumps(HALF))
     (tmp_path / "config.yaml").write_text("max_steps: 1\n")
     names = {"CONFIG": tmp_path / "config.yaml", "HALF": tmp_path / "half", "RUN": tmp_path / "run"}
     names |= {"OUT": tmp_path / "out", "STUDY": ROOT / "examples" / "studies" / "quick.yaml"}

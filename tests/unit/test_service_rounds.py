@@ -25,6 +25,7 @@ def test_a_round_closes_though_a_part_came_between_the_timers_end_and_the_close(
     async def run():
         service = Service(tmp_path)
         sessions = await _greeted(service, "abc")
+        await service.step("b", sessions["b"], 1)
         first = asyncio.create_task(service.journal("a", sessions["a"], 1))
         await asyncio.sleep(0.1)
         busy, gate = _busy(service)

@@ -35,6 +35,12 @@ _EXTRAS = {
     "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve",
 }  # fmt: skip
 """Module -> the extra of this package that brings it."""
+_TOKEN = re.compile(
+    r"[\w-]{43}\.[\w-]{43}|(?<!fingerprint )(?<![\w-])(?=[\w-]*[A-Z])(?=[\w-]*[a-z])[\w-]{43}(?![\w-])"
+)
+"""A token and a fingerprint without their join line, or a token alone."""
+_BEHIND_ADDRESS = re.compile(r"(hosl://[^\s#]*#)(?!token\.fingerprint)\S*[^\s;,.:]", re.IGNORECASE)
+"""All of a join line that may be the token, or a part of it."""
 _AT_HOME = re.compile(r"^((?:--[\w.-]+=)?@?)(~[^/]*)(?=/|$)")
 """A path at home where a shell leaves the ~ as it is: --service=~/runs, @~/line."""
 
@@ -119,8 +125,4 @@ def _refuse(message: str, status: int = 2) -> int:
 
 def _one_line(message: str) -> str:
     """A message for a terminal or a log, in one line; what may be the token of a join line is left out."""
-    return re.sub(
-        r"(hosl://[^\s#]*#)(?!token\.fingerprint)\S+|[\w-]{43}\.[\w-]{43}",
-        r"\1...",
-        " ".join(message.split()),
-    )
+    return _BEHIND_ADDRESS.sub(r"\1...", _TOKEN.sub("...", " ".join(message.split())))

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hosl.errors import ConfigError
@@ -27,6 +28,46 @@ def command_parser(command: str, description: str, *, as_json: bool = True) -> P
     if as_json:
         parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
+
+
+def options_and_settings(
+    parser: Parser, arguments: list[str], first: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and the settings --a.b value among its arguments, which the parser does not know.
+
+    `first` is the argument that stands before the settings. It may stand behind them: argparse alone would take the
+    value of the first setting for it.
+
+    Raises:
+        ConfigError: if it is missing, and cannot be told from the values of settings.
+    """
+    _, unknown = parser.parse_known_args(arguments)
+    own, runs = list[str](), list[list[str]]()
+    of_setting = False
+    for word in arguments:
+        if word.startswith("--"):
+            of_setting = word in unknown
+            if of_setting:
+                runs.append([])
+        (runs[-1] if of_setting else own).append(word)
+        of_setting = of_setting and not (word.startswith("--") and "=" in word)
+    try:
+        missing = getattr(parser.parse_known_args(own)[0], first) is None
+    except ConfigError:
+        missing = True
+    behind = [run for run in runs if _is_yaml(run[-1]) or (len(run) > 2 and Path(run[-1]).exists())]
+    if missing and len(behind) == 1:
+        own.insert(0, behind[0].pop())
+    try:
+        options, rest = parser.parse_known_args(own)
+    except ConfigError as error:
+        form = f"; settings stand behind it: `{parser.prog} {first.upper()} --a.b value`"
+        raise ConfigError(f"{error}{form if runs else ''}") from None
+    return options, [*rest, *(word for run in runs for word in run)]
+
+
+def _is_yaml(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) and not word.startswith("--")
 
 
 def answer(result: dict[str, Any], *, as_json: bool) -> None:

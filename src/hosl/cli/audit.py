@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import answer, command_parser, options_and_settings
 from hosl.cli.train import overridden
 from hosl.config import load_config
 from hosl.errors import ModelError
@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("half", help="OUT/client of `hosl split`")
     parser.add_argument("--config", required=True, help="a YAML file, as for `hosl join`")
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = options_and_settings(parser, arguments, "half")
     config = overridden(load_config(options.config), overrides)
 
     from hosl.network.audit import audit

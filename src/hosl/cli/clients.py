@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
         parser.error("ls takes no name, add and revoke take one")
 
     from hosl.service.access import Access
-    from hosl.transport.join_line import JoinLine
+    from hosl.transport.join_line import JoinLine, check_public
 
     access = Access(folder)
     if options.act == "ls":
@@ -44,7 +44,8 @@ def run(arguments: list[str]) -> int:
         raise FolderError(f"{folder} has no address.json yet: start `hosl serve` once, then add clients")
     server = json.loads((folder / "address.json").read_text(encoding="utf-8"))
     host, _, port = server["address"].rpartition(":")
-    JoinLine(host, int(port), "t" * 43, server["fingerprint"]).check()  # before the token is made
-    line = JoinLine(host, int(port), access.enrol(options.name), server["fingerprint"])
+    address = host.strip("[]"), int(port)
+    check_public(*address)  # before the token is made
+    line = JoinLine(*address, access.enrol(options.name), server["fingerprint"])
     answer({"name": options.name, "join_line": str(line)}, as_json=options.json)
     return 0

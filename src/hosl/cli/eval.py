@@ -25,10 +25,10 @@ def run(arguments: list[str]) -> int:
     from hosl.training.local_session import load_run
 
     run_folder = named_run(options.run)
-    session = load_run(run_folder, best=options.best)
+    session = load_run(run_folder, best=options.best, weights_only=True)
     examples = session.task.test if options.split == "test" else session.task.dev
     evaluation = evaluate(
-        session.client, session.server_to_call(under_meter=False), session.task, examples,
+        session.client, session.server_to_call(in_round=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     result = {"run": str(run_folder), "step": session.step, "split": options.split, **evaluation.numbers()}

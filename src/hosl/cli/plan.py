@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from hosl.cli.answers import Parser, answer, command_parser
+from hosl.cli.answers import Parser, answer, command_parser, options_and_settings
 from hosl.cli.train import overridden
 from hosl.errors import ConfigError
 
@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if an argument is impossible, or the model cannot be planned.
     """
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = options_and_settings(_parser(), arguments, "what")
 
     from hosl.system.byte_sizes import parse_bytes
     from hosl.transport.link import LinkSpec, parse_duration, parse_rate

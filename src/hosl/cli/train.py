@@ -8,7 +8,7 @@ from typing import get_args
 
 import msgspec
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import answer, command_parser, options_and_settings
 from hosl.cli.run_argument import RUN_HELP, named_run
 from hosl.config import Config, load_config
 from hosl.config.files import number_as_yaml
@@ -40,14 +40,16 @@ def run(arguments: list[str]) -> int:
         "--max-steps", metavar="N", help="with --resume: train a finished run further, to step N"
     )
     if {"-h", "--help"} & set(arguments):
-        asked, _ = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
+        words = [word for word in arguments if word not in ("-h", "--help")]
+        asked, _ = options_and_settings(parser, words, "config")
         parser.print_help()
         _print_settings(load_config(asked.config) if asked.config else Config())
         return 0
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = options_and_settings(parser, arguments, "config")
     steps = [] if options.max_steps is None else ["--max-steps", options.max_steps]
     if options.config is None and options.resume is None:
-        raise ConfigError("hosl train: give either a CONFIG.yaml or --resume RUN")
+        form = "; settings stand behind it: `hosl train CONFIG.yaml --a.b value`" if overrides else ""
+        raise ConfigError(f"hosl train: give either a CONFIG.yaml or --resume RUN{form}")
     if options.resume is not None and (overrides or options.config is not None):
         rest = " ".join([*overrides, options.config or ""]).rstrip()
         raise ConfigError(

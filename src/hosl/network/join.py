@@ -10,12 +10,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from os.path import expanduser, expandvars
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from hosl.config import Config, dump_config, load_config, with_absolute_paths
+from hosl.config import (
+    Config,
+    ModelConfig,
+    dump_config,
+    load_begun_config,
+    load_config,
+    parse_config,
+    with_absolute_paths,
+)
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
 from hosl.network.handshake import model_message, training_message
@@ -24,6 +33,7 @@ from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
+from hosl.split.reading.model_folder import checkpoint_digest
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
@@ -35,7 +45,7 @@ from hosl.system.run_folder import (
     same_name_folders,
     write_record,
 )
-from hosl.tasks import Task, TextTokenizer, label_note, labels_digest, load_task, model_labels, task_digest
+from hosl.tasks import Task, TextTokenizer, labels_digest, load_task, model_labels, task_digest
 from hosl.training.loop import carry_on
 from hosl.training.summary import files_summary
 from hosl.training.trackers import check_trackers, feed_trackers
@@ -79,20 +89,22 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     return_freed_memory()
     facts = half_facts(options.half, "client")
     runtime: Any = import_module("hosl.network.torch_runtime")
+    _check_model(config, options, facts, say)
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
-    names = model_labels(options.half)
-    task = load_task(config.task, TextTokenizer.load(options.half), seed=config.seed, model_labels=names)
-    if task.head == "classification" and (note := label_note(task.labels, names)):
-        say(note)
+    tokenizer, names = TextTokenizer.load(options.half), model_labels(options.half)
+    task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
     config = with_steps(config, task)
     _check_fit(config, options, facts, task)
     runtime.check_before_run(as_split, str(options.half), task, alone=True)
     run = _joined_run(config, say)
     if run.finished:
         say(f"{run.folder} is finished; choose another output_dir for a new run")
-        return files_summary(config, run.folder, finished=True)
+        summary = files_summary(config, run.folder, finished=True)
+        if summary["train_loss_nats"] is None:
+            say(f"{run.folder}/metrics.jsonl has lost its lines: losses and bytes of the steps are not known")
+        return summary
     with RunLock(run.folder):
         try:
             session, metrics_bytes = _joined(config, options, facts, task, run, say)
@@ -110,11 +122,43 @@ def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=facts["cut"]))
 
 
+def _check_model(
+    config: Config, options: JoinOptions, facts: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Refuse a config for another model or cut than the half's. Defaults are nobody's choice, so they are not compared.
+
+    A name is compared by the digest of its weights, where it is a folder of this device.
+    """
+    name, cut, default = config.model.name, config.model.cut, ModelConfig()
+    if cut not in (facts["cut"], default.cut):
+        raise HandshakeError(
+            f"model.cut is {cut}, but {options.half} was cut at {facts['cut']}; split again with --cut {cut}, or set "
+            f"model.cut: {facts['cut']}"
+        )
+    if cut != facts["cut"]:
+        say(f"{options.half} was cut at {facts['cut']}; model.cut is not read")
+    folder = Path(expanduser(expandvars(name)))
+    if name == default.name or not folder.is_dir() or (folder / "half.json").is_file():
+        return
+    digest = checkpoint_digest(folder, name)
+    if digest != facts["base_digest"]:
+        raise HandshakeError(
+            f"model.name is {name}, whose weights have the digest {digest[:12]}, but {options.half} is of a "
+            f"{facts['family']} with {facts['base_digest'][:12]}; split the model again, or change model.name"
+        )
+
+
 def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> None:
     if task.head != facts["head"]:
         raise HandshakeError(
             f"task {task.name} needs a {task.head} head, the half in {options.half} was split with a {facts['head']} "
             f"one; split again with --head {task.head}"
+        )
+    classes = facts.get("classes", len(task.labels))
+    if task.head == "classification" and classes != len(task.labels):
+        raise HandshakeError(
+            f"task {task.name} has {len(task.labels)} classes, the half in {options.half} was split for {classes}; "
+            f"split again with --labels {len(task.labels)}"
         )
     if facts.get("labels", "server") != config.wire.labels:
         raise HandshakeError(
@@ -185,9 +229,8 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
-    write_record(
-        run.folder, {"run_id": run.identity, "versions": versions(), "machine": machine(), **session.facts}
-    )
+    record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
+    write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 
@@ -205,10 +248,14 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
 
     Raises:
         FolderError: if its record.json is damaged.
+        ConfigError: if its config.yaml is, or is not the one that it was begun with.
     """
     wanted, found = Path(config.output_dir), []
     for folder in same_name_folders(wanted):
-        if _settings(folder) != _identity(config) or not (folder / "record.json").is_file():
+        if not (folder / "record.json").is_file():
+            continue
+        if _settings(folder) != _identity(config):
+            _check_not_damaged(folder, config)
             continue
         record = read_record(folder)
         if record is None:
@@ -226,7 +273,7 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
     name = allowed.strip("._-")[:40] or "run"
     # several clients find each other by the name; the run of a single client must not meet another run of its name
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
-    write_record(folder, {"run_id": identity})
+    write_record(folder, {"run_id": identity, "config": msgspec.to_builtins(config)})
     return _JoinedRun(folder, identity, under_way=False, finished=False)
 
 
@@ -236,6 +283,17 @@ def _settings(folder: Path) -> Config | None:
         return _identity(load_config(folder / "config.yaml", warn=False))
     except ConfigError:
         return None
+
+
+def _check_not_damaged(folder: Path, config: Config) -> None:
+    """Refuse a damaged config.yaml of a run that was begun with `config`: another run would begin beside it."""
+    record = read_record(folder) or {}
+    try:
+        kept = parse_config(record.get("config"), where=f"{folder}/record.json", warn=False)
+    except ConfigError:  # none is kept, or one of another version
+        return
+    if "run_id" in record and _identity(kept) == _identity(config):
+        load_begun_config(folder / "config.yaml", record, warn=False)
 
 
 def _identity(config: Config) -> Config:

@@ -47,11 +47,18 @@ class JoinedSession(Session[ClientSide, ServerSide]):
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
     _wire_bytes: tuple[int, int] = (0, 0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.meters.server = self.remote.meter
+
+    def server_to_call(self, *, in_round: bool) -> ServerSide:
+        """The server, which counts by itself what is sent to it."""
+        return self.server
+
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method; the server's costs are those that it reports."""
         if self.remote.restarted:  # noticed between two rounds: its journal may be another one
             raise StepMoved(self.step)
-        self.meters.server = self.remote.meter
         client = metered(self.client, self.meters.client)
         clients = self.config.clients
         own = clients.count > 1 and clients.directions == "own"

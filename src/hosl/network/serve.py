@@ -16,7 +16,7 @@ from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.reading.half_json import half_facts
 from hosl.system.run_folder import RunLock
-from hosl.transport.join_line import JoinLine
+from hosl.transport.join_line import JoinLine, address_of, check_public
 from hosl.wire import hosl_pb2 as pb
 
 _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256-GCM-SHA384"}
@@ -90,9 +90,7 @@ def serve(options: ServeOptions) -> None:
     for flag, address in (("--listen", options.listen), ("--page", options.page)):
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
-    _public_line(
-        options, port or 1, "t" * 43, None
-    )  # a line that no device could use is refused before anything is made
+    check_public(*_public(options, port or 1))  # refused before anything is made
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
@@ -131,16 +129,15 @@ async def _serve(
     access, scheduler, status = Access(options.service), Scheduler(), Status()
     limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
     sessions = Sessions(
-        options.service, _opener(options, facts), status.damaged, runs_at_once=options.runs_at_once,
-        away_s=options.away_s,
+        options.service, _opener(options, facts), status.damaged, revoked=access.revoked,
+        runs_at_once=options.runs_at_once, away_s=options.away_s,
     )  # fmt: skip
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
     status.watch_queue(lambda: scheduler.queue)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = _bind(server, address, credentials, options)
+        bound = _bind(server, address_of(host, port), credentials, options)
     except RuntimeError as cause:
         raise ConfigError(f"{options.listen} cannot be listened on: {cause}; is the port taken?") from cause
     ended = asyncio.Event()
@@ -281,25 +278,27 @@ def _announce(
     options: ServeOptions, access: Any, host: str, port: int, credentials: _Credentials | None, page: Any
 ) -> None:
     fingerprint = credentials.fingerprint if credentials else None
-    public = _public_line(options, port, "t" * 43, fingerprint)
+    public = _public(options, port)
     facts = {
-        "address": f"{public.host}:{public.port}", "fingerprint": fingerprint, "plaintext": credentials is None,
+        "address": address_of(*public), "fingerprint": fingerprint, "plaintext": credentials is None,
     }  # fmt: skip
     (options.service / "address.json").write_text(json.dumps(facts), encoding="utf-8")
     if not access.names():
-        line = _public_line(options, port, access.enrol("first"), fingerprint)
+        line = JoinLine(*public, access.enrol("first"), fingerprint)
         options.say(f"join line of client `first` (shown once; whoever has it is this client):\n{line}")
     else:
         names = ", ".join(client["name"] for client in access.names() if not client["revoked"])
         options.say(f"enrolled clients: {names or 'none'}; `hosl clients add NAME` prints a new join line")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
-    options.say(f"serving {options.half} on {host}:{port}" + (f"; live page on {page.url}" if page else ""))
+    options.say(
+        f"serving {options.half} on {address_of(host, port)}" + (f"; live page on {page.url}" if page else "")
+    )
 
 
-def _public_line(options: ServeOptions, port: int, token: str, fingerprint: str | None) -> JoinLine:
-    """The join line of a token, at the public address; `port` is the one that is listened on."""
+def _public(options: ServeOptions, port: int) -> tuple[str, int]:
+    """The host and the port that join lines name; `port` is the one that is listened on."""
     host, public_port = parse_address(options.public or options.listen)
-    return JoinLine(host, public_port if options.public else port, token, fingerprint).check()
+    return host, public_port if options.public else port
 
 
 def _read(path: Path) -> bytes:

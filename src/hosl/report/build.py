@@ -125,7 +125,8 @@ def _run_page(run: Run, planner: Planner | None) -> str:
         evaluations=tables.evaluations([group]), classes=tables.classes(run),
         commands=[("", command) for command in text.again(run)],
         settings=tables.changed_settings(run), versions=tables.versions([run]),
-        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), record=json.dumps(run.record, indent=2),
+        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        record=json.dumps({name: fact for name, fact in run.record.items() if name != "config"}, indent=2),
     )  # fmt: skip
 
 

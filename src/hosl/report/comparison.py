@@ -47,6 +47,9 @@ class Costs:
     bytes_down: float | int
     step_s: float | None
     """Median step."""
+    eval_bytes_up: float = 0.0
+    """Bytes of a run's evaluations, mean over runs, as `eval_bytes_down`; 0: not known."""
+    eval_bytes_down: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Group:
         costs = Costs(
             max(peaks, default=None), self._bytes_per_step("up"), self._bytes_per_step("down"),
             median(line["step_s"] for line in self.timings) if self.timings else None,
+            *(self._eval_bytes(direction) for direction in ("up", "down")),
         )  # fmt: skip
         details = ({"cut": (f"{self.cut}", "")} if self.label != self.way else {}) | {"seeds": seeds}
         return Arm(self.label, self.way, self.method, self.runs[0].settings, values, costs, details)
@@ -73,7 +74,12 @@ class Group:
     @property
     def dev_loss(self) -> float:
         """Mean over its finished runs of the last dev loss."""
-        return float(np.mean([run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]))
+        losses = [run.dev[-1]["loss_nats"] for run in self.finished.values() if run.dev]
+        return float(np.mean(losses or [np.inf]))
+
+    def _eval_bytes(self, direction: str) -> float:
+        evaluations = [line for run in self.runs for line in (*run.dev, *([run.test] if run.test else []))]
+        return sum(line.get(f"eval_bytes_{direction}", 0) for line in evaluations) / len(self.runs)
 
     def _bytes_per_step(self, direction: str) -> float:
         counts = [step[f"bytes_{direction}"] for run in self.runs for step in run.steps]

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-import yaml
 
-from hosl.config import Config, load_config
+from hosl.config import Config, flat, load_begun_config, read_yaml
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
-from hosl.system.run_folder import EVALUATION, read_lines, read_record
+from hosl.system.checkpoint import checkpoint_steps
+from hosl.system.run_folder import EVALUATION, TIMINGS, read_lines, read_record
 
 CHOSEN_RUNS = "runs.csv"
 """File of a finished study that says which of its runs have the rates that were chosen."""
@@ -27,6 +27,50 @@ _OWN = ("seed", "output_dir", "report_to")
 """Settings in which the runs of one group may differ."""
 _TEST_ROWS = ("max_tokens", "train_rows", "dev_rows")
 """Settings of a task that leave the test rows as they are."""
+
+
+class _Model(msgspec.Struct):
+    source: str
+    digest: str
+    family: str
+
+
+class _Task(msgspec.Struct):
+    name: str
+    digest: str = ""
+
+
+class _Machine(msgspec.Struct, frozen=True):
+    cores: int = 0
+    threads: int = 0
+
+
+class _Record(msgspec.Struct):
+    """What a page wants from record.json."""
+
+    model: _Model
+    task: _Task
+    cut: int
+    versions: dict[str, Any]
+    machine: _Machine = _Machine()
+    trained_parameters: dict[str, int] = {}
+
+
+class _Classes(msgspec.Struct):
+    """The content of evaluation.json."""
+
+    labels: list[str]
+    confusion: list[list[Annotated[int, msgspec.Meta(ge=0)]]]
+
+
+class _Settings(msgspec.Struct):
+    """What a page wants from a config of another version."""
+
+    method: str
+    seed: int
+    max_steps: int
+    per_device_train_batch_size: int
+    task: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -125,25 +169,32 @@ def read_run(folder: Path) -> Run:
         FolderError: if it is no run's folder, or its run has not begun.
     """
     missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing and {"config.yaml", "record.json"} <= {*_FILES} - {*missing}:
+        raise FolderError(
+            f"{folder} is a run's folder that lacks {', '.join(missing)}: wait for the run's first step, or put back "
+            f"what was lost (an empty {TIMINGS} makes a page without times and memory)"
+        )
     if missing:
         raise FolderError(
             f"{folder} is no run's folder: it {_content(folder, missing)}; a report wants folders that `hosl train` or "
             "`hosl join` made, or one of `hosl study`"
         )
-    try:
-        record = read_record(folder)
-        metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / "timings.jsonl")
-        config, parsed = _config(folder / "config.yaml")
-        kept = folder / EVALUATION
-        classes = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
-    except (ValueError, yaml.YAMLError) as cause:
-        raise FolderError(f"{folder}: its files cannot be read: {cause}") from cause
+    record, kept = read_record(folder), folder / EVALUATION
     if record is None:
         raise FolderError(
             f"{folder}/record.json cannot be read; put it back, or let `hosl train --resume {folder}` write it anew"
         )
-    if not isinstance(config, dict) or not {"model", "task", "cut"} <= record.keys():
+    if not {"model", "task", "cut"} & record.keys():
         raise FolderError(f"{folder}: its run has not begun yet; wait for its first step")
+    _check_content(record, _Record, folder / "record.json")
+    config, parsed = _config(folder / "config.yaml", record)
+    metrics, timings = read_lines(folder / "metrics.jsonl"), _timings(folder / TIMINGS)
+    if not metrics and (steps := checkpoint_steps(folder / "checkpoints")):
+        raise FolderError(
+            f"{folder}/metrics.jsonl has no line, but the run has a checkpoint of step {steps[-1]}: lines were lost; "
+            f"put the file back (`hosl eval {folder}` scores the weights without it)"
+        )
+    classes = _classes(kept) if kept.is_file() else None
     return Run(
         folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
         dev=[line for line in metrics if line.get("split") == "dev"],
@@ -200,14 +251,6 @@ def is_study(folder: Path) -> bool:
     return (folder / "runs").is_dir() and not (folder / "metrics.jsonl").is_file()
 
 
-def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted path -> value."""
-    paths: dict[str, Any] = {}
-    for name, value in config.items():
-        paths |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return paths
-
-
 def seed_draws_rows(task: Mapping[str, Any]) -> bool:
     """Whether the seed chooses the rows of train or dev: then the task's digest is another for every seed."""
     return task.get("kind") not in ("docstrings", "files") or task.get("train_rows") is not None
@@ -226,19 +269,47 @@ def setting_text(value: Any) -> str:
     )
 
 
+def _check_content(content: object, kind: type, file: Path) -> None:
+    try:
+        msgspec.convert(content, kind)
+    except msgspec.ValidationError as cause:
+        raise FolderError(f"{file} is damaged: {cause}; put it back") from cause
+
+
+def _classes(file: Path) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    try:
+        content = json.loads(file.read_bytes())
+        _check_content(content, _Classes, file)
+        if any(len(row) != len(content["labels"]) for row in (content["confusion"], *content["confusion"])):
+            raise ValueError("the confusion matrix has not a row and a column for each label")
+    except FolderError:
+        raise
+    except ValueError as cause:
+        raise FolderError(
+            f"{file} is damaged: {cause}; put it back, or remove it for a page without classes"
+        ) from cause
+    return content
+
+
 def _timings(path: Path) -> list[dict[str, Any]]:
-    """The lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
+    """The steps' lines of timings.jsonl; `client_calls_s` was called `client_verbs_s` before version 0.2."""
     return [
         {name.replace("_verbs_s", "_calls_s"): value for name, value in line.items()}
         for line in read_lines(path)
+        if "split" not in line
     ]
 
 
-def _config(path: Path) -> tuple[Any, Config | None]:
+def _config(path: Path, record: dict[str, Any]) -> tuple[Any, Config | None]:
     try:
-        config = load_config(path, warn=False)
-    except ConfigError:  # of another version: what it says can still be shown
-        return yaml.safe_load(path.read_text(encoding="utf-8")), None
+        config = load_begun_config(path, record, warn=False)
+    except ConfigError:
+        content = read_yaml(path, kind="config", instead="the folder of a run has one")
+        if not isinstance(content, dict) or "config" in record:
+            raise
+        _check_content(content, _Settings, path)
+        return content, None  # of another version: what it says can still be shown
     plain = msgspec.to_builtins(config)
     if config.client.learning_rate is None:
         plain["client"]["learning_rate"] = config.client_rate

@@ -8,11 +8,11 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 
-from hosl.config import Config
+from hosl.config import Config, flat
 from hosl.evaluation import by_class
 from hosl.report.comparison import ACCURACY, LOSS, Comparison, Metric, Row
 from hosl.report.groups import Group, differing
-from hosl.report.runs import Run, flat, setting_text
+from hosl.report.runs import Run, setting_text
 from hosl.report.style import Look
 from hosl.system.readable import readable_bytes, readable_seconds
 from hosl.tasks import TaskConfig
@@ -158,7 +158,9 @@ def machine(runs: Sequence[Run]) -> str:
     machines = []
     for run in runs:
         facts = run.record.get("machine", {})
-        parts = [str(facts.get("processor") or facts.get("system") or run.record["versions"]["machine"])]
+        parts = [
+            str(facts.get("processor") or facts.get("system") or run.record["versions"].get("machine", "?"))
+        ]
         parts += [
             f"{facts[unit]} {unit if facts[unit] > 1 else unit[:-1]}"
             for unit in ("cores", "threads")
@@ -197,7 +199,11 @@ def _costs(row: Row) -> list[Cell]:
     costs = row.arm.costs
     return [
         Cell("-" if costs.peak_bytes is None else readable_bytes(costs.peak_bytes)),
-        Cell(f"{readable_bytes(costs.bytes_up)} up", f"and {readable_bytes(costs.bytes_down)} down"),
+        Cell(
+            f"{readable_bytes(costs.bytes_up)} up",
+            f"and {readable_bytes(costs.bytes_down)} down"
+            + (f"; all evaluations {readable_bytes(costs.eval_bytes_up)} up" if costs.eval_bytes_up else ""),
+        ),
         Cell("-" if costs.step_s is None else readable_seconds(costs.step_s)),
     ]
 

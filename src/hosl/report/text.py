@@ -107,6 +107,9 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
         cards.append(
             (readable_bytes(costs.bytes_up), f"up in a step, {readable_bytes(costs.bytes_down)} down")
         )
+    if costs.eval_bytes_up:
+        down = readable_bytes(costs.eval_bytes_down)
+        cards.append((readable_bytes(costs.eval_bytes_up), f"up in all evaluations, {down} down"))
     return cards
 
 

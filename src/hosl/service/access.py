@@ -8,7 +8,6 @@
 """
 
 import datetime
-import fcntl
 import hmac
 import json
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 from hosl.errors import AccessError, ConfigError
 from hosl.system.atomic import whole_file
+from hosl.system.run_folder import RunLock
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _CERTIFICATE_DAYS = 825
@@ -77,6 +77,11 @@ class Access:
                 raise ConfigError(f"no client is called {name}; there are {', '.join(clients) or 'none'}")
             clients[name] = clients[name] | {"revoked": True}
 
+    def revoked(self, name: str) -> bool:
+        """Whether a client has been revoked."""
+        self._refresh()
+        return bool(self._clients.get(name, {}).get("revoked"))
+
     def client_of(self, token: str) -> str:
         """The name of the client that a token belongs to; compared in constant time with every client's token.
 
@@ -110,8 +115,7 @@ class Access:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
         """The clients as they are on disk, to be changed and written by this process alone."""
-        with (self._file.parent / ".clients.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with RunLock(self._file.parent, file=".clients.lock", wait=True):
             self._version = (0, 0, 0)
             self._refresh()
             clients = dict(self._clients)

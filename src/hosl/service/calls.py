@@ -14,7 +14,7 @@ import grpc.aio
 from hosl.errors import CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.incoming import Incoming
-from hosl.service.limits import Limits, Meterage
+from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
 from hosl.service.runs import ServedRun
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
@@ -73,13 +73,15 @@ class Calls:
             try:
                 token = bearer(dict(context.invocation_metadata() or ()).get("authorization", ""))
                 client = self._access.client_of(token)
-                with self._meterage.call(client), self._status.call(client, name):
-                    incoming = Incoming(
-                        aiter(frames),
-                        idle_s=self._idle_s,
-                        check_access=lambda: _check_same(self._access.client_of(token), client),
-                    )
+
+                def check_access() -> None:
+                    _check_same(self._access.client_of(token), client)
+
+                calls = HELLO_CALLS if name == "Hello" else 1
+                with self._meterage.call(client, calls), self._status.call(client, name):
+                    incoming = Incoming(aiter(frames), idle_s=self._idle_s, check_access=check_access)
                     async for reply in call(self, client, incoming):
+                        check_access()  # it may have waited for a round meanwhile
                         data = reply.SerializeToString()
                         self._status.transferred(client, up=incoming.received_bytes, down=len(data))
                         incoming.received_bytes = 0
@@ -276,6 +278,10 @@ class Calls:
         session = self._sessions.of(client, request.where)
         run, step = session.run, request.where.step
         check_update(request.seeds, request.scales)
+        if request.seeds and not request.examples:
+            raise WireError(
+                f"an update of {len(request.seeds)} directions comes from no examples; it needs one"
+            )
         if run.round is not None and request.examples:
             await self._take_part(run, client, request)
         elif run.round is None:

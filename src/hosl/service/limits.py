@@ -10,6 +10,9 @@ from hosl.transport.channel import MESSAGE_BYTES
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import CHUNK_BYTES
 
+HELLO_CALLS = 20
+"""The calls of its client that a hello counts for: it may load weights. A device says one when a session is lost."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -53,8 +56,8 @@ class Meterage:
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
 
     @contextmanager
-    def call(self, client: str) -> Iterator[None]:
-        """Count one call of a client; the context spans it from its first message to its end.
+    def call(self, client: str, calls: int = 1) -> Iterator[None]:
+        """Count one call of a client as `calls`; the context spans it from its first message to its end.
 
         Raises:
             BusyError: if it is one too many, at once or per second.
@@ -63,16 +66,18 @@ class Meterage:
         bucket = self._buckets.setdefault(client, _Bucket(calls_left=burst, refilled_s=now))
         refill = (now - bucket.refilled_s) * self.limits.calls_per_s
         bucket.calls_left, bucket.refilled_s = min(burst, bucket.calls_left + refill), now
-        if bucket.calls_left < 1:
+        calls = max(1, int(min(calls, burst)))
+        if bucket.calls_left < calls:
+            hellos = f", of which a hello counts for {calls}" if calls > 1 else ""
             raise BusyError(
-                f"client {client} makes more than {self.limits.calls_per_s} calls per second; wait a moment"
+                f"client {client} makes more than {self.limits.calls_per_s} calls per second{hellos}; wait a moment"
             )
         if bucket.running >= self.limits.concurrent_calls:
             raise BusyError(
                 f"client {client} has {bucket.running} calls running; "
                 f"{self.limits.concurrent_calls} are allowed at once"
             )
-        bucket.calls_left -= 1
+        bucket.calls_left -= calls
         bucket.running += 1
         try:
             yield

@@ -1,6 +1,7 @@
 """The live page, /metrics and /health: read-only, over the service's own TLS, with a client's token."""
 
 import json
+import socket
 import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 from hosl.errors import AccessError, ConfigError
 from hosl.service.access import Access, bearer
 from hosl.service.status import Status
+from hosl.transport.join_line import address_of
 
 _MOST_THREADS = 64
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -31,11 +33,11 @@ class Page:
             self._server = _Server(address, _handler(access, status))
         except OSError as cause:
             raise ConfigError(
-                f"--page {address[0]}:{address[1]} cannot be listened on: {cause.strerror}"
+                f"--page {address_of(*address)} cannot be listened on: {cause.strerror}"
             ) from cause
         self._server.context = context
         scheme = "https" if context else "http"
-        self.url = f"{scheme}://{address[0]}:{self._server.server_address[1]}/"
+        self.url = f"{scheme}://{address_of(address[0], self._server.server_address[1])}/"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="hosl-page", daemon=True
         )
@@ -51,6 +53,10 @@ class Page:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     context: ssl.SSLContext | None = None
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether a thread is free; each visitor takes one."""

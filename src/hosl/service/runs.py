@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from hosl.core.journal import Journal
 from hosl.core.targets import PositionTargets, Targets, weight_of
-from hosl.errors import HandshakeError, SessionError, StepError
+from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
 from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
@@ -47,14 +47,14 @@ class ServedRun:
     """The round that collects contributions; None under the sequential schedule."""
     _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
     """The newest (step, reply) of each client, for a request that is repeated."""
+    _rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The newest (step, rows) of each client whose gradient was added to a round."""
     _states: dict[str, WireArray] = field(default_factory=dict)
     """The states that each client was sent last, where the labels stay with the client."""
     _asked: list[int] = field(default_factory=list)
     """The steps of the newest two checkpoints that a client asked for, and has or may have, too."""
     _journaled: dict[str, int] = field(default_factory=dict)
     """The last step of each client whose update is in the shared journal."""
-    _asked: list[int] = field(default_factory=list)
-    """The steps of the two newest checkpoints that clients asked for."""
     _missed: set[str] = field(default_factory=set)
     """The clients that a round closed without: none waits for them until they contribute again."""
 
@@ -147,6 +147,17 @@ class ServedRun:
         self.steps[client] = start
         return start
 
+    def hand_over(self, gone: str, client: str) -> None:
+        """Let a client that comes in place of one that was revoked go on with its count of steps; no reply of its."""
+        for of_client in (self.steps, self._journaled):
+            if gone in of_client:
+                of_client[client] = of_client.pop(gone)
+        self._replies.pop(gone, None)
+        self._states.pop(gone, None)
+        self._missed.discard(gone)
+        if self.round is not None:
+            self.round.members.discard(gone)
+
     def _check_kept(self, start: int, restorable: Sequence[int], may_go_back: bool) -> None:
         """Refuse to undo what both sides had: the server saves first, so each has all but the other's newest."""
         theirs, ours = sorted(step for step in restorable if step), self._asked
@@ -175,6 +186,7 @@ class ServedRun:
         self.updates = self.journal.last_step
         self.server_step = step
         self._replies.clear()
+        self._rows.clear()
         self._missed.clear()
         if self.round is not None:
             self.round = Round(number=step + 1, expected=self.training.clients)
@@ -230,12 +242,13 @@ class ServedRun:
         """Execute a client's training step, or return the reply that this step got before."""
         if self.round is not None:
             examples = weight_of(targets)
-            return self._once(
-                client,
-                step,
-                lambda: self.half.contribute(activations, targets, examples, want_gradient),
-                is_update=False,
-            )
+
+            def contribute() -> Stepped:
+                reply = self.half.contribute(activations, targets, examples, want_gradient)
+                self._rows[client] = (step, examples)
+                return reply
+
+            return self._once(client, step, contribute, is_update=False)
         return self._once(
             client, step, lambda: self.half.step(activations, targets, self.server_step + 1, want_gradient)
         )
@@ -295,6 +308,9 @@ class ServedRun:
 
         None: the part of this step was counted before, or the last round is closed. The round waits again for a client
         that it was closed without, once it is at most one round behind.
+
+        Raises:
+            WireError: if its examples are not the rows of the client's Step of this step.
         """
         assert self.round is not None, "only the synchronous schedule has rounds"
         if self.round.number > self.training.max_steps:
@@ -302,6 +318,12 @@ class ServedRun:
             return None
         if not self.steps.get(client, 0) < step <= self.round.number:
             return None
+        stepped, rows = self._rows.get(client, (None, 0))
+        if stepped != step or rows != contribution.examples:
+            raise WireError(
+                f"client {client} hands in an update of {contribution.examples} examples for step {step}, whose Step "
+                f"had {rows if stepped == step else 'not come yet: 0'} rows; the two must be equal"
+            )
         self.round.contributions[client] = contribution
         if step >= self.round.number - 1:
             self._missed.discard(client)
@@ -331,7 +353,16 @@ class ServedRun:
         return sorted(dropped)
 
     def updates_after(self, have: int) -> list[pb.Update]:
-        """The updates of the shared journal that a client with the first `have` of them lacks."""
+        """The updates of the shared journal that a client with the first `have` of them lacks.
+
+        Raises:
+            WireError: if the journal has fewer than those.
+        """
+        if have > self.updates:
+            raise WireError(
+                f"run {self.name}: the client has {have} updates of a journal of {self.updates}: its half has gone "
+                "another way; join again, it is then rebuilt from the journal"
+            )
         return [
             pb.Update(step=step, seeds=seeds, scales=scales)
             for step, seeds, scales in self.journal.updates(after=have)

@@ -14,7 +14,15 @@ import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from hosl.core.methods import METHODS
-from hosl.errors import CheckpointError, ConfigError, HandshakeError, LimitError, SessionError, WireError
+from hosl.errors import (
+    AccessError,
+    CheckpointError,
+    ConfigError,
+    HandshakeError,
+    LimitError,
+    SessionError,
+    WireError,
+)
 from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import ServedRun
 from hosl.system.atomic import whole_file
@@ -51,9 +59,12 @@ class Sessions:
         open_half: OpenHalf,
         say: Callable[[str], None] = lambda text: None,
         *,
+        revoked: Callable[[str], bool] = lambda client: False,
         runs_at_once: int = 1,
         away_s: float = 600.0,
     ) -> None:
+        """`revoked` says of a client's name whether it has lost its access: its seat is then free for another."""
+        self._revoked = revoked
         self._folder, self._say = folder / "runs", say
         self._open_half, self._runs_at_once, self._away_s = open_half, runs_at_once, away_s
         self._heard_s: dict[str, float] = {}
@@ -62,17 +73,27 @@ class Sessions:
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
         self._sessions: dict[str, Session] = {}
+        self._taken_over: dict[tuple[str, str], str] = {}
+        """The last session of each (run, client) that ended because the same client said hello again."""
 
     def of(self, client: str, where: pb.Where) -> Session:
         """The session that a request names.
 
         Raises:
             SessionError: if there is no such session, it is another client's, or its run was dropped.
+            AccessError: if its client has said hello since: a process has one session, so this is another process.
         """
         session = self._sessions.get(where.session)
         if session is not None and _handshake_file(session.run.folder.parent) is None:
             self._forget(session.run)
             session = None
+        if session is None and (client, where.session) in [
+            (c, s) for (_, c), s in list(self._taken_over.items())
+        ]:
+            raise AccessError(
+                f"another process has said hello as client {client} since, and goes on in place of this one: a join "
+                "line is for one device at a time, `hosl clients add` prints another"
+            )
         if session is None or session.client != client:
             raise SessionError("this session is not known here (any more); say hello again")
         self._heard_s[session.run.name] = time.monotonic()
@@ -85,8 +106,9 @@ class Sessions:
             self._sessions.pop(where.session, None)
 
     def clients_of(self, run: ServedRun) -> list[str]:
-        """The names of the clients that have a session in a run, sorted."""
-        return sorted({session.client for session in list(self._sessions.values()) if session.run is run})
+        """The names of the clients that have a session in a run, sorted; those that were revoked are left out."""
+        names = {session.client for session in list(self._sessions.values()) if session.run is run}
+        return sorted(name for name in names if not self._revoked(name))
 
     def hello(self, client: str, request: pb.HelloRequest) -> tuple[str, int, ServedRun]:
         """Find or open the run and settle on a state; returns the session, the step to go on from, and the run.
@@ -117,11 +139,15 @@ class Sessions:
         check_numbers(request.training)
         folder = self._folder / request.run
         stored = _stored_handshake(folder)
-        run, roster = self._find_or_open(client, request, stored)
+        run, roster, gone = self._find_or_open(client, request, stored)
         try:
             run.agree(request.model, request.training)
+            if gone:
+                run.hand_over(gone, client)
             start = run.settle(client, request.restorable, request.current, may_go_back=request.may_go_back)
         except HandshakeError:
+            if gone:
+                run.hand_over(client, gone)  # back: the seat is still free
             if stored is None:  # begun by this Hello, and nothing was trained in it
                 self._forget(run)
                 shutil.rmtree(folder)
@@ -130,10 +156,12 @@ class Sessions:
             facts: dict[str, Any] = {
                 "model": MessageToDict(run.model), "training": MessageToDict(run.training),
                 "first_client": roster[0], "clients": roster,
+                "heirs": ({} if stored is None else stored.get("heirs", {})) | ({gone: client} if gone else {}),
             }  # fmt: skip
             whole_file(folder / "handshake.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
         self._heard_s[run.name] = time.monotonic()
-        self._end_sessions(run, client)
+        for before in self._end_sessions(run, client):
+            self._taken_over[run.name, client] = before
         self._count += 1
         session = f"{self._incarnation}.{self._count}"
         self._sessions[session] = Session(client, run)
@@ -141,8 +169,8 @@ class Sessions:
 
     def _find_or_open(
         self, client: str, request: pb.HelloRequest, stored: dict[str, Any] | None
-    ) -> tuple[ServedRun, list[str]]:
-        """The run of a Hello, and the clients that take part in it, this one included."""
+    ) -> tuple[ServedRun, list[str], str | None]:
+        """The run of a Hello; the clients that take part in it, this one included; the one whose seat it takes."""
         folder, model, training = self._folder / request.run, request.model, request.training
         run = self.runs.get(request.run)
         if run is not None and stored is None:
@@ -152,14 +180,16 @@ class Sessions:
             model = ParseDict(stored["model"], pb.Model())
             training = ParseDict(stored["training"], pb.Training())
         roster: list[str] = [] if stored is None else stored.get("clients", [stored["first_client"]])
-        seats = max(training.clients, 1)
+        seats, gone = max(training.clients, 1), None
         if client not in roster:
             if len(roster) >= seats:
-                raise HandshakeError(
-                    f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}; "
-                    "set clients.count higher for all, or choose another output_dir"
-                )
-            roster = [*roster, client]
+                gone = next(filter(self._revoked, roster), None)
+                if gone is None:
+                    raise HandshakeError(
+                        f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}; "
+                        "set clients.count higher for all, or choose another output_dir"
+                    )
+            roster = [client if name == gone else name for name in roster] + ([] if gone else [client])
         if run is None:
             check_training(training)
             self._make_room()
@@ -172,8 +202,10 @@ class Sessions:
                 folder.mkdir(parents=True)
             elif saved := next(intact_steps(run.folder, self._say), None):
                 run.go_back(saved)
+                for old, new in stored.get("heirs", {}).items():  # since the checkpoint
+                    run.hand_over(old, new)
             self.runs[request.run] = run
-        return run, roster
+        return run, roster, gone
 
     def _make_room(self) -> None:
         """Save and drop runs that are finished, or whose clients have left or were not heard of, until one more fits.
@@ -201,11 +233,13 @@ class Sessions:
         self.runs.pop(run.name, None)
         self._end_sessions(run)
 
-    def _end_sessions(self, run: ServedRun, client: str | None = None) -> None:
-        """End the sessions of a run, or of one client in it."""
-        for name, session in list(self._sessions.items()):  # the event loop may end one meanwhile
-            if session.run is run and client in (None, session.client):
-                self._sessions.pop(name, None)
+    def _end_sessions(self, run: ServedRun, client: str | None = None) -> list[str]:
+        """End the sessions of a run, or of one client in it; returns their names."""
+        held = list(self._sessions.items())  # the event loop may end one meanwhile
+        ended = [name for name, session in held if session.run is run and client in (None, session.client)]
+        for name in ended:
+            self._sessions.pop(name, None)
+        return ended
 
     def _count_runs(self, client: str) -> None:
         """Delete a client's runs that have no checkpoint; refuse one run too many."""

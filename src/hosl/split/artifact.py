@@ -3,9 +3,9 @@
     OUT/client/   config.json  half.json  model.safetensors  tokenizer  (head.safetensors: labels at the client)
     OUT/server/   config.json  half.json  model.safetensors
 
-half.json names the side, family, cut and head, where the labels stay, the digests of the whole checkpoint and of both
-sides' tensors, and the weights that the checkpoint did not hold. A head of the client that is tied is not written: its
-weight is the embedding of model.safetensors, and half.json says `tied_head`.
+half.json names the side, family, cut, head and classes, where the labels stay, the digests of the whole checkpoint and
+of both sides' tensors, and the weights that the checkpoint did not hold. A head of the client that is tied is not
+written: its weight is the embedding of model.safetensors, and half.json says `tied_head`.
 """
 
 import json
@@ -110,7 +110,7 @@ def split_folder(
                 "format": _FORMAT, "side": side, "family": config.model_type, "head": head, "cut": cut,
                 "labels": labels, "tied_head": tied_head, "base_digest": base_digest, "digest": digests[side],
                 **{f"{piece}_digest": digest for piece, digest in digests.items()}, "new_weights": list(weights.new),
-            }  # fmt: skip
+            } | ({"classes": config.num_labels} if head == "classification" else {})  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         copy_companions(folder, partial / "client")
         if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers

@@ -13,6 +13,7 @@ from torch import nn
 
 from hosl.errors import SplitError
 from hosl.split.families import Family, Head, family_of
+from hosl.split.reading.config_json import PLAIN_CALLS
 from hosl.split.stand_ins import PassThrough, stand_in
 from hosl.system.model_limits import scaling_limit
 
@@ -23,14 +24,11 @@ class Half:
     def __init__(self, model: Any, family: Family, cut: int) -> None:
         self.model = model
         """The HF model; parameters keep their names in the whole model, prefix included."""
+        self.config = _settle_calls_(model)
+        """The Hugging Face config of the whole model, as it is written; `model.config` is that of the calls."""
         self.cut = cut
         self._family = family
         self.eval()
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face config of the whole model."""
-        return self.model.config
 
     @property
     def family(self) -> str:
@@ -242,6 +240,23 @@ def _replace_(model: Any, name: str, module: nn.Module | None) -> None:
     owner = model.get_submodule(parent)
     if getattr(owner, child) is not None:  # OPT has no project_in when the widths agree
         setattr(owner, child, module)
+
+
+def _settle_calls_(model: Any) -> Any:
+    """Have a model return named outputs without caches and attentions, in one piece, whatever its config asks for.
+
+    Returns the config to write: of what was asked, it lacks only what plain transformers may fail with.
+    """
+    for module in model.modules():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = PLAIN_CALLS["chunk_size_feed_forward"]
+    model.config.update(PLAIN_CALLS)
+    written = deepcopy(model.config)
+    written._attn_implementation = (
+        None  # this process's; a config is not written if it does not fit output_attentions
+    )
+    model.config.update({"use_cache": False, "output_attentions": False, "output_hidden_states": False})
+    return written
 
 
 def _separate_ties_(client_model: nn.Module, server_model: nn.Module) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from hosl.config import Config, dump_config, parse_config, read_yaml, with_absolute_paths
+from hosl.config import Config, dump_config, flat, parse_config, read_yaml, with_absolute_paths
 from hosl.errors import ConfigError, FolderError
-from hosl.report.runs import flat, seed_draws_rows
+from hosl.report.runs import seed_draws_rows
 from hosl.study.grid import Grid, Summary, Trial
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import newest_checkpoint

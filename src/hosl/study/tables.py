@@ -8,11 +8,10 @@ from statistics import median
 import msgspec
 import numpy as np
 
-from hosl.config import parse_config
+from hosl.config import flat, parse_config
 from hosl.report import figures, text
 from hosl.report.comparison import ACCURACY, DEV_LOSS, LOSS, Arm, Comparison, Costs, Metric, Row
 from hosl.report.render import rendered
-from hosl.report.runs import flat
 from hosl.report.style import looks, on_paper
 from hosl.report.tables import compared
 from hosl.study.config import Group, Study

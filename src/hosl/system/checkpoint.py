@@ -7,7 +7,7 @@
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
 The folder is written under another name, flushed to the disk and renamed, so every `step-*` is complete. One that a
-disk has damaged since is told by its digests, and the one before it is taken (`intact_steps`, docs/adr/0015).
+disk has damaged since is told by its digests, and the one before it is taken (`newest_intact`, docs/adr/0015).
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
 torch is imported only when there are tensors to write or read, so that a device without it can import this module.
 """
@@ -28,7 +28,7 @@ from hosl.system.atomic import whole_folder
 _FORMAT = 2
 """Format that is written; 1, without a digest of state.json, is read too."""
 _NAME = re.compile(r"step-(\d{8,})")
-_JOURNAL, _SNAPSHOT = "client/journal.bin", "client/trained.safetensors"
+_JOURNAL, _SNAPSHOT, _OPTIMISER = "client/journal.bin", "client/trained.safetensors", "optimiser.safetensors"
 
 
 @dataclass
@@ -117,21 +117,45 @@ def intact_steps(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
     Raises:
         CheckpointError: if there are checkpoints, and none is intact.
     """
+    return (state["step"] for _, state in _intact(folder, say, weights_only=False))
+
+
+def newest_intact(
+    folder: Path, say: Callable[[str], None], *, weights_only: bool = False
+) -> Checkpoint | None:
+    """The newest checkpoint below `folder` whose files are as they were written, each hashed once; None: there is none.
+
+    Args:
+        folder: the folder of the checkpoints.
+        say: as in `intact_steps`.
+        weights_only: whether the files of optimisers are left out, and may be damaged or missing.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none is intact.
+    """
+    found = next(_intact(folder, say, weights_only=weights_only), None)
+    return found and _read(*found)
+
+
+def _intact(
+    folder: Path, say: Callable[[str], None], *, weights_only: bool
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The path and the checked state.json of each intact checkpoint; see `intact_steps`."""
     damaged, newest = [], None
     for step in reversed(checkpoint_steps(folder)):
         path = checkpoint_path(folder, step)
         try:
-            _, whole_snapshot = _checked(path)
+            state = _checked(path, weights_only=weights_only)
         except CheckpointError as damage:
             damaged.append(damage)
             continue
         if newest is None:
             for damage in damaged:
                 say(f"{damage}; the newest intact one is of step {step}")
-            if not whole_snapshot:
+            if state["snapshot_damaged"]:
                 say(f"checkpoint {path}: {_SNAPSHOT} is damaged; its journal rebuilds the same weights")
         newest = newest or step
-        yield step
+        yield path, state
     if damaged and newest is None:
         raise CheckpointError(
             f"{damaged[0]}; no intact checkpoint is left in {folder}: put one back, or start a new run"
@@ -146,30 +170,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if a file is missing or is not the one that was written.
     """
-    state, whole_snapshot = _checked(path)
+    return _read(path, _checked(path))
+
+
+def _read(path: Path, state: dict[str, Any]) -> Checkpoint:
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
     for name in state["digests"]:
         if name == _JOURNAL:
             checkpoint.journal = (path / name).read_bytes()
-        elif name != _SNAPSHOT or whole_snapshot:
+        else:
             import safetensors.torch
 
             checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
     return checkpoint
 
 
-def _checked(path: Path) -> tuple[dict[str, Any], bool]:
-    """The content of state.json once every file is as written, and whether a snapshot beside a journal is, too."""
-    state, whole_snapshot = _state(path), True
+def _checked(path: Path, *, weights_only: bool = False) -> dict[str, Any]:
+    """The content of state.json once every file is as written; its digests are of those that can and shall be read."""
+    state, usable = _state(path), dict[str, str]()
     for name, digest in state["digests"].items():
+        if weights_only and name.endswith(_OPTIMISER):
+            continue
         found = _found(path / name, digest)
-        if found and name == _SNAPSHOT and _JOURNAL in state["digests"]:
-            whole_snapshot = False
-        elif found:
+        if found and not (name == _SNAPSHOT and _JOURNAL in state["digests"]):
             raise CheckpointError(
                 f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}"
             )
-    return state, whole_snapshot
+        usable |= {} if found else {name: digest}
+    damaged = _SNAPSHOT in state["digests"] and _SNAPSHOT not in usable
+    return state | {"digests": usable, "snapshot_damaged": damaged}
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ writes the same bytes; timings.jsonl holds the values that a machine measured (s
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,10 @@ from typing import Any
 
 from hosl.errors import FolderError
 from hosl.system.atomic import whole_file
+from hosl.system.run_lines import whole_line
 
+TIMINGS = "timings.jsonl"
+"""The file of what a machine measured; every other file of lines is one of exact metrics."""
 EVALUATION = "evaluation.json"
 """The file with the labels and the confusion matrix of the evaluation on test."""
 MEMORY_STEPS = 50
@@ -25,23 +30,23 @@ MEMORY_STEPS = 50
 
 
 class RunLock:
-    """A lock on a run's folder; the system releases it when the process ends, however it ends.
+    """A lock on a folder, a run's or a service's; the system releases it when the process ends, however it ends.
 
     A filesystem without locks (exFAT, some network shares) gives none: that is said, and the work goes on.
     """
 
-    def __init__(self, run: Path) -> None:
-        """Take the lock.
+    def __init__(self, run: Path, *, file: str = ".lock", wait: bool = False) -> None:
+        """Take the lock, of which `file` in the folder is the name; `wait` while another process holds it.
 
         Raises:
-            FolderError: if another process holds it, or the folder cannot be written.
+            FolderError: if another process holds it and `wait` is false, or the folder cannot be written.
         """
         try:
-            self._file = (run / ".lock").open("w")
+            self._file = (run / file).open("w")
         except OSError as cause:
             raise FolderError(f"{run} cannot be written: {cause.strerror}; choose another folder") from cause
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as cause:
             if cause.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 self._file.close()
@@ -82,7 +87,7 @@ class Record:
         self._timings.write(_line(line))
 
     def evaluation(self, **content: Any) -> None:
-        """Write evaluation.json: the labels, and the confusion matrix of the last evaluation."""
+        """Write evaluation.json: the numbers, the labels and the confusion matrix of the last evaluation."""
         whole_file(self._run / EVALUATION, json.dumps(content).encode())
 
     def flush(self) -> int:
@@ -138,7 +143,7 @@ def new_folder(wanted: Path, config_text: str, say: Callable[[str], None]) -> Pa
         config = folder / "config.yaml"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+            shown = _shown(folder)
             if not shown:
                 whole_file(config, config_text.encode())
             elif shown != {config.name} or config.read_text(encoding="utf-8") != config_text:
@@ -146,13 +151,37 @@ def new_folder(wanted: Path, config_text: str, say: Callable[[str], None]) -> Pa
         except (FileExistsError, UnicodeDecodeError):
             number += 1
         except OSError as cause:
-            raise FolderError(
-                f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
-            ) from cause
+            raise _cannot_be_made(folder, cause) from cause
         else:
             if number > 1:
                 say(f"output_dir {wanted} is taken; this run is {folder}")
             return folder
+
+
+def writable_place(wanted: Path) -> Path:
+    """The folder in which a file beside a run can stand before `new_folder` makes the run's; it need not exist yet.
+
+    It is `wanted` itself where that is an empty folder, and else the folder around it.
+
+    Raises:
+        FolderError: if the system does not let a file be made there; nothing is left behind.
+    """
+    try:
+        place = wanted if wanted.is_dir() and not _shown(wanted) else wanted.parent
+        with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):
+            return place
+    except OSError as cause:
+        raise _cannot_be_made(wanted, cause) from cause
+
+
+def _shown(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def _cannot_be_made(folder: Path, cause: OSError) -> FolderError:
+    return FolderError(
+        f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
+    )
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
@@ -162,17 +191,39 @@ def write_record(run: Path, record: dict[str, Any]) -> None:
 
 def read_record(run: Path) -> dict[str, Any] | None:
     """The content of record.json; None: there is none, or it is damaged."""
+    return _read_object(run / "record.json")
+
+
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """The content of evaluation.json; None: there is none, or it is damaged."""
+    return _read_object(run / EVALUATION)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record else None
+    return content if isinstance(content, dict) and content else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics or timings file; an unfinished last line is left out, and so are damaged ones."""
+    """The lines of a metrics or timings file; an unfinished last line is left out, and so are those that are no JSON.
+
+    Raises:
+        FolderError: if a line lacks a key, or has an impossible value.
+    """
+    lines = []
     with path.open("rb") as file:
-        return [content for line in file if (content := _content(line)) is not None]
+        for number, line in enumerate(file, start=1):
+            try:
+                content = whole_line(line, timing=path.name == TIMINGS)
+            except ValueError as cause:
+                raise FolderError(
+                    f"{path}, line {number}, is damaged: {cause}; put the file back, or remove that line"
+                ) from cause
+            lines += [] if content is None else [content]
+    return lines
 
 
 def is_tested(run: Path) -> bool:
@@ -185,20 +236,19 @@ def _cut_back(path: Path, step: int, limit_bytes: int | None) -> int:
     """Keep the whole lines up to `step` in the first `limit_bytes` of a file; returns how many bytes that is."""
     before = path.read_bytes() if path.is_file() else b""
     lines = before[:limit_bytes].splitlines(keepends=True)
-    kept = b"".join(line for line in lines if (content := _content(line)) and content["step"] <= step)
+    kept = b"".join(line for line in lines if _step_of(line, path) <= step)
     if kept != before:
         whole_file(path, kept)
     return len(kept)
 
 
-def _content(line: bytes) -> dict[str, Any] | None:
-    """The content of a line; None: it is torn or damaged."""
+def _step_of(line: bytes, path: Path) -> float | int:
+    """The step of a line; that of a damaged one is never reached."""
     try:
-        content = json.loads(line)
-    except ValueError:  # NUL bytes, which a file system may leave after a power failure, too
-        return None
-    whole = line.endswith(b"\n") and isinstance(content, dict) and isinstance(content.get("step"), int)
-    return content if whole else None
+        content = whole_line(line, timing=path.name == TIMINGS)
+    except ValueError:
+        return math.inf
+    return content["step"] if content else math.inf
 
 
 def _line(content: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ from hosl.tasks.base import Example, Task, task_digest
 from hosl.tasks.configs import DocstringsConfig, FilesConfig, PromptsConfig, TaskConfig
 from hosl.tasks.docstrings import docstrings_task
 from hosl.tasks.files import files_task
-from hosl.tasks.label_order import in_model_order, label_note, labels_digest, model_labels
+from hosl.tasks.label_order import in_model_order, labels_digest, model_labels
 from hosl.tasks.prompts import prompts_task
 from hosl.tasks.tokenizer import TextTokenizer
 
@@ -31,12 +31,12 @@ def load_task(
             return in_model_order(docstrings_task(config, tokenizer, seed=seed), model_labels)
         case FilesConfig():
             task = files_task(config, tokenizer, seed=seed)
-            return task if config.labels else in_model_order(task, model_labels)
+            return in_model_order(task, model_labels, reorder=not config.labels)
         case PromptsConfig():
             return prompts_task(config, tokenizer, seed=seed)
 
 
 __all__ = [
-    "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "Task", "TaskConfig", "TextTokenizer", "label_note",
+    "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "Task", "TaskConfig", "TextTokenizer",
     "labels_digest", "load_task", "model_labels", "task_digest",
 ]  # fmt: skip

@@ -14,7 +14,15 @@ from hosl.tasks.classification import (
     without,
 )
 from hosl.tasks.configs import FilesConfig
-from hosl.tasks.labels import check_classes, class_order, label_of, near_labels, text_of, whole_numbers
+from hosl.tasks.labels import (
+    check_classes,
+    class_order,
+    label_of,
+    near_labels,
+    renamed_labels,
+    text_of,
+    whole_numbers,
+)
 from hosl.tasks.rows import expanded_path, read_rows
 from hosl.tasks.tokenizer import TextTokenizer
 
@@ -41,25 +49,29 @@ def files_task(config: FilesConfig, tokenizer: TextTokenizer, *, seed: int) -> C
             label that is not in train; if labels look like free text; if the model cannot read a row.
     """
     files = {name: _part(config, name) for name in ("train", "dev", "test") if getattr(config, name)}
-    renamed = whole_numbers({label for part in files.values() for _, _, label in part.rows})
-    labels = _classes(config, files["train"], renamed)
+    wanted = files["train"].class_names if config.labels is None else config.labels
+    spelt = [label_of(value)[1] for value in wanted or ()]
+    renamed = whole_numbers({*spelt, *(label for part in files.values() for _, _, label in part.rows)})
+    labels = _classes(config, files["train"], renamed, [renamed.get(label, label) for label in spelt])
     given = {name: _indexed(part, labels, renamed, config) for name, part in files.items()}
     parts, split_notes = _split(config, given, seed)
     notes = [note for part in files.values() for note in part.notes]
     return classification_task(
         Path(config.train).stem, labels, parts, tokenizer, config.max_tokens,
-        notes=[note for note in (*notes, near_labels(labels), *split_notes) if note],
+        notes=[note for note in (*notes, renamed_labels(renamed), near_labels(labels), *split_notes) if note],
     )  # fmt: skip
 
 
-def _classes(config: FilesConfig, train: _Part, renamed: dict[str, str]) -> tuple[str, ...]:
-    """The classes: those of task.labels, else the file's own names, else the labels of training."""
+def _classes(
+    config: FilesConfig, train: _Part, renamed: dict[str, str], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The classes: `wanted`, which are those of task.labels, else the file's own; else the labels of training."""
     pairs = [(text, renamed.get(label, label)) for _, text, label in train.rows]
     found = {label for _, label in pairs}
     if config.labels is not None:
-        return class_order(found, config.labels)
+        return class_order(found, wanted)
     if train.class_names is not None:
-        return class_order(found, train.class_names, said_by=f"{train.name}: the list of its own classes")
+        return class_order(found, wanted, said_by=f"{train.name}: the list of its own classes")
     check_classes(pairs, train.name)
     return class_order(found)
 
@@ -131,7 +143,7 @@ def _part(config: FilesConfig, split: str) -> _Part:
         found = ", ".join(f"{kind} in row {number}" for kind, number in kinds.items())
         raise TaskError(f"{name}: `{config.label_column}` is {found}; write all labels as one kind")
     note = f"{name}: spaces around {trimmed} labels are dropped" if trimmed else ""
-    return _Part(name, rows, names, [read.note, note])
+    return _Part(name, rows, names, [*read.notes, note])
 
 
 def _cell(row: dict[str, object], column: str, name: str) -> object:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hosl.tasks.base import Example
 from hosl.tasks.classification import ClassificationTask
+from hosl.tasks.labels import whole_numbers
 
 
 def model_labels(folder: Path) -> tuple[str, ...]:
@@ -24,11 +25,20 @@ def model_labels(folder: Path) -> tuple[str, ...]:
     return () if any(re.fullmatch(r"(LABEL_\d+)?", name) for name in order) else order
 
 
-def in_model_order(task: ClassificationTask, names: Sequence[str]) -> ClassificationTask:
+def in_model_order(
+    task: ClassificationTask, names: Sequence[str], *, reorder: bool = True
+) -> ClassificationTask:
     """The task with the classes of the model's head, in its order, where the head has every class of the data.
 
-    Names are compared without case and outer spaces, and written as in the data; otherwise the task stays as it is.
+    Names are compared without case and outer spaces, and written as in the data; otherwise, or without `reorder`, the
+    task stays as it is. Where its classes are then not those of the head, a note says so (`label_note`).
     """
+    task = _in_order(task, names) if reorder else task
+    note = label_note(task.labels, names)
+    return replace(task, notes=(*task.notes, note)) if note else task
+
+
+def _in_order(task: ClassificationTask, names: Sequence[str]) -> ClassificationTask:
     ours = {_key(label): label for label in task.labels}
     theirs = [_key(name) for name in names]
     if len(ours) < len(task.labels) or len({*theirs}) < len(theirs) or not ours.keys() <= {*theirs}:
@@ -63,4 +73,5 @@ def labels_digest(labels: Sequence[str]) -> str:
 
 
 def _key(name: str) -> str:
-    return name.strip().casefold()
+    key = name.strip().casefold()
+    return whole_numbers([key]).get(key, key)

@@ -21,13 +21,13 @@ _ROWS_PER_LABEL = 3
 
 
 def class_order(
-    found: Iterable[str], wanted: Sequence[object] | None = None, *, said_by: str = "task.labels"
+    found: Iterable[str], wanted: Sequence[str] | None = None, *, said_by: str = "task.labels"
 ) -> tuple[str, ...]:
     """The classes of a task in their order: those of `wanted`; without it whole numbers by value, other text sorted.
 
     Args:
         found: the labels in the data.
-        wanted: the list that settles classes and order, text or whole numbers; it may have classes without a row.
+        wanted: the list that settles classes and order; it may have classes without a row.
         said_by: the name of that list in errors.
 
     Raises:
@@ -35,7 +35,7 @@ def class_order(
     """
     if wanted is None:
         return _sorted(set(found))
-    order = tuple(label_of(value)[1] for value in wanted)
+    order = tuple(wanted)
     strange = _sorted(set(found) - set(order))
     if strange:
         raise TaskError(f"{said_by} lacks {_listed(strange)}, which the data has; it lists {_listed(order)}")
@@ -46,7 +46,7 @@ def class_order(
 
 
 def label_of(value: object, names: Sequence[str] | None = None) -> tuple[str, str]:
-    """The kind of a label's value, and the class: text without spaces around it, or a whole number, as text.
+    """The kind of a label's value, and the label: text without spaces around it, or a whole number as it is written.
 
     Args:
         value: the value in the file.
@@ -64,7 +64,7 @@ def label_of(value: object, names: Sequence[str] | None = None) -> tuple[str, st
     if isinstance(value, float):
         if not value.is_integer():
             raise TaskError(f"is {value}; a class is text or a whole number")
-        value = int(value)
+        return _KINDS[float], f"{int(value)}.0"  # as it is written, for `whole_numbers`
     if isinstance(value, bool | int):
         return _KINDS[type(value)], str(value)
     return "text", unicodedata.normalize("NFC", text_of(value)).strip()
@@ -102,6 +102,16 @@ def whole_numbers(labels: Collection[str]) -> dict[str, str]:
             f"labels are numbers and truth values: {_listed(_sorted(labels))}; write all as one kind"
         )
     return {label: whole for label, whole in matches.items() if not others or whole in matches}
+
+
+def renamed_labels(renamed: Mapping[str, str]) -> str:
+    """The line about whole numbers that are written otherwise, 1.0 for 1; empty if there are none."""
+    pairs = [
+        f"`{_short(label)}` is `{_short(whole)}`"
+        for label, whole in sorted(renamed.items())
+        if label != whole
+    ]
+    return f"labels that are one whole number are one class: {', '.join(pairs[:_SHOWN])}" if pairs else ""
 
 
 def check_classes(pairs: Collection[tuple[str, str]], name: str) -> None:

@@ -17,10 +17,21 @@ from hosl.errors import TaskError
 
 Row = dict[str, Any]
 _SEPARATORS = ",;\t|"
+_BREAK = re.compile(r"\r\n?|\n")
 _SEPARATED, _LINES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 _READ = (*_SEPARATED, *_LINES)
 _SPLIT_FOLDERS = {"dev": ("dev", "validation")}
 """The names that a saved dataset may give to a split."""
+_ELSE = {
+    b"\x1f\x8b": "gzip; add .gz to its name",
+    b"PK\x03\x04": "a ZIP archive, as .xlsx is; save the sheet as CSV in UTF-8, or unpack the file",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save the sheet as CSV in UTF-8",
+    b"BZh91AY&SY": "bzip2; unpack it", b"\xfd7zXZ": "xz; unpack it", b"\x28\xb5\x2f\xfd": "Zstandard; unpack it",
+    b"PAR1\x15": "Parquet; name it .parquet", b"ARROW1\0": "Arrow; save it as Parquet", b"%PDF-": "PDF",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8", b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    b"<!doctype html": "a web page; fetch the file itself", b"<html": "a web page; fetch the file itself",
+}  # fmt: skip
+"""The beginning of a file in lower case or as it is -> what the file is, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,8 @@ class Rows:
     rows: Iterable[Row]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Column -> names of its classes, where the file has them (ClassLabel); the column holds their indices."""
-    note: str = ""
-    """What was guessed, in one line."""
+    notes: Sequence[str] = ()
+    """What was guessed, or reads otherwise than it may be meant, a line each."""
 
 
 def read_rows(path: Path, split: str = "train") -> Rows:
@@ -58,8 +69,10 @@ def read_rows(path: Path, split: str = "train") -> Rows:
     text = _text_of(path, packed=packed)
     if ending in _SEPARATED:
         return _separated_rows(path, text, "\t" if ending == ".tsv" else None)
-    if ending == ".json" and text.lstrip().startswith("["):
-        return Rows(_json_rows(path, "", text))
+    if text.lstrip().startswith("["):
+        if ending == ".json":
+            return Rows(_json_rows(path, "", text))
+        raise TaskError(f"{path} begins with a list, not with one object per line; name one JSON list .json")
     return Rows(_json_lines(path, text))
 
 
@@ -81,27 +94,50 @@ def _text_of(path: Path, *, packed: bool) -> str:
         data = gzip.decompress(data) if packed else data
     except (OSError, EOFError, zlib.error) as cause:
         raise TaskError(f"{path} is not gzip, or is cut short: {cause}; fetch it again") from cause
+    _check_kind(path, data)
     try:
         if b"\0" in data:
-            raise ValueError("it holds NUL bytes")
+            raise ValueError("it holds NUL bytes, as UTF-16 does")
         return data.decode("utf-8-sig")
     except ValueError as cause:
         raise TaskError(f"{path} is not text in UTF-8: {cause}; save it as UTF-8 {path.suffix}") from cause
 
 
+def _check_kind(path: Path, data: bytes) -> None:
+    """Refuse content that is of another kind than the ending says."""
+    begin = data[:16]
+    kind = next(
+        (what for magic, what in _ELSE.items() if begin.startswith(magic) or begin.lower().startswith(magic)),
+        "",
+    )
+    if kind:
+        raise TaskError(f"{path} is not what its ending says but {kind}")
+
+
 def _separated_rows(path: Path, text: str, separator: str | None) -> Rows:
-    """Rows of separated values. Lines end where csv says, not where `str.splitlines` does: U+2028 belongs to a text."""
+    """Rows of separated values. Lines end where csv says, not where `str.splitlines` does: U+2028 belongs to a text.
+
+    In .tsv a line is a row and a double quote a character, unless the header has one (files of R).
+    """
     csv.field_size_limit(sys.maxsize)  # a long document is one cell
     text = text.lstrip("\r\n")
+    if re.match(r'\s*(\{\s*"|\[\s*[\[{"])', text):
+        raise TaskError(f"{path} is not what its ending says but JSON; name it .json or .jsonl")
+    plain = separator is not None and '"' not in re.split("[\r\n]", text, maxsplit=1)[0]
     if stated := re.match(r"sep=(.)\r?\n", text):  # as Excel writes and reads it
         separator, text = stated[1], text[stated.end() :]
     found = separator or max(_SEPARATORS, key=lambda s: len(_cells(path, text, s)))
     header = _cells(path, text, found)
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    _check_columns(path, header)
+    note = f"{path}: `{found}` separates the columns" if found not in (",", separator) else ""
+    rows, quotes = _separated(path, text, found, len(header), plain=plain)
+    return Rows(rows, notes=(note, quotes))
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise TaskError(f"{path} has the column `{twice[0]}` twice; rename one of them")
-    note = f"{path}: `{found}` separates the columns" if found not in (",", separator) else ""
-    return Rows(_separated(path, text, found, len(header)), note=note)
 
 
 def _cells(path: Path, text: str, separator: str) -> list[str]:
@@ -114,18 +150,46 @@ def _cells(path: Path, text: str, separator: str) -> list[str]:
         raise TaskError(f"{path} is not CSV: {cause}") from cause
 
 
-def _separated(path: Path, text: str, separator: str, columns: int) -> Iterator[Row]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def _separated(path: Path, text: str, separator: str, columns: int, *, plain: bool) -> tuple[list[Row], str]:
+    """The rows, and the line about quotes that may be meant otherwise: a stray one joins lines without an error."""
+    quoting: Any = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    file = io.StringIO(text, newline="")
+    rows, noted = list[Row](), list[tuple[int, int]]()
     try:
-        for number, row in enumerate(rows, start=1):
+        for row in csv.DictReader(file, delimiter=separator, strict=True, quoting=quoting):
+            number, cells = len(rows) + 1, [cell for cell in row.values() if isinstance(cell, str)]
             if None in row:
                 raise TaskError(
-                    f"{path}, row {number} has {columns + len(row[None])} cells, the header has {columns}: put a text "  # type: ignore[index]
-                    f"that contains `{separator}` in double quotes, and a double quote in it twice"
+                    f"{path}, row {number} has {columns + len(row[None])} cells, the header has {columns}: "  # type: ignore[index]
+                    + (
+                        "a line of .tsv is a row, a tab ends a cell; name a file with quotes around cells .csv"
+                        if plain
+                        else f"put a text that contains `{separator}` in double quotes, and a double quote in it twice"
+                    )
                 )
-            yield row
+            rows.append(row)
+            count = (
+                sum(cell.startswith('"') for cell in cells) if plain else len(_BREAK.findall("".join(cells)))
+            )
+            if count:
+                noted.append((count, number))
     except csv.Error as cause:
-        raise TaskError(f"{path} is not CSV: {cause}") from cause
+        raise TaskError(
+            f"{path}, row {len(rows) + 1} is not CSV: {cause}; does a text begin with a double quote that does not end "
+            "it? Put the whole text in double quotes, and a double quote in it twice"
+        ) from cause
+    if not noted:
+        return rows, ""
+    if plain:
+        return rows, (
+            f"{path}: cells that begin with a double quote: {sum(count for count, _ in noted)}, the first in row "
+            f"{noted[0][1]}; in .tsv it is part of the text (name the file .csv if quotes enclose cells)"
+        )
+    breaks, longest = max(noted, key=lambda pair: pair[0])
+    return rows, (
+        f"{path}: rows over several lines: {len(noted)}, the longest is row {longest} with {breaks + 1}; a stray "
+        "double quote joins rows like this"
+    )
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:
@@ -160,7 +224,12 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
+    with path.open("rb") as file:
+        begin = file.read(16)
+    if not begin.startswith(b"PAR1"):
+        _check_kind(path, begin)
     try:
+        _check_columns(path, pyarrow.parquet.read_schema(path).names)
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as cause:
         raise TaskError(f"{path} is not Parquet: {' '.join(str(cause).split())}") from cause
@@ -184,6 +253,7 @@ def _dataset_rows(folder: Path, split: str) -> Rows:
         try:
             with pyarrow.memory_map(str(file)) as source:
                 table = pyarrow.ipc.open_stream(source).read_all()
+                _check_columns(file, table.column_names)
                 rows += table.to_pylist()
                 class_names |= _class_names(table.schema.metadata)
         except (pyarrow.ArrowException, OSError) as cause:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import msgspec
 
-from hosl.config import Config, load_config
+from hosl.config import Config, load_begun_config
 from hosl.core.protocols import ServerSide
 from hosl.errors import CheckpointError, ConfigError, FolderError
 from hosl.methods.schedule import longest_batch, with_steps
@@ -36,9 +36,8 @@ from hosl.system.checkpoint import (
     Checkpoint,
     checkpoint_path,
     drop_checkpoints_after,
-    intact_steps,
     keep_newest,
-    read_checkpoint,
+    newest_intact,
     write_checkpoint,
 )
 from hosl.system.run_folder import is_tested, read_record
@@ -70,12 +69,12 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     def _receiving(self) -> Receiving:
         return Receiving(self.server, torch_wire)
 
-    def server_to_call(self, *, under_meter: bool) -> ServerSide:
-        """The server that the client calls; behind wire.compression if the config has one."""
+    def server_to_call(self, *, in_round: bool) -> ServerSide:
+        """The server that the client calls under its meter; behind wire.compression if the config has one."""
         if self._wire is None:
-            return super().server_to_call(under_meter=under_meter)
-        if not under_meter:
-            return self._wire.at_rest(self._receiving)
+            return super().server_to_call(in_round=in_round)
+        if not in_round:
+            return self._wire.at_rest()
         self._wire.at(self.step)
         return self._wire
 
@@ -182,21 +181,28 @@ def run_config(run: Path) -> Config:
 
     Raises:
         FolderError: if `run` is not such a run's folder.
+        ConfigError: if its config.yaml was cut, or is another one than the run was begun with.
     """
     if not (run / "config.yaml").is_file():
         raise FolderError(
             f"{run} is not a run's folder: it has no config.yaml; give the folder that `hosl train` made"
         )
-    if "run_id" in (read_record(run) or {}):
+    record = read_record(run) or {}
+    if "run_id" in record:
         raise FolderError(
             f"{run} was made by `hosl join`: its server half is elsewhere, so it cannot be scored, exported or resumed "
             f"here; the same `hosl join` command goes on with it, and `hosl report {run}` shows its scores"
         )
-    return load_config(run / "config.yaml")
+    return load_begun_config(run / "config.yaml", record)
 
 
 def load_run(
-    run: Path, *, low_precision: bool = True, max_steps: int | None = None, best: bool = False
+    run: Path,
+    *,
+    low_precision: bool = True,
+    max_steps: int | None = None,
+    best: bool = False,
+    weights_only: bool = False,
 ) -> LocalSession:
     """The session of a run's folder at its newest intact checkpoint, bit for bit as it was; a damaged one is said.
 
@@ -205,6 +211,7 @@ def load_run(
         low_precision: False puts the adapters on the client's original base weights instead of those of client.dtype.
         max_steps: the steps of the run; None: as its config says.
         best: whether to take the weights of its best evaluation on dev instead (`save_best`).
+        weights_only: whether the state of the optimisers is left out, which scoring does not need.
 
     Raises:
         ConfigError: if the run has made more steps than that.
@@ -215,10 +222,16 @@ def load_run(
     if max_steps is not None:
         config = msgspec.structs.replace(config, max_steps=max_steps)
     session = new_session(config, low_precision=low_precision)
-    checkpoint = _newest(run, {"model": session.facts["model"], "task": session.facts["task"]}, best=best)
+    weights_only |= best
+    inputs = {"model": session.facts["model"], "task": session.facts["task"]}
+    checkpoint = _newest(run, inputs, best=best, weights_only=weights_only)
     if checkpoint is None:
         return session
-    if not best and checkpoint.step < config.max_steps and not checkpoint.state.get("optimiser", True):
+    if (
+        not weights_only
+        and checkpoint.step < config.max_steps
+        and not checkpoint.state.get("optimiser", True)
+    ):
         raise CheckpointError(
             f"{run} was saved without its optimisers' state (save_optimiser: false): it can be scored and exported, "
             "but not trained further"
@@ -230,6 +243,7 @@ def load_run(
     restore_server_(session.server, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
     session.control = session.control.restored(checkpoint.state)
+    session.best = tuple(checkpoint.state["best"]) if "best" in checkpoint.state else None
     session.step, session.metrics_bytes = checkpoint.step, checkpoint.state.get("metrics_bytes", 0)
     return session
 
@@ -245,11 +259,12 @@ def load_halves(
     """
     config, task = run_config(run), (read_record(run) or {}).get("task", {})
     if "head" not in task:  # the record is damaged, or of version 0.2: the data tell
-        session = load_run(run, low_precision=False, best=best)
+        session = load_run(run, low_precision=False, best=best, weights_only=True)
         return config, session.client_half, session.server_half, session.class_labels
     _check_devices(config)
     loaded, client, server = _parties(config, task["head"], len(task["labels"]), low_precision=False)
-    checkpoint = _newest(run, {"model": {"name": config.model.name, "digest": loaded.digest}}, best=best)
+    inputs = {"model": {"name": config.model.name, "digest": loaded.digest}}
+    checkpoint = _newest(run, inputs, best=best, weights_only=True)
     if checkpoint is not None:
         restore_server_(server, checkpoint)
         restore_client_(client, checkpoint)
@@ -275,15 +290,17 @@ def _parties(
     return loaded, client, cast(TorchServer, make_server(config, server_half, loaded.initialised))
 
 
-def _newest(run: Path, inputs: dict[str, dict[str, Any]], *, best: bool) -> Checkpoint | None:
+def _newest(
+    run: Path, inputs: dict[str, dict[str, Any]], *, best: bool, weights_only: bool
+) -> Checkpoint | None:
     """The newest intact checkpoint of a run, refused if it was trained with another model or other data."""
     folder = run / ("best" if best else "checkpoints")
-    step = next(intact_steps(folder, say), None)
-    if step is None and best:
+    checkpoint = newest_intact(folder, say, weights_only=weights_only)
+    if checkpoint is None and best:
         raise FolderError(
             f"{run} has no best weights: it kept none (save_best: false), or was not evaluated yet"
         )
-    if step is None:
+    if checkpoint is None:
         if is_tested(run):
             raise CheckpointError(
                 f"{run} is finished, but its checkpoints are gone; put {folder} back (the weights may also be in "
@@ -291,8 +308,7 @@ def _newest(run: Path, inputs: dict[str, dict[str, Any]], *, best: bool) -> Chec
             )
         say(f"{run} has no checkpoint: its weights are those of the model")
         return None
-    path = checkpoint_path(folder, step)
-    checkpoint = read_checkpoint(path)
+    path = checkpoint_path(folder, checkpoint.step)
     for kind, facts in inputs.items():
         before, now = checkpoint.state[f"{kind}_digest"], facts["digest"]
         if before != now:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from hosl.core.rounds import RoundResult
 from hosl.errors import BusyError, LinkError, OverBudgetError, SessionError, StepMoved
@@ -55,20 +55,22 @@ def carry_on(
             session.stop_when(lambda: stop.requested)
             if record.lost:
                 view.say(f"{run}/metrics.jsonl was damaged: lines up to step {session.step} are missing")
+            if config.save_best and session.best is None:  # a checkpoint of version 0.2 does not tell
+                session.best = _best_of_lines(session, record, run, view)
             train(session, record, run, view, stop)
             if session.step < config.max_steps:
                 view.say(f"stopped after step {session.step}; go on with: {resume_command.format(run=run)}")
                 return run_summary(session, run, finished=False)
             if not _has_dev_line(record, run, session.step):  # other clients made the last steps
-                _evaluate_dev(session, record, session.step)
+                _evaluate(session, record, session.step, "dev")
                 if session.step not in checkpoint_steps(run / "checkpoints"):
                     save(session, record, run)
-            test = _evaluation(session, session.task.test)
-            record.metrics(step=session.step, split="test", **test.numbers())
+            test = _evaluate(session, record, session.step, "test")
             record.flush()
             record.evaluation(
-                step=session.step, split="test", labels=session.task.labels, confusion=test.confusion.tolist()
-            )
+                step=session.step, split="test", **test.numbers(), labels=session.task.labels,
+                confusion=test.confusion.tolist(),
+            )  # fmt: skip
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
@@ -104,8 +106,6 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
                     f"the server went back {returns} times, now to step {moved.step}, and no step after {furthest} was "
                     "reached; ask its owner, then go on"
                 ) from moved
-            for meter in (session.meters.client, session.meters.server):
-                meter.take()  # the costs of the broken-off step belong to no line
             facts = session.go_to(run, moved.step)
             if facts is not None:
                 record.cut_back(facts.get("metrics_bytes", 0), session.step)
@@ -115,13 +115,15 @@ def train(session: Session, record: Record, run: Path, view: View, stop: Stop) -
 
 def save(session: Session, record: Record, run: Path) -> None:
     """Write a checkpoint at the session's step."""
-    session.save(run, {"metrics_bytes": record.flush(), **session.control.state()})
+    best = {} if session.best is None else {"best": list(session.best)}
+    session.save(run, {"metrics_bytes": record.flush(), **session.control.state(), **best})
 
 
 def _one_step(
     session: Session, record: Record, run: Path, first: int, shown: dict[str, str], stop: Stop
 ) -> None:
     config, step, begin = session.config, session.step + 1, perf_counter()
+    session.count_anew()  # an evaluation's costs, or a broken-off step's, belong to no step
     session.measure_memory(on=step < first + 2 or step % MEMORY_STEPS == 0)
     result = session.round(batch_of_step(config, session.task, step), step)
     session.measure_memory(on=False)
@@ -132,9 +134,11 @@ def _one_step(
     shown["client"] = f"{session.meters.client.peak_bytes / 2**20:.0f} MiB"
     last = step == config.max_steps
     if step % config.eval_steps == 0 or last:
-        dev = _evaluate_dev(session, record, step)
+        dev = _evaluate(session, record, step, "dev")
         shown["dev"] = f"{dev.accuracy:.3f}"
-        if config.save_best and _is_best(record, run, dev, step):
+        found = (dev.accuracy, -dev.loss_nats)
+        if config.save_best and (session.best is None or found > session.best):
+            session.best = found
             session.save_best(run)
     over = over_budget(session)
     if step % config.save_steps == 0 or last or stop.requested or over:
@@ -189,23 +193,32 @@ def _has_dev_line(record: Record, run: Path, step: int) -> bool:
     return any(line.get("split") == "dev" and line["step"] == step for line in lines)
 
 
-def _is_best(record: Record, run: Path, dev: Evaluation, step: int) -> bool:
-    """Whether no earlier evaluation on dev was as good; by metrics.jsonl, so that a resumed run decides alike."""
+def _best_of_lines(session: Session, record: Record, run: Path, view: View) -> tuple[float, float] | None:
     record.flush()
-    lines = read_lines(run / "metrics.jsonl")
-    earlier = [line for line in lines if line.get("split") == "dev" and line["step"] < step]
-    mine = (dev.accuracy, -dev.loss_nats)
-    return all((line["accuracy"], -line["loss_nats"]) < mine for line in earlier)
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line.get("split") == "dev"]
+    if record.lost or (not lines and session.step >= session.config.eval_steps):
+        view.say(
+            f"save_best: evaluations up to step {session.step} are not known; the best one after them may be kept"
+        )
+    return max(((line["accuracy"], -line["loss_nats"]) for line in lines), default=None)
 
 
-def _evaluate_dev(session: Session, record: Record, step: int) -> Evaluation:
-    dev = _evaluation(session, session.task.dev)
-    record.metrics(step=step, split="dev", **dev.numbers())
-    return dev
-
-
-def _evaluation(session: Session, examples: Sequence[Example]) -> Evaluation:
-    return evaluate(
-        session.client, session.server_to_call(under_meter=False), session.task, examples,
+def _evaluate(session: Session, record: Record, step: int, split: Literal["dev", "test"]) -> Evaluation:
+    """Score a part of the data; its bytes are counted by themselves, and what a wire took is a line of timings."""
+    examples: Sequence[Example] = getattr(session.task, split)
+    session.count_anew()
+    found = evaluate(
+        session.client, session.server_to_call(in_round=False), session.task, examples,
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
+    server, wire = session.meters.server.take(), session.costs()
+    record.metrics(
+        step=step,
+        split=split,
+        **found.numbers(),
+        eval_bytes_up=server.bytes_in,
+        eval_bytes_down=server.bytes_out,
+    )
+    if wire:
+        record.timings(step=step, split=split, server_s=round(server.seconds, 6), **wire)
+    return found

@@ -42,6 +42,8 @@ class Session(Generic[ClientT, ServerT]):
     """The facts for the run's record about model and task: source, digests, cut, family, new weights."""
     step: int = 0
     """Steps done."""
+    best: tuple[float, float] | None = None
+    """Accuracy and negative loss of the best evaluation on dev so far, with save_best; None: none yet, or not known."""
     meters: Meters = field(default_factory=Meters)
     control: CoefficientControl = field(init=False)
     """The control of the coefficients after `step`; its state goes into checkpoints."""
@@ -57,14 +59,20 @@ class Session(Generic[ClientT, ServerT]):
             StepMoved: if the server goes on from another step.
         """
         client = metered(self.client, self.meters.client)
-        server = self.server_to_call(under_meter=True)
+        server = self.server_to_call(in_round=True)
         result = method_round(self.config, client, server, batch, step, control=self.control)
         self.control = self.control.after(result.coefficients)
         return result
 
-    def server_to_call(self, *, under_meter: bool) -> ServerSide:
-        """The server that the client calls, with all that is between the two."""
-        return metered(self.server, self.meters.server) if under_meter else self.server
+    def server_to_call(self, *, in_round: bool) -> ServerSide:
+        """The server that the client calls under its meter, with all that is between the two."""
+        return metered(self.server, self.meters.server)
+
+    def count_anew(self) -> None:
+        """Forget the costs so far: those of what comes next are counted by themselves."""
+        for meter in (self.meters.client, self.meters.server):
+            meter.take()
+        self.costs()
 
     def stop_when(self, stopping: Callable[[], bool]) -> None:
         """Note the function that says whether the run is to end; only a server elsewhere is waited for."""
@@ -101,7 +109,7 @@ class Session(Generic[ClientT, ServerT]):
         self.step = step
 
     def costs(self) -> dict[str, Any]:
-        """The costs of the last step that the parties' meters do not hold, for timings.jsonl."""
+        """The costs since the last call that the parties' meters do not hold, for timings.jsonl."""
         return {}
 
     def notes(self) -> dict[str, float]:

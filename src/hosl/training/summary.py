@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config
-from hosl.system.run_folder import read_lines, read_record
+from hosl.system.checkpoint import checkpoint_steps
+from hosl.system.run_folder import TIMINGS, read_evaluation, read_lines, read_record
 from hosl.training.session import Session
 
 
@@ -18,11 +19,17 @@ def run_summary(session: Session, run: Path, *, finished: bool) -> dict[str, Any
 
 
 def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any]:
-    """The summary of a run from its files: losses, accuracies, seconds, peaks, bytes per step."""
-    metrics, timings = read_lines(run / "metrics.jsonl"), read_lines(run / "timings.jsonl")
+    """The summary of a run from its files: losses, accuracies, seconds, peaks, bytes of a step and of evaluations."""
+    metrics, timings = (
+        read_lines(run / name) if (run / name).is_file() else [] for name in ("metrics.jsonl", TIMINGS)
+    )
+    if finished and not any(line.get("split") == "test" for line in metrics):  # its line was lost
+        metrics += [test for test in (read_evaluation(run) or {},) if "accuracy" in test]
+    timings = [line for line in timings if "split" not in line]
     steps = [line for line in metrics if "split" not in line]
     summary: dict[str, Any] = {
-        "run": str(run), "finished": finished, "method": config.method, "steps": len(steps),
+        "run": str(run), "finished": finished, "method": config.method,
+        "steps": max([*checkpoint_steps(run / "checkpoints")[-1:], *(line["step"] for line in steps)], default=0),
         "train_loss_nats": steps[-1]["loss_nats"] if steps else None,
     }  # fmt: skip
     if "client_digest" in (record := read_record(run) or {}):
@@ -30,15 +37,17 @@ def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any
     for line in metrics:
         if "split" in line:
             summary[f"{line['split']}_accuracy"] = line["accuracy"]
-            summary[f"{line['split']}_f1_macro"] = line["f1_macro"]
+            summary[f"{line['split']}_f1_macro"] = line.get("f1_macro")
             summary[f"{line['split']}_loss_nats"] = line["loss_nats"]
     if timings:
         summary["median_step_s"] = sorted(line["step_s"] for line in timings)[len(timings) // 2]
         for key in ("client_peak_bytes", "server_peak_bytes", "process_peak_bytes"):
-            summary[key] = max(line[key] for line in timings)
+            summary[key] = max(line.get(key, 0) for line in timings)
     if steps:
         summary["bytes_up_per_step"] = sum(line["bytes_up"] for line in steps) // len(steps)
         summary["bytes_down_per_step"] = sum(line["bytes_down"] for line in steps) // len(steps)
+    for key in ("eval_bytes_up", "eval_bytes_down"):
+        summary[key] = sum(line.get(key, 0) for line in metrics if "split" in line)
     return summary
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from hosl.config import Config, dump_config, with_absolute_paths
@@ -19,8 +20,7 @@ from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import drop_checkpoints_after, keep_newest
 from hosl.system.machine import machine, process_bytes, versions
 from hosl.system.readable import readable_bytes
-from hosl.system.run_folder import RunLock, new_folder, read_record, write_record
-from hosl.tasks import label_note, model_labels
+from hosl.system.run_folder import RunLock, new_folder, read_record, writable_place, write_record
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_halves, load_run, new_session, run_config, say
 from hosl.training.loop import carry_on
@@ -41,19 +41,18 @@ def start(config: Config) -> dict[str, Any]:
     check_trackers(config)
     config = with_absolute_paths(config)
     before_bytes = process_bytes()
+    writable_place(Path(config.output_dir))  # refused now, not after the data and the model were read
     config, swept = with_rate(config, say)
     session = new_session(config)  # before a folder is made: it may refuse the config
     for note in session.facts["notes"]:
         say(f"model {config.model.name}: {note}")
-    if session.task.head == "classification" and (
-        note := label_note(session.task.labels, model_labels(session.tokenizer_folder))
-    ):
-        say(note)
     config = session.config  # with its steps counted
     run = new_folder(Path(config.output_dir), dump_config(config), say)
     with RunLock(run):
         swept_facts = {} if swept is None else {"sweep": swept.facts()}
         write_record(run, _record(session) | {"process_base_bytes": before_bytes} | swept_facts)
+        if swept is not None:
+            swept.file.unlink(missing_ok=True)
         return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=0)
 
 
@@ -97,6 +96,7 @@ def _record(session: LocalSession) -> dict[str, Any]:
     return {
         "versions": versions(),
         "machine": machine() | {"threads": torch.get_num_threads()},
+        "config": msgspec.to_builtins(session.config),
         **session.facts,
     }
 

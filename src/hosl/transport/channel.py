@@ -5,6 +5,7 @@ The timeouts are in `Patience`, the messages in `hosl.wire`; `hosl.parties.remot
 
 import ipaddress
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from hosl.errors import AccessError, BusyError, ConfigError, LinkError, WireError
-from hosl.transport.join_line import JoinLine, pinned_certificate
+from hosl.transport.join_line import JoinLine, pinned_certificate, refused_certificate
 from hosl.transport.status import error_of
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import CHUNK_BYTES
@@ -165,10 +166,44 @@ class Channel:
             grpc.channel_ready_future(self._channel).result(timeout=self.patience.connect_s)
         except grpc.FutureTimeoutError:
             self._channel.close()
+            self._check_proof()
             raise LinkError(
                 f"no hosl server answers at {self.line.address} within {self.patience.connect_s:g} s; check the "
                 "address, that `hosl serve` runs there, and which certificates either side wants"
             ) from None
+
+    def _check_proof(self) -> None:
+        """Find out whether a server answers that only wants to be trusted otherwise, which gRPC does not tell.
+
+        Raises:
+            AccessError: if it speaks TLS and plaintext is asked for, or the other way round, or its certificate is
+                not one that the line or an authority vouches for.
+        """
+        if self.line.fingerprint and not self._proof.plaintext:
+            return  # `pinned_certificate` has looked
+        authority = self._proof.authority
+        try:
+            fault = refused_certificate(
+                self.line, str(authority) if authority else None, timeout_s=self.patience.connect_s
+            )
+        except OSError:
+            return
+        unknown = isinstance(fault, ssl.SSLCertVerificationError)
+        if self._proof.plaintext:
+            if unknown or fault is None:
+                raise AccessError(f"the server at {self.line.address} speaks TLS: leave --plaintext out")
+        elif unknown:
+            raise AccessError(
+                f"the join line lacks the fingerprint of the certificate of {self.line.address}, for which no "
+                f"authority {'of ' + str(authority) if authority else 'known here'} vouches ({fault.verify_message}): "
+                "copy the whole line hosl://host:port#token.fingerprint that `hosl serve` or `hosl clients add` "
+                "printed, or give --authority FILE where the server has a certificate of your own"
+            )
+        elif fault is not None:
+            raise AccessError(
+                f"the server at {self.line.address} speaks no TLS: one that was started with --plaintext is joined "
+                "with --plaintext, on the same machine only"
+            )
 
     def _credentials(self) -> tuple[Any, list[tuple[str, Any]]]:
         """gRPC's credentials, and the options of a channel with them."""

@@ -9,7 +9,7 @@ import ipaddress
 import re
 import ssl
 from base64 import urlsafe_b64encode
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from socket import create_connection
@@ -17,10 +17,13 @@ from typing import Any
 
 from hosl.errors import AccessError, LinkError
 
+_HOST_AND_PORT = r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})"
 _LINE = re.compile(
-    r"hosl://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})#(?P<token>[A-Za-z0-9_-]{43})"
+    rf"hosl://{_HOST_AND_PORT}#(?P<token>[A-Za-z0-9_-]{{43}})"
     r"(?:\.(?P<fingerprint>[A-Za-z0-9_-]{43}))?"
 )
+_SECRET = re.compile(r"(?:.*\.)?(?=[^.]*[A-Z])[\w-]{43}(?:\..*)?")
+"""A host one label of which may be a token: it would be looked up, and shown in messages."""
 
 _NOT_YET_VALID = 9
 """OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID."""
@@ -32,9 +35,9 @@ class JoinLine:
 
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)
     """A bearer token: whoever has it is this client."""
-    fingerprint: str | None
+    fingerprint: str | None = field(repr=False)
     """The value of `fingerprint_of` for the server's certificate; None: authorities vouch for the certificate."""
 
     @classmethod
@@ -45,7 +48,7 @@ class JoinLine:
             AccessError: if `text` is no join line. Its message repeats nothing of it: any part may be the token.
         """
         match = _LINE.fullmatch(text.strip())
-        if not match or not 0 < int(match["port"]) < 65536:
+        if not match or not 0 < int(match["port"]) < 65536 or _SECRET.fullmatch(match["host"]):
             raise AccessError(
                 f"the join line, {len(text.strip())} characters that are not shown, is not of the form "
                 "hosl://host:port#token.fingerprint; copy the whole line that `hosl serve` or `hosl clients add` "
@@ -53,32 +56,39 @@ class JoinLine:
             )
         return cls(match["host"].strip("[]"), int(match["port"]), match["token"], match["fingerprint"])
 
-    def check(self) -> "JoinLine":
-        """This line, if a device can join by it: it can be read again, and names one machine.
-
-        Raises:
-            AccessError: naming the address.
-        """
-        try:
-            everywhere = ipaddress.ip_address(self.host).is_unspecified
-        except ValueError:
-            everywhere = False
-        if everywhere or not _LINE.fullmatch(str(self)) or not 0 < self.port < 65536:
-            raise AccessError(
-                f"{self.address} cannot stand in a join line: it is "
-                f"{'every address of this machine' if everywhere else 'not host:port'}; give the address at which "
-                "devices reach this server, such as --public server.example:7070"
-            )
-        return self
-
     @property
     def address(self) -> str:
         """host:port, an IPv6 host in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return address_of(self.host, self.port)
 
     def __str__(self) -> str:
         proof = f".{self.fingerprint}" if self.fingerprint else ""
         return f"hosl://{self.address}#{self.token}{proof}"
+
+
+def address_of(host: str, port: int) -> str:
+    """host:port, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_public(host: str, port: int) -> None:
+    """Refuse an address that cannot stand in a join line: it is not host:port, or names no one machine.
+
+    Raises:
+        AccessError: naming the address.
+    """
+    try:
+        everywhere = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        everywhere = False
+    address = address_of(host, port)
+    allowed = re.fullmatch(_HOST_AND_PORT, address) and 0 < port < 65536 and not _SECRET.fullmatch(host)
+    if everywhere or not allowed:
+        raise AccessError(
+            f"{address} cannot stand in a join line: it is "
+            f"{'every address of this machine' if everywhere else 'not host:port'}; give the address at which "
+            "devices reach this server, such as --public server.example:7070"
+        )
 
 
 def fingerprint_of(certificate_der: bytes) -> str:
@@ -117,14 +127,37 @@ def pinned_certificate(line: JoinLine, *, timeout_s: float, identity: tuple[str,
         ) from cause
     assert line.fingerprint is not None, "a certificate that an authority vouches for is not pinned"
     if not hmac.compare_digest(fingerprint_of(certificate), line.fingerprint):
+        swapped = hmac.compare_digest(fingerprint_of(certificate), line.token)
         raise AccessError(
-            f"the server at {line.address} shows a certificate with fingerprint {fingerprint_of(certificate)}, "
-            f"the join line says {line.fingerprint}: somebody else answers, or the server made a new certificate; "
-            "ask for a new line"
+            "token and fingerprint have changed places in the join line: it is hosl://host:port#token.fingerprint"
+            if swapped
+            else f"the server at {line.address} shows a certificate with fingerprint {fingerprint_of(certificate)}, "
+            "the join line says another: somebody else answers, or the server made a new certificate; ask for a new "
+            "line"
         )
     pem = ssl.DER_cert_to_PEM_cert(certificate)
     _check_dates(line, pem, timeout_s)
     return pem.encode()
+
+
+def refused_certificate(line: JoinLine, authority: str | None, *, timeout_s: float) -> ssl.SSLError | None:
+    """The fault of the TLS at the line's address, found by a handshake; None: there is none.
+
+    Args:
+        line: its fingerprint is not looked at.
+        authority: the PEM file of the authority that must have signed the certificate; None: any that is known here.
+        timeout_s: the limit for the connection and each step of its handshake.
+
+    Raises:
+        OSError: if nobody answers there.
+    """
+    context = ssl.create_default_context(cafile=authority)
+    try:
+        with create_connection((line.host, line.port), timeout=timeout_s) as plain:
+            context.wrap_socket(plain, server_hostname=line.host).close()
+    except ssl.SSLError as fault:
+        return fault
+    return None
 
 
 def _check_dates(line: JoinLine, pem: str, timeout_s: float) -> None:

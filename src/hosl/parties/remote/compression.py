@@ -25,9 +25,9 @@ class CompressedServer(Packing):
         super().__init__(arrays, compression=compression, seed=seed)
         self._server = server
 
-    def at_rest(self, server: Any) -> "CompressedServer":
-        """The same in front of another `server`: for evaluation, which belongs to no step and no meter."""
-        return CompressedServer(server, self._arrays, compression=self._compression, seed=self._seed)
+    def at_rest(self) -> "CompressedServer":
+        """The same in front of the same server: for evaluation, which belongs to no step."""
+        return CompressedServer(self._server, self._arrays, compression=self._compression, seed=self._seed)
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
         """The mean loss of each activation, in nats; NaN without a call where an activation is NaN or infinite."""

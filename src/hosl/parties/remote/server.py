@@ -168,6 +168,7 @@ class RemoteServer(Packing):
     def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
         """Log-probabilities per class, or per option, mean per token."""
         packed = [pack(self._arrays.to_wire(activations), self._compression, noise="scores")]
+        self._count_up(packed, targets)
 
         def send() -> np.ndarray:
             request = pb.AskScores(
@@ -184,7 +185,9 @@ class RemoteServer(Packing):
                     f"asked for scores [{rows}, {width}], the server sent [{reply.rows}, {reply.scores}] in "
                     f"{len(reply.values)} bytes"
                 )
-            return np.frombuffer(reply.values, dtype="<f4").reshape(rows, width)
+            scores = np.frombuffer(reply.values, dtype="<f4").reshape(rows, width)
+            self._count_down("scores", reply.server_s, scores)
+            return scores
 
         return self._call(send, in_round=False)
 

@@ -1,6 +1,7 @@
 """A model's config.json, checked and read; no code of its folder is executed."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from hosl.split.families import known_types
 from hosl.system.readable import one_line
 
 _MOST_BLOCKS = 1000
+PLAIN_CALLS = {"return_dict": True, "chunk_size_feed_forward": 0}
+"""Settings of how a model is called, not of what it computes: other values are set aside, and that is said."""
 
 
 def read_config(path: Path, name: str) -> Any:
@@ -46,10 +49,48 @@ def read_config(path: Path, name: str) -> Any:
             f"{transformers.__version__}, and code of a model folder is never executed; hosl can cut {known_types()}"
         )
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as cause:  # a config's checks may raise any error about its values
+        keys = ", ".join(f"{key} {json.dumps(content[key])[:60]}" for key in _refused(content))
         reason = one_line(f"{type(cause).__name__}: {cause}")
-        raise ConfigError(f"{file} is no config that transformers takes: {reason}") from cause
+        raise ConfigError(
+            f"{file} is no config that transformers takes{f', for its {keys}' if keys else ''}: {reason}"
+        ) from cause
+    text = config.get_text_config()
+    if not isinstance(text, transformers.PreTrainedConfig):
+        key = next((key for key in content if getattr(config, key, None) is text), "text_config")
+        raise ConfigError(f"{file}: {key} is no setting of a {content['model_type']}; take it out")
+    return config
+
+
+def _refused(content: dict[str, Any]) -> list[str]:
+    """The keys of a refused config without any one of which transformers would take it."""
+    kind = transformers.CONFIG_MAPPING[content["model_type"]]
+
+    def is_taken(settings: dict[str, Any]) -> bool:
+        try:
+            kind.from_dict(settings)
+        except Exception:  # as in read_config
+            return False
+        return True
+
+    with quiet_transformers():
+        return [key for key in content if is_taken({k: v for k, v in content.items() if k != key})]
+
+
+@contextmanager
+def quiet_transformers() -> Any:
+    """Silence transformers' progress bars and advice inside the context; its settings are restored at the end."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _refuse_quantised(content: dict[str, Any], name: str) -> None:

@@ -1,16 +1,14 @@
 """A Hugging Face model by name, opened without reading a weight, or loaded whole. New weights come from the seed."""
 
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
 from hosl.errors import ConfigError
 from hosl.split.families import Family, Head
-from hosl.split.reading.config_json import read_config
+from hosl.split.reading.config_json import PLAIN_CALLS, quiet_transformers, read_config
 from hosl.split.reading.model_folder import checkpoint_digest, resolve_model_folder
 from hosl.split.reading.skeleton import fill_, skeleton
 from hosl.split.reading.weights import Weights, find_weights
@@ -84,24 +82,15 @@ def open_pretrained(
         if not 1 <= num_labels <= _MOST_LABELS:
             raise ConfigError(f"a classification head has 1..{_MOST_LABELS:,} labels, got {num_labels}")
         config.num_labels = num_labels
-    with _quiet():
+    with quiet_transformers():
         model, family = skeleton(config, head, dtype)
     weights = find_weights(folder, name, model, family, seed)
     if weights.untied:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    aside = [
+        f"{key} {getattr(config, key)}" for key, plain in PLAIN_CALLS.items() if getattr(config, key) != plain
+    ]
+    if aside:
+        note = f"set aside from config.json: {', '.join(aside)}; it says how a model is called, not what it computes"
+        weights = replace(weights, notes=(*weights.notes, note))
     return Pretrained(config, model, family, weights)
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Silence transformers' progress bars and advice inside the context; its settings are restored at the end."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -34,6 +34,12 @@ def skeleton(config: Any, head: Head, dtype: torch.dtype = torch.float32) -> tup
             f"no model can be built from the config of this {config.model_type}: {reason}; it must have what "
             f"transformers' own config of {config.model_type!r} has"
         ) from cause
+    for tensor, p in model.named_parameters():
+        if p.numel() == 0:
+            raise ConfigError(
+                f"by the config of this {config.model_type}, {tensor} would have the shape {list(p.shape)}; every size "
+                "must be 1 or more"
+            )
     return model, family_of(config, type(model).__name__)
 
 

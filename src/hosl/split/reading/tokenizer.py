@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 
 from hosl.errors import ModelError
+from hosl.split.reading.config_json import read_config
 from hosl.system.readable import one_line
 
 _PROBES = (
@@ -23,8 +24,11 @@ def transformers_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer that AutoTokenizer loads from `folder`; no code of the folder is run.
 
     Raises:
+        ConfigError, SplitError, ModelError: if config.json cannot be read, as in `read_config`.
         ModelError: if it cannot be loaded, or does more than the `tokenizers` library can.
     """
+    if (folder / "config.json").is_file():  # transformers reads it too, and would blame the tokenizer
+        read_config(folder, str(folder))
     try:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
