@@ -22,6 +22,7 @@ _COMMANDS = {
     "split": "cut a checkpoint into two folders: hosl split MODEL --cut K OUT",
     "serve": "train a server half with the devices that join: hosl serve OUT/server --listen HOST:PORT",
     "join": "train this device's half with a server: hosl join OUT/client --to LINE --config CONFIG.yaml",
+    "merge": "one checkpoint out of the two halves: hosl merge RUN --to LINE -o OUT | SERVICE --run NAME -o OUT",
     "audit": "what leaves the device, field by field: hosl audit OUT/client --config CONFIG.yaml",
     "plan": "does it fit, where to cut, what will it cost: hosl plan CONFIG.yaml | MODEL --device-memory 2GiB",
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
@@ -30,6 +31,8 @@ _COMMANDS = {
     "runs": "what the server holds: hosl runs ls | drop NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
+_ROOMS = {"merge": "use."}
+"""The room of a command's module below this one, where it has one."""
 _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
     "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve",
@@ -83,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's profiler, our memory meter, greets on stderr, and warns of what was allocated before it
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run: Callable[[list[str]], int] = import_module(f"hosl.cli.{arguments[0]}").run
+    run: Callable[[list[str]], int] = import_module(
+        f"hosl.cli.{_ROOMS.get(arguments[0], '')}{arguments[0]}"
+    ).run
     try:
         return run(arguments[1:])
     except HoslError as error:

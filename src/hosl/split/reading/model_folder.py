@@ -85,6 +85,12 @@ def weights_files(folder: Path, name: str) -> dict[Path, set[str] | None]:
     return dict(sorted(files.items()))
 
 
+def adapter_base(name: str, folder: Path) -> str:
+    """The name by which peft finds the base of adapters: the hub's, or the absolute path of the model's folder."""
+    from_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()
+    return name if from_hub else str(folder.resolve())
+
+
 def checkpoint_digest(folder: Path, name: str) -> str:
     """SHA-256 over the safetensors files that a checkpoint's weights are read from.
 
