@@ -171,6 +171,24 @@ def test_a_head_of_the_device_is_merged_with_the_trunk_of_the_server(tiny_run, t
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_a_head_that_shares_the_devices_embedding_stays_tied(causal_run, tmp_path, capsys):
+    client = {"learning_rate": 1e-3, "trainable": "all"}
+    config = causal_run("opt", max_steps=3, method="hosl-gradient", wire={"labels": "client"}, client=client)
+    machines = Machines(tmp_path, "causal", labels_at="client")
+    with machines.serve("--give-half") as server:
+        machines.join(server.line, config, "--give-half")
+        assert machines.on_device(server.line, tmp_path / "here") == 0
+    assert machines.on_server(tmp_path / "there", "--base", tmp_path / "model-in") == 0
+    assert weights(tmp_path / "here") == weights(tmp_path / "there")
+    assert "were one tensor" not in capsys.readouterr().err
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "here")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model-in")
+    embedding = merged.get_input_embeddings().weight
+    assert merged.get_output_embeddings().weight is embedding
+    assert not torch.equal(embedding, base.get_input_embeddings().weight)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_shared_halves_need_no_more_than_the_servers_journal(tiny_run, tmp_path, capsys):
     config = tiny_run(max_steps=3, clients={"count": 2, "halves": "shared"})
     machines = Machines(tmp_path)
@@ -182,3 +200,53 @@ def test_shared_halves_need_no_more_than_the_servers_journal(tiny_run, tmp_path,
             assert machines.on_device(line, tmp_path / f"from-{name}", run=f"{name}/run") == 0
     assert machines.on_server(tmp_path / "there", "--base", tmp_path / "model-in", run="a/run") == 0
     assert weights(tmp_path / "from-a") == weights(tmp_path / "from-b") == weights(tmp_path / "there")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_merged_is_refused_in_one_line(tiny_run, tiny, tmp_path, capsys):
+    config = tiny_run(max_steps=2, method="hosl")
+    machines = Machines(tmp_path)
+    out, base = tmp_path / "out", ["--base", str(tmp_path / "model-in")]
+
+    def refused(status, *expected):
+        assert status in (1, 2)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert all(text in said for text in expected), said
+        assert not out.exists()
+
+    with machines.serve() as server:
+        run = machines.join(server.line, config)
+        capsys.readouterr()
+        refused(machines.on_device(server.line, out), "this server keeps its half", "--give-half")
+        refused(main(["merge", str(run), "-o", str(out)]), "needs --to")
+        refused(main(["merge", str(run), "-o", str(out), "--run", "x"]), "--run is for", "on the server")
+        refused(machines.on_server(out, *base), "needs its client's half, and this server has none")
+        machines.join(server.line, config, "--give-half")  # the run is finished: the half is given now
+        assert "the server has this device's half" in capsys.readouterr().err
+    refused(machines.on_server(out), "give --base, the model that was split, or --client-half")
+    refused(
+        machines.on_server(out, *base, "--client", "second"), "client second gave no half", "there are first"
+    )
+    refused(machines.on_server(out, *base, "--labels", "other,colour"), "--labels are not the classes")
+    refused(main(["merge", str(machines.service), "--run", "x", "-o", str(out)]), "no run is called x")
+    refused(main(["merge", str(machines.service), "-o", str(out)]), "needs --run")
+    refused(main(["merge", str(tmp_path / "data.csv"), "-o", str(out)]), "is neither a run of `hosl join`")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("kept")
+    assert machines.on_server(tmp_path / "taken", *base) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    tiny("bert", seed=1).save_pretrained(tmp_path / "another")
+    refused(
+        machines.on_server(out, "--base", tmp_path / "another"), "--base", "give the model that was split"
+    )
+    assert not list(tmp_path.glob(".*"))
+
+    given = machines.service / "runs" / read_record(run)["run_id"] / "given" / "first" / "given.json"
+    facts = json.loads(given.read_text())
+    digest = read_record(run)["client_digest"]
+    facts["given"]["digest"] = "A" * 43 + "="  # another machine's, say
+    given.write_text(json.dumps(facts))
+    assert machines.on_server(out, *base, "--labels", "colour,other") == 0
+    said = capsys.readouterr().err
+    assert f"has the digest {digest}, at the end of its run it had {'0' * 64}" in said
+    assert hf.AutoConfig.from_pretrained(out).id2label == {0: "colour", 1: "other"}

@@ -119,7 +119,8 @@ def _failed(error: HoslError, arguments: list[str]) -> int:
 
 def _again(arguments: list[str]) -> str:
     """The command that goes on with what was interrupted."""
-    one_run = arguments[0] == "train" or any(text.partition("=")[0] == "--run" for text in arguments)
+    named = any(text.partition("=")[0] == "--run" for text in arguments)
+    one_run = arguments[0] == "train" or (named and arguments[0] != "merge")
     return "`hosl train --resume RUN`" if one_run else f"the same `hosl {arguments[0]}`"
 
 

@@ -233,7 +233,11 @@ def _joined(
         runtime=runtime,
     )  # fmt: skip
     session.facts = {
-        "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
+        "model": {
+            "source": str(options.half.absolute()),
+            "digest": facts["base_digest"],
+            "family": facts["family"],
+        },
         "task": {
             "name": task.name,
             "digest": task_digest(task),
