@@ -27,13 +27,14 @@ from hosl.config import (
 )
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
+from hosl.network.half_transfer import give_finished
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
-from hosl.split.reading.model_folder import checkpoint_digest
+from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
@@ -64,6 +65,8 @@ class JoinOptions:
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
     """The certificates that each side shows the other."""
+    give_half: bool = False
+    """Whether the server gets this device's half at the end."""
     may_go_back: bool = False
     """Whether the first Hello may undo work of one side that the other has lost."""
 
@@ -105,6 +108,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         summary = files_summary(config, run.folder, finished=True)
         if summary["train_loss_nats"] is None:
             say(f"{run.folder}/metrics.jsonl has lost its lines: losses and bytes of the steps are not known")
+        if options.give_half:
+            _give(config, options, run.folder, say)
         return summary
     with RunLock(run.folder):
         try:
@@ -113,9 +118,22 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             _clear(run.folder)
             raise
         try:
-            return carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
+            summary = carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
         finally:
             session.remote.close()
+        if options.give_half and summary["finished"]:
+            _give(config, options, run.folder, say)
+        return summary
+
+
+def _give(config: Config, options: JoinOptions, run: Path, say: Callable[[str], None]) -> None:
+    """Give the half of a finished run to the server."""
+    patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
+    channel = connect(options.line, patience=patience, proof=options.proof, known=False, say=say)
+    try:
+        give_finished(config, run, read_record(run) or {}, channel, say)
+    finally:
+        channel.close()
 
 
 def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
@@ -222,8 +240,17 @@ def _joined(
         runtime=runtime,
     )  # fmt: skip
     session.facts = {
-        "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
-        "task": {"name": task.name, "digest": task_digest(task)},
+        "model": {
+            "source": str(options.half.absolute()),
+            "digest": facts["base_digest"],
+            "family": facts["family"],
+        },
+        "task": {
+            "name": task.name,
+            "digest": task_digest(task),
+            "head": task.head,
+            "labels": list(task.labels),
+        },
         "cut": facts["cut"],
         "crosses": what_crosses(config, task),
     }
@@ -334,5 +361,7 @@ def _finish(session: JoinedSession, run: Path) -> None:
     feed_trackers(session.config, run)
     write_record(
         run,
-        (read_record(run) or {}) | {"finished": True, "client_digest": session.facts["final_client_digest"]},
+        (read_record(run) or {})
+        | {"finished": True, "client_digest": session.facts["final_client_digest"]}
+        | {name: session.facts[name] for name in ("journal_updates",) if name in session.facts},
     )
