@@ -1,9 +1,11 @@
 """The documentation: a site that builds strictly, reference pages that are what the code says, code that runs."""
 
 import importlib.util
+import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import hosl
 from hosl.cli import main
 from hosl.config import Config
+from tests.texts import CHATS, text_run, write_rows
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -109,6 +112,25 @@ def test_the_loop_of_the_how_to_runs():
     found: dict[str, Any] = {}
     exec(loop, found)
     assert found["result"].loss < found["first_loss"]
+
+
+def test_the_chats_of_the_how_to_are_learned(tmp_path, monkeypatch):
+    """Its rows, config and commands, on a tiny model that is cut lower and makes few steps."""
+    page = (DOCS / "how-to" / "tune-on-your-chats.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (commands,) = re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    text_run(tmp_path)
+    write_rows(tmp_path / "chats.jsonl", [json.loads(row), *CHATS])
+    Path("chats.yaml").write_text(
+        config.replace("SmolLM2-135M, cut: 10", "model-in, cut: 1").replace("max_steps: 100", "max_steps: 2")
+    )
+    for command in commands.splitlines():
+        words = shlex.split(command.removeprefix("$ hosl "))
+        assert main([*words, *(["--zo.directions", "1"] if words[0] == "train" else [])]) == 0
+    assert "test tokens right, %" in Path("chats.html").read_text(encoding="utf-8")
+    assert Path("out/chat_template.jinja").is_file()
 
 
 def test_every_decision_is_listed():

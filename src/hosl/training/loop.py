@@ -68,12 +68,8 @@ def carry_on(
             test = _evaluate(session, record, session.step, "test")
             record.flush()
             if test.confusion is not None:
-                record.evaluation(
-                    step=session.step,
-                    split="test",
-                    labels=session.task.labels,
-                    confusion=test.confusion.tolist(),
-                )
+                kept = {"labels": session.task.labels, "confusion": test.confusion.tolist()}
+                record.evaluation(step=session.step, split="test", **kept)
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
