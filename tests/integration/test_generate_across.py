@@ -11,7 +11,7 @@ from hosl.config import load_config
 from hosl.network.torch_runtime import open_text_half
 from hosl.system.checkpoint import read_checkpoint
 from tests.integration.languages import PROMPTS, greedy_words, language_model, tuning
-from tests.integration.network import Server, finished, join, newest, server_state
+from tests.integration.network import Server, finished, join, newest, server_state, wait_until
 
 TOKENS = 8
 ASKED = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
@@ -85,3 +85,21 @@ def test_a_joined_runs_halves_say_across_the_split_what_the_merged_model_says(
     assert f"the server's half: run {name} after step 4" in err
     assert "the server's half: as it was split" in err
     assert [event["run"] for event in events[:10]] == [name] * 5 + [""] * 5
+
+
+def test_a_run_that_goes_on_is_not_disturbed_by_texts_and_each_says_its_step(tmp_path, capsys):
+    model = language_model(tmp_path / "model", "llama")
+    config = tuning(tmp_path, model, max_steps=60, eval_steps=60, save_steps=30)
+    halves = split_for(tmp_path, model, 1, "server")
+    with Server(halves / "server", tmp_path / "service") as server:
+        process = join(halves / "client", server.line, config, "--output-dir", tmp_path / "joined")
+        wait_until(lambda: any(event["event"] == "hello" for event in server.events))
+        while process.poll() is None:
+            generate(capsys, halves / "client", "--to", server.line, *ASKED)
+        assert finished(process)["finished"]
+        steps = [event["step"] for event in server.events if event["event"] == "generate"]
+        assert server.stop() == 0
+    assert any(0 < step < 60 for step in steps)
+    assert main(["train", str(config), "--json"]) == 0
+    alone, beside = (tmp_path / run / "metrics.jsonl" for run in ("run", "joined"))
+    assert beside.read_bytes() == alone.read_bytes()
