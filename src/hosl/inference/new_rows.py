@@ -23,9 +23,9 @@ class NewRow:
     columns: dict[str, Any]
     """The columns that it is read from, as the file has them."""
     example: Example
-    """Its tokens; the label is its own, or 0 where there is none."""
-    labelled: bool
-    """Whether it has a label of the task."""
+    """Its tokens; its label is 0 whatever the row says: a server that scores it is told no more."""
+    label: int | None
+    """The index of the label that the row has; None: it has none of the task."""
 
 
 class RowReader:
@@ -99,11 +99,8 @@ class RowReader:
         """
         for number, row in enumerate(rows, start=1):
             example = self._encode(row, f"{self._file}, row {number}")
-            label = self._label(row)
-            if label is not None:
-                example = Example(example.rows, label, example.option_lengths)
             columns = {name: row[name] for name in self._columns if name in row}
-            yield NewRow(number, columns, example, labelled=label is not None)
+            yield NewRow(number, columns, example, self._label(row))
 
     def cuts(self) -> list[str]:
         """The line about rows that were cut so far; none if none was."""

@@ -88,6 +88,8 @@ class RemoteServer(Packing):
         """The number of updates in the server's journal at the last Hello; for shared halves."""
         self.classes: int | None = None
         """The number of classes of the model's head; None: any number of scores is taken."""
+        self.looks = False
+        """Whether the session only reads: a run as it is, whatever its step."""
         self._training = pb.Training()
         self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
@@ -109,6 +111,10 @@ class RemoteServer(Packing):
         request = self._greeting(self.current)
         reply = self.channel.ask("Hello", request, pb.HelloReply)
         self._training, ours = request.training, {*request.restorable, request.current}
+        self.looks = request.look
+        if self.looks:
+            self._session, self._limits, self.client = reply.session, reply.limits, reply.client
+            return reply.start
         alone = request.training.clients <= 1
         if reply.start > request.training.max_steps or (alone and reply.start not in ours):
             raise WireError(

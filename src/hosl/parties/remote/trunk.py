@@ -18,7 +18,7 @@ class RemoteTrunk(RemoteServer):
 
     def states(self, activations: Sequence[Activations], targets: PositionTargets) -> list[Any]:
         """The last block's states at the scored positions [rows, positions, width]."""
-        noise, step = self._noise(), self.current + 1
+        noise, step = self._noise(), self.current if self.looks else self.current + 1
         packed = [pack(self._arrays.to_wire(h), self._compression, noise=noise) for h in activations]
         self._count_up(packed, targets)
 
