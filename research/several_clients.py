@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from hosl.report.statistics import spread_text
-from hosl.split.reading.model_folder import EMBEDDED_MODEL
+from hosl.split.reading.embedded import ENCODER
 from hosl.study.tables import of_seeds
 from hosl.system.atomic import whole_file
 from hosl.tasks.classification import LabelledText, carve
@@ -64,7 +64,7 @@ def config(
     return {
         "method": "hosl" if rate else "frozen",
         "seed": seed,
-        "model": {"name": EMBEDDED_MODEL, "cut": 6},
+        "model": {"name": ENCODER, "cut": 6},
         "task": {
             "kind": "files", "train": str(data / f"train-{place}.csv"), "dev": str(data / "dev.csv"),
             "test": str(data / "test.csv"), "max_tokens": 48,
@@ -87,7 +87,7 @@ def made(folder: Path, settings: list[dict[str, Any]], seed: int) -> dict[str, A
         return json.loads(done.read_text("utf-8"))
     shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
     folder.mkdir(parents=True)
-    _call("split", EMBEDDED_MODEL, folder / "halves", "--cut", 6, "--head", "classification", "--labels", 20,
+    _call("split", ENCODER, folder / "halves", "--cut", 6, "--head", "classification", "--labels", 20,
           "--seed", seed)  # fmt: skip
     with _served(folder) as line:
         lines = [line, *(_enrolled(folder, f"device-{place}") for place in range(1, len(settings)))]

@@ -36,9 +36,12 @@ def split(model, out, cut=2, **more):
 
 
 class Server:
-    """`hosl serve` in a process of its own. `program` replaces the plain command, to have it die at a given point."""
+    """`hosl serve` in a process of its own. `program` replaces the plain command, to have it die at a given point.
 
-    def __init__(self, half, service, *words, listen="127.0.0.1:0", program=None):
+    `start=anew`: one that has not loaded gRPC yet, which reads its list of ciphers once.
+    """
+
+    def __init__(self, half, service, *words, listen="127.0.0.1:0", program=None, start=Forked):
         command = [
             *(program or HOSL),
             "serve",
@@ -51,7 +54,7 @@ class Server:
         ]
         self.service = service
         self.log = open(service.with_suffix(".log"), "ab")  # noqa: SIM115
-        self.process = Forked(command, env=ENVIRONMENT, stderr=self.log)
+        self.process = start(command, env=ENVIRONMENT, stderr=self.log)
         self.said, self.line = [], None
         while True:
             text = self.process.stdout.readline()

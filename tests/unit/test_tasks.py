@@ -7,7 +7,7 @@ import tokenizers
 from hosl.errors import TaskError
 from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, docstrings, load_task
 from hosl.tasks.classification import carve
-from hosl.tasks.docstrings import standard_library_texts
+from hosl.tasks.docstrings import documented_functions, standard_library_texts
 from hosl.tasks.templates import TEMPLATES
 
 
@@ -257,6 +257,70 @@ def test_texts_can_be_kept_ahead_of_the_first_command(tmp_path, monkeypatch):
     assert json.loads(whole)["labels"] == sorted(json.loads(whole)["labels"])
     monkeypatch.setattr(docstrings, "standard_library_texts", None)  # not called again
     docstrings.keep_texts()
+
+
+def functions(count):
+    return "".join(
+        f'def f{i}(x):\n    """Number {i} is given back. It says no more."""\n\n    return {i}\n'
+        for i in range(count)
+    )
+
+
+def test_a_function_is_its_source_without_the_docstring_and_the_docstrings_first_sentence(tmp_path):
+    source = (
+        'class C:\n    @staticmethod\n    def f(a, b=("x",)):\n        """Give a,\n        e.g. 1.5 of it. And more.\n'
+        '\n        More.\n        """  # one\n\n        return a  # two\n'
+    )
+    (tmp_path / "abc.py").write_text(source)
+    ((row,),) = [rows for rows in documented_functions(tmp_path).values() if rows]
+    assert row["completion"] == " Give a, e.g. 1.5 of it."
+    assert row["prompt"] == 'def f(a, b=("x",)):\n    return a  # two\n\n# What it does:'
+
+
+@pytest.mark.parametrize(
+    ("left_out", "source"),
+    [
+        ("no docstring", "def f(x):\n    return x\n"),
+        ("a docstring alone", 'def f(x):\n    """Give back what is given."""\n'),
+        ("too few words", 'def f(x):\n    """Give it back."""\n    return x\n'),
+        ("too many words", f'def f(x):\n    """Give{" it" * 30}."""\n    return x\n'),
+        ("no sentence", 'def f(x):\n    """f(x) -> the same x again"""\n    return x\n'),
+        ("a long function", 'def f(x):\n    """Give back what is given."""\n' + "    x += 1\n" * 80),
+        ("broken code", 'def f(x):\n    """Give back what is given."""\n    return (\n'),
+    ],
+)  # fmt: skip
+def test_functions_that_teach_nothing_are_left_out(tmp_path, left_out, source):
+    (tmp_path / "abc.py").write_text(source)
+    (tmp_path / "ast.py").write_text(functions(3))
+    assert sum(map(len, documented_functions(tmp_path).values())) == 3
+
+
+def test_embedded_rows_are_of_the_library_that_every_python_has_and_each_is_one(tmp_path):
+    (tmp_path / "abc.py").write_text(functions(3) + functions(3))
+    (tmp_path / "ast.py").write_text(functions(4))
+    for absent in ("tkinter.py", "sitecustomize.py"):
+        (tmp_path / absent).write_text(functions(9))
+    assert sum(map(len, documented_functions(tmp_path).values())) == 4
+
+
+def test_a_library_without_functions_is_refused(tmp_path):
+    with pytest.raises(
+        TaskError, match=r"holds no Python sources to read; give your own rows in task\.train"
+    ):
+        documented_functions(tmp_path)
+
+
+def test_the_embedded_rows_are_many_apart_and_the_same_whatever_the_order_of_files(monkeypatch):
+    parts = documented_functions()
+    assert 1200 < len(parts["train"]) < 5000
+    assert 40 < len(parts["dev"]) < 120
+    assert 60 < len(parts["test"]) < 150
+    rows = [row for part in parts.values() for row in part]
+    for column in ("prompt", "completion"):
+        assert len({row[column] for row in rows}) == len(rows)
+    files = list(docstrings._sources(docstrings._library()))
+    monkeypatch.setattr(docstrings, "_sources", lambda library: reversed(files))
+    assert documented_functions() == parts
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ def run(arguments: list[str]) -> int:
         FolderError, CheckpointError: if the folder holds no run, or a damaged one.
     """
     parser = command_parser(
-        "eval", "Accuracy, macro F1, loss and the scores of each class, of a run's newest weights."
+        "eval",
+        "Accuracy, macro F1, loss and the scores of each class, of a run's newest weights; where texts are learned "
+        "loss, perplexity and the share of tokens right.",
     )
     parser.add_argument("run", help=RUN_HELP)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
@@ -32,12 +34,13 @@ def run(arguments: list[str]) -> int:
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     result = {"run": str(run_folder), "step": session.step, "split": options.split, **evaluation.numbers()}
-    labels, confusion = session.task.labels, evaluation.confusion.tolist()
-    classes = by_class(labels, evaluation.confusion)
-    if options.json:
-        result |= {"classes": classes, "confusion": confusion}
-    else:
-        result |= _lines(classes, labels, confusion)
+    if evaluation.confusion is not None:
+        labels, confusion = session.task.labels, evaluation.confusion.tolist()
+        classes = by_class(labels, evaluation.confusion)
+        if options.json:
+            result |= {"classes": classes, "confusion": confusion}
+        else:
+            result |= _lines(classes, labels, confusion)
     answer(result, as_json=options.json)
     return 0
 

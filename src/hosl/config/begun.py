@@ -16,8 +16,8 @@ from hosl.errors import ConfigError
 _FREE = (
     "output_dir", "report_to", "max_steps", "num_train_epochs", "per_device_eval_batch_size", "eval_steps",
     "save_steps", "snapshot_steps", "save_model", "save_optimiser", "save_best", "model.name", "task.train", "task.dev",
-    "task.test", "task.folder", "client.device", "client.memory_budget", "client.micro_batch_size", "server.device",
-    "wire.connect_s", "wire.idle_s", "clients.grace_s",
+    "task.test", "task.folder", "task.chat_template", "client.device", "client.memory_budget",
+    "client.micro_batch_size", "server.device", "wire.connect_s", "wire.idle_s", "clients.grace_s",
 )  # fmt: skip
 """Settings that may change within a run: how far, where, how often. Model and data are known by their digests."""
 

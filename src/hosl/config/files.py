@@ -14,8 +14,8 @@ import yaml
 
 from hosl.config.former_names import with_new_names
 from hosl.config.schema import Config
-from hosl.config.sections import ModelConfig
 from hosl.errors import ConfigError
+from hosl.split.reading.embedded import EMBEDDED_MODELS
 
 
 def load_config(path: str | Path, *, warn: bool = True) -> Config:
@@ -112,12 +112,11 @@ def with_absolute_paths(config: Config) -> Config:
     """
     paths = {
         name: _absolute(value)
-        for name in ("train", "dev", "test", "folder")
+        for name in ("train", "dev", "test", "folder", "chat_template")
         if isinstance(value := getattr(config.task, name, None), str)
     }
     name = config.model.name
-    embedded = name == ModelConfig().name  # which no folder of that name replaces
-    model = msgspec.structs.replace(config.model, name=name if embedded else _absolute(name))
+    model = msgspec.structs.replace(config.model, name=name if name in EMBEDDED_MODELS else _absolute(name))
     return msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, **paths), model=model)
 
 

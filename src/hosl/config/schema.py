@@ -65,7 +65,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     save_optimiser: bool = True
     """Whether the last checkpoint holds the optimisers' state, with which a finished run can be trained further."""
     save_best: bool = False
-    """Whether RUN/best keeps the weights of the best evaluation on dev, by accuracy, then loss, for `export --best`."""
+    """Whether RUN/best keeps the weights of the best evaluation on dev, by accuracy, then loss (texts: by loss), for
+    `export --best`."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers that get the metrics, beside metrics.jsonl."""
 

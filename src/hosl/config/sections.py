@@ -19,7 +19,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The model, and its cut."""
 
     name: str = "all-MiniLM-L6-v2"
-    """all-MiniLM-L6-v2, which is in the package, a local folder (environment variables allowed), or a hub name."""
+    """all-MiniLM-L6-v2 or SmolLM2-135M, which `make` installs, a local folder (environment variables allowed), a GGUF
+    file, or a hub name."""
     cut: int = 3
     """The client keeps the embeddings and blocks 0..cut-1."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -10,12 +10,17 @@ import numpy as np
 
 from hosl.config import Config
 from hosl.core.targets import Batch
-from hosl.tasks import Task
+from hosl.tasks import SftConfig, Task
 
 
 def batch_of_step(config: Config, task: Task, step: int) -> Batch:
     """The training batch of `step` (from 1)."""
-    indices = batch_indices(config.seed, step, config.per_device_train_batch_size, len(task.train))
+    batch, rows = config.per_device_train_batch_size, len(task.train)
+    if isinstance(config.task, SftConfig) and config.task.group_by_length:
+        lengths = tuple(len(example.rows[0]) for example in task.train)
+        indices = alike_indices(config.seed, step, batch, lengths)
+    else:
+        indices = batch_indices(config.seed, step, batch, rows)
     return task.collate([task.train[i] for i in indices])
 
 
@@ -25,6 +30,19 @@ def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:
     for position in range((step - 1) * batch, step * batch):
         epoch, rank = divmod(position, examples)
         indices.append(int(_permutation(seed, epoch, examples)[rank]))
+    return indices
+
+
+def alike_indices(seed: int, step: int, batch: int, lengths: tuple[int, ...]) -> list[int]:
+    """The examples of `step` (from 1), of like lengths: each once in an epoch, as in `batch_indices`.
+
+    The rows of 50 batches are drawn at random and sorted by length; the batches of an epoch then come in random order.
+    A batch that spans two epochs, and the rest of an epoch, are drawn without regard to length.
+    """
+    indices = []
+    for position in range((step - 1) * batch, step * batch):
+        epoch, rank = divmod(position, len(lengths))
+        indices.append(int(_alike(seed, epoch, batch, lengths)[rank]))
     return indices
 
 
@@ -69,3 +87,23 @@ def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     """The examples in the order of the hash of (seed, epoch, index): the same on every machine."""
     hashes = [blake2b(f"{seed}/{epoch}/{i}".encode(), digest_size=8).digest() for i in range(examples)]
     return np.array(sorted(range(examples), key=hashes.__getitem__))
+
+
+_SORTED_BATCHES = 50
+"""Batches whose rows are sorted together, as transformers has it for group_by_length."""
+
+
+@lru_cache(maxsize=2)
+def _alike(seed: int, epoch: int, batch: int, lengths: tuple[int, ...]) -> np.ndarray:
+    """The examples of an epoch in the order in which `alike_indices` takes them."""
+    order = _permutation(seed, epoch, len(lengths))
+    begun = -epoch * len(lengths) % batch  # the rows that fill the last batch of the epoch before
+    whole = max(len(lengths) - begun, 0) // batch
+    rows = order[begun : begun + whole * batch]
+    of_length = np.array(lengths)
+    batches = []
+    for start in range(0, len(rows), _SORTED_BATCHES * batch):
+        together = rows[start : start + _SORTED_BATCHES * batch]
+        batches += np.split(together[np.argsort(of_length[together], kind="stable")], len(together) // batch)
+    drawn = [batches[number] for number in _permutation(seed, epoch, whole)]
+    return np.concatenate([order[:begun], *drawn, order[begun + whole * batch :]])

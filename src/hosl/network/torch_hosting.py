@@ -25,6 +25,7 @@ from hosl.parties.servers.basic import TorchServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.service.hosted_half import HostedText, NextToken, Stepped, TextSizes
 from hosl.split import ServerHalf, TrunkHalf
+from hosl.split.caches import HalfCache
 from hosl.system.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -215,12 +216,13 @@ class _Text(HostedText):
 
     def __init__(self, hosted: TorchHosted, candidates: int) -> None:
         self._hosted, self._candidates = hosted, candidates
-        self._cache = hosted.party.half.new_cache()
+        self._cache: HalfCache | None = hosted.party.half.new_cache()
 
     def go_on(self, hidden: WireArray) -> NextToken:
         """See `HostedText`."""
-        half = self._hosted.party.half
-        last = at_the_end(half, from_wire(hidden), self._cache)
+        half, cache = self._hosted.party.half, self._cache
+        assert cache is not None, "a text that was closed does not go on"
+        last = at_the_end(half, from_wire(hidden), cache)
         if isinstance(half, TrunkHalf):
             return NextToken(tensor=to_wire(last))
         if not self._candidates:
@@ -231,7 +233,11 @@ class _Text(HostedText):
     @property
     def size_bytes(self) -> int:
         """See `HostedText`."""
-        return self._cache.size_bytes
+        return 0 if self._cache is None else self._cache.size_bytes
+
+    def close(self) -> None:
+        """See `HostedText`."""
+        self._cache = None
 
 
 def _stepped(reply: StepReply) -> Stepped:

@@ -25,6 +25,7 @@ from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, wit
 from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf
 from hosl.split.quantised import Int8Linear
+from hosl.tasks import SftConfig
 
 
 @dataclass
@@ -243,7 +244,7 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
     with without_data():
         empty_(half.model)
         server: Any = make_server(on_cpu, half, [])
-        targets = _targets(shape, rows, tokens)
+        targets = _targets(config, shape, rows, tokens)
         dtype = DTYPES[config.model.dtype]
         h = torch.empty(rows, tokens, shape.width, dtype=dtype)
         if _has_state(server):
@@ -321,11 +322,15 @@ def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> No
     server.step(h, targets, step=2, want_gradient=method.wants_gradient)
 
 
-def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
+def _targets(config: Config, shape: ModelShape, rows: int, tokens: int) -> Targets:
+    """Targets of a batch; of texts every token is scored, which is the most that a batch can ask of a head."""
     mask = np.ones((rows, tokens), np.int8)
     mask[0, 0] = 0
     if shape.head == "classification":
         return ClassTargets(mask, np.zeros(rows, np.int64))
+    if isinstance(config.task, SftConfig):
+        positions = np.tile(np.arange(tokens - 1, dtype=np.int32), (rows, 1))
+        return OptionTargets(mask, positions, np.full(positions.shape, 5, np.int32), "tokens")
     return OptionTargets(mask, np.full((rows, 1), tokens - 3, np.int32), np.full((rows, 1), 5, np.int32))
 
 

@@ -66,7 +66,8 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
     """The shape of a model by name; no weights are read.
 
     Args:
-        name: a known shape (`hosl.split.shapes`), a folder with a config.json, a config.json, or a hub name.
+        name: a known shape (`hosl.split.shapes`), a folder with a config.json, a config.json, a GGUF file, or a hub
+            name.
         head: the head of its top-level class; None: the one that its family has.
         num_labels: the number of labels of a classification head.
 
@@ -91,7 +92,7 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
 
 def _read_config(name: str) -> Any:
     path = Path(os.path.expanduser(os.path.expandvars(name)))
-    if not path.exists():
+    if not path.is_file() or path.suffix.lower() == ".gguf":
         path = _folder_or_hub(name)
     return read_config(path, name)
 

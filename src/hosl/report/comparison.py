@@ -6,7 +6,7 @@ the performance gap recovered: 0 for the frozen arm, 1 for the first-order one.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,8 +32,19 @@ class Metric:
 
 
 ACCURACY = Metric("test_accuracy", "test accuracy, %", "G (accuracy)", 100.0, 2, lower_is_better=False)
+TOKENS = replace(ACCURACY, heading="test tokens right, %", gap_heading="G (tokens right)")
 LOSS = Metric("test_loss_nats", "test loss, nats", "G (loss)")
 DEV_LOSS = Metric("dev_loss_nats", "dev loss, nats", "G (loss)")
+
+
+def learns_texts(settings: Mapping[str, Any] | None) -> bool:
+    """Whether runs with these settings, by dotted path, learn texts token by token: there are no classes then."""
+    return (settings or {}).get("task.kind") == "sft"
+
+
+def accuracy_of(settings: Mapping[str, Any] | None) -> Metric:
+    """`ACCURACY`, or `TOKENS` where texts are learned."""
+    return TOKENS if learns_texts(settings) else ACCURACY
 
 
 @dataclass(frozen=True)
@@ -145,10 +156,15 @@ class Comparison:
 
     rows: Sequence[Row]
 
+    @property
+    def metrics(self) -> tuple[Metric, Metric]:
+        """Test accuracy, or tokens right, and loss."""
+        return accuracy_of(self.rows[0].arm.settings if self.rows else None), LOSS
+
     @cached_property
     def measures(self) -> list[Measure]:
         """Test accuracy and loss of every row that has not diverged."""
-        return [row.measure(m) for row in self.rows if not row.arm.diverged for m in (ACCURACY, LOSS)]
+        return [row.measure(m) for row in self.rows if not row.arm.diverged for m in self.metrics]
 
     @property
     def reasons(self) -> list[NoGap]:

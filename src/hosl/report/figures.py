@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from hosl.report.comparison import ACCURACY, Arm
+from hosl.report.comparison import ACCURACY, Arm, accuracy_of
 from hosl.report.groups import Group, PlannedLine
 from hosl.report.labels import Label, room_for, spread_apart
 from hosl.report.runs import Run
@@ -61,7 +61,8 @@ def curves(groups: Sequence[Group], looks: Looks) -> Any:
             _band(row[2], _evaluations(group, "accuracy", 100.0), look, colour)
             if len(cuts) > 1:
                 row[0].set_ylabel(f"cut {group.cut}", color=looks.paint("ink"), fontsize=10)
-        for column, title in enumerate(("training loss, nats", "dev loss, nats", "dev accuracy, %")):
+        reached = accuracy_of(runs[0].settings).heading.replace("test", "dev")
+        for column, title in enumerate(("training loss, nats", "dev loss, nats", reached)):
             axes[0][column].set_title(title)
             axes[-1][column].set_xlabel("step")
         _limit_losses(axes, runs)
@@ -109,7 +110,7 @@ def accuracy_against_memory(arms: Sequence[Arm], looks: Looks, title: str = "") 
             )  # fmt: skip
         axes.set_xlim(0, edge)
         axes.margins(y=0.12)
-        axes.set(xlabel=f"client peak, {unit} of tensors", ylabel="test accuracy, %")
+        axes.set(xlabel=f"client peak, {unit} of tensors", ylabel=accuracy_of(arms[0].settings).heading)
         _write(axes, labels, looks)
         return figure
 

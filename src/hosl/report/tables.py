@@ -10,7 +10,7 @@ import numpy as np
 
 from hosl.config import Config, flat
 from hosl.evaluation import by_class
-from hosl.report.comparison import ACCURACY, LOSS, Comparison, Metric, Row
+from hosl.report.comparison import Comparison, Metric, Row, learns_texts
 from hosl.report.groups import Group, differing
 from hosl.report.runs import Run, setting_text
 from hosl.report.style import Look
@@ -48,7 +48,7 @@ def compared(
     details = list(dict.fromkeys(name for row in comparison.rows for name in row.arm.details))
     head = [heading, *details]
     beside = comparison.has_columns
-    for metric in (ACCURACY, LOSS):
+    for metric in comparison.metrics:
         head += [metric.heading, *(["p", metric.gap_heading] if beside else [])]
     head += ["client peak", "bytes of a step", "median step"]
     lines = []
@@ -63,7 +63,7 @@ def compared(
             line += [Cell("")] * (len(head) - len(line))
         else:
             line += [
-                cell for metric in (ACCURACY, LOSS) for cell in _measure(row, metric, beside=beside)
+                cell for metric in comparison.metrics for cell in _measure(row, metric, beside=beside)
             ] + _costs(row)
         lines.append(line)
     return Table(head, lines)
@@ -71,6 +71,8 @@ def compared(
 
 def evaluations(groups: Sequence[Group]) -> Table:
     """Every evaluation on dev, and the one on test; means over seeds."""
+    texts = any(learns_texts(group.runs[0].settings) for group in groups)
+    second = ("perplexity", 1.0, 3) if texts else ("f1_macro", 100.0, 2)
     lines = []
     for group in groups:
         steps = sorted({line["step"] for run in group.runs for line in run.dev})
@@ -81,13 +83,13 @@ def evaluations(groups: Sequence[Group]) -> Table:
         lines += [
             _texts([
                 group.label, str(of_step[0]["step"]), f"{split}, {of_step[0]['examples']}", str(len(of_step)),
-                _mean(of_step, "accuracy", 100.0, 2), _mean(of_step, "f1_macro", 100.0, 2),
-                _mean(of_step, "loss_nats", 1.0, 4),
+                _mean(of_step, "accuracy", 100.0, 2), _mean(of_step, *second), _mean(of_step, "loss_nats", 1.0, 4),
             ])
             for split, of_step in splits
             if of_step
         ]  # fmt: skip
-    head = ["run", "step", "rows of", "n", "accuracy, %", "macro F1, %", "loss, nats"]
+    scores = ["tokens right, %", "perplexity"] if texts else ["accuracy, %", "macro F1, %"]
+    head = ["run", "step", "rows of", "n", *scores, "loss, nats"]
     if len(groups) == 1 and len(groups[0].runs) == 1:  # its label and number say nothing
         kept = [number for number, name in enumerate(head) if name not in ("run", "n")]
         return Table(

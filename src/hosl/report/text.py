@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from hosl.report.comparison import Comparison
+from hosl.report.comparison import Comparison, learns_texts
 from hosl.report.groups import Group, PlannedLine, TaskGroups
 from hosl.report.runs import Run
 from hosl.report.statistics import GapClosure, NoGap, p_floor
@@ -85,13 +85,13 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
     """Cards of a single run, what it reached and cost: (number, what it is)."""
     run, costs, cards = group.runs[0], group.arm.costs, list[tuple[str, str]]()
     if run.test:
-        rows = readable_count(run.test["examples"], "row")
-        cards.append(
-            (
-                f"{100 * run.test['accuracy']:.2f} %",
-                f"test accuracy, {rows}; loss {run.test['loss_nats']:.4f} nats",
-            )
-        )
+        rows, loss = readable_count(run.test["examples"], "row"), f"{run.test['loss_nats']:.4f} nats"
+        share = f"{100 * run.test['accuracy']:.2f} %"
+        if learns_texts(run.settings):
+            more = f"perplexity {run.test['perplexity']:.4g}, {share} of tokens right"
+            cards.append((loss, f"test loss, {rows}; {more}"))
+        else:
+            cards.append((share, f"test accuracy, {rows}; loss {loss}"))
     if run.steps:
         rows = readable_count(run.config["per_device_train_batch_size"], "example")
         cards.append((readable_count(run.steps[-1]["step"]), f"steps of {rows}"))
@@ -117,11 +117,18 @@ def comparison_cards(parts: Sequence[TaskGroups], runs: int) -> list[tuple[str, 
     """Cards of many runs: their number, and for one task and model the two ends of what they reach and cost."""
     groups = [group for part in parts for group in part.groups]
     cards = [(f"{runs}", f"run{'s' * (runs > 1)} in {readable_count(len(groups), 'group')}")]
-    accuracies = {group.label: _accuracy(group) for group in groups if group.finished}
-    if len(parts) > 1 or not accuracies:
+    finished = [group for group in groups if group.finished]
+    if len(parts) > 1 or not finished:
         return cards
-    best = max(accuracies, key=lambda label: accuracies[label])
-    cards.append((f"{100 * accuracies[best]:.2f} %", f"highest mean test accuracy: {best}"))
+    if learns_texts(finished[0].arm.settings):
+        best = min(finished, key=lambda group: _test_mean(group, "test_loss_nats"))
+        cards.append(
+            (f"{_test_mean(best, 'test_loss_nats'):.4f} nats", f"lowest mean test loss: {best.label}")
+        )
+    else:
+        best = max(finished, key=lambda group: _test_mean(group, "test_accuracy"))
+        share = f"{100 * _test_mean(best, 'test_accuracy'):.2f} %"
+        cards.append((share, f"highest mean test accuracy: {best.label}"))
     peaks = {group.label: group.arm.costs.peak_bytes for group in groups if group.finished}
     measured = {label: peak for label, peak in peaks.items() if peak is not None}
     if measured:
@@ -179,8 +186,8 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _accuracy(group: Group) -> float:
-    values = group.arm.values["test_accuracy"].values()
+def _test_mean(group: Group, key: str) -> float:
+    values = group.arm.values[key].values()
     return sum(values) / len(values)
 
 

@@ -60,6 +60,10 @@ class HostedText(Protocol):
         """The bytes of its cache."""
         ...
 
+    def close(self) -> None:
+        """Let go of the cache; the text does not go on."""
+        ...
+
 
 @runtime_checkable
 class HostedHalf(Protocol):

@@ -50,8 +50,8 @@ class ServedRun:
     """The round that collects contributions; None under the sequential schedule."""
     _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
     """The newest (step, reply) of each client, for a request that is repeated."""
-    _rows: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The newest (step, rows) of each client whose gradient was added to a round."""
+    _weights: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The newest (step, rows or scored tokens) of each client whose gradient was added to a round."""
     _states: dict[str, WireArray] = field(default_factory=dict)
     """The states that each client was sent last, where the labels stay with the client."""
     _asked: list[int] = field(default_factory=list)
@@ -196,7 +196,7 @@ class ServedRun:
         self.updates = self.journal.last_step
         self.server_step = step
         self._replies.clear()
-        self._rows.clear()
+        self._weights.clear()
         self._missed.clear()
         if self.round is not None:
             self.round = Round(number=step + 1, expected=self.training.clients)
@@ -255,7 +255,7 @@ class ServedRun:
 
             def contribute() -> Stepped:
                 reply = self.half.contribute(activations, targets, weight, want_gradient)
-                self._rows[client] = (step, weight)
+                self._weights[client] = (step, weight)
                 return reply
 
             return self._once(client, step, contribute, is_update=False)
@@ -320,7 +320,7 @@ class ServedRun:
         that it was closed without, once it is at most one round behind.
 
         Raises:
-            WireError: if its examples are not the rows of the client's Step of this step.
+            WireError: if its examples are not the rows, or scored tokens, of the client's Step of this step.
         """
         assert self.round is not None, "only the synchronous schedule has rounds"
         if self.round.number > self.training.max_steps:
@@ -328,11 +328,11 @@ class ServedRun:
             return None
         if not self.steps.get(client, 0) < step <= self.round.number:
             return None
-        stepped, rows = self._rows.get(client, (None, 0))
-        if stepped != step or rows != contribution.examples:
+        stepped, weight = self._weights.get(client, (None, 0))
+        if stepped != step or weight != contribution.examples:
             raise WireError(
                 f"client {client} hands in an update of {contribution.examples} examples for step {step}, whose Step "
-                f"had {rows if stepped == step else 'not come yet: 0'} rows; the two must be equal"
+                f"had {weight if stepped == step else 'not come yet: 0'} rows or scored tokens; the two must be equal"
             )
         self.round.contributions[client] = contribution
         if step >= self.round.number - 1:

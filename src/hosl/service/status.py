@@ -66,9 +66,12 @@ class Status:
             yield
 
     @contextmanager
-    def text(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Count one text that is generated; the function that it gives is told the bytes of the text's cache."""
-        held_bytes = 0
+    def text(self, client: str, run: ServedRun) -> Iterator[Callable[[float, int], None]]:
+        """Count one text that is generated, and log its begin and its end.
+
+        The function that it gives is told of each token: the seconds of compute, and the bytes of the text's cache.
+        """
+        tokens = held_bytes = most_bytes = 0
 
         def hold(size_bytes: int) -> None:
             nonlocal held_bytes
@@ -78,16 +81,20 @@ class Status:
                 facts = self._clients[client]
                 facts["cache_bytes"] = facts.get("cache_bytes", 0) + change
 
+        def count(seconds: float, size_bytes: int) -> None:
+            nonlocal tokens, most_bytes
+            tokens, most_bytes = tokens + 1, max(most_bytes, size_bytes)
+            hold(size_bytes)
+            self._generated.labels(run.shown, client).inc()
+            self._seconds.labels(run.shown).inc(seconds)
+
+        self.line("generate", client=client, run=run.shown, step=run.server_step)
         with self._texts.track_inprogress():
             try:
-                yield hold
+                yield count
             finally:
                 hold(0)
-
-    def generated(self, run: ServedRun, client: str, seconds: float) -> None:
-        """Count a token of a text, which took `seconds` of compute."""
-        self._generated.labels(run.shown, client).inc()
-        self._seconds.labels(run.shown).inc(seconds)
+                self.line("generated", client=client, run=run.shown, tokens=tokens, cache_bytes=most_bytes)
 
     def transferred(self, client: str, *, up: int, down: int) -> None:
         """Count the message bytes of a client's call since the last count."""

@@ -3,9 +3,10 @@
 A text only reads the weights, as they are at each of its tokens; a run that trains meanwhile goes on as without it.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from hosl.service.runs import ServedRun
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Sessions
 from hosl.service.status import Status
+from hosl.system.allocator import trim
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import pack
 
@@ -79,6 +81,8 @@ class Texts:
     def __init__(self, sessions: Sessions, scheduler: Scheduler, status: Status, limits: Limits) -> None:
         self._sessions, self._scheduler, self._status, self._limits = sessions, scheduler, status, limits
         self._caches = Caches(limits)
+        self._returning: set[asyncio.Future[Any]] = set()
+        """Work that gives memory back; glibc would keep what a text of 4,000 tokens freed, 290 MiB of 715."""
 
     async def generate(self, client: str, incoming: Incoming) -> AsyncIterator[pb.GenerateReply]:
         """The call Generate: a text that goes on for as long as the client asks for its next token."""
@@ -99,10 +103,10 @@ class Texts:
         with (
             self._caches.reserved(client, ask.most_tokens, sizes.token_bytes),
             self._sessions.in_use(run),
-            self._status.text(client) as held,
+            self._status.text(client, run) as count,
+            self._memory_returned(),
+            closing(run.half.open_text(0 if ask.candidates > CANDIDATES else ask.candidates)) as text,
         ):
-            text = run.half.open_text(0 if ask.candidates > CANDIDATES else ask.candidates)
-            self._status.line("generate", client=client, run=run.shown, step=run.server_step)
             yield pb.GenerateReply(ready=pb.GenerateReady(run=run.shown, step=run.server_step))
             seen = 0
             while (part := await incoming.message_or_end(pb.GenerateRequest)) is not None:
@@ -113,10 +117,19 @@ class Texts:
                 seen += shape[1]
                 work = _answer(run, text, hidden)
                 (step, answer), seconds = await self._scheduler.run(client, max(CALL_TOKENS, shape[1]), work)
-                held(text.size_bytes)
-                self._status.generated(run, client, seconds)
+                count(seconds, text.size_bytes)
                 for reply in _replies(answer, step, seconds):
                     yield reply
+
+    @contextmanager
+    def _memory_returned(self) -> Iterator[None]:
+        """Give the allocator's free memory back to the system after the context, and after work that it left behind."""
+        try:
+            yield
+        finally:
+            returned = asyncio.ensure_future(self._scheduler.run("memory", 0, trim))
+            self._returning.add(returned)
+            returned.add_done_callback(self._returning.discard)
 
     def _checked(self, part: pb.GenerateRequest, width: int, seen: int, most_tokens: int) -> tuple[int, ...]:
         """The shape of a hidden state that goes on with a text of `seen` tokens."""

@@ -72,7 +72,7 @@ def split_folder(
     """Cut a checkpoint on disk into `out`/client and `out`/server, never holding more than one half.
 
     Args:
-        model: a folder, a hub name, or the embedded model.
+        model: a folder, a GGUF file, a hub name, or an embedded model.
         cut: 0..n; the client keeps the embeddings and blocks 0..cut-1.
         out: must not exist, or be empty.
         head: the kind of top-level class that the checkpoint is read as.

@@ -1,13 +1,14 @@
-"""Text -> batches: the embedded task, your own files, the paper's six tasks as prompts. No torch here."""
+"""Text -> batches: the embedded task, your own files, your own text to learn, the paper's prompts. No torch here."""
 
 from collections.abc import Sequence
 
 from hosl.tasks.base import Example, Task, task_digest
-from hosl.tasks.configs import DocstringsConfig, FilesConfig, PromptsConfig, TaskConfig
+from hosl.tasks.configs import DocstringsConfig, FilesConfig, PromptsConfig, SftConfig, TaskConfig
 from hosl.tasks.docstrings import docstrings_task
 from hosl.tasks.files import files_task
 from hosl.tasks.label_order import in_model_order, labels_digest, model_labels
 from hosl.tasks.prompts import prompts_task
+from hosl.tasks.sft import sft_task
 from hosl.tasks.tokenizer import TextTokenizer
 
 
@@ -34,9 +35,11 @@ def load_task(
             return in_model_order(task, model_labels, reorder=not config.labels)
         case PromptsConfig():
             return prompts_task(config, tokenizer, seed=seed)
+        case SftConfig():
+            return sft_task(config, tokenizer, seed=seed)
 
 
 __all__ = [
-    "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "Task", "TaskConfig", "TextTokenizer",
+    "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "SftConfig", "Task", "TaskConfig", "TextTokenizer",
     "labels_digest", "load_task", "model_labels", "task_digest",
 ]  # fmt: skip

@@ -157,4 +157,27 @@ class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="pr
         return Template(self.template, {str(key): text for key, text in (self.options or {}).items()})
 
 
-TaskConfig: TypeAlias = DocstringsConfig | FilesConfig | PromptsConfig
+class SftConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="sft"):
+    """Your own text, instructions or chats to learn: rows of `text`, of `prompt` and `completion`, or of `messages`."""
+
+    train: str
+    """The file or folder to train on; python-docstrings: functions of this Python's library and their docstrings."""
+    dev: str | None = None
+    """The file or folder to choose by; default: a tenth of the training rows, by content hash."""
+    test: str | None = None
+    """The file or folder to report on; default: a tenth of the training rows, by content hash."""
+    max_tokens: int | Literal["auto"] = 512
+    """The largest number of tokens of a row. Longer rows are cut: a prompt or a chat at its beginning, a text at its
+    end. auto: no row is cut that fits the model's positions."""
+    loss_on: Literal["completion", "assistant", "all"] | None = None
+    """The tokens that are learned; default: those of the completion where there is one, of the assistant's turns in
+    messages, all of a text."""
+    chat_template: str | None = None
+    """A file with a chat template in Jinja2; default: the tokenizer's own."""
+    group_by_length: bool = True
+    """Whether a batch has rows of like lengths, which pads less; which rows share a step is drawn all the same."""
+    train_rows: int | None = None
+    """The number of training rows, chosen by the seed; default: all."""
+
+
+TaskConfig: TypeAlias = DocstringsConfig | FilesConfig | PromptsConfig | SftConfig

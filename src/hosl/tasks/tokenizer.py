@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ class TextTokenizer:
         limits: ModelLimits | None = None,
         *,
         cut_left: bool = False,
+        folder: Path | None = None,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.pad_id = pad_id
+        self.folder = folder
+        """The folder that it was read from, where a chat template stands; None: none."""
         self.limits = limits or ModelLimits()
         self._cut_left = cut_left
         self._tail = self._special_tail()
@@ -58,7 +62,10 @@ class TextTokenizer:
             raise
         except Exception as cause:  # the library raises plain Exception
             raise TaskError(f"{file} is not a tokenizer: {cause}; fetch it again") from cause
-        return cls(tokenizer, _pad_id(folder, tokenizer), model_limits(folder), cut_left=_cut_left(folder))
+        return cls(
+            tokenizer, _pad_id(folder, tokenizer), model_limits(folder), cut_left=_cut_left(folder),
+            folder=folder,
+        )  # fmt: skip
 
     def encode(self, text: str, max_tokens: int) -> tuple[int, ...]:
         """Token ids with special tokens; cut to `max_tokens` on the tokenizer's truncation side, special ones kept."""
@@ -84,6 +91,31 @@ class TextTokenizer:
     def encode_as_is(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that names its own special tokens, such as a chat template's."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def located(self, text: str, *, as_is: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """Token ids, and the span [start, stop) of the text's characters that each token stands for.
+
+        A token of spaces alone has the last of them; a special token that the tokenizer adds has none of the text.
+
+        Args:
+            text: the text.
+            as_is: True: as in `encode_as_is`; False: as in `encode_open`.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=not as_is)
+        length = len(encoding.ids) - (0 if as_is else len(self._tail))
+        places = [(start if start < stop else stop - 1, stop) for start, stop in encoding.offsets]
+        return tuple(encoding.ids[:length]), places[:length]
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """The token that ends a text; None: the model's files name none."""
+        return None if self.folder is None else _eos_id(self.folder, self._tokenizer)
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The special tokens as they stand in a text, such as the one that ends a turn of a chat."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
     def continuation(self, before: Sequence[int]) -> Callable[[int], str]:
         """The function from each token that follows `before`, in turn, to the text that it makes certain.
@@ -160,3 +192,20 @@ def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
             if token_id is not None:
                 return token_id
     return 0
+
+
+def _eos_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id of the token that ends a text: the one that the tokenizer names, else the model's first."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if own_file(folder, name).is_file():
+            token = _settings(folder / name).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and (token_id := tokenizer.token_to_id(token)) is not None:
+                return token_id
+    ids = (
+        _settings(folder / "config.json").get("eos_token_id")
+        if own_file(folder, "config.json").is_file()
+        else None
+    )
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return first if isinstance(first, int) and first >= 0 else None

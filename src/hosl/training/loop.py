@@ -65,12 +65,7 @@ def carry_on(
                 _evaluate(session, record, session.step, "dev")
                 if session.step not in checkpoint_steps(run / "checkpoints"):
                     save(session, record, run)
-            test = _evaluate(session, record, session.step, "test")
-            record.flush()
-            record.evaluation(
-                step=session.step, split="test", **test.numbers(), labels=session.task.labels,
-                confusion=test.confusion.tolist(),
-            )  # fmt: skip
+            _evaluate_test(session, record)
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
@@ -135,8 +130,8 @@ def _one_step(
     last = step == config.max_steps
     if step % config.eval_steps == 0 or last:
         dev = _evaluate(session, record, step, "dev")
-        shown["dev"] = f"{dev.accuracy:.3f}"
-        found = (dev.accuracy, -dev.loss_nats)
+        shown["dev"] = f"{dev.accuracy:.3f}" if session.task.labels else f"{dev.loss_nats:.4f}"
+        found = _rank(session, dev.accuracy, dev.loss_nats)
         if config.save_best and (session.best is None or found > session.best):
             session.best = found
             session.save_best(run)
@@ -200,7 +195,22 @@ def _best_of_lines(session: Session, record: Record, run: Path, view: View) -> t
         view.say(
             f"save_best: evaluations up to step {session.step} are not known; the best one after them may be kept"
         )
-    return max(((line["accuracy"], -line["loss_nats"]) for line in lines), default=None)
+    return max((_rank(session, line["accuracy"], line["loss_nats"]) for line in lines), default=None)
+
+
+def _rank(session: Session, accuracy: float, loss_nats: float) -> tuple[float, float]:
+    """What is more for a better evaluation: by accuracy, then loss; of texts by loss, then tokens right."""
+    return (accuracy, -loss_nats) if session.task.labels else (-loss_nats, accuracy)
+
+
+def _evaluate_test(session: Session, record: Record) -> None:
+    """Score the test part, and keep it in a file of its own, too: lines may be lost."""
+    test = _evaluate(session, record, session.step, "test")
+    record.flush()
+    classes = {} if test.confusion is None else {"confusion": test.confusion.tolist()}
+    record.evaluation(
+        step=session.step, split="test", **test.numbers(), labels=session.task.labels, **classes
+    )
 
 
 def _evaluate(session: Session, record: Record, step: int, split: Literal["dev", "test"]) -> Evaluation:

