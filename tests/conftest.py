@@ -14,6 +14,7 @@ import transformers as hf
 from hosl.core.targets import Batch, ClassTargets, OptionTargets
 from hosl.parties.engine.memory import TorchMemory  # noqa: F401  (imports the profiler once, before warnings are errors)
 from hosl.report import planned
+from tests.families import MORE_MODELS
 
 hf.logging.disable_progress_bar()  # its bars would stand among the lines that tests count
 
@@ -47,10 +48,10 @@ MODELS = {
 }
 
 
-def build(name, dtype=torch.float32, seed=0):
+def build(name, dtype=torch.float32, seed=0, attention=None):
     """A tiny model of a family, every weight drawn from the seed; biases and norms too, so that none is trivial."""
-    model_class, config_class, settings = MODELS[name]
-    model = model_class(config_class(**settings)).eval()
+    model_class, config_class, settings = (MODELS | MORE_MODELS)[name]
+    model = model_class._from_config(config_class(**settings), attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

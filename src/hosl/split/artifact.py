@@ -88,7 +88,7 @@ def split_folder(
     """
     name = str(model)
     folder = resolve_model_folder(name)
-    config, whole, family, weights = open_pretrained(
+    config, whole, family, weights, notes = open_pretrained(
         name, folder, head=head, num_labels=num_labels, seed=seed
     )
     check_cut(family, whole, cut)
@@ -116,7 +116,7 @@ def split_folder(
         if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
             transformers_tokenizer(folder).save(str(partial / "client" / "tokenizer.json"))
     client_bytes = sizes["client"] + sizes.get("head", 0)
-    return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], weights.notes)
+    return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], notes)
 
 
 def load_half(folder: str | Path, dtype: torch.dtype | None = None) -> ClientHalf | ServerHalf | TrunkHalf:

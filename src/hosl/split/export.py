@@ -4,15 +4,18 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from hosl.errors import ConfigError
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, ServerHalf
 from hosl.split.reading.skeleton import tied_names
+from hosl.split.structure import submodule
 from hosl.system.atomic import whole_folder
 from hosl.system.own_files import is_own
 
@@ -52,8 +55,7 @@ def export_checkpoint(
     Raises:
         ConfigError: if the client half is low-precision: its original weights are gone. Or if `tie` is asked of a model
             that is not tied.
-        FolderError: if `out` exists and is not empty.
-        FailureError: if the disk is full or cannot be written.
+        FolderError, FailureError: if `out` exists and is not empty, or cannot be written.
     """
     if client_half.hidden_dtype is not None:
         raise ConfigError(
@@ -82,9 +84,18 @@ def export_checkpoint(
             grown_bytes += tensors[head].nbytes
     with whole_folder(out) as partial:
         config.save_pretrained(partial)
-        safetensors.torch.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        stored = _as_stored(server_half.model, tensors)
+        safetensors.torch.save_file(stored, partial / "model.safetensors", metadata={"format": "pt"})
         copy_companions(folder, partial)
     return grown_bytes
+
+
+def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as checkpoints hold them: a layer's experts one by one, which transformers joins when it reads."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if not any(isinstance(c, WeightConverter) for c in conversions):
+        return tensors
+    return {name: t.contiguous().clone() for name, t in revert_weight_conversion(model, tensors).items()}
 
 
 def export_adapter(
@@ -150,10 +161,11 @@ def _head_modules(half: ServerHalf) -> list[str]:
     """The modules of a classifier's head to save whole: its own, which peft always saves, and a trained pooler."""
     if half.head == "causal":
         return []
+    modules = {name: submodule(half.model, name) for name in half.head_names}
     return [
         name
-        for name in half.head_names
-        if "." not in name or any(p.requires_grad for p in half.model.get_submodule(name).parameters())
+        for name, module in modules.items()
+        if module is not None and ("." not in name or any(p.requires_grad for p in module.parameters()))
     ]
 
 

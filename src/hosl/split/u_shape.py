@@ -11,9 +11,20 @@ from typing import Any
 
 import torch
 
+from hosl.errors import SplitError
 from hosl.split.caches import HalfCache
-from hosl.split.families import Family, family_of
-from hosl.split.halves import ClientHalf, Half, ServerHalf, check_cut, cut_to_client_, cut_to_server_
+from hosl.split.families import Family
+from hosl.split.halves import (
+    ClientHalf,
+    Half,
+    ServerHalf,
+    at_last_token,
+    check_cut,
+    cut_to_client_,
+    cut_to_server_,
+    separate_ties_,
+)
+from hosl.split.structure import family_for
 
 
 class TrunkHalf(Half):
@@ -31,7 +42,8 @@ class TrunkHalf(Half):
         Args:
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64.
-            positions: [positions], int64; 0 for a classification head.
+            positions: [positions], int64; for a classification head [0], which stands for the token that it reads: the
+                first, or with a decoder each row's last by the mask.
             cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
@@ -42,6 +54,8 @@ class TrunkHalf(Half):
         states = base(inputs_embeds=hidden, attention_mask=attention_mask, **options).last_hidden_state
         if cache is not None:
             cache.advance_(hidden.shape[1])
+        if self._family.pools_last_token:
+            return at_last_token(states, attention_mask)[:, None]
         return states[:, positions]
 
 
@@ -80,7 +94,7 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
 
     The logits are bit for bit those of the whole model at the scored positions, except with OPT's `project_out`: the
     whole model multiplies every position by it, the head only the scored ones, and a matrix product of fewer rows may
-    round differently. Dropout is off in all three (`eval`).
+    round differently; so does a decoder's `score`. Dropout is off in all three (`eval`).
 
     Args:
         model: as for `split_model`.
@@ -89,12 +103,13 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
     Raises:
         SplitError: if the family is unknown, or the cut is outside 0..n.
     """
-    family = family_of(model.config, type(model).__name__)
+    family = family_for(model)
     check_cut(family, model, cut)
     pieces = [deepcopy(model, {id(p): p for p in model.parameters()}) for _ in range(3)]
     cut_to_client_(pieces[0], family, cut)
     cut_to_trunk_(pieces[1], family, cut)
     cut_to_head_(pieces[2], family)
+    separate_ties_(pieces[0], pieces[1])  # of shared modules: each piece has its own
     return (
         ClientHalf(pieces[0], family, cut),
         TrunkHalf(pieces[1], family, cut),
@@ -110,5 +125,14 @@ def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:
 
 
 def cut_to_head_(model: Any, family: Family) -> None:
-    """Take away, in place, everything before the final norm."""
+    """Take away, in place, everything before the final norm.
+
+    Raises:
+        SplitError: if the head reads every token, of which the trunk sends only the scored ones.
+    """
+    if getattr(model.config, "classifier_pooling", "cls") == "mean":
+        raise SplitError(
+            f"labels at the client: the head of this {family.model_type} averages over all tokens "
+            "(classifier_pooling: mean), and the server sends back one of each row; leave the labels with the server"
+        )
     cut_to_server_(model, family, len(model.get_submodule(family.blocks)))
