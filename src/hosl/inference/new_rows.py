@@ -28,6 +28,18 @@ class NewRow:
     """The index of the label that the row has; None: it has none of the task."""
 
 
+def check_has_labels(task: TaskConfig) -> None:
+    """Refuse a task whose texts are learned token by token.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not isinstance(task, PromptsConfig | FilesConfig | DocstringsConfig):
+        raise ConfigError(
+            "hosl predict gives labels, and this run's task has none: it goes on with texts, as `hosl generate` does"
+        )
+
+
 class RowReader:
     """The rows of files as examples of a task, whose own data are not read."""
 
@@ -61,9 +73,7 @@ class RowReader:
                 self._columns, self._label_column = (files.text_column,), files.label_column
                 self._encode = self._encode_text
             case _:
-                raise ConfigError(
-                    "hosl predict gives labels, and this task has none: it goes on with texts, as `hosl generate` does"
-                )
+                check_has_labels(config)
 
     def read(self, file: str, split: str = "test") -> Sequence[Row]:
         """The rows of a file, each with the columns that the task needs, texts in them.

@@ -15,6 +15,7 @@ from typing import Any
 from hosl.config import Config
 from hosl.core.protocols import ServerSide
 from hosl.errors import ConfigError, HandshakeError
+from hosl.inference.new_rows import check_has_labels
 from hosl.inference.predicting import Scorer, known_labels
 from hosl.network.generate import joined_place, newest_here
 from hosl.network.handshake import model_message
@@ -142,6 +143,7 @@ def _half_here(path: Path, config: Config | None) -> _Half:
 
 def _check(here: _Half, facts: dict[str, Any]) -> None:
     """Refuse a half that is not one for the task, and halves whose weights only the server's journal has."""
+    check_has_labels(here.config.task)
     head = "causal" if isinstance(here.config.task, PromptsConfig) else "classification"
     if facts["head"] != head:
         raise HandshakeError(
