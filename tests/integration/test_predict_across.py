@@ -6,6 +6,7 @@ import pytest
 
 from hosl.cli import main
 from hosl.wire import hosl_pb2 as pb
+from tests.conftest import build
 from tests.integration.languages import language_model, tuning
 from tests.integration.network import Server, finished, join, split
 from tests.integration.test_generate_across import merge_three_pieces
@@ -24,6 +25,9 @@ def setting(kind, labels, tmp_path, tiny_run):
     """The config of a run, its rows and the folder of its halves."""
     if kind == "files":
         config = tiny_run(max_steps=4)
+        build("llama").save_pretrained(
+            tmp_path / "model-in"
+        )  # a decoder, which reads the class off the last token
         return config, tmp_path / "data.csv", split(tmp_path / "model-in", tmp_path / "halves")
     rows = rows_of_prompts(tmp_path)
     task = {"kind": "prompts", "template": "{text}\nIt was", "options": OPTIONS, "train": str(rows)}
