@@ -39,6 +39,7 @@ def causal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("causal")
     build("opt").save_pretrained(folder / "model")
     words = ["split", str(folder / "model"), str(folder / "halves"), "--cut", "2", "--head", "causal"]
+    words += ["--labels-at", "server"]
     assert main(words) == 0
     return folder / "halves"
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import hosl
 from hosl.cli import main
@@ -78,6 +79,8 @@ def test_two_machines_train_and_leave_no_server(command, tmp_path):
     assert said.returncode == 0, said.stderr
     assert "finished: True" in said.stdout
     assert (work / "run" / "report.html").is_file()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(work / "model")
+    assert len(merged.config.id2label) == 20
     secret = (work / "line").read_text().strip()
     assert secret.startswith("hosl://")
     assert secret not in said.stdout + said.stderr

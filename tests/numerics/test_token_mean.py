@@ -12,12 +12,13 @@ from hosl.core.targets import Batch, OptionTargets, weight_of
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.engine.loss import mean_loss, row_scores, wanted_positions
+from hosl.parties.remote import torch_wire
+from hosl.parties.remote.local_trunk import LocalTrunk
 from hosl.parties.servers.basic import FirstOrderServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.synchronous import SynchronousServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import split_model, split_u_shape
-from tests.numerics.test_u_shape import LocalTrunk
 
 
 def _scored_batch(ids, mask, seed=0):
@@ -118,7 +119,9 @@ def test_a_head_on_the_device_takes_the_same_mean(tiny, padded):
         expected = _exact(model, ids, mask, labels).item()
     client_half, trunk, head = split_u_shape(model, 1)
     headed = HeadedServer(
-        LocalTrunk(TrunkServer(trunk, learning_rate=lambda step: 0.1)), head, learning_rate=lambda step: 0.1
+        LocalTrunk(TrunkServer(trunk, learning_rate=lambda step: 0.1), torch_wire),
+        head,
+        learning_rate=lambda step: 0.1,
     )
     h = FrozenClient(client_half).forward(batch)
     assert headed.losses([h], batch.targets) == pytest.approx([expected], rel=1e-12)

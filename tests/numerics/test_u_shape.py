@@ -10,21 +10,12 @@ from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.optimisers import OptimiserSpec
+from hosl.parties.remote import torch_wire
+from hosl.parties.remote.local_trunk import LocalTrunk
 from hosl.parties.servers.basic import FirstOrderServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import split_model, split_u_shape
-
-
-class LocalTrunk:
-    """A `TrunkServer` of this process as a `Trunk`: the reference for the one across a network."""
-
-    def __init__(self, server):
-        self.server, self.states = server, server.states
-
-    def step_states(self, activations, targets, answer, *, step, want_gradient):
-        states, update = self.server.states_for_step(activations, targets)
-        return update(answer(states), step, want_gradient)
 
 
 def _rounds(method, client, server, batch, steps):
@@ -49,7 +40,7 @@ def test_training_is_that_of_the_ordinary_split(tiny, class_batch, option_batch,
     expected = _rounds(method, kind(client_half), server, batch, 5)
     client_half, trunk, head = split_u_shape(deepcopy(model), 1)
     headed = HeadedServer(
-        LocalTrunk(TrunkServer(trunk, learning_rate=eta, optimiser=spec)),
+        LocalTrunk(TrunkServer(trunk, learning_rate=eta, optimiser=spec), torch_wire),
         head,
         learning_rate=eta,
         optimiser=spec,
@@ -66,7 +57,7 @@ def test_a_tied_head_follows_the_embedding_and_is_not_trained(tiny, option_batch
     tied = {id(p) for p in client_half.parameters()}
     eta = lambda step: 0.1  # noqa: E731
     server = HeadedServer(
-        LocalTrunk(TrunkServer(trunk, learning_rate=eta)), head, learning_rate=eta, without=tied
+        LocalTrunk(TrunkServer(trunk, learning_rate=eta), torch_wire), head, learning_rate=eta, without=tied
     )
     before = head.model.lm_head.weight.detach().clone()
     _rounds(fo_round, kind(client_half), server, option_batch, 1)

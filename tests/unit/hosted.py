@@ -124,7 +124,7 @@ class Service:
         """Hand in an update, in rounds after the step of which it is the update; returns the last reply."""
         run = self.sessions.runs["run"]
         open_ = run.round and run.steps.get(client, 0) < step <= run.round.number <= run.training.max_steps
-        if open_ and run._rows.get(client, (0, 0))[0] != step:
+        if open_ and run._weights.get(client, (0, 0))[0] != step:
             await self.step(client, session, step)
         return await self.hand_in(client, session, step, *update, **more)
 

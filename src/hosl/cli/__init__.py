@@ -24,6 +24,7 @@ _COMMANDS = {
     "split": "cut a checkpoint into two folders: hosl split MODEL --cut K OUT",
     "serve": "train a server half with the devices that join: hosl serve OUT/server --listen HOST:PORT",
     "join": "train this device's half with a server: hosl join OUT/client --to LINE --config CONFIG.yaml",
+    "merge": "one checkpoint out of the two halves: hosl merge RUN --to LINE -o OUT | SERVICE --run NAME -o OUT",
     "audit": "what leaves the device, field by field: hosl audit OUT/client --config CONFIG.yaml",
     "plan": "does it fit, where to cut, what will it cost: hosl plan CONFIG.yaml | MODEL --device-memory 2GiB",
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
@@ -32,7 +33,7 @@ _COMMANDS = {
     "runs": "what the server holds: hosl runs ls | drop NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
-_ROOMS = {"generate": "use.", "predict": "use."}
+_ROOMS = {"generate": "use.", "predict": "use.", "merge": "use."}
 """The room of a command's module below this one, where it has one."""
 _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
@@ -120,7 +121,8 @@ def _failed(error: HoslError, arguments: list[str]) -> int:
 
 def _again(arguments: list[str]) -> str:
     """The command that goes on with what was interrupted."""
-    one_run = arguments[0] == "train" or any(text.partition("=")[0] == "--run" for text in arguments)
+    named = any(text.partition("=")[0] == "--run" for text in arguments)
+    one_run = arguments[0] == "train" or (named and arguments[0] != "merge")
     return "`hosl train --resume RUN`" if one_run else f"the same `hosl {arguments[0]}`"
 
 

@@ -26,17 +26,20 @@ def run(arguments: list[str]) -> int:
     from hosl.split.reading.half_json import half_facts
     from hosl.system.model_limits import model_limits
     from hosl.tasks import TextTokenizer, load_task
+    from hosl.training.crossing import what_crosses
 
     folder = Path(options.half)
     half_facts(folder, "client")
     width = model_limits(folder).width
     if width is None:
         raise ModelError(f"{folder}/config.json names no hidden_size, n_embd or dim; split the model again")
-    rows = audit(config, load_task(config.task, TextTokenizer.load(folder), seed=config.seed), width=width)
-    lines = {
+    task = load_task(config.task, TextTokenizer.load(folder), seed=config.seed)
+    rows = audit(config, task, width=width)
+    crosses = what_crosses(config, task)
+    lines = {"crosses": crosses} | {
         row["field"]: f"{row['sent']}; {row['shape']}; {row['bytes_per_step']:,} bytes a step; "
         f"a curious server learns {row['a curious server learns']}"
         for row in rows
     }
-    answer({"fields": rows} if options.json else lines, as_json=options.json)
+    answer({"crosses": crosses, "fields": rows} if options.json else lines, as_json=options.json)
     return 0

@@ -25,20 +25,26 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, as for `hosl train`")
     add_connection(parser, required=True)
     parser.add_argument(
+        "--give-half",
+        action="store_true",
+        help="at the end, give this device's half to the server (hosl merge)",
+    )
+    parser.add_argument(
         "--go-back", action="store_true", help="go on, or begin, where one side has lost its checkpoints"
     )
     options, overrides = options_and_settings(parser, arguments, "half")
     if any("hosl://" in word for word in overrides):  # an error about it would show the token
         raise ConfigError("a join line stands where none is read; it goes behind --to, in quotes")
 
-    line, proof = connection(
-        options
-    )  # first: the rest of a line that is torn in two stands among the settings
+    line, proof = connection(options)  # first: the rest of a line torn in two stands among the settings
     config = overridden(load_config(options.config), overrides)
 
     from hosl.network.join import JoinOptions, join
 
-    target = JoinOptions(half=Path(options.half), line=line, proof=proof, may_go_back=options.go_back)
+    target = JoinOptions(
+        half=Path(options.half), line=line, proof=proof, give_half=options.give_half,
+        may_go_back=options.go_back,
+    )  # fmt: skip
     summary = join(config, target, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130

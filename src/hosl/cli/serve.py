@@ -33,7 +33,8 @@ def run(arguments: list[str]) -> int:
             public=options.public, certificate=path(options.certificate), key=path(options.key),
             client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
             runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
-            calls_per_s=options.calls_per_s, idle_s=options.idle, cache_limit_bytes=options.cache_limit << 20,
+            calls_per_s=options.calls_per_s, idle_s=options.idle, give_half=options.give_half,
+            cache_limit_bytes=options.cache_limit << 20,
             cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
         )
     )  # fmt: skip
@@ -74,4 +75,9 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--cache-total", type=int, default=1024, help="MiB of them for all clients")
     parser.add_argument(
         "--texts-at-once", type=int, default=4, help="texts that are generated at once; 0: none ever"
+    )
+    parser.add_argument(
+        "--give-half",
+        action="store_true",
+        help="let the devices of a run have the server's half (hosl merge)",
     )

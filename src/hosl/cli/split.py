@@ -2,8 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from hosl.cli.answers import answer, command_parser
+from hosl.config import load_config
+from hosl.errors import ConfigError
+
+LabelsAt: TypeAlias = Literal["server", "client"]
 
 
 def run(arguments: list[str]) -> int:
@@ -28,18 +33,48 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--labels-at",
         choices=("server", "client"),
-        default="server",
-        help="client: norm and head go to the device too",
+        help="the party that has the labels; client: norm and head go to the device too. Default: as --config says, "
+        "else client for a causal model, which learns text, and server for a classifier",
     )
+    parser.add_argument("--config", help="the run's YAML file, for wire.labels")
     options = parser.parse_args(arguments)
+
+    labels, why = _labels_at(options.labels_at, options.config, options.head)
 
     from hosl.split import split_folder
 
     info = split_folder(
         options.model, options.cut, Path(options.out), head=options.head, num_labels=options.num_labels,
-        seed=options.seed, labels=options.labels_at,
+        seed=options.seed, labels=labels,
     )  # fmt: skip
     for note in info.notes:
         sys.stderr.write(f"hosl: model {options.model}: {note}\n")
+    sys.stderr.write(f"hosl: {why}\n")
     answer({"out": options.out, "cut": options.cut, **info.facts()}, as_json=options.json)
     return 0
+
+
+def _labels_at(asked: LabelsAt | None, config: str | None, head: str) -> tuple[LabelsAt, str]:
+    """The party that has the labels, and the line that says what follows and why.
+
+    Raises:
+        ConfigError: if the config cannot be read, or says otherwise than was asked.
+    """
+    said: LabelsAt | None = None if config is None else load_config(config).wire.labels
+    if asked is not None and said not in (None, asked):
+        raise ConfigError(
+            f"--labels-at {asked}, but wire.labels of {config} is {said}; leave one of the two out, or make them equal"
+        )
+    labels: LabelsAt = said or asked or ("client" if head == "causal" else "server")
+    if said is not None:
+        why = f"as wire.labels of {config} says"
+    elif asked is not None:
+        why = "as asked"
+    else:
+        other = "client" if labels == "server" else "server"
+        what = "a causal model learns text" if labels == "client" else "a classifier's labels are names"
+        why = f"{what}; --labels-at {other} or --config changes it"
+    where = (
+        "norm and head go to the device, too" if labels == "client" else "norm and head stay on the server"
+    )
+    return labels, f"split for wire.labels: {labels}, {where} ({why})"

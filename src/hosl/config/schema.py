@@ -72,6 +72,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.wire.labels is None:  # a run's folder says where they were
+            wire = msgspec.structs.replace(self.wire, labels=_labels_of(self.task))
+            msgspec.structs.force_setattr(self, "wire", wire)
         msgspec.structs.force_setattr(self, "output_dir", expanded_folder(self.output_dir, "output_dir"))
         for name in (
             "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
@@ -161,7 +164,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if client.dtype == "bfloat16" and self.wire.labels == "client":
             raise ConfigError(
                 "client.dtype: bfloat16 does not go with wire.labels: client, whose head may share the embeddings; "
-                "use int8, which leaves embeddings as they are"
+                "use int8, which leaves embeddings as they are, or wire.labels: server"
             )
 
     def _check_clients(self) -> None:
@@ -181,10 +184,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "clients.halves and clients.schedule are for clients.count of 2 and more; leave them out"
             )
-        if self.wire.labels == "client" and (clients.count > 1 or method.server != "first-order"):
+        if self.wire.labels == "client" and method.server != "first-order":
             raise ConfigError(
-                "wire.labels: client is for one client and a server trained by backprop; set clients.count: 1 and "
-                f"method to {_methods_with(lambda row: row.server == 'first-order')}"
+                f"wire.labels: client needs a server that is trained by backprop, method is {self.method}; set "
+                f"wire.labels: server, or method to {_methods_with(lambda row: row.server == 'first-order')}"
             )
 
     def _check_authors_head(self) -> None:
@@ -195,6 +198,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "zo.clip": None,
             "zo.normalise": "none",
             "wire.compression": "none",
+            "wire.labels": "server",
             "server.optimiser.name": "sgd",
             "server.optimiser.momentum": 0.9,
         }
@@ -204,6 +208,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     f"profile authors-head wants {path}: {value}, got {self.setting(path)}; "
                     "examples/authors-head.yaml has all of it"
                 )
+
+
+def _labels_of(task: TaskConfig) -> Literal["server", "client"]:
+    """The party that has the labels unless a config says it: of text that a person brings, the client."""
+    kind = task.__struct_config__.tag
+    own_text = kind == "sft" or (kind == "prompts" and getattr(task, "name", "") is None)
+    return "client" if own_text else "server"
 
 
 def _default(path: str) -> Any:

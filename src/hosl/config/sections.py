@@ -135,8 +135,9 @@ class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     compression: Literal["none", "bf16", "int8"] = "none"
     """The compression of uploaded activations. `hosl train` has no network, but computes with what would arrive."""
-    labels: Literal["server", "client"] = "server"
-    """The party that has the labels. server: they are uploaded. client: norm and head are on the device, too."""
+    labels: Literal["server", "client"] | None = None
+    """The party that has the labels. server: they are uploaded. client: norm and head are on the device, too. null:
+    client where text is learned (task.kind: sft, prompts of your own), else server."""
     connect_s: float = 10.0
     """The seconds for the first connection; later ones are tried for ever."""
     idle_s: float = 60.0

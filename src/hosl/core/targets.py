@@ -49,7 +49,10 @@ class OptionTargets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionTargets:
-    """The scored positions without the right answers: all that a server gets when the labels stay with the client."""
+    """The scored positions without the right answers: all that a server gets when the labels stay with the client.
+
+    The states asked for are those of every row at all these positions, [rows, positions, width].
+    """
 
     mask: Int[np.ndarray, "rows seq"]
     """1 where a position holds a token, 0 where it is padding; int8."""
@@ -57,7 +60,22 @@ class PositionTargets:
     """The positions scored in at least one row, ascending; int64."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowPositionTargets:
+    """The scored positions of each row without the right answers, where the loss is the mean over scored tokens.
+
+    The states asked for are those alone, row by row, [1, scored, width]: texts of many lengths are scored at nearly
+    every position of a batch, though each of them at few.
+    """
+
+    mask: Int[np.ndarray, "rows seq"]
+    """1 where a position holds a token, 0 where it is padding; int8."""
+    scored: Int[np.ndarray, "rows seq"]
+    """1 where a position is scored; int8."""
+
+
 Targets: TypeAlias = ClassTargets | OptionTargets
+AskedPositions: TypeAlias = PositionTargets | RowPositionTargets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,15 +97,39 @@ class StepReply:
     """dL/dh at the same theta_s, shaped like the activations; None unless asked for."""
 
 
-def weight_of(targets: Targets) -> int:
+def weight_of(targets: Targets | AskedPositions) -> int:
     """The weight of this batch among others of the same step: its rows, or its scored tokens."""
+    if isinstance(targets, RowPositionTargets):
+        return int(targets.scored.sum())
     if isinstance(targets, OptionTargets) and targets.mean_over == "tokens":
         return int((targets.tokens >= 0).sum())
     return len(targets.mask)
 
 
-def positions_of(targets: Targets) -> PositionTargets:
-    """The positions scored in at least one row, ascending; position 0 for a classification head."""
+def scored_positions(targets: OptionTargets) -> Int[np.ndarray, " positions"]:
+    """The positions scored in at least one row, ascending; int64."""
+    return np.unique(targets.positions[targets.tokens >= 0]).astype(np.int64)
+
+
+def scored_tokens(targets: OptionTargets) -> Int[np.ndarray, "rows seq"]:
+    """The right token of each scored position of each row, -1 elsewhere; int64."""
+    tokens = np.full(targets.mask.shape, -1, np.int64)
+    rows, places = np.nonzero(targets.tokens >= 0)
+    tokens[rows, targets.positions[rows, places]] = targets.tokens[rows, places]
+    return tokens
+
+
+def positions_of(targets: Targets) -> AskedPositions:
+    """The scored positions, of each row where the mean is over tokens; position 0 for a classification head."""
     if isinstance(targets, ClassTargets):
         return PositionTargets(targets.mask, np.zeros(1, np.int64))
-    return PositionTargets(targets.mask, np.unique(targets.positions[targets.tokens >= 0]).astype(np.int64))
+    if targets.mean_over == "tokens":
+        return RowPositionTargets(targets.mask, (scored_tokens(targets) >= 0).astype(np.int8))
+    return PositionTargets(targets.mask, scored_positions(targets))
+
+
+def states_shape(asked: AskedPositions, width: int) -> tuple[int, int, int]:
+    """The shape of the states at these positions."""
+    if isinstance(asked, RowPositionTargets):
+        return 1, int(asked.scored.sum()), width
+    return len(asked.mask), len(asked.positions), width

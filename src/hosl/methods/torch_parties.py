@@ -19,7 +19,7 @@ from hosl.parties.engine.memory import resident_bytes
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer, ZerothOrderServer
 from hosl.parties.servers.headed import HeadedServer, Trunk
 from hosl.parties.servers.synchronous import SynchronousServer
-from hosl.parties.servers.trunk import TrunkServer
+from hosl.parties.servers.trunk import SynchronousTrunkServer, TrunkServer
 from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -122,17 +122,12 @@ def make_server(
             without adapters.
         synchronous: whether the gradients of several clients make one update.
     """
-    if config.server.trainable == "lora":
-        add_lora(half, config.server.lora, seed=config.seed)
-        for name, p in half.named_parameters():
-            if name in new_weights or name.partition(".")[0] in CLASSIFIER_HEADS:
-                p.requires_grad_(True)
-    else:
-        set_trainable(half, "all")
+    prepare_server_half_(config, half, new_weights)
     eta = learning_rate(config, config.server_rate)
     device = config.server.device
     if isinstance(half, TrunkHalf):
-        return TrunkServer(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
+        trunk_type = SynchronousTrunkServer if synchronous else TrunkServer
+        return trunk_type(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
     if config.method_row.server == "zeroth-order":
         return ZerothOrderServer(half, learning_rate=eta, distribution=config.zo.distribution, device=device)
     server_type = SynchronousServer if synchronous else FirstOrderServer
@@ -141,27 +136,63 @@ def make_server(
     return server_type(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
 
 
-def make_head(config: Config, half: HeadHalf, client_half: ClientHalf, trunk: Trunk) -> HeadedServer:
-    """The head on the client's device, over the trunk; a weight tied to the client half is trained there alone."""
+def prepare_server_half_(config: Config, half: Any, new_weights: Sequence[str]) -> None:
+    """Prepare a server's half for the config, in place: adapters, choice of trained weights."""
+    if config.server.trainable == "lora":
+        add_lora(half, config.server.lora, seed=config.seed)
+        for name, p in half.named_parameters():
+            if _beside_adapters(name, new_weights):
+                p.requires_grad_(True)
+    else:
+        set_trainable(half, "all")
+
+
+def _beside_adapters(name: str, new_weights: Sequence[str]) -> bool:
+    """Whether a weight is trained where adapters are: it is new, or a classifier's head."""
+    return name in new_weights or name.partition(".")[0] in CLASSIFIER_HEADS
+
+
+def make_head(
+    config: Config, half: HeadHalf, client_half: ClientHalf, trunk: Trunk, new_weights: Sequence[str] = ()
+) -> HeadedServer:
+    """The head on the client's device, over the trunk, with its trained weights chosen.
+
+    Trained is what the server would train of it, except a weight tied to the client half, which is trained there alone.
+    Where devices share a client half nothing is: each would train a head of its own.
+    """
     tied = {id(p) for p in client_half.parameters()}
-    for p in half.parameters():
+    for name, p in half.named_parameters():
         if id(p) not in tied:
-            p.requires_grad_(True)
+            whole = config.server.trainable == "all" or _beside_adapters(name, new_weights)
+            p.requires_grad_(whole and config.clients.halves == "personal")
     return HeadedServer(
         trunk, half, learning_rate=learning_rate(config, config.server_rate),
         optimiser=config.server.optimiser, device=config.client.device, without=tied,
     )  # fmt: skip
 
 
-def party_bytes(party: Any) -> int:
-    """Bytes of the weights, buffers and optimiser state that a party holds between its calls."""
-    tensors = [*party.half.model.parameters(), *party.half.model.buffers()]
-    if isinstance(party, FirstOrderClient | FirstOrderServer):
-        for state in party.optimiser.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return resident_bytes(tensors)
+def party_bytes(party: Any, head: HeadedServer | None = None) -> int:
+    """Bytes of the weights, buffers and optimiser state that a party holds between its calls.
+
+    `head`: the head on its device, where the labels stay; a tied weight is counted once.
+    """
+    tensors = held_tensors(party.half, party)
+    return resident_bytes(tensors if head is None else [*tensors, *held_tensors(head.head, head)])
+
+
+def held_tensors(half: Any, party: Any) -> list[torch.Tensor]:
+    """The weights and buffers of a half, and the state of the optimiser that its party may have."""
+    tensors = [*half.model.parameters(), *half.model.buffers()]
+    for state in getattr(getattr(party, "optimiser", None), "state", {}).values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return tensors
 
 
 def trained_elements(party: Any) -> int:
     """The number of weight elements that a party trains."""
     return sum(p.numel() for p in party.half.parameters() if p.requires_grad)
+
+
+def head_elements(head: HeadedServer) -> int:
+    """The number of weight elements that the head on a client's device trains."""
+    return sum(p.numel() for p in head.trained.values())

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from hosl.config import Config
-from hosl.core.targets import Batch, ClassTargets, positions_of
+from hosl.core.targets import Batch, ClassTargets, RowPositionTargets, positions_of, states_shape
 from hosl.methods.schedule import batch_of_step
 from hosl.tasks import Task
 from hosl.wire import hosl_pb2 as pb
@@ -17,7 +17,7 @@ LEARNS = {
     "mask": "how many tokens each row has",
     "labels": "the class of every training and evaluation example",
     "options": "the candidate answers' tokens, and so the label of every example",
-    "positions": "where the scored tokens stand, and so how long the candidate answers are",
+    "positions": "where the scored tokens stand, and so how long each prompt and each answer is",
     "gradient at the states": "often the labels: the gradient's direction differs by class (SECURITY.md)",
     "update": "K numbers per step that depend on this device's data, relayed to the other devices",
     "hello": "model, settings, software version; whether a guessed list of class names is this device's",
@@ -68,14 +68,16 @@ def _fields_when_labels_stay(
     config: Config, batches: list[Batch], requests: int, width: int
 ) -> list[dict[str, Any]]:
     positions = [positions_of(batch.targets) for batch in batches]
-    rows, count = len(positions[0].mask), len(positions[0].positions)
+    first = positions[0]
     sizes = [_bytes_beside_mask(positions_to_message(p)) for p in positions]
-    gradients = [
-        packed_bytes((len(p.mask), len(p.positions), width), config.model.dtype, "none") for p in positions
-    ]
-    shape = f"[{rows}, {count}, {width}] {config.model.dtype}"
+    gradients = [packed_bytes(states_shape(p, width), config.model.dtype, "none") for p in positions]
+    shape = f"{list(states_shape(first, width))} {config.model.dtype}"
+    if isinstance(first, RowPositionTargets):
+        asked = f"{list(first.scored.shape)} bits"
+    else:
+        asked = f"[{len(first.positions)}] integers"
     return [
-        _row("positions", f"{requests} a step", f"[{count}] integers", requests * float(np.mean(sizes))),
+        _row("positions", f"{requests} a step", asked, requests * float(np.mean(sizes))),
         _row("gradient at the states", "1 a step", shape, float(np.mean(gradients))),
     ]
 

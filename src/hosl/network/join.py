@@ -27,13 +27,14 @@ from hosl.config import (
 )
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
+from hosl.network.half_transfer import give_finished
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
-from hosl.split.reading.model_folder import checkpoint_digest
+from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
@@ -46,6 +47,7 @@ from hosl.system.run_folder import (
     write_record,
 )
 from hosl.tasks import Task, TextTokenizer, labels_digest, load_task, model_labels, task_digest
+from hosl.training.crossing import what_crosses
 from hosl.training.loop import carry_on
 from hosl.training.summary import files_summary
 from hosl.training.trackers import check_trackers, feed_trackers
@@ -63,6 +65,8 @@ class JoinOptions:
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
     """The certificates that each side shows the other."""
+    give_half: bool = False
+    """Whether the server gets this device's half at the end."""
     may_go_back: bool = False
     """Whether the first Hello may undo work of one side that the other has lost."""
 
@@ -104,6 +108,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         summary = files_summary(config, run.folder, finished=True)
         if summary["train_loss_nats"] is None:
             say(f"{run.folder}/metrics.jsonl has lost its lines: losses and bytes of the steps are not known")
+        if options.give_half:
+            _give(config, options, run.folder, say)
         return summary
     with RunLock(run.folder):
         try:
@@ -112,9 +118,22 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             _clear(run.folder)
             raise
         try:
-            return carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
+            summary = carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
         finally:
             session.remote.close()
+        if options.give_half and summary["finished"]:
+            _give(config, options, run.folder, say)
+        return summary
+
+
+def _give(config: Config, options: JoinOptions, run: Path, say: Callable[[str], None]) -> None:
+    """Give the half of a finished run to the server."""
+    patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
+    channel = connect(options.line, patience=patience, proof=options.proof, known=False, say=say)
+    try:
+        give_finished(config, run, read_record(run) or {}, channel, say)
+    finally:
+        channel.close()
 
 
 def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
@@ -164,6 +183,12 @@ def _check_fit(config: Config, options: JoinOptions, facts: dict[str, Any], task
         raise HandshakeError(
             f"wire.labels is {config.wire.labels}, but {options.half} was split for labels at the "
             f"{facts.get('labels', 'server')}; split again with --labels-at {config.wire.labels}, or change the config"
+        )
+    if config.wire.labels == "client" and config.clients.halves == "shared" and facts.get("new_weights"):
+        raise HandshakeError(
+            "clients.halves: shared leaves the head as the model has it where the labels stay with the client, but "
+            f"{facts['new_weights'][0]} of {options.half} is new and was drawn at random; use wire.labels: server, "
+            "clients.halves: personal, or a model whose head was trained"
         )
 
 
@@ -215,7 +240,11 @@ def _joined(
         runtime=runtime,
     )  # fmt: skip
     session.facts = {
-        "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
+        "model": {
+            "source": str(options.half.absolute()),
+            "digest": facts["base_digest"],
+            "family": facts["family"],
+        },
         "task": {
             "name": task.name,
             "digest": task_digest(task),
@@ -223,6 +252,7 @@ def _joined(
             "labels": list(task.labels),
         },
         "cut": facts["cut"],
+        "crosses": what_crosses(config, task),
     }
     try:
         start = channel.for_ever(remote.hello, say)
@@ -234,6 +264,8 @@ def _joined(
         remote.close()
         raise
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
+    if config.wire.labels == "client":
+        session.facts["trained_parameters"]["head"] = runtime.head_elements(session.server)
     record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
     write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
@@ -343,5 +375,7 @@ def _finish(session: JoinedSession, run: Path) -> None:
     feed_trackers(session.config, run)
     write_record(
         run,
-        (read_record(run) or {}) | {"finished": True, "client_digest": session.facts["final_client_digest"]},
+        (read_record(run) or {})
+        | {"finished": True, "client_digest": session.facts["final_client_digest"]}
+        | {name: session.facts[name] for name in ("journal_updates",) if name in session.facts},
     )

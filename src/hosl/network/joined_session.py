@@ -83,7 +83,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
 
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the client's calls; the server measures its own."""
-        self.meters.client.memory = self.runtime.memory_meter(self._own_client) if on else None
+        self.meters.client.memory = self.runtime.memory_meter(self._own_client, self._head) if on else None
 
     def client_bytes(self) -> float:
         """The largest resident size of this process so far, bytes."""
@@ -148,8 +148,6 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         )
         self.client = NO_CLIENT_YET  # lets go of the old half before it is loaded again
         self.client, self.snapshot_step = self._opened(), 0
-        if self._labels_stay:
-            self.server = self.runtime.open_head(self.config, self.folder, self.client, self.remote)
         facts: dict[str, Any] = {}
         if mine:
             path = checkpoint_path(run / "checkpoints", mine)
@@ -179,6 +177,10 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         return self.config.wire.labels == "client"
 
     @property
+    def _head(self) -> Any:
+        return self.server if self._labels_stay else None
+
+    @property
     def _in_rounds(self) -> bool:
         return self.config.clients.schedule == "synchronous"
 
@@ -187,9 +189,13 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         return self.client.client if isinstance(self.client, SharedClient) else self.client
 
     def _opened(self) -> Any:
-        """The client at its base weights; the connection is told the classes of its model."""
+        """The client at its base weights, its head too if it has one; the connection is told the model's classes."""
         client = self.runtime.open_client(self.config, self.folder)
         self.remote.classes = client.half.config.num_labels
+        if self._labels_stay:
+            head = self.runtime.open_head(self.config, self.folder, client, self.remote)
+            head.meter = self.meters.client
+            self.server = head
         return client
 
     def _catch_up(self, step: int) -> dict[str, Any]:

@@ -23,6 +23,8 @@ _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256
 """Kind of key -> a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
 
 _MOST_FILES = 8192
+_JOURNAL_BYTES = 256 << 20
+"""The largest journal of a client that is taken."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -66,6 +68,8 @@ class ServeOptions:
     """Keys and values of all clients."""
     texts_at_once: int = 4
     """Texts that are generated at once; 0: none."""
+    give_half: bool = False
+    """Whether clients of a run may have the server's half of it."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
     """Is called with each line for the person who starts the server."""
 
@@ -142,7 +146,8 @@ async def _serve(
         options.service, _opener(options, facts), status.damaged, revoked=access.revoked,
         runs_at_once=options.runs_at_once, away_s=options.away_s,
     )  # fmt: skip
-    calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
+    giving = _giving(options, status.damaged)
+    calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s, giving=giving)
     status.watch_queue(lambda: scheduler.queue)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
@@ -284,6 +289,23 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
     return open_half
 
 
+def _giving(options: ServeOptions, say: Callable[[str], None]) -> Any:
+    from hosl.service.giving import Giving
+
+    def most_bytes() -> int:
+        from hosl.split.artifact import client_elements
+
+        return 2 * 4 * client_elements(options.half) + _JOURNAL_BYTES  # adapters are fewer than the weights
+
+    return Giving(
+        runs=options.service / "runs",
+        half=options.half,
+        allowed=options.give_half,
+        most_bytes=most_bytes,
+        say=say,
+    )
+
+
 def _announce(
     options: ServeOptions, access: Any, host: str, port: int, credentials: _Credentials | None, page: Any
 ) -> None:
@@ -291,6 +313,7 @@ def _announce(
     public = _public(options, port)
     facts = {
         "address": address_of(*public), "fingerprint": fingerprint, "plaintext": credentials is None,
+        "half": str(options.half.resolve()),
     }  # fmt: skip
     (options.service / "address.json").write_text(json.dumps(facts), encoding="utf-8")
     if not access.names():
@@ -299,6 +322,8 @@ def _announce(
     else:
         names = ", ".join(client["name"] for client in access.names() if not client["revoked"])
         options.say(f"enrolled clients: {names or 'none'}; `hosl clients add NAME` prints a new join line")
+    if options.give_half:
+        options.say("clients of a run may fetch this server's half of it (--give-half)")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
     options.say(_generation(options))
     options.say(

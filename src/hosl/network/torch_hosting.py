@@ -10,12 +10,12 @@ import torch
 from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.core.targets import (
+    AskedPositions,
     ClassTargets,
     OptionTargets,
-    PositionTargets,
     StepReply,
     Targets,
-    positions_of,
+    scored_positions,
 )
 from hosl.errors import WireError
 from hosl.inference.halves import at_the_end, best_of
@@ -62,7 +62,7 @@ class TorchHosted:
         self._text_sizes: TextSizes | None = None
         self.party = self._fresh()
 
-    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> int:
+    def check(self, shape: tuple[int, ...], targets: Targets | AskedPositions) -> int:
         """Refuse activations of the wrong width or length, and targets that the head does not have.
 
         Returns:
@@ -85,13 +85,15 @@ class TorchHosted:
         if isinstance(targets, OptionTargets) and int(targets.tokens.max()) >= text.vocab_size:
             raise WireError(f"token {targets.tokens.max()} is outside the vocabulary of {text.vocab_size}")
         takes_classes = type(self.party.half.model).__name__.endswith("ForSequenceClassification")
-        if isinstance(targets, ClassTargets) != takes_classes and not isinstance(targets, PositionTargets):
+        if isinstance(targets, ClassTargets | OptionTargets) and (
+            isinstance(targets, ClassTargets) != takes_classes
+        ):
             raise WireError(
                 f"this model's head takes {'classes' if takes_classes else 'option tokens'}, got the other kind"
             )
         if not isinstance(targets, OptionTargets):
             return 0
-        scored = max(len(positions_of(targets).positions), targets.positions.shape[1])
+        scored = max(len(scored_positions(targets)), targets.positions.shape[1])
         return 4 * shape[0] * scored * text.vocab_size
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
@@ -118,12 +120,12 @@ class TorchHosted:
         reply = self._method("step")(from_wire(activations), targets, step=step, want_gradient=want_gradient)
         return _stepped(reply)
 
-    def states(self, activations: Sequence[WireArray], positions: PositionTargets) -> list[WireArray]:
+    def states(self, activations: Sequence[WireArray], positions: AskedPositions) -> list[WireArray]:
         """See `HostedHalf`."""
         return [to_wire(s) for s in self._method("states")([from_wire(h) for h in activations], positions)]
 
     def states_for_step(
-        self, activations: WireArray, positions: PositionTargets
+        self, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
         """See `HostedHalf`."""
         states, finish = self._method("states_for_step")(from_wire(activations), positions)
@@ -132,6 +134,17 @@ class TorchHosted:
             return _stepped(finish(from_wire(gradient), step, want_gradient))
 
         return to_wire(states), update
+
+    def states_for_part(
+        self, activations: WireArray, positions: AskedPositions
+    ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
+        """See `HostedHalf`."""
+        states, finish = self._method("states_for_part")(from_wire(activations), positions)
+
+        def contribute(gradient: WireArray, weight: int, want_gradient: bool) -> Stepped:
+            return _stepped(finish(from_wire(gradient), weight, want_gradient))
+
+        return to_wire(states), contribute
 
     def text_sizes(self) -> TextSizes:
         """See `HostedHalf`. The bytes of a token are measured, once: families differ in what they keep.

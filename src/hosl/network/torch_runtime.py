@@ -10,6 +10,7 @@ from hosl.inference.halves import TorchDeviceHalf
 from hosl.methods.torch_parties import (
     DTYPES,
     check_device,
+    head_elements,
     make_client,
     make_head,
     party_bytes,
@@ -34,8 +35,8 @@ from hosl.training.checkpointing import (
 )
 
 __all__ = [
-    "check_before_data", "check_before_run", "check_device", "from_wire", "memory_meter", "open_client", "open_head",
-    "open_text_half",
+    "check_before_data", "check_before_run", "check_device", "from_wire", "head_elements",
+    "memory_meter", "open_client", "open_head", "open_text_half",
     "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip
@@ -51,7 +52,7 @@ def open_client(config: Config, folder: Path) -> FrozenClient:
 def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteTrunk) -> HeadedServer:
     """The head at its base weights, for a client whose labels stay; rounds call it in place of the server."""
     half = load_head(folder, client.half, DTYPES[config.model.dtype])
-    return make_head(config, half, client.half, trunk)
+    return make_head(config, half, client.half, trunk, half_facts(folder, "client").get("new_weights", ()))
 
 
 def open_text_half(config: Config | None, folder: Path, checkpoint: Checkpoint | None) -> TorchDeviceHalf:
@@ -81,6 +82,6 @@ def trained_digest(client: Any) -> str:
     return tensors_digest({name: p.detach() for name, p in client.trained.items()})
 
 
-def memory_meter(client: Any) -> TorchMemory | CudaMemory:
-    """A meter of the memory of this client's calls."""
-    return memory_of(client, party_bytes(client))
+def memory_meter(client: Any, head: Any = None) -> TorchMemory | CudaMemory:
+    """A meter of the memory of this client's calls; `head`: what is on the device of the head, if it is there."""
+    return memory_of(client, party_bytes(client, head))

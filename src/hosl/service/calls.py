@@ -6,13 +6,15 @@ reply messages. Errors become status codes in one place (`_served`).
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from hosl.errors import CheckpointError, HoslError, LimitError, LinkError, WireError
+from hosl.errors import AccessError, CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
+from hosl.service.giving import Giving
 from hosl.service.incoming import Incoming
 from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
@@ -43,7 +45,10 @@ class Calls:
         limits: Limits,
         *,
         idle_s: float,
+        giving: Giving | None = None,
     ) -> None:
+        """`giving`: the halves that are given away; None: none is, and none is taken."""
+        self._giving = giving
         self._access, self._sessions, self._scheduler = access, sessions, scheduler
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
@@ -58,7 +63,7 @@ class Calls:
             "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
             "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
             "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states, "Leave": Calls._leave,
-            "Generate": Calls._generate,
+            "Generate": Calls._generate, "Half": Calls._half, "Give": Calls._give,
         }  # fmt: skip
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -80,7 +85,7 @@ class Calls:
                 def check_access() -> None:
                     _check_same(self._access.client_of(token), client)
 
-                calls = HELLO_CALLS if name == "Hello" else 1
+                calls = HELLO_CALLS if name in ("Hello", "Half") else 1
                 with self._meterage.call(client, calls), self._status.call(client, name):
                     incoming = Incoming(aiter(frames), idle_s=self._idle_s, check_access=check_access)
                     async for reply in call(self, client, incoming):
@@ -220,18 +225,21 @@ class Calls:
         arrays, positions = await self._activations(
             incoming, session, [request.activations], request.positions
         )
-        (states, update), forward_s = await self._compute(
-            session, arrays, lambda: session.run.states_for_step(client, step, arrays[0], positions)
-        )
-        packed = pack(states, "none")
-        yield pb.StepStatesReply(states=packed.header)
-        for chunk in packed.chunks():
-            yield pb.StepStatesReply(chunk=chunk)
-        gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
-        await incoming.end()
-        stepped, backward_s = await self._compute(
-            session, arrays, lambda: update(gradient, request.want_gradient)
-        )
+        run = session.run
+        in_turn = run.turn.taken(run.training.grace_s) if run.takes_turns else nullcontext()
+        async with in_turn:  # not over the reply, which may be read slowly
+            (states, update), forward_s = await self._compute(
+                session, arrays, lambda: run.states_for_step(client, step, arrays[0], positions)
+            )
+            packed = pack(states, "none")
+            yield pb.StepStatesReply(states=packed.header)
+            for chunk in packed.chunks():
+                yield pb.StepStatesReply(chunk=chunk)
+            gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
+            await incoming.end()
+            stepped, backward_s = await self._compute(
+                session, arrays, lambda: update(gradient, request.want_gradient)
+            )
         self._status.stepped(session.run, client, forward_s + backward_s)
         for reply in _step_replies(stepped, forward_s + backward_s):
             yield (
@@ -276,6 +284,23 @@ class Calls:
         await incoming.end()
         self._sessions.leave(client, request.where)
         yield pb.LeaveReply()
+
+    # ---- halves that are given away ----
+
+    async def _half(self, client: str, incoming: Incoming) -> AsyncIterator[pb.HalfReply]:
+        async with aclosing(self._given_away().down(client, incoming)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def _give(self, client: str, incoming: Incoming) -> AsyncIterator[pb.GiveReply]:
+        async with aclosing(self._given_away().up(client, incoming)) as replies:
+            async for reply in replies:
+                yield reply
+
+    def _given_away(self) -> Giving:
+        if self._giving is None:
+            raise AccessError("this server neither gives a half away nor takes one")
+        return self._giving
 
     # ---- shared halves and rounds ----
 

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from hosl.core.journal import Journal
-from hosl.core.targets import PositionTargets, Targets
+from hosl.core.targets import AskedPositions, Targets
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
@@ -69,7 +69,7 @@ class HostedText(Protocol):
 class HostedHalf(Protocol):
     """A server half in training; takes and returns numpy arrays. Not for several threads at once."""
 
-    def check(self, shape: tuple[int, ...], targets: Targets | PositionTargets) -> int:
+    def check(self, shape: tuple[int, ...], targets: Targets | AskedPositions) -> int:
         """Refuse activations of the wrong width and targets outside the model, by WireError; returns logits' bytes."""
         ...
 
@@ -91,7 +91,7 @@ class HostedHalf(Protocol):
         """Losses at theta_s +- epsilon u(seed); nothing changes."""
         ...
 
-    def states(self, activations: Sequence[WireArray], positions: PositionTargets) -> list[WireArray]:
+    def states(self, activations: Sequence[WireArray], positions: AskedPositions) -> list[WireArray]:
         """The last block's states at the scored positions; nothing changes."""
         ...
 
@@ -100,9 +100,15 @@ class HostedHalf(Protocol):
         ...
 
     def states_for_step(
-        self, activations: WireArray, positions: PositionTargets
+        self, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
         """The states at the scored positions, and the function (gradient, step, want_gradient) that then updates."""
+        ...
+
+    def states_for_part(
+        self, activations: WireArray, positions: AskedPositions
+    ) -> tuple[WireArray, Callable[[WireArray, int, bool], Stepped]]:
+        """The states, and the function (gradient, weight, want_gradient) that then adds to the round's gradient."""
         ...
 
     def contribute(

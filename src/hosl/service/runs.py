@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from hosl.core.journal import Journal
-from hosl.core.targets import PositionTargets, Targets, weight_of
+from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
 from hosl.service.rounds import Contribution, Round
+from hosl.service.turn import Turn
 from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
@@ -46,20 +47,20 @@ class ServedRun:
     """The number of updates of the server half."""
     last_loss: float | None = None
     """The loss of the newest step, nats; None where the labels stay with the client."""
+    turn: Turn = field(default_factory=Turn)
+    """Is held from the states of a step to its update, where each step of several clients is applied as it comes."""
     round: Round | None = None
     """The round that collects contributions; None under the sequential schedule."""
     _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
     """The newest (step, reply) of each client, for a request that is repeated."""
     _weights: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The newest (step, rows or scored tokens) of each client whose gradient was added to a round."""
+    """The newest (step, weight) of each client whose gradient was added to a round: its rows or scored tokens."""
     _states: dict[str, WireArray] = field(default_factory=dict)
     """The states that each client was sent last, where the labels stay with the client."""
     _asked: list[int] = field(default_factory=list)
     """The steps of the newest two checkpoints that a client asked for, and has or may have, too."""
     _journaled: dict[str, int] = field(default_factory=dict)
     """The last step of each client whose update is in the shared journal."""
-    _asked: list[int] = field(default_factory=list)
-    """The steps of the two newest checkpoints that clients asked for."""
     _missed: set[str] = field(default_factory=set)
     """The clients that a round closed without: none waits for them until they contribute again."""
 
@@ -76,6 +77,11 @@ class ServedRun:
     def alone(self) -> bool:
         """Whether one client trains this run, so that both sides can go back together."""
         return self.training.clients <= 1
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether no update may fall between the two parts of a client's step."""
+        return self.round is None and not self.alone
 
     @property
     def finished(self) -> bool:
@@ -251,11 +257,11 @@ class ServedRun:
     ) -> Stepped:
         """Execute a client's training step, or return the reply that this step got before."""
         if self.round is not None:
-            weight = weight_of(targets)
+            examples = weight_of(targets)
 
             def contribute() -> Stepped:
-                reply = self.half.contribute(activations, targets, weight, want_gradient)
-                self._weights[client] = (step, weight)
+                reply = self.half.contribute(activations, targets, examples, want_gradient)
+                self._weights[client] = (step, examples)
                 return reply
 
             return self._once(client, step, contribute, is_update=False)
@@ -264,7 +270,7 @@ class ServedRun:
         )
 
     def states_for_step(
-        self, client: str, step: int, activations: WireArray, positions: PositionTargets
+        self, client: str, step: int, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
         """The states of a step whose labels stay with the client, and the function that updates from their gradient."""
         cached = self._replies.get(client)
@@ -274,13 +280,21 @@ class ServedRun:
                 client, step, lambda: cached[1]
             )
         self.check_now(client, step)
-        states, finish = self.half.states_for_step(activations, positions)
-        self._states[client] = states
+        in_round, weight = self.round is not None, weight_of(positions)
+        begin = self.half.states_for_part if in_round else self.half.states_for_step
+        self._states[client], finish = begin(activations, positions)
 
         def update(gradient: WireArray, want_gradient: bool) -> Stepped:
-            return self._once(client, step, lambda: finish(gradient, self.server_step + 1, want_gradient))
+            def work() -> Stepped:
+                if not in_round:
+                    return finish(gradient, self.server_step + 1, want_gradient)
+                reply = finish(gradient, weight, want_gradient)
+                self._weights[client] = (step, weight)
+                return reply
 
-        return states, update
+            return self._once(client, step, work, is_update=not in_round)
+
+        return self._states[client], update
 
     def descend(self, client: str, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """Make a client's zeroth-order update of the server half, once."""
@@ -320,7 +334,7 @@ class ServedRun:
         that it was closed without, once it is at most one round behind.
 
         Raises:
-            WireError: if its examples are not the rows, or scored tokens, of the client's Step of this step.
+            WireError: if its examples are not those of the client's Step of this step, rows or scored tokens.
         """
         assert self.round is not None, "only the synchronous schedule has rounds"
         if self.round.number > self.training.max_steps:
@@ -332,7 +346,7 @@ class ServedRun:
         if stepped != step or weight != contribution.examples:
             raise WireError(
                 f"client {client} hands in an update of {contribution.examples} examples for step {step}, whose Step "
-                f"had {weight if stepped == step else 'not come yet: 0'} rows or scored tokens; the two must be equal"
+                f"had {weight if stepped == step else 'not come yet: 0'}; the two must be equal"
             )
         self.round.contributions[client] = contribution
         if step >= self.round.number - 1:

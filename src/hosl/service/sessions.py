@@ -422,6 +422,15 @@ def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any] | None]]:
     return runs
 
 
+def stored_handshake(folder: Path, name: str) -> dict[str, Any] | None:
+    """The handshake of the run of this name below the folder `runs` of a service; None: there is no such run.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    return _stored_handshake(folder / name) if _RUN_NAME.fullmatch(name) else None
+
+
 def drop_run(folder: Path, name: str) -> None:
     """Delete a run of a service; a running server hears of it at the next call.
 

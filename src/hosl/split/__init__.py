@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hosl.split.reading.model_folder import resolve_model_folder
     from hosl.split.reading.tokenizer import transformers_tokenizer
     from hosl.split.specs import LoraSpec
-    from hosl.split.u_shape import HeadHalf, TrunkHalf, split_u_shape
+    from hosl.split.u_shape import HeadHalf, TrunkHalf, joined_server_half, split_u_shape
 
 _MODULES = {
     "LoraSpec": "specs",
@@ -31,6 +31,7 @@ _MODULES = {
     "HeadHalf": "u_shape",
     "TrunkHalf": "u_shape",
     "split_u_shape": "u_shape",
+    "joined_server_half": "u_shape",
     "load_head": "artifact",
     "LoadedModel": "reading.loading",
     "load_model": "reading.loading",
@@ -40,7 +41,7 @@ _MODULES = {
 
 __all__ = [
     "ClientHalf", "HeadHalf", "LoadedModel", "LoraSpec", "ServerHalf", "SplitInfo", "TrunkHalf", "add_lora",
-    "export_adapter", "export_checkpoint", "load_half", "load_head", "load_model", "quantise_",
+    "export_adapter", "export_checkpoint", "joined_server_half", "load_half", "load_head", "load_model", "quantise_",
     "resolve_model_folder", "set_trainable", "split_folder", "split_model", "split_u_shape", "transformers_tokenizer",
 ]  # fmt: skip
 

@@ -42,12 +42,13 @@ class TrunkHalf(Half):
         Args:
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64.
-            positions: [positions], int64; for a classification head [0], which stands for the token that it reads: the
-                first, or with a decoder each row's last by the mask.
+            positions: [positions], int64, of every row; for a classification head [0], which stands for the token that
+                it reads: the first, or with a decoder each row's last by the mask. Or [rows, seq], bool, of each row
+                its own.
             cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
-            [rows, positions, width].
+            [rows, positions, width]; of each row its own: [1, scored, width], row by row.
         """
         base = getattr(self.model, self.model.base_model_prefix)
         options = self._keeping(cache)
@@ -56,7 +57,7 @@ class TrunkHalf(Half):
             cache.advance_(hidden.shape[1])
         if self._family.pools_last_token:
             return at_last_token(states, attention_mask)[:, None]
-        return states[:, positions]
+        return states[positions][None] if positions.dtype == torch.bool else states[:, positions]
 
 
 class HeadHalf(ServerHalf):
@@ -115,6 +116,15 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
         TrunkHalf(pieces[1], family, cut),
         HeadHalf(pieces[2], family, cut),
     )
+
+
+def joined_server_half(trunk: TrunkHalf, head: HeadHalf) -> ServerHalf:
+    """The ordinary server half of a trunk and a head, as merging and export want it; it shares their tensors."""
+    model = deepcopy(head.model, {id(p): p for p in head.model.parameters()})
+    model.set_submodule(trunk.blocks_name, trunk.model.get_submodule(trunk.blocks_name))
+    half = ServerHalf(model, head._family, trunk.cut)
+    half.config = head.config  # as it is written: that of `model` is of the calls
+    return half
 
 
 def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:

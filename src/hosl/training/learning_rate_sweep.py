@@ -183,7 +183,8 @@ def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | N
     try:
         for step, batch in enumerate(seen, start=1):
             session.round(batch, step)
-        losses = [session.server.losses([session.client.forward(b)], b.targets)[0] for b in held_out]
+        server = session.plain_server
+        losses = [server.losses([session.client.forward(b)], b.targets)[0] for b in held_out]
     except NonFiniteError:
         return None
     return losses if all(map(math.isfinite, losses)) else None

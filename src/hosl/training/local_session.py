@@ -15,7 +15,9 @@ from hosl.methods.schedule import longest_batch, with_steps
 from hosl.methods.torch_parties import (
     DTYPES,
     check_device,
+    head_elements,
     make_client,
+    make_head,
     make_server,
     party_bytes,
     trained_elements,
@@ -25,10 +27,21 @@ from hosl.parties.engine.memory import memory_of
 from hosl.parties.metered import metered
 from hosl.parties.remote import torch_wire
 from hosl.parties.remote.compression import Receiving, WatchedCompressedServer
+from hosl.parties.remote.local_trunk import LocalTrunk
 from hosl.parties.servers.basic import TorchServer
+from hosl.parties.servers.headed import HeadedServer
+from hosl.parties.servers.trunk import TrunkServer
 from hosl.planner.budget import check_before_data, check_before_run
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
-from hosl.split import ClientHalf, ServerHalf, load_model, resolve_model_folder, split_model
+from hosl.split import (
+    ClientHalf,
+    ServerHalf,
+    joined_server_half,
+    load_model,
+    resolve_model_folder,
+    split_model,
+    split_u_shape,
+)
 from hosl.split.families import Head
 from hosl.split.reading.loading import LoadedModel
 from hosl.split.reading.tokenizer import transformers_tokenizer
@@ -42,14 +55,24 @@ from hosl.system.checkpoint import (
 )
 from hosl.system.run_folder import is_tested, read_record
 from hosl.tasks import TextTokenizer, load_task, model_labels, task_digest
-from hosl.training.checkpointing import put_client, put_server, restore_client_, restore_server_
+from hosl.training.checkpointing import (
+    put_client,
+    put_head,
+    put_server,
+    restore_client_,
+    restore_head_,
+    restore_server_,
+)
+from hosl.training.crossing import what_crosses
 from hosl.training.session import Session
 
 
 @dataclass
-class LocalSession(Session[FrozenClient, TorchServer]):
-    """The session of a run with both halves on PyTorch in this process."""
+class LocalSession(Session[FrozenClient, Any]):
+    """The session of a run in one process; `server` is a `TorchServer`, or below the client's head a `TrunkServer`."""
 
+    head: HeadedServer | None = None
+    """The head on the client, which calls the server, where the labels stay with the client."""
     tokenizer_folder: Path = Path()
     snapshot_step: int = 0
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
@@ -59,7 +82,9 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._wire = None
-        if self.config.wire.compression != "none":
+        if self.head is not None:
+            self.head.meter, self._trunk.meter = self.meters.client, self.meters.server
+        elif self.config.wire.compression != "none":
             self._wire = WatchedCompressedServer(
                 metered(self._receiving, self.meters.server), torch_wire,
                 compression=self.config.wire.compression, seed=self.config.seed,
@@ -71,6 +96,8 @@ class LocalSession(Session[FrozenClient, TorchServer]):
 
     def server_to_call(self, *, in_round: bool) -> ServerSide:
         """The server that the client calls under its meter; behind wire.compression if the config has one."""
+        if self.head is not None:
+            return self.head
         if self._wire is None:
             return super().server_to_call(in_round=in_round)
         if not in_round:
@@ -88,9 +115,25 @@ class LocalSession(Session[FrozenClient, TorchServer]):
         return self.client.half
 
     @property
+    def plain_server(self) -> Any:
+        """The server that the client calls, without compression and meters of its own."""
+        return self.server if self.head is None else self.head
+
+    @property
+    def _trunk(self) -> LocalTrunk:
+        assert self.head is not None, "labels stay with the client"
+        return cast(LocalTrunk, self.head.trunk)
+
+    def done(self, step: int) -> None:
+        """Note that the round of `step` is complete."""
+        super().done(step)
+        if self.head is not None:
+            self._trunk.at(step)
+
+    @property
     def server_half(self) -> ServerHalf:
-        """The server's half of the model."""
-        return self.server.half
+        """What follows the cut: the server's half of the model; where the labels stay, its trunk and the head."""
+        return whole_server_half(self.server, self.head)
 
     @property
     def class_labels(self) -> Sequence[str] | None:
@@ -100,12 +143,12 @@ class LocalSession(Session[FrozenClient, TorchServer]):
     def measure_memory(self, *, on: bool) -> None:
         """Start or stop measuring the memory of the parties' calls."""
         parties = (
-            (self.meters.client, self.client, self.server),
-            (self.meters.server, self.server, self.client),
+            (self.meters.client, self.client, self.server, self.head),
+            (self.meters.server, self.server, self.client, None),
         )
-        for meter, party, other in parties:
+        for meter, party, other, head in parties:
             beside = party_bytes(other) if on and other.device == party.device else 0
-            meter.memory = memory_of(party, party_bytes(party), beside=beside) if on else None
+            meter.memory = memory_of(party, party_bytes(party, head), beside=beside) if on else None
 
     def client_bytes(self) -> float:
         """The bytes of the client in a process of its own: the peak of its tensors, and Python with torch."""
@@ -118,6 +161,8 @@ class LocalSession(Session[FrozenClient, TorchServer]):
         if not optimiser:
             checkpoint.state["optimiser"] = False
         put_server(checkpoint, self.server, optimiser=optimiser)
+        if self.head is not None:
+            put_head(checkpoint, self.head, optimiser=optimiser)
         self.snapshot_step = put_client(
             checkpoint,
             self.client,
@@ -132,6 +177,8 @@ class LocalSession(Session[FrozenClient, TorchServer]):
         """Keep the weights of the present state as the only checkpoint of `run`/best."""
         checkpoint = Checkpoint(step=self.step, state=self.inputs() | {"optimiser": False})
         put_server(checkpoint, self.server, optimiser=False)
+        if self.head is not None:
+            put_head(checkpoint, self.head, optimiser=False)
         put_client(checkpoint, self.client, snapshot_step=0, snapshot_steps=sys.maxsize, optimiser=False)
         drop_checkpoints_after(run / "best", self.step - 1)  # of this step, before the run went back
         write_checkpoint(run / "best", checkpoint)
@@ -156,22 +203,25 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
     task = load_task(config.task, tokenizer, seed=config.seed, model_labels=model_labels(tokenizer_folder))
     config = with_steps(config, task)
     check_before_run(config, config.model.name, task, alone=False)
-    loaded, client, server = _parties(config, task.head, len(task.labels), low_precision=low_precision)
+    loaded, client, server, head = _parties(config, task.head, len(task.labels), low_precision=low_precision)
     session = LocalSession(
-        config=config, task=task, client=client, server=server, tokenizer_folder=tokenizer_folder
+        config=config, task=task, client=client, server=server, head=head, tokenizer_folder=tokenizer_folder
     )
+    trained = {"client": trained_elements(client), "server": trained_elements(server)}
+    if head is not None:
+        trained["head"] = head_elements(head)
     rows, tokens = longest_batch(task, config)
+    tied = task.head == "causal" and bool(loaded.model.config.tie_word_embeddings)
     session.facts = {
         "model": {"source": loaded.source, "digest": loaded.digest, "family": session.client_half.family},
         "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": list(task.labels)},
         "longest_batch": {"rows": rows, "tokens": tokens},
         "cut": config.model.cut,
-        "tied_head_trained_apart": task.head == "causal" and bool(loaded.model.config.tie_word_embeddings),
+        "tied_head_trained_apart": tied and head is None,
         "new_weights": list(loaded.initialised),
         "notes": list(loaded.notes),
-        "trained_parameters": {
-            "client": trained_elements(session.client), "server": trained_elements(session.server)
-        },
+        "trained_parameters": trained,
+        "crosses": what_crosses(config, task),
     }  # fmt: skip
     return session
 
@@ -221,7 +271,7 @@ def load_run(
     config = run_config(run)
     if max_steps is not None:
         config = msgspec.structs.replace(config, max_steps=max_steps)
-    session = new_session(config, low_precision=low_precision)
+    session = new_session(_as_trained(config, run), low_precision=low_precision)
     weights_only |= best
     inputs = {"model": session.facts["model"], "task": session.facts["task"]}
     checkpoint = _newest(run, inputs, best=best, weights_only=weights_only)
@@ -241,10 +291,13 @@ def load_run(
             f"max_steps: {config.max_steps}, but {run} has done {checkpoint.step} steps; give more"
         )
     restore_server_(session.server, checkpoint)
+    if session.head is not None:
+        restore_head_(session.head, checkpoint)
     session.snapshot_step = restore_client_(session.client, checkpoint)
     session.control = session.control.restored(checkpoint.state)
     session.best = tuple(checkpoint.state["best"]) if "best" in checkpoint.state else None
-    session.step, session.metrics_bytes = checkpoint.step, checkpoint.state.get("metrics_bytes", 0)
+    session.done(checkpoint.step)
+    session.metrics_bytes = checkpoint.state.get("metrics_bytes", 0)
     return session
 
 
@@ -261,8 +314,9 @@ def load_halves(
     if "head" not in task:  # the record is damaged, or of version 0.2: the data tell
         session = load_run(run, low_precision=False, best=best, weights_only=True)
         return config, session.client_half, session.server_half, session.class_labels
-    client, server, _ = _restored(config, run, task, low_precision=False, best=best)
-    return config, client.half, server.half, task["labels"] if task["head"] == "classification" else None
+    client, server, head, _ = _restored(config, run, task, low_precision=False, best=best)
+    half = whole_server_half(server, head)
+    return config, client.half, half, task["labels"] if task["head"] == "classification" else None
 
 
 @dataclass(frozen=True)
@@ -290,7 +344,9 @@ def load_scoring(run: Path, *, best: bool = False) -> Scoring:
         session = load_run(run, best=best, weights_only=True)
         server = session.server_to_call(in_round=False)
         return Scoring(config, session.task.labels, session.client, server, session.step)
-    client, server, step = _restored(config, run, task, low_precision=True, best=best)
+    client, server, head, step = _restored(config, run, task, low_precision=True, best=best)
+    if head is not None:
+        return Scoring(config, task["labels"], client, head, step)
     if config.wire.compression != "none":
         behind_wire = WatchedCompressedServer(
             Receiving(server, torch_wire), torch_wire, compression=config.wire.compression, seed=config.seed
@@ -301,16 +357,21 @@ def load_scoring(run: Path, *, best: bool = False) -> Scoring:
 
 def _restored(
     config: Config, run: Path, task: dict[str, Any], *, low_precision: bool, best: bool
-) -> tuple[FrozenClient, TorchServer, int]:
-    """The two parties with a run's newest weights, and their step."""
+) -> tuple[FrozenClient, Any, HeadedServer | None, int]:
+    """The parties with a run's newest weights, and their step; a head where the labels stay."""
     _check_devices(config)
-    loaded, client, server = _parties(config, task["head"], len(task["labels"]), low_precision=low_precision)
+    config = _as_trained(config, run)
+    loaded, client, server, head = _parties(
+        config, task["head"], len(task["labels"]), low_precision=low_precision
+    )
     inputs = {"model": {"name": config.model.name, "digest": loaded.digest}}
     checkpoint = _newest(run, inputs, best=best, weights_only=True)
     if checkpoint is not None:
         restore_server_(server, checkpoint)
+        if head is not None:
+            restore_head_(head, checkpoint)
         restore_client_(client, checkpoint)
-    return client, server, checkpoint.step if checkpoint is not None else 0
+    return client, server, head, checkpoint.step if checkpoint is not None else 0
 
 
 def _check_devices(config: Config) -> None:
@@ -319,17 +380,36 @@ def _check_devices(config: Config) -> None:
     check_device(config.server.device, "server.device")
 
 
+def whole_server_half(server: Any, head: HeadedServer | None) -> ServerHalf:
+    """What follows the cut, as one half: the server's own, or its trunk with the client's head."""
+    return server.half if head is None else joined_server_half(server.half, head.head)
+
+
+def _as_trained(config: Config, run: Path) -> Config:
+    """The config with the labels where the run had them: in one process, version 0.2 took no note of the setting."""
+    newest = max((run / "checkpoints").glob("step-*"), default=None)
+    if config.wire.labels != "client" or newest is None or (newest / "client/head.safetensors").is_file():
+        return config
+    return msgspec.structs.replace(config, wire=msgspec.structs.replace(config.wire, labels="server"))
+
+
 def _parties(
     config: Config, head: Head, labels: int, *, low_precision: bool
-) -> tuple[LoadedModel, FrozenClient, TorchServer]:
-    """The model, and the two parties with its halves at their base weights."""
+) -> tuple[LoadedModel, FrozenClient, TorchServer | TrunkServer, HeadedServer | None]:
+    """The model, and the parties with its halves at their base weights; a head where the labels stay."""
     loaded = load_model(
         config.model.name, head=head, num_labels=labels if head == "classification" else None, seed=config.seed,
         dtype=DTYPES[config.model.dtype],
     )  # fmt: skip
-    client_half, server_half = split_model(loaded.model, config.model.cut)
+    if config.wire.labels == "server":
+        client_half, server_half = split_model(loaded.model, config.model.cut)
+        client = make_client(config, client_half, low_precision=low_precision)
+        return loaded, client, make_server(config, server_half, loaded.initialised), None
+    client_half, trunk_half, head_half = split_u_shape(loaded.model, config.model.cut)
     client = make_client(config, client_half, low_precision=low_precision)
-    return loaded, client, cast(TorchServer, make_server(config, server_half, loaded.initialised))
+    server = make_server(config, trunk_half, loaded.initialised)
+    trunk = LocalTrunk(server, torch_wire, compression=config.wire.compression, seed=config.seed)
+    return loaded, client, server, make_head(config, head_half, client.half, trunk, loaded.initialised)
 
 
 def _newest(

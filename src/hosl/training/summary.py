@@ -53,12 +53,13 @@ def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any
 
 
 def greeting(session: Session, run: Path) -> str:
-    """The line before the first step: method, task, model, trained parameters, folder."""
+    """The lines before the first step: method, task, model, trained parameters, folder; and what crosses."""
     task, facts = session.task, session.facts
     trained = ", ".join(f"{side} {count:,}" for side, count in facts["trained_parameters"].items())
     return (
         f"{session.config.method} on {task.name}: {len(task.train)} train, {len(task.dev)} dev, {len(task.test)} "
-        f"test examples; {facts['model']['family']} cut at {facts['cut']}; trained: {trained} parameters; {run}"
+        f"test examples; {facts['model']['family']} cut at {facts['cut']}; trained: {trained} parameters; {run}\n"
+        f"{facts['crosses']}"
     )
 
 

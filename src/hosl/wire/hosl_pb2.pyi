@@ -382,12 +382,14 @@ class Options(_message.Message):
     def __init__(self, span: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., by_token: _Optional[bool] = ...) -> None: ...
 
 class Positions(_message.Message):
-    __slots__ = ("mask", "positions")
+    __slots__ = ("mask", "positions", "scored")
     MASK_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     mask: Mask
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, mask: _Optional[_Union[Mask, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    scored: Mask
+    def __init__(self, mask: _Optional[_Union[Mask, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., scored: _Optional[_Union[Mask, _Mapping]] = ...) -> None: ...
 
 class LossesReply(_message.Message):
     __slots__ = ("losses", "server_s")
@@ -584,3 +586,91 @@ class Next(_message.Message):
     logits: _containers.RepeatedScalarFieldContainer[float]
     tensor: Tensor
     def __init__(self, step: _Optional[int] = ..., server_s: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class HalfRequest(_message.Message):
+    __slots__ = ("run", "step", "list_digest", "offset")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LIST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    step: int
+    list_digest: str
+    offset: int
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., list_digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class HalfReply(_message.Message):
+    __slots__ = ("list", "chunk")
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    list: HalfList
+    chunk: bytes
+    def __init__(self, list: _Optional[_Union[HalfList, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class HalfList(_message.Message):
+    __slots__ = ("step", "tensors", "more")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    tensors: _containers.RepeatedCompositeFieldContainer[HalfTensor]
+    more: bool
+    def __init__(self, step: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[HalfTensor, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class HalfTensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    sha256: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class GiveRequest(_message.Message):
+    __slots__ = ("given", "list", "chunk")
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    given: Given
+    list: HalfList
+    chunk: bytes
+    def __init__(self, given: _Optional[_Union[Given, _Mapping]] = ..., list: _Optional[_Union[HalfList, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class Given(_message.Message):
+    __slots__ = ("run", "weights", "lora", "low_precision", "digest", "updates")
+    class Weights(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        WEIGHTS_UNSPECIFIED: _ClassVar[Given.Weights]
+        ALL: _ClassVar[Given.Weights]
+        BLOCKS: _ClassVar[Given.Weights]
+        LAST_BLOCK: _ClassVar[Given.Weights]
+        LORA: _ClassVar[Given.Weights]
+    WEIGHTS_UNSPECIFIED: Given.Weights
+    ALL: Given.Weights
+    BLOCKS: Given.Weights
+    LAST_BLOCK: Given.Weights
+    LORA: Given.Weights
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    LOW_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    weights: Given.Weights
+    lora: Lora
+    low_precision: bool
+    digest: bytes
+    updates: int
+    def __init__(self, run: _Optional[str] = ..., weights: _Optional[_Union[Given.Weights, str]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., low_precision: _Optional[bool] = ..., digest: _Optional[bytes] = ..., updates: _Optional[int] = ...) -> None: ...
+
+class GiveReply(_message.Message):
+    __slots__ = ("have", "complete")
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    have: int
+    complete: bool
+    def __init__(self, have: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...

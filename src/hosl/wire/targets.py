@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from hosl.core.targets import ClassTargets, OptionTargets, PositionTargets, Targets
+from hosl.core.targets import (
+    AskedPositions,
+    ClassTargets,
+    OptionTargets,
+    PositionTargets,
+    RowPositionTargets,
+    Targets,
+)
 from hosl.errors import WireError
 from hosl.wire import hosl_pb2 as pb
 
@@ -20,8 +27,10 @@ def targets_to_message(targets: ClassTargets | OptionTargets) -> pb.Targets:
     return pb.Targets(mask=_mask(targets.mask), options=options)
 
 
-def positions_to_message(targets: PositionTargets) -> pb.Positions:
+def positions_to_message(targets: AskedPositions) -> pb.Positions:
     """The padding mask and the scored positions: all that crosses when labels stay with the client."""
+    if isinstance(targets, RowPositionTargets):
+        return pb.Positions(mask=_mask(targets.mask), scored=_mask(targets.scored))
     return pb.Positions(mask=_mask(targets.mask), positions=targets.positions.tolist())
 
 
@@ -45,13 +54,20 @@ def targets_from_message(message: pb.Targets, shape: tuple[int, ...]) -> Targets
             raise WireError("targets name neither classes nor options; one of them is needed")
 
 
-def positions_from_message(message: pb.Positions, shape: tuple[int, ...]) -> PositionTargets:
+def positions_from_message(message: pb.Positions, shape: tuple[int, ...]) -> AskedPositions:
     """The scored positions of activations of `shape` [rows, seq, width], when labels stay with the client.
 
     Raises:
-        WireError: if they do not fit the shape, do not ascend, or there are none.
+        WireError: if they do not fit the shape, do not ascend, or there are none, be it in one row.
     """
     rows, seq = shape[:2]
+    if message.HasField("scored"):
+        scored = _read_mask(message.scored, rows, seq)
+        if message.positions or not scored.any(axis=1).all():
+            raise WireError(
+                "scored positions stand once, for all rows or for each; and each row has one at least"
+            )
+        return RowPositionTargets(_read_mask(message.mask, rows, seq), scored)
     positions = np.array(message.positions, dtype=np.int64)
     if not len(positions) or (np.diff(positions) <= 0).any() or positions[-1] >= seq:
         raise WireError(

@@ -5,14 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from hosl.core.array_types import Float, Int
-from hosl.core.targets import ClassTargets, OptionTargets, Targets, positions_of
+from hosl.core.targets import ClassTargets, OptionTargets, Targets, scored_positions, scored_tokens
 
 
 def wanted_positions(targets: Targets) -> torch.Tensor | None:
     """The sequence positions whose logits a loss needs, ascending, int64; None for a classification head."""
     if isinstance(targets, ClassTargets):
         return None
-    return torch.from_numpy(positions_of(targets).positions)
+    return torch.from_numpy(scored_positions(targets))
 
 
 def row_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -49,6 +49,31 @@ def row_scores(logits: torch.Tensor, targets: Targets) -> Float[np.ndarray, "row
     return scores.cpu().numpy()
 
 
+def mean_loss_of_scored(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
+    """`mean_loss`, where the mean is over tokens, from the logits of the scored tokens alone.
+
+    Args:
+        logits: [1, scored, vocabulary], row by row.
+        targets: the targets.
+    """
+    return F.cross_entropy(_widened(logits[0]), _tokens_row_by_row(logits, targets))
+
+
+def row_scores_of_scored(logits: torch.Tensor, targets: OptionTargets) -> Float[np.ndarray, "rows scores"]:
+    """`row_scores` [rows, 2], where the mean is over tokens, from logits as `mean_loss_of_scored` takes them."""
+    tokens = _tokens_row_by_row(logits, targets)
+    losses = F.cross_entropy(_widened(logits[0]), tokens, reduction="none")
+    right = (logits[0].argmax(-1) == tokens).to(losses)
+    counts = (targets.tokens >= 0).sum(axis=1).tolist()
+    rows = zip(losses.split(counts), right.split(counts), strict=True)
+    return torch.stack([torch.stack([-of_row.mean(), hits.sum()]) for of_row, hits in rows]).cpu().numpy()
+
+
+def _tokens_row_by_row(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
+    tokens = scored_tokens(targets)
+    return torch.from_numpy(tokens[tokens >= 0]).to(logits.device)
+
+
 def _option_log_likelihoods(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
     if targets.mean_over == "tokens":
         grid = _token_grid(logits, targets)
@@ -80,7 +105,7 @@ def _token_grid(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
 
 def _columns(targets: OptionTargets) -> Int[np.ndarray, "rows span"]:
     """The place of each scored position among `wanted_positions`, int64."""
-    positions = positions_of(targets).positions
+    positions = scored_positions(targets)
     return np.searchsorted(positions, targets.positions).clip(max=len(positions) - 1)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_KEEPING = ("forward_for_backward",)
-"""Calls after which the party still holds what it allocated: the graph that `backward` needs."""
+_KEEPING = ("forward_for_backward", "states_for_step", "head_gradient", "head_update")
+"""Calls after which the party still holds what it allocated: graphs that wait for a gradient, a head's gradients."""
 
 
 class TorchMemory:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hosl.core.array_types import Float
 from hosl.core.estimators import LARGEST_NUMBER
-from hosl.core.targets import Activations, ClassTargets, Pair, PositionTargets, StepReply, Targets
+from hosl.core.targets import Activations, AskedPositions, ClassTargets, Pair, StepReply, Targets
 from hosl.errors import CheckpointError, NonFiniteError, SessionError, StepMoved, WireError
 from hosl.parties.metered import Meter, payload_bytes
 from hosl.parties.remote.compression_watch import WatchesCompression
@@ -88,8 +88,6 @@ class RemoteServer(Packing):
         """The number of updates in the server's journal at the last Hello; for shared halves."""
         self.classes: int | None = None
         """The number of classes of the model's head; None: any number of scores is taken."""
-        self.looks = False
-        """Whether the session only reads: a run as it is, whatever its step."""
         self._training = pb.Training()
         self._greeting, self._say = greeting, say
         self._limits, self._session = pb.Limits(), ""
@@ -111,8 +109,7 @@ class RemoteServer(Packing):
         request = self._greeting(self.current)
         reply = self.channel.ask("Hello", request, pb.HelloReply)
         self._training, ours = request.training, {*request.restorable, request.current}
-        self.looks = request.look
-        if self.looks:
+        if request.look:  # at a run as it is, whatever its step
             self._session, self._limits, self.client = reply.session, reply.limits, reply.client
             return reply.start
         alone = request.training.clients <= 1
@@ -433,7 +430,7 @@ class RemoteServer(Packing):
     def _where(self, step: int) -> pb.Where:
         return pb.Where(session=self._session, step=step)
 
-    def _count_up(self, packed: list[Packed], targets: Targets | PositionTargets) -> None:
+    def _count_up(self, packed: list[Packed], targets: Targets | AskedPositions) -> None:
         self.meter.bytes_in += sum(p.size_bytes for p in packed) + payload_bytes(targets)
 
     def _count_down(self, call: str, server_s: float, payload: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from hosl.core.targets import Activations, PositionTargets, StepReply
+from hosl.core.targets import Activations, AskedPositions, StepReply, states_shape
 from hosl.errors import WireError
 from hosl.parties.remote.server import RemoteServer, check_end, reply_part, upload_frames
 from hosl.wire import hosl_pb2 as pb
@@ -16,9 +16,11 @@ from hosl.wire.tensors import pack
 class RemoteTrunk(RemoteServer):
     """The `Trunk` of `servers.headed` across a network. Of the targets only mask and positions are sent."""
 
-    def states(self, activations: Sequence[Activations], targets: PositionTargets) -> list[Any]:
-        """The last block's states at the scored positions [rows, positions, width]."""
-        noise, step = self._noise(), self.current if self.looks else self.current + 1
+    def states(
+        self, activations: Sequence[Activations], targets: AskedPositions, *, at_rest: bool = False
+    ) -> list[Any]:
+        """The last block's states at the scored positions (`states_shape`)."""
+        noise, step = ("scores", self.current) if at_rest else (self._noise(), self.current + 1)
         packed = [pack(self._arrays.to_wire(h), self._compression, noise=noise) for h in activations]
         self._count_up(packed, targets)
 
@@ -37,12 +39,12 @@ class RemoteTrunk(RemoteServer):
             self._count_down("states", done.server_s, states)
             return states
 
-        return self._call(send)
+        return self._call(send, in_round=not at_rest)
 
     def step_states(
         self,
         activations: Activations,
-        targets: PositionTargets,
+        targets: AskedPositions,
         answer: Callable[[Any], Any],
         *,
         step: int,
@@ -86,7 +88,7 @@ class RemoteTrunk(RemoteServer):
         return self._call(send)
 
     def _received(
-        self, header: pb.Tensor, parts: Iterator[Any], activations: pb.Tensor, targets: PositionTargets
+        self, header: pb.Tensor, parts: Iterator[Any], activations: pb.Tensor, targets: AskedPositions
     ) -> Any:
-        shape = [len(targets.mask), len(targets.positions), activations.shape[2]]
-        return self._filled(header, shape, activations.dtype, parts)
+        shape = states_shape(targets, activations.shape[2])
+        return self._filled(header, list(shape), activations.dtype, parts)

@@ -1,5 +1,8 @@
 """A first-order server that several clients train together, one update per round."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from hosl.core.targets import StepReply, Targets
@@ -8,11 +11,56 @@ from hosl.parties.engine.optimisers import check_gradients, optimiser_step
 from hosl.parties.servers.basic import FirstOrderServer
 
 
+class RoundGradient:
+    """The gradients of several clients' batches, added up in `p.grad`, each weighed by its rows or scored tokens."""
+
+    def __init__(self, trained: Mapping[str, torch.nn.Parameter]) -> None:
+        self._trained, self._weight = list(trained.values()), 0
+
+    def add(
+        self, output: torch.Tensor, h: torch.Tensor | None, weight: int, gradient: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Add the gradient of a batch, `weight` times; no weight of the model changes.
+
+        Args:
+            output: the batch's mean loss, or states whose gradient is `gradient`.
+            h: a leaf of its graph; None: no gradient is returned.
+            weight: how much the batch weighs among the others of the round.
+            gradient: the gradient at `output`; None: it is a loss.
+
+        Returns:
+            The gradient at `h`, of this batch alone.
+
+        Raises:
+            NonFiniteError: if a gradient is NaN or infinite; nothing was added then.
+        """
+        inputs = self._trained if h is None else [*self._trained, h]
+        weighed = output * weight if gradient is None else output
+        at = None if gradient is None else gradient * weight
+        gradients: Any = torch.autograd.grad(weighed, inputs, at, allow_unused=True) if inputs else ()
+        check_gradients(gradients)
+        for p, found in zip(self._trained, gradients, strict=False):
+            if found is not None:
+                p.grad = found.clone() if p.grad is None else p.grad.add_(found)
+        self._weight += weight
+        return gradients[-1] / weight if h is not None else None
+
+    def close(self) -> bool:
+        """Divide by the weights added since the last time; returns whether there were any."""
+        weight, self._weight = self._weight, 0
+        for p in self._trained if weight else ():
+            if p.grad is not None:
+                p.grad /= weight
+        return weight > 0
+
+
 class SynchronousServer(FirstOrderServer):
     """A first-order server that several clients train together: one update from all gradients of a round."""
 
-    _examples: int = 0
-    """The number of examples contributed since the last update."""
+    def __init__(self, half: Any, **how: Any) -> None:
+        """Take the arguments of `FirstOrderServer`."""
+        super().__init__(half, **how)
+        self._round = RoundGradient(self.trained)
 
     def contribute(
         self, activations: torch.Tensor, targets: Targets, examples: int, *, want_gradient: bool = False
@@ -28,22 +76,10 @@ class SynchronousServer(FirstOrderServer):
             raise NonFiniteError(
                 f"a client's training loss is {float(loss.detach())}; it must be finite: lower the learning rates"
             )
-        trained = list(self.trained.values())
-        inputs = [*trained, h] if want_gradient else trained
-        gradients = torch.autograd.grad(loss * examples, inputs, allow_unused=True)
-        check_gradients(gradients)
-        for p, gradient in zip(trained, gradients, strict=False):
-            if gradient is not None:
-                p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
-        self._examples += examples
-        return StepReply(float(loss.detach()), gradients[-1] / examples if want_gradient else None)
+        found = self._round.add(loss, h if want_gradient else None, examples)
+        return StepReply(float(loss.detach()), found)
 
     def apply(self, step: int) -> None:
         """One update from the mean over all examples contributed since the last one; without any, nothing changes."""
-        if not self._examples:
-            return
-        for p in self.trained.values():
-            if p.grad is not None:
-                p.grad /= self._examples
-        optimiser_step(self.optimiser, self.learning_rate(step))
-        self._examples = 0
+        if self._round.close():
+            optimiser_step(self.optimiser, self.learning_rate(step))

@@ -9,9 +9,10 @@ import torch
 from hosl.errors import ConfigError
 from hosl.split.families import Family, Head
 from hosl.split.reading.config_json import PLAIN_CALLS, quiet_transformers, read_config
-from hosl.split.reading.model_folder import checkpoint_digest, resolve_model_folder
+from hosl.split.reading.model_folder import resolve_model_folder
 from hosl.split.reading.padding import last_token_padding
 from hosl.split.reading.skeleton import fill_, skeleton
+from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.split.reading.weights import Weights, find_weights
 from hosl.split.structure import guess_note, submodule
 

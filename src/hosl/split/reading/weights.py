@@ -27,9 +27,9 @@ from transformers.core_model_loading import (
 
 from hosl.errors import ConfigError, ModelError
 from hosl.split.families import Family
-from hosl.split.reading.model_folder import weights_files
 from hosl.split.reading.skeleton import tied_names
 from hosl.split.reading.tensors import DTYPES, Source
+from hosl.split.reading.weight_files import weights_files
 from hosl.system.readable import one_line
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -1,0 +1,27 @@
+"""What crosses between the two machines in a run, in one line. No torch."""
+
+from hosl.config import Config
+from hosl.tasks import Task
+
+
+def what_crosses(config: Config, task: Task) -> str:
+    """The line for people: where the labels are, and the fields that cross in a step, either way.
+
+    Evaluations send the same fields and get scores or states. Sizes and each field's meaning: `hosl audit`.
+    """
+    method = config.method_row
+    gradient = ["the gradient at the cut"] if method.wants_gradient else []
+    up = ["activations", "padding mask"]
+    if config.wire.labels == "client":
+        up += ["scored positions", "the gradient at the last states"]
+        down = ["states at the scored positions", *gradient]
+    else:
+        up += ["class labels" if task.head == "classification" else "positions and tokens of what is learned"]
+        down = ["losses", *gradient]
+    if config.clients.halves == "shared" or method.server == "zeroth-order":
+        up += ["seeds and coefficients"]
+    return f"labels at the {config.wire.labels}; up cross {_listed(up)}; down {_listed(down)}"
+
+
+def _listed(fields: list[str]) -> str:
+    return fields[0] if len(fields) == 1 else f"{', '.join(fields[:-1])} and {fields[-1]}"

@@ -1,0 +1,161 @@
+"""Text is learned with the labels at the client: one process and two give the same bits, and no token crosses."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+import yaml
+
+from hosl.cli import main
+from hosl.config import load_config
+from hosl.system.run_folder import read_record
+from hosl.tasks import TextTokenizer, load_task
+from hosl.transport.join_line import JoinLine
+from hosl.wire import hosl_pb2 as pb
+from tests.conftest import MODELS
+from tests.integration.network import Server, finished, join, newest, server_state
+from tests.integration.recorder import Recorder, messages
+from tests.integration.test_data_boundary import _decoded
+from tests.unit.test_chat_template import CHATML, saved_tokenizer
+
+WORDS = ["red", "green", "blue", "round", "flat", "long", "warm", "cold", "old", "new"]
+
+
+@pytest.fixture
+def text_run(tmp_path):
+    """`text_run(tied=..., **settings)` writes a tiny Llama, texts and config.yaml; returns the config's path."""
+
+    def make(*, tied=False, rows=24, seed=0, **settings):
+        _, config_class, sizes = MODELS["llama"]
+        sizes = sizes | {"vocab_size": 320, "max_position_embeddings": 256, "tie_word_embeddings": tied}
+        model = transformers.LlamaForCausalLM(
+            config_class(**sizes | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+        )
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1 + (1.0 if p.dim() == 1 else 0.0))
+        model.save_pretrained(tmp_path / "model-in")
+        saved_tokenizer(tmp_path / "model-in", CHATML)
+        chance = random.Random(seed)
+
+        def words(count):
+            return " ".join(chance.choice(WORDS) for _ in range(count))
+
+        file = tmp_path / f"rows-{seed}.jsonl"
+        lines = [{"prompt": words(6) + ":", "completion": words(chance.randrange(2, 9))} for _ in range(rows)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = {
+            "output_dir": str(tmp_path / "run"), "method": "hosl",
+            "model": {"name": str(tmp_path / "model-in"), "cut": 1}, "task": {"kind": "sft", "train": str(file)},
+            "zo": {"directions": 2}, "client": {"learning_rate": 1e-3},
+            "server": {"learning_rate": 1e-2, "optimiser": {"name": "adamw"}},
+            "max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "save_steps": 2, "snapshot_steps": 2,
+        }  # fmt: skip
+        path = tmp_path / f"config-{seed}.yaml"
+        path.write_text(yaml.safe_dump(config | settings))
+        return path
+
+    return make
+
+
+def split_for(config, out, *words):
+    """`hosl split` for a config; returns the folder of the halves."""
+    settings = yaml.safe_load(config.read_text())
+    command = ["split", settings["model"]["name"], str(out), "--cut", str(settings["model"]["cut"]), *words]
+    assert main(command) == 0
+    return out
+
+
+def trained_files(run):
+    """The client's tensors and journal in a run's newest checkpoint."""
+    folder = newest(run / "checkpoints") / "client"
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("method", "tied", "compression"), [("hosl", True, "int8"), ("hosl-gradient", False, "none")]
+)
+def test_a_run_of_texts_over_loopback_equals_one_process_and_no_token_crosses(
+    text_run, tmp_path, capsys, method, tied, compression
+):
+    config = text_run(tied=tied, method=method, wire={"compression": compression})
+    assert main(["train", str(config), "--json"]) == 0
+    assert (
+        "labels at the client; up cross activations, padding mask, scored positions"
+        in capsys.readouterr().err
+    )
+    halves = split_for(config, tmp_path / "halves")
+    assert "split for wire.labels: client" in capsys.readouterr().err
+    with Server(halves / "server", tmp_path / "service", "--plaintext") as server:
+        line = JoinLine.parse(server.line)
+        recorder = Recorder((line.host, line.port))
+        through = f"hosl://127.0.0.1:{recorder.port}#{line.token}"
+        words = ["--plaintext", "--output-dir", tmp_path / "joined"]
+        assert finished(join(halves / "client", through, config, *words))["finished"]
+        recorder.close()
+        assert server.stop() == 0
+    run, joined = tmp_path / "run", tmp_path / "joined"
+    assert (joined / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert trained_files(joined) == trained_files(run)
+    there = safetensors.torch.load_file(newest(run / "checkpoints") / "server" / "trained.safetensors")
+    here = server_state(tmp_path / "service")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    for folder in (run, joined):
+        assert read_record(folder)["crosses"].startswith("labels at the client")
+        assert load_config(folder / "config.yaml").wire.labels == "client"
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    assert model.config.tie_word_embeddings == tied  # a tied head is the client's embedding, and stays it
+    assert not torch.equal(
+        model.model.norm.weight,
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model-in").model.norm.weight,
+    )  # the norm is the head's, and was trained on the device
+    task = load_task(load_config(config).task, TextTokenizer.load(halves / "client"), seed=0)
+    _check_capture(recorder, task, method)
+
+
+def _check_capture(recorder, task, method):
+    """All bytes decoded: no token id of prompt or completion, no text, no label; positions of each row as bits."""
+    raw = b"".join(bytes(stream) for stream in recorder.sent)
+    decoded = [_decoded(message) for stream in recorder.sent for message in messages(stream)]
+    assert all(parsed is not None for parsed in decoded)
+    uploads = [parsed for parsed in decoded if isinstance(parsed, pb.Upload)]
+    kinds = {upload.WhichOneof("part") for upload in uploads}
+    assert kinds == {"states", "step_states", "chunk"}  # evaluations ask for states, too
+    asked = [getattr(u, u.WhichOneof("part")) for u in uploads if u.WhichOneof("part") != "chunk"]
+    for question in asked:
+        assert not hasattr(question, "targets")
+        assert not question.positions.positions
+        assert (
+            question.positions.scored.rows == question.activations[0].shape[0]
+            if isinstance(question, pb.AskStates)
+            else question.activations.shape[0]
+        )
+    in_steps = [q for q in asked if isinstance(q, pb.AskStates) and len(q.activations) == 2]
+    assert bool(in_steps) == (method == "hosl")
+    searched = 0
+    for example in (*task.train, *task.dev, *task.test):
+        (row,) = example.rows
+        ((start, stop),) = example.scored
+        for ids in (row[:start], row[start:stop]):
+            if len(ids) >= 8:  # fewer bytes may stand anywhere by chance
+                for text in _encodings(ids):
+                    assert text not in raw
+                searched += 1
+    assert searched > 24
+    assert not any(word.encode() * 2 in raw or f" {word} ".encode() in raw for word in WORDS)
+
+
+def _encodings(ids):
+    """Token ids as anyone might write them: fixed-width integers, varints, text."""
+    array = np.array(ids)
+    yield from (array.astype(kind).tobytes() for kind in ("<i2", "<i4", "<i8", ">i2", ">i4", ">i8", "u1"))
+    yield pb.Classes(labels=ids).SerializeToString()[2:]
+    yield pb.Options(tokens=ids).SerializeToString()[2:]
+    yield ",".join(map(str, ids)).encode()
