@@ -313,6 +313,20 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
     return _JoinedRun(folder, identity, under_way=False, finished=False)
 
 
+def begun_run(config: Config) -> Path | None:
+    """The folder of this config's run, one that is not finished before others; None: there is none."""
+    config = with_absolute_paths(config.with_client_rate(config.client_rate))
+    found = []
+    for folder in same_name_folders(Path(config.output_dir)):
+        kept, record = _settings(folder), read_record(folder) or {}
+        if kept is None or "run_id" not in record:
+            continue
+        steps = config.max_steps if config.num_train_epochs is None else kept.max_steps
+        if kept == _identity(msgspec.structs.replace(config, max_steps=steps)):
+            found.append((_finished(folder, record), len(found), folder))
+    return min(found)[-1] if found else None
+
+
 def _settings(folder: Path) -> Config | None:
     """The settings by which the run in a folder is known; None: there is no run, or one of another version."""
     try:
