@@ -225,7 +225,7 @@ def _joined(
         "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
         "task": {"name": task.name, "digest": task_digest(task)},
         "cut": facts["cut"],
-        "crosses": what_crosses(config, task),
+        "crosses": what_crosses(config, task.head),
     }
     try:
         start = channel.for_ever(remote.hello, say)
