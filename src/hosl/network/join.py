@@ -266,7 +266,7 @@ def _facts(config: Config, options: JoinOptions, half: dict[str, Any], task: Tas
         },
         "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": labels},
         "cut": half["cut"],
-        "crosses": what_crosses(config, task),
+        "crosses": what_crosses(config, task.head),
     }  # fmt: skip
 
 

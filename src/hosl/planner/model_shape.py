@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from hosl.errors import ConfigError, ModelError, SplitError
-from hosl.split import ClientHalf, ServerHalf, resolve_model_folder, split_model
+from hosl.split import (
+    ClientHalf,
+    HeadHalf,
+    ServerHalf,
+    TrunkHalf,
+    resolve_model_folder,
+    split_model,
+    split_u_shape,
+)
 from hosl.split.families import FAMILIES, Head
 from hosl.split.reading.config_json import read_config
 from hosl.split.reading.skeleton import skeleton
@@ -23,6 +31,8 @@ class ModelShape:
     config: Any
     """The config of Hugging Face transformers."""
     head: Head
+    scored_tokens: int = 0
+    """The scored tokens of a row, where texts are learned token by token; 0: a row has one label, or one token."""
 
     @property
     def blocks(self) -> int:
@@ -51,6 +61,10 @@ class ModelShape:
             ConfigError: if transformers cannot build a model from the config.
         """
         return split_model(skeleton(self.config, self.head)[0], cut)
+
+    def three_pieces(self, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf]:
+        """The pieces where the labels stay with the client, on the meta device; raises as `halves`."""
+        return split_u_shape(skeleton(self.config, self.head)[0], cut)
 
 
 def model_shape(name: str, *, head: Head | None = None, num_labels: int | None = None) -> ModelShape:
