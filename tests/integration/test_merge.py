@@ -150,6 +150,33 @@ def test_a_language_model_is_merged_with_its_chat_template(causal_run, tmp_path,
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_a_merged_model_is_also_written_as_a_gguf_file(causal_run, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    config = causal_run("llama", max_steps=2, method="hosl")
+    assert main(["train", str(config)]) == 0
+    machines = Machines(tmp_path, "causal")
+    file, alone = tmp_path / "merged" / "x.gguf", tmp_path / "alone" / "x.gguf"
+    for folder in (file.parent, alone.parent):
+        folder.mkdir()
+    with machines.serve("--give-half") as server:
+        machines.join(server.line, config)
+        file.write_text("mine")
+        assert machines.on_device(server.line, tmp_path / "here", "--gguf", file) == 2
+        assert "x.gguf exists; nothing is overwritten" in capsys.readouterr().err
+        assert not (tmp_path / "here").exists()
+        file.unlink()
+        assert machines.on_device(server.line, tmp_path / "here", "--gguf", file) == 0
+    assert result(capsys)["gguf_bytes"] == file.stat().st_size
+    assert main(["export", str(tmp_path / "run"), "--gguf", str(alone)]) == 0
+    assert file.read_bytes() == alone.read_bytes()
+    assert [path.name for path in alone.parent.iterdir()] == ["x.gguf"]
+    found = hf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file="x.gguf", dtype=torch.float32)
+    whole = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "here")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["hosl-gradient", "fo-fo"])
 def test_a_head_of_the_device_is_merged_with_the_trunk_of_the_server(tiny_run, tmp_path, capsys, method):
     config = tiny_run(max_steps=3, method=method, wire={"labels": "client"}, save_model=True)
