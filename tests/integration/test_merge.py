@@ -89,8 +89,9 @@ METHODS = {
     "weights": {"method": "fo-fo", "client": {"learning_rate": 1e-2}},
     "weights of the last blocks": {"method": "hosl-node", "client": {"learning_rate": 1e-2}},
     "nothing": {"method": "frozen"},
-    "adapters by a journal": {
-        "method": "hosl", "client": LORA | {"learning_rate": 1e-1}, "server": LORA | {"learning_rate": 1e-1}
+    "adapters by a journal, on an int8 base": {
+        "method": "hosl", "client": LORA | {"learning_rate": 1e-1, "dtype": "int8"},
+        "server": LORA | {"learning_rate": 1e-1},
     },
     "adapters": {"method": "fo-fo", "client": LORA | {"learning_rate": 1e-1}, "server": LORA},
 }  # fmt: skip
@@ -216,17 +217,26 @@ def test_a_head_that_shares_the_devices_embedding_stays_tied(causal_run, tmp_pat
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_shared_halves_need_no_more_than_the_servers_journal(tiny_run, tmp_path, capsys):
-    config = tiny_run(max_steps=3, clients={"count": 2, "halves": "shared"})
-    machines = Machines(tmp_path)
+@pytest.mark.parametrize("halves", ["shared", "personal"])
+def test_two_devices_merge_one_half_by_the_servers_journal_or_each_its_own(
+    tiny_run, tmp_path, capsys, halves
+):
+    config = tiny_run(max_steps=3, clients={"count": 2, "halves": halves})
+    machines, shared = Machines(tmp_path), halves == "shared"
     with machines.serve("--give-half") as server:
         second = enrol(machines.service, "second", capsys)
         machines.join(server.line, config, "--give-half", run="a/run")
-        machines.join(second, config, run="b/run")
+        machines.join(second, config, *([] if shared else ["--give-half"]), run="b/run")
         for name, line in (("a", server.line), ("b", second)):
             assert machines.on_device(line, tmp_path / f"from-{name}", run=f"{name}/run") == 0
-    assert machines.on_server(tmp_path / "there", "--base", tmp_path / "model-in", run="a/run") == 0
-    assert weights(tmp_path / "from-a") == weights(tmp_path / "from-b") == weights(tmp_path / "there")
+    base = ["--base", tmp_path / "model-in"]
+    if not shared:
+        assert machines.on_server(tmp_path / "there", *base, run="a/run") == 2
+        assert "has those of first, second: say whose by --client" in capsys.readouterr().err
+        base += ["--client", "second"]
+    assert machines.on_server(tmp_path / "there", *base, run="a/run") == 0
+    assert weights(tmp_path / "from-b") == weights(tmp_path / "there")
+    assert (weights(tmp_path / "from-a") == weights(tmp_path / "there")) == shared
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -21,7 +21,7 @@ from google.protobuf.json_format import ParseDict
 from hosl.config import ClientConfig, Config, ModelConfig, load_begun_config
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError, ConfigError, FolderError, HandshakeError, WireError
-from hosl.methods.torch_parties import DTYPES, make_client, prepare_server_half_
+from hosl.methods.torch_parties import DTYPES, check_device, make_client, prepare_server_half_
 from hosl.network.half_transfer import fetch_half
 from hosl.network.handshake import config_of
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
@@ -109,6 +109,7 @@ def merge_on_device(
     record = _joined_record(run)
     with RunLock(run):
         config = load_begun_config(run / "config.yaml", record, warn=False)
+        check_device(config.client.device, "client.device")
         folder = options.client_half or Path(record["model"]["source"])
         facts = _client_facts(folder, record["model"]["digest"])
         _check_gguf(options, facts)
