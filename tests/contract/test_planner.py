@@ -8,20 +8,28 @@ import torch
 from msgspec import structs
 
 from hosl.config import Config, ModelConfig, parse_config
-from hosl.core.targets import OptionTargets
+from hosl.core.targets import Batch, ClassTargets, OptionTargets, positions_of, states_shape
 from hosl.errors import ConfigError
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import NoServer, fixed_batch
-from hosl.methods.torch_parties import DTYPES, make_client, make_server, party_bytes, trained_elements
+from hosl.methods.torch_parties import (
+    DTYPES,
+    make_client,
+    make_head,
+    make_server,
+    party_bytes,
+    trained_elements,
+)
 from hosl.methods.variants import VARIANTS
 from hosl.parties.engine.memory import TorchMemory
-from hosl.parties.metered import Meter, metered
+from hosl.parties.metered import Meter, metered, payload_bytes
 from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
 from hosl.planner.dry_run import empty_, without_data, work_of
+from hosl.planner.fakes import CountingServer
 from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PLANNED, Demand, Question, most_needed, nearest_that_fits, plan, recommended
-from hosl.split import split_model
+from hosl.split import split_model, split_u_shape
 from tests.conftest import MODELS, build
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
@@ -43,7 +51,7 @@ ID_BYTES = 8 * ROWS_ * TOKENS
 
 
 def shape_of(family, model):
-    head = "classification" if family in ("bert", "roberta", "distilbert") else "causal"
+    head = "classification" if type(model).__name__.endswith("ForSequenceClassification") else "causal"
     return ModelShape(family, model.config, head)
 
 
@@ -59,8 +67,52 @@ def measured(config, half):
     return client, memory.peak_bytes, of_server
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("scored", [0, 9])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("opt", "hosl"), ("llama", "hosl-gradient"), ("bert", "hosl-node"), ("llama", "fo-fo")],
+)
+def test_a_head_on_the_device_is_planned_as_it_is_measured(family, way, scored):
+    """Weights once where they are tied, the head's optimiser, logits of all scored tokens, bytes of both directions."""
+    model = build(family)
+    config = BY_NAME[way].config(cut=CUT, directions=DIRECTIONS)
+    config = structs.replace(config, wire=structs.replace(config.wire, labels="client"))
+    shape = dataclasses.replace(shape_of(family, model), scored_tokens=0 if family == "bert" else scored)
+    cost, traffic = client_cost_at(config, shape, ROWS_, TOKENS)
+    half, _, head = split_u_shape(model, CUT)
+    client = make_client(config, half)
+    counting = CountingServer()
+    server = make_head(config, head, client.half, counting)
+    batch = fixed_batch(client, ROWS_, TOKENS, scored=shape.scored_tokens)
+    if family == "bert":
+        batch = Batch(batch.input_ids, ClassTargets(batch.targets.mask, np.zeros(ROWS_, np.int64)))
+    method_round(config, client, server, batch, 1)
+    memory = TorchMemory(party_bytes(client, server))
+    counting.forget()
+    memory.watch(method_round, config, client, server, batch, 2)
+    assert cost.static_bytes == party_bytes(client, server)
+    assert abs(cost.peak_bytes - memory.peak_bytes) <= 0.02 * memory.peak_bytes + 15 * ID_BYTES
+    size = (ROWS_, TOKENS, shape.width)
+    states = np.prod(states_shape(positions_of(batch.targets), shape.width)) * 4
+    asked = payload_bytes(positions_of(batch.targets))
+    probes = DIRECTIONS if way == "hosl" else 0
+    upload = int(np.prod(size)) * 4
+    assert traffic.bytes_up == (2 * probes + 1) * upload + (probes + 1) * asked + states
+    assert traffic.bytes_down == (2 * probes + 1) * states + (0 if way == "hosl" else upload)
+    assert server_cost(config, shape, ROWS_, TOKENS).trained == trained_elements(
+        make_server(config, split_u_shape(build(family), CUT)[1], [])
+    )
+
+
 CASES = [(family, way) for family in MODELS for way in ("hosl-gradient", "hosl-node", "fo-recompute")]
 CASES += [(family, way) for family in ("opt", "bert") for way in WAYS if (family, way) not in CASES]
+CASES += [
+    (family, way)
+    for family in ("bloom", "mpt", "falcon-alibi", "gpt_neo")
+    for way in ("hosl-node", "fo-recompute")
+]
+CASES += [(family, "hosl-gradient") for family in ("modernbert", "deberta-v2", "opt (class)")]
 
 
 @pytest.mark.usefixtures("unchecked")

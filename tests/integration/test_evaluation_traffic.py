@@ -42,10 +42,16 @@ def test_a_step_after_an_evaluation_has_the_bytes_of_a_step(tiny_run, tmp_path, 
     assert summary["bytes_up_per_step"] == up
     for way in ("up", "down"):
         assert summary[f"eval_bytes_{way}"] == sum(line[f"eval_bytes_{way}"] for line in evaluations)
-    if labels == "client":  # `hosl train` has no such run
-        return
-    assert up == (2 * DIRECTIONS + 1) * ROWS * SEQ * WIDTH * 4 + (DIRECTIONS + 1) * ROWS * TARGETS
-    for line in evaluations:
+    if (
+        labels == "client"
+    ):  # states down and their gradient up, where else classes go up; the one position is 0
+        states = ROWS * WIDTH * 4
+        asked = (DIRECTIONS + 1) * (ROWS * SEQ + 8)
+        assert up == (2 * DIRECTIONS + 1) * ROWS * SEQ * WIDTH * 4 + asked + states
+        assert down == (2 * DIRECTIONS + 1) * states
+    else:
+        assert up == (2 * DIRECTIONS + 1) * ROWS * SEQ * WIDTH * 4 + (DIRECTIONS + 1) * ROWS * TARGETS
+    for line in evaluations if labels == "server" else ():
         assert line["eval_bytes_up"] == line["examples"] * (SEQ * WIDTH * 4 + TARGETS)
         assert line["eval_bytes_down"] == line["examples"] * CLASSES * 4
     assert main(["train", str(config), "--json"]) == 0

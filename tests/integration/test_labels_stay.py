@@ -12,12 +12,20 @@ import yaml
 
 from hosl.cli import main
 from hosl.config import load_config
+from hosl.core.targets import weight_of
+from hosl.methods.schedule import batch_of_step
+from hosl.methods.step import method_round
+from hosl.methods.torch_parties import make_server
+from hosl.network.torch_runtime import open_client, open_head
+from hosl.parties.remote import torch_wire
+from hosl.parties.remote.local_trunk import LocalTrunk
+from hosl.split import load_half
 from hosl.system.run_folder import read_record
 from hosl.tasks import TextTokenizer, load_task
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 from tests.conftest import MODELS
-from tests.integration.network import Server, finished, join, newest, server_state
+from tests.integration.network import Server, enrol, finished, join, newest, server_state
 from tests.integration.recorder import Recorder, messages
 from tests.integration.test_data_boundary import _decoded
 from tests.unit.test_chat_template import CHATML, saved_tokenizer
@@ -159,3 +167,98 @@ def _encodings(ids):
     yield pb.Classes(labels=ids).SerializeToString()[2:]
     yield pb.Options(tokens=ids).SerializeToString()[2:]
     yield ",".join(map(str, ids)).encode()
+
+
+class PartTrunk(LocalTrunk):
+    """A device's way to the reference's trunk, whose round it is part of."""
+
+    def step_states(self, activations, targets, answer, *, step, want_gradient):
+        states, contribute = self._server.states_for_part(activations, targets)
+        return contribute(answer(states), weight_of(targets), want_gradient)
+
+
+def reference_of_rounds(configs, halves):
+    """Two devices in rounds in this process: the trunk's weights, and each device's own, after the last step."""
+    trunk = make_server(configs[0], load_half(halves / "server", torch.float32), [], synchronous=True)
+    devices = []
+    for config in configs:
+        client = open_client(config, halves / "client")
+        head = open_head(config, halves / "client", client, PartTrunk(trunk, torch_wire))
+        task = load_task(config.task, TextTokenizer.load(halves / "client"), seed=config.seed)
+        devices.append((config, client, head, task))
+    for step in range(1, configs[0].max_steps + 1):
+        for config, client, head, task in devices:
+            method_round(config, client, head, batch_of_step(config, task, step), step)
+        trunk.apply(step)
+    return dict(trunk.trained), [client.trained | head.trained for _, client, head, _ in devices]
+
+
+def read_tensors(*files):
+    """The tensors of files, by name."""
+    return {name: t for file in files for name, t in safetensors.torch.load_file(file).items()}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("method", ["fo-fo", pytest.param("hosl-node", marks=pytest.mark.slow)])
+def test_two_devices_in_rounds_end_with_the_bits_of_one_process(text_run, tmp_path, capsys, method):
+    """Each has its own texts, its own half and its own norm and head; the trunk is one."""
+    clients = {"count": 2, "schedule": "synchronous", "grace_s": 60.0}
+    server = {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}}
+    files = [
+        text_run(seed=seed, method=method, clients=clients, server=server, max_steps=3) for seed in (0, 1)
+    ]
+    halves = split_for(files[0], tmp_path / "halves", "--config", str(files[0]))
+    runs = [tmp_path / f"device-{place}" / "run" for place in range(2)]
+    with Server(halves / "server", tmp_path / "service") as served:
+        lines = [served.line, enrol(tmp_path / "service", "second", capsys)]
+        joined = [
+            join(halves / "client", line, file, "--output-dir", run)
+            for line, file, run in zip(lines, files, runs, strict=True)
+        ]
+        for process in joined:
+            assert finished(process)["finished"]
+        assert served.stop() == 0
+    trunk, devices = reference_of_rounds([load_config(file) for file in files], halves)
+    here = server_state(tmp_path / "service")
+    assert here.keys() == trunk.keys()
+    assert all(torch.equal(here[name], trunk[name]) for name in here)
+    for run, expected in zip(runs, devices, strict=True):
+        folder = newest(run / "checkpoints") / "client"
+        found = read_tensors(folder / "trained.safetensors", folder / "head.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert not torch.equal(devices[0]["lm_head.weight"], devices[1]["lm_head.weight"])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("halves_are", "schedule"),
+    [
+        ("personal", "sequential"),
+        ("shared", "synchronous"),
+        pytest.param("shared", "sequential", marks=pytest.mark.slow),
+    ],
+)
+def test_two_devices_keep_their_labels_in_either_schedule(text_run, tmp_path, capsys, halves_are, schedule):
+    clients = {"count": 2, "halves": halves_are, "schedule": schedule, "grace_s": 60.0}
+    files = [text_run(seed=seed, clients=clients, max_steps=4) for seed in (0, 1)]
+    halves = split_for(files[0], tmp_path / "halves")
+    runs = [tmp_path / f"device-{place}" / "run" for place in range(2)]
+    with Server(halves / "server", tmp_path / "service") as served:
+        lines = [served.line, enrol(tmp_path / "service", "second", capsys)]
+        joined = [
+            join(halves / "client", line, file, "--output-dir", run)
+            for line, file, run in zip(lines, files, runs, strict=True)
+        ]
+        digests = [finished(process)["client_digest"] for process in joined]
+        assert served.stop() == 0
+    (folder,) = (tmp_path / "service" / "runs").iterdir()
+    updates = 4 if schedule == "synchronous" else 8
+    assert newest(folder / "checkpoints").name == f"step-{updates:08d}"
+    heads = [newest(run / "checkpoints") / "client" / "head.safetensors" for run in runs]
+    if halves_are == "shared":  # one journal, and a head that nobody trains
+        assert schedule == "sequential" or len(set(digests)) == 1
+        assert all(not read_tensors(head) for head in heads)
+    else:
+        norms = [read_tensors(head)["model.norm.weight"] for head in heads]
+        assert not torch.equal(*norms)

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from hosl.core.targets import Batch, OptionTargets, RowPositionTargets, positions_of, states_shape, weight_of
+from hosl.core.targets import (
+    Batch,
+    OptionTargets,
+    RowPositionTargets,
+    positions_of,
+    scored_positions,
+    scored_tokens,
+    states_shape,
+    weight_of,
+)
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.remote import torch_wire
@@ -16,6 +25,8 @@ from hosl.parties.servers.basic import FirstOrderServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import SynchronousTrunkServer, TrunkServer
 from hosl.split import joined_server_half, split_model, split_u_shape
+from hosl.tasks import Example
+from hosl.tasks.collate import token_batch
 
 ETA = {"learning_rate": lambda step: 0.05, "optimiser": OptimiserSpec(name="sgd", momentum=0.9)}
 
@@ -162,3 +173,48 @@ def test_a_trunk_and_a_head_are_the_ordinary_server_half_again(tiny, padded, fam
     next(iter(trunk.parameters()), head.model.get_parameter(next(iter(head.state_dict())))).data.add_(1)
     with torch.no_grad():
         assert not torch.equal(joined(h, mask), server(h, mask))  # what is trained is what is joined
+
+
+def test_a_server_that_knows_the_head_computes_the_tokens_from_the_gradient(tiny):
+    """What docs/concepts/privacy.md warns of: no token crosses, and yet each is found."""
+    batch = text_batch(6)
+    client, trunk, head = _pieces(tiny)
+    sent = []
+
+    class Watched(LocalTrunk):
+        def step_states(self, activations, targets, answer, **how):
+            def seen(states):
+                sent.append((states, answer(states)))
+                return sent[-1][1]
+
+            return super().step_states(activations, targets, seen, **how)
+
+    HeadedServer(Watched(TrunkServer(trunk, **ETA), torch_wire), head, **ETA).step(
+        client.forward(batch), batch.targets, step=1
+    )
+    ((states, gradient),) = sent
+    right = scored_tokens(batch.targets)
+    guessed = []
+    for state, found in zip(states[0], gradient[0], strict=True):
+        every = state.repeat(97, 1, 1).requires_grad_()
+        loss = torch.nn.functional.cross_entropy(head.logits(every)[:, 0], torch.arange(97), reduction="sum")
+        (candidates,) = torch.autograd.grad(loss, every)
+        guessed.append(int((candidates[:, 0] / states.shape[1] - found).norm(dim=1).argmin()))
+    assert guessed == right[right >= 0].tolist()
+
+
+@pytest.mark.parametrize(("turns", "share"), [((1, 2), 0.61), ((2, 5), 0.3)])
+def test_states_of_texts_are_those_of_each_rows_own_positions(turns, share):
+    """Of 16 texts with answers of 5 to 39 tokens: one answer each, then chats of two to four turns."""
+    draw, examples = np.random.default_rng(0), []
+    for _ in range(16):
+        length, spans = 1, []
+        for _ in range(draw.integers(*turns)):
+            start = length + int(draw.integers(10, 60))
+            length = start + int(draw.integers(5, 40))
+            spans.append((start, length))
+        examples.append(Example(rows=(tuple(range(3, 3 + length)),), scored=tuple(spans)))
+    targets = token_batch(examples, 0).targets
+    alone = np.prod(states_shape(positions_of(targets), 576))
+    for_all = len(examples) * len(scored_positions(targets)) * 576
+    assert alone / for_all < share

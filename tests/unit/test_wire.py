@@ -15,13 +15,18 @@ from hypothesis import strategies as st
 from hosl.config import Config, ZOConfig
 from hosl.core.directions import DISTRIBUTIONS
 from hosl.core.methods import METHODS
-from hosl.core.targets import ClassTargets, OptionTargets
+from hosl.core.targets import ClassTargets, OptionTargets, PositionTargets, RowPositionTargets
 from hosl.errors import HoslError, LimitError, WireError
 from hosl.network.handshake import config_of, training_message
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
-from hosl.wire.targets import targets_from_message, targets_to_message
+from hosl.wire.targets import (
+    positions_from_message,
+    positions_to_message,
+    targets_from_message,
+    targets_to_message,
+)
 from hosl.wire.tensors import Unpacking, WireArray, pack, packed_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +130,34 @@ def test_the_bytes_of_a_question_never_change():
     )  # fmt: skip
     golden = "32260a080a0461622e31100712070a0302030410011a0f0a07080210031a013f12040a0201002001"
     assert question.SerializeToString().hex() == golden
+
+
+def test_the_bytes_of_positions_never_change():
+    """The first form is that of version 0.2; the second has each row's own."""
+    mask = np.ones((2, 3), np.int8)
+    asked = PositionTargets(mask, np.array([0, 2]))
+    by_row = RowPositionTargets(mask, np.array([[0, 1, 1], [0, 0, 1]], np.int8))
+    assert positions_to_message(asked).SerializeToString().hex() == "0a07080210031a013f12020002"
+    assert positions_to_message(by_row).SerializeToString().hex() == "0a07080210031a013f1a07080210031a0126"
+    for targets in (asked, by_row):
+        back = positions_from_message(positions_to_message(targets), (2, 3, 8))
+        assert type(back) is type(targets)
+        assert all(np.array_equal(getattr(back, n), getattr(targets, n)) for n in targets.__slots__)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"scored": pb.Mask(rows=2, seq=3, bits=b"\x07")},  # none in the second row
+        {"scored": pb.Mask(rows=2, seq=4, bits=b"\xff")},
+        {"scored": pb.Mask(rows=2, seq=3, bits=b"\x3f"), "positions": [1]},
+        {"positions": [2, 1]},
+        {},
+    ],
+)
+def test_positions_that_do_not_fit_are_refused(lie):
+    with pytest.raises(WireError):
+        positions_from_message(pb.Positions(mask=pb.Mask(rows=2, seq=3, bits=b"\x3f"), **lie), (2, 3, 8))
 
 
 def test_the_generated_messages_are_those_of_the_proto(tmp_path):

@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
         raise ModelError(f"{folder}/config.json names no hidden_size, n_embd or dim; split the model again")
     task = load_task(config.task, TextTokenizer.load(folder), seed=config.seed)
     rows = audit(config, task, width=width)
-    crosses = what_crosses(config, task)
+    crosses = what_crosses(config, task.head)
     lines = {"crosses": crosses} | {
         row["field"]: f"{row['sent']}; {row['shape']}; {row['bytes_per_step']:,} bytes a step; "
         f"a curious server learns {row['a curious server learns']}"

@@ -64,6 +64,11 @@ def longest_batch(task: Task, config: Config) -> tuple[int, int]:
     return min(config.per_device_train_batch_size, len(task.train)), tokens
 
 
+def most_scored(task: Task) -> int:
+    """The most tokens of a training row that are learned one by one; 0: rows have a label, or candidate answers."""
+    return max((sum(stop - start for start, stop in example.scored) for example in task.train), default=0)
+
+
 def learning_rate(config: Config, base: float) -> Callable[[int], float]:
     """The function from a step to its learning rate: warm-up from 0, then constant, linear or cosine to 0."""
 

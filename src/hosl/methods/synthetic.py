@@ -9,10 +9,11 @@ from hosl.core.array_types import Float
 from hosl.core.targets import Batch, OptionTargets, StepReply, Targets
 
 
-def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
+def fixed_batch(client: Any, rows: int, tokens: int, *, scored: int = 0) -> Batch:
     """The batch of every measured and planned step: the longest there is, one scored token per row.
 
     One position is padding: without any, attention would run without a mask, which is rare for batches of text.
+    `scored`: so many of a row's last tokens are learned, and the loss is the mean over all of them.
     """
     generator = np.random.Generator(np.random.Philox(key=0))
     vocabulary = client.half.config.get_text_config().vocab_size
@@ -20,6 +21,9 @@ def fixed_batch(client: Any, rows: int, tokens: int) -> Batch:
     last = np.full((rows, 1), tokens - 2, np.int32)
     mask = np.ones(ids.shape, np.int8)
     mask[0, 0] = 0
+    if scored:
+        places = np.tile(np.arange(tokens - scored, tokens, dtype=np.int32), (rows, 1))
+        return Batch(ids, OptionTargets(mask, places - 1, ids[:, -scored:].astype(np.int32), "tokens"))
     return Batch(ids, OptionTargets(mask, last, ids[:, -1:].astype(np.int32)))
 
 

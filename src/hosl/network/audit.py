@@ -18,7 +18,7 @@ LEARNS = {
     "labels": "the class of every training and evaluation example",
     "options": "the candidate answers' tokens, and so the label of every example",
     "positions": "where the scored tokens stand, and so how long each prompt and each answer is",
-    "gradient at the states": "often the labels: the gradient's direction differs by class (SECURITY.md)",
+    "gradient at the states": "often the labels, and of a public language model the learned tokens (SECURITY.md)",
     "update": "K numbers per step that depend on this device's data, relayed to the other devices",
     "hello": "model, settings, software version; whether a guessed list of class names is this device's",
 }

@@ -72,15 +72,20 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     if config is not None:
         runtime.check_device(config.client.device, "client.device")
     half = runtime.open_text_half(None if use.base else config, folder, checkpoint)
-    channel = connect(use.line, patience=Patience(), proof=use.proof, known=False, say=say)
+    wire = (config or Config()).wire
+    patience = Patience(connect_s=wire.connect_s, idle_s=wire.idle_s)
+    channel = connect(use.line, patience=patience, proof=use.proof, known=False, say=say)
 
     @cache  # every text says it again
     def say_once(text: str) -> None:
         say(text)
 
-    def hear(ready: pb.GenerateReady) -> None:
+    def hear(ready: pb.GenerateReady, last_step: int) -> None:
         of_run = f"run {ready.run} after step {ready.step}" if ready.run else "as it was split"
-        say_once(f"the server's half: {of_run}")
+        if last_step == ready.step:
+            say_once(f"the server's half: {of_run}")
+        else:
+            say(f"the server's half was trained to step {last_step} meanwhile")
 
     ask = pb.AskGenerate(
         protocol=1, model=model_message(facts, config or Config()), run="" if use.base else use.run or run,

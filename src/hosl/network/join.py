@@ -239,21 +239,7 @@ def _joined(
         config=config, task=task, client=NO_CLIENT_YET, server=remote, remote=remote, folder=options.half,
         runtime=runtime,
     )  # fmt: skip
-    session.facts = {
-        "model": {
-            "source": str(options.half.absolute()),
-            "digest": facts["base_digest"],
-            "family": facts["family"],
-        },
-        "task": {
-            "name": task.name,
-            "digest": task_digest(task),
-            "head": task.head,
-            "labels": list(task.labels),
-        },
-        "cut": facts["cut"],
-        "crosses": what_crosses(config, task),
-    }
+    session.facts = _facts(config, options, facts, task)
     try:
         start = channel.for_ever(remote.hello, say)
         width = model_limits(options.half).width
@@ -269,6 +255,19 @@ def _joined(
     record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
     write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
+
+
+def _facts(config: Config, options: JoinOptions, half: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The facts of the run for its record."""
+    labels = list(task.labels)
+    return {
+        "model": {
+            "source": str(options.half.absolute()), "digest": half["base_digest"], "family": half["family"],
+        },
+        "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": labels},
+        "cut": half["cut"],
+        "crosses": what_crosses(config, task.head),
+    }  # fmt: skip
 
 
 class _JoinedRun(NamedTuple):

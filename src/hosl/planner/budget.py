@@ -1,12 +1,13 @@
 """client.memory_budget against the plan, before a run; at every step: `training.memory_budget`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hosl.config import Config
 from hosl.errors import BudgetError
-from hosl.methods.schedule import longest_batch
+from hosl.methods.schedule import longest_batch, most_scored
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.gc_paused import gc_paused
@@ -102,7 +103,7 @@ def _demands(
     from hosl.planner.plan import Demand
 
     labels = len(task.labels) if task.head == "classification" else None
-    shape = model_shape(model, head=task.head, num_labels=labels)
+    shape = replace(model_shape(model, head=task.head, num_labels=labels), scored_tokens=most_scored(task))
     rows, train = longest_batch(task, config)
     longest = max(len(row) for e in (*task.dev, *task.test) for row in e.rows)
     costs: CostCache = {}

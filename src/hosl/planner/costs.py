@@ -14,18 +14,25 @@ import torch
 
 from hosl.config import Config
 from hosl.core.methods import FROZEN, METHODS
-from hosl.core.targets import ClassTargets, OptionTargets, Targets
+from hosl.core.targets import Batch, ClassTargets, OptionTargets, PositionTargets, Targets
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import fixed_batch
-from hosl.methods.torch_parties import DTYPES, client_on, make_server, prepare_client_half_
+from hosl.methods.torch_parties import (
+    DTYPES,
+    client_on,
+    held_tensors,
+    make_head,
+    make_server,
+    prepare_client_half_,
+)
 from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.servers.trunk import TrunkServer
 from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
 from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, without_updates
 from hosl.planner.model_shape import ModelShape
-from hosl.split import ClientHalf
+from hosl.split import ClientHalf, HeadHalf
 from hosl.split.quantised import Int8Linear
-from hosl.tasks import SftConfig
 
 
 @dataclass
@@ -73,6 +80,8 @@ def _in_micro_batches(
     config: Config, rows: int, tokens: int, run: Callable[[int], tuple[PartyCost, Traffic]]
 ) -> tuple[PartyCost, Traffic]:
     """The result of `run(rows)`; of many micro-batches, which are alike, extrapolated from two and three of them."""
+    if config.wire.labels == "client":  # its head takes the whole batch
+        return run(rows)
     together = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
     if config.method_row.backward == "graph" or rows <= 4 * together:
         return run(rows)
@@ -132,18 +141,26 @@ def _memory_cost(config: Config, shape: ModelShape, rows: int, tokens: int, cost
 
 def weight_bytes(config: Config, shape: ModelShape) -> tuple[float, float]:
     """The bytes of a client's weights at the config's cut: between steps, and while they are loaded."""
-    half, checkpoint_bytes = _client_half(config, shape)
-    static = float(storage_bytes([*half.parameters(), *half.model.buffers()]))
+    half, head, checkpoint_bytes = _client_half(config, shape)
+    held = [half.model] if head is None else [half.model, head.model]
+    static = float(storage_bytes(t for model in held for t in (*model.parameters(), *model.buffers())))
     return static, _loading_bytes(config, checkpoint_bytes, static)
 
 
-def _client_half(config: Config, shape: ModelShape) -> tuple[ClientHalf, float]:
-    """The client's half on the meta device, prepared for training, and its bytes in the checkpoint."""
-    half, _ = shape.of_blocks(max(config.model.cut, 1)).halves(config.model.cut)
-    checkpoint_bytes = float(storage_bytes(half.parameters()))
-    half.convert(DTYPES[config.model.dtype])
+def _client_half(config: Config, shape: ModelShape) -> tuple[ClientHalf, HeadHalf | None, float]:
+    """The client's half on the meta device, prepared for training; its head, if any; bytes in the checkpoint."""
+    small, head = shape.of_blocks(max(config.model.cut, 1)), None
+    if config.wire.labels == "client":
+        half, _, head = small.three_pieces(config.model.cut)
+    else:
+        half, _ = small.halves(config.model.cut)
+    parameters = [*half.parameters(), *(() if head is None else head.parameters())]
+    checkpoint_bytes = float(storage_bytes(parameters))
+    for piece in (half, head):
+        if piece is not None:
+            piece.convert(DTYPES[config.model.dtype])
     as_if_computed(lambda: prepare_client_half_(config, half))
-    return half, checkpoint_bytes
+    return half, head, checkpoint_bytes
 
 
 def _run_with_any_directions(
@@ -205,10 +222,11 @@ def _with_directions(config: Config, directions: int) -> Config:
 
 def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
     """The cost of a client's step and its traffic, from a step without data."""
-    half, checkpoint_bytes = _client_half(config, shape)
-    server = CountingServer()
+    half, head, checkpoint_bytes = _client_half(config, shape)
+    counting = CountingServer()
     with without_data():
-        empty_(half.model)
+        empty_(half.model, *(() if head is None else (head.model,)))
+        server: Any = counting if head is None else make_head(config, head, half, counting)
         if config.method_row.backward == "none":
             for module in half.model.modules():
                 if isinstance(module, Int8Linear):
@@ -217,13 +235,15 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
         scratch = Unformed()
         if isinstance(client, ZerothOrderClient):
             client.new_scratch = lambda: scratch.emptied()
-        batch = fixed_batch(client, rows, tokens)
+        batch = fixed_batch(client, rows, tokens, scored=shape.scored_tokens)
+        if shape.head == "classification":
+            batch = Batch(batch.input_ids, ClassTargets(batch.targets.mask, np.zeros(rows, np.int64)))
         party, step = without_updates(client), 1
-        if _has_state(client):
+        if _has_state(client) or _has_state(server):
             method_round(config, party, server, batch, step)
             step += 1
-        alive = _alive(client)
-        server.forget()
+        alive = _alive(client) if head is None else [*_alive(client), *held_tensors(head, server)]
+        counting.forget()
         work = work_of(lambda: method_round(config, party, server, batch, step), alive)
         static = float(storage_bytes(alive))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
@@ -233,18 +253,21 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
         loading_bytes=_loading_bytes(config, checkpoint_bytes, static), trained=trained, work=work,
         formed=scratch.elements, updated=trained * config.zo.directions if by_seeds else 0.0,
     )  # fmt: skip
-    return cost, server.traffic(config, shape, rows, tokens)
+    return cost, counting.traffic(config, shape, rows, tokens)
 
 
 def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> PartyCost:
     """The cost of a server's step: the losses of a step's probes, then its update, or its own probes."""
-    _, half = shape.halves(config.model.cut)
+    labels_stay = config.wire.labels == "client"
+    half: Any = (shape.three_pieces if labels_stay else shape.halves)(config.model.cut)[1]
     half.convert(DTYPES[config.model.dtype])
     on_cpu = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, device="cpu"))
     with without_data():
         empty_(half.model)
         server: Any = make_server(on_cpu, half, [])
-        targets = _targets(config, shape, rows, tokens)
+        targets = _targets(shape, rows, tokens)
+        if labels_stay:
+            server = _WithoutHead(server, _asked(shape, targets, tokens))
         dtype = DTYPES[config.model.dtype]
         h = torch.empty(rows, tokens, shape.width, dtype=dtype)
         if _has_state(server):
@@ -322,15 +345,37 @@ def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> No
     server.step(h, targets, step=2, want_gradient=method.wants_gradient)
 
 
-def _targets(config: Config, shape: ModelShape, rows: int, tokens: int) -> Targets:
-    """Targets of a batch; of texts every token is scored, which is the most that a batch can ask of a head."""
+class _WithoutHead:
+    """The calls of a server on a trunk, whose states get a gradient as if there were a head above it."""
+
+    def __init__(self, trunk: TrunkServer, asked: PositionTargets) -> None:
+        self._trunk, self._asked = trunk, asked
+        self.half, self.optimiser = trunk.half, trunk.optimiser
+
+    def step(self, h: torch.Tensor, targets: Targets, *, step: int, want_gradient: bool = False) -> None:
+        states, update = self._trunk.states_for_step(h, self._asked)
+        update(torch.empty_like(states), step, want_gradient)
+
+    def losses(self, activations: Sequence[torch.Tensor], targets: Targets) -> None:
+        self._trunk.states(activations, self._asked)
+
+
+def _asked(shape: ModelShape, targets: Targets, tokens: int) -> PositionTargets:
+    """The positions of a trunk's states: as many of each row as a batch has."""
+    if isinstance(targets, ClassTargets):
+        return PositionTargets(targets.mask, np.zeros(1, np.int64))
+    scored = max(shape.scored_tokens, 1)
+    return PositionTargets(targets.mask, np.arange(tokens - 1 - scored, tokens - 1))
+
+
+def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
     mask = np.ones((rows, tokens), np.int8)
     mask[0, 0] = 0
     if shape.head == "classification":
         return ClassTargets(mask, np.zeros(rows, np.int64))
-    if isinstance(config.task, SftConfig):
-        positions = np.tile(np.arange(tokens - 1, dtype=np.int32), (rows, 1))
-        return OptionTargets(mask, positions, np.full(positions.shape, 5, np.int32), "tokens")
+    if shape.scored_tokens:
+        places = np.tile(np.arange(tokens - 1 - shape.scored_tokens, tokens - 1, dtype=np.int32), (rows, 1))
+        return OptionTargets(mask, places, np.full(places.shape, 5, np.int32), "tokens")
     return OptionTargets(mask, np.full((rows, 1), tokens - 3, np.int32), np.full((rows, 1), 5, np.int32))
 
 

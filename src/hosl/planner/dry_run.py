@@ -95,13 +95,13 @@ def without_data() -> Iterator[None]:
         yield
 
 
-def empty_(model: nn.Module, device: str = "cpu") -> None:
-    """Replace a model's parameters and buffers by tensors without data; ties stay. Build the model on the meta device.
+def empty_(model: nn.Module, *others: nn.Module, device: str = "cpu") -> None:
+    """Replace the parameters and buffers of models by tensors without data; ties stay, also between the models.
 
-    Requires: inside `without_data`.
+    Requires: inside `without_data`; the models were built on the meta device.
     """
     replacements: dict[int, torch.Tensor] = {}
-    for module in model.modules():
+    for module in (module for whole in (model, *others) for module in whole.modules()):
         for store in (module._parameters, module._buffers):
             for key, old in store.items():
                 if old is None:

@@ -1,6 +1,6 @@
 """Fakes of a client's scratch, layers, updates and server, for a step without data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from hosl.config import Config
 from hosl.core.directions import Drawn
-from hosl.core.targets import StepReply, Targets
+from hosl.core.targets import AskedPositions, StepReply, Targets, states_shape
 from hosl.methods.synthetic import NoServer
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
@@ -119,6 +119,32 @@ class CountingServer(NoServer):
         self.small_down += 8
         return super().probe(pair, targets, seed, epsilon)
 
+    def states(
+        self, activations: Sequence[Any], targets: AskedPositions, *, at_rest: bool = False
+    ) -> list[Any]:
+        """Synthetic states, as a trunk's."""
+        self._count_request(len(activations), targets)
+        states = [h.new_full(states_shape(targets, h.shape[-1]), 0.1) for h in activations]
+        self.small_down += payload_bytes(states)
+        return states
+
+    def step_states(
+        self,
+        activations: Any,
+        targets: AskedPositions,
+        answer: Callable[[Any], Any],
+        *,
+        step: int,
+        want_gradient: bool,
+    ) -> StepReply:
+        """Synthetic states down, their gradient up; a reply as a trunk's."""
+        self._count_request(1, targets)
+        states = activations.new_full(states_shape(targets, activations.shape[-1]), 0.1)
+        self.small_down += payload_bytes(states)
+        self.small_up += payload_bytes(answer(states))
+        self.gradients += want_gradient
+        return StepReply(0.0, activations * 1e-3 if want_gradient else None)
+
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """See `NoServer`."""
         self.questions += 1
@@ -131,7 +157,7 @@ class CountingServer(NoServer):
         down = self.gradients * packed_bytes(size, dtype, "none")
         return Traffic(up + self.small_up, down + self.small_down, self.questions)
 
-    def _count_request(self, uploads: int, targets: Targets) -> None:
+    def _count_request(self, uploads: int, targets: Targets | AskedPositions) -> None:
         self.uploads += uploads
         self.questions += 1
         self.small_up += payload_bytes(targets)

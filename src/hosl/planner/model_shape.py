@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from hosl.errors import ConfigError, ModelError, SplitError
-from hosl.split import ClientHalf, ServerHalf, resolve_model_folder, split_model
+from hosl.split import (
+    ClientHalf,
+    HeadHalf,
+    ServerHalf,
+    TrunkHalf,
+    resolve_model_folder,
+    split_model,
+    split_u_shape,
+)
 from hosl.split.families import FAMILIES, Head
 from hosl.split.reading.config_json import read_config
 from hosl.split.reading.skeleton import skeleton
@@ -23,6 +31,8 @@ class ModelShape:
     config: Any
     """The config of Hugging Face transformers."""
     head: Head
+    scored_tokens: int = 0
+    """The scored tokens of a row, where texts are learned token by token; 0: a row has one label, or one token."""
 
     @property
     def blocks(self) -> int:
@@ -52,6 +62,10 @@ class ModelShape:
         """
         return split_model(skeleton(self.config, self.head)[0], cut)
 
+    def three_pieces(self, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf]:
+        """The pieces where the labels stay with the client, on the meta device; raises as `halves`."""
+        return split_u_shape(skeleton(self.config, self.head)[0], cut)
+
 
 def model_shape(name: str, *, head: Head | None = None, num_labels: int | None = None) -> ModelShape:
     """The shape of a model by name; no weights are read.
@@ -63,12 +77,17 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
         num_labels: the number of labels of a classification head.
 
     Raises:
-        ConfigError: if the config lacks a setting that a plan needs, or hosl has no such family.
+        ConfigError: if the config lacks a setting that a plan needs, hosl has no such family, or it has experts.
         ModelError: if there is no model of this name.
     """
     if name in SHAPES:
         return ModelShape(name, shape_config(name), "causal")
     config = _read_config(name)
+    if getattr(config.get_text_config(), "num_experts_per_tok", None):
+        raise ConfigError(
+            f"{name}: no plan of a {config.model_type}: which experts a token goes to is known with the data only, and "
+            "with it the memory; leave client.memory_budget out, or plan a model of the same width without experts"
+        )
     if num_labels is not None:
         config.num_labels = num_labels
     heads: list[Head] = [

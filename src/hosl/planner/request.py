@@ -7,7 +7,7 @@ from typing import Any
 
 from hosl.config import Config, ModelConfig, dump_config, load_config
 from hosl.errors import ConfigError, SplitError
-from hosl.methods.schedule import longest_batch, with_steps
+from hosl.methods.schedule import longest_batch, most_scored, with_steps
 from hosl.planner.dry_run import Work
 from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
@@ -150,7 +150,8 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
 def shape_of(config: Config, task: Task) -> ModelShape:
     """The shape of a config's model, with the head that its task needs."""
     labels = len(task.labels) if task.head == "classification" else None
-    return model_shape(config.model.name, head=task.head, num_labels=labels)
+    shape = model_shape(config.model.name, head=task.head, num_labels=labels)
+    return replace(shape, scored_tokens=most_scored(task))
 
 
 def _question(asked: Planning, say: Callable[[str], None]) -> tuple[Config, Question]:

@@ -273,14 +273,14 @@ class ServedRun:
         self, client: str, step: int, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
         """The states of a step whose labels stay with the client, and the function that updates from their gradient."""
-        cached = self._replies.get(client)
+        cached, in_round = self._replies.get(client), self.round is not None
         if cached is not None and cached[0] == step:
             # the gradient of the cached reply was taken at these states
             return self._states[client], lambda gradient, want_gradient: self._once(
-                client, step, lambda: cached[1]
+                client, step, lambda: cached[1], is_update=not in_round
             )
         self.check_now(client, step)
-        in_round, weight = self.round is not None, weight_of(positions)
+        weight = weight_of(positions)
         begin = self.half.states_for_part if in_round else self.half.states_for_step
         self._states[client], finish = begin(activations, positions)
 
@@ -346,7 +346,7 @@ class ServedRun:
         if stepped != step or weight != contribution.examples:
             raise WireError(
                 f"client {client} hands in an update of {contribution.examples} examples for step {step}, whose Step "
-                f"had {weight if stepped == step else 'not come yet: 0'}; the two must be equal"
+                f"had {weight if stepped == step else 'not come yet: 0'} rows or scored tokens; the two must be equal"
             )
         self.round.contributions[client] = contribution
         if step >= self.round.number - 1:

@@ -1,13 +1,15 @@
 """What crosses between the two machines in a run, in one line. No torch."""
 
+from typing import Literal
+
 from hosl.config import Config
-from hosl.tasks import Task
 
 
-def what_crosses(config: Config, task: Task) -> str:
+def what_crosses(config: Config, head: Literal["classification", "causal"]) -> str:
     """The line for people: where the labels are, and the fields that cross in a step, either way.
 
-    Evaluations send the same fields and get scores or states. Sizes and each field's meaning: `hosl audit`.
+    `head`: that of the task. Evaluations send the same fields and get scores or states. Sizes and what each field
+    tells: `hosl audit`.
     """
     method = config.method_row
     gradient = ["the gradient at the cut"] if method.wants_gradient else []
@@ -16,7 +18,7 @@ def what_crosses(config: Config, task: Task) -> str:
         up += ["scored positions", "the gradient at the last states"]
         down = ["states at the scored positions", *gradient]
     else:
-        up += ["class labels" if task.head == "classification" else "positions and tokens of what is learned"]
+        up += ["class labels" if head == "classification" else "positions and tokens of what is learned"]
         down = ["losses", *gradient]
     if config.clients.halves == "shared" or method.server == "zeroth-order":
         up += ["seeds and coefficients"]

@@ -221,7 +221,7 @@ def new_session(config: Config, *, low_precision: bool = True) -> LocalSession:
         "new_weights": list(loaded.initialised),
         "notes": list(loaded.notes),
         "trained_parameters": trained,
-        "crosses": what_crosses(config, task),
+        "crosses": what_crosses(config, task.head),
     }  # fmt: skip
     return session
 
