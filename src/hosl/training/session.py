@@ -6,7 +6,7 @@ In one process: `local_session.LocalSession`. With the server elsewhere: `networ
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from hosl.config import Config
 from hosl.core.clipping import CoefficientControl
@@ -18,7 +18,7 @@ from hosl.parties.metered import Meter, metered
 from hosl.tasks import Task
 
 ClientT = TypeVar("ClientT", bound=ClientSide)
-ServerT = TypeVar("ServerT", bound=ServerSide)
+ServerT = TypeVar("ServerT")  # a `ServerSide`, or a trunk without the head that a client holds
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Session(Generic[ClientT, ServerT]):
 
     def server_to_call(self, *, in_round: bool) -> ServerSide:
         """The server that the client calls under its meter, with all that is between the two."""
-        return metered(self.server, self.meters.server)
+        return metered(cast(ServerSide, self.server), self.meters.server)
 
     def count_anew(self) -> None:
         """Forget the costs so far: those of what comes next are counted by themselves."""
