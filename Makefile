@@ -31,8 +31,8 @@ help:            ## what there is to make
 	$(INSTALL) -e '.[torch,docs]'
 	@touch $@
 
-run: .venv/run-installed      ## fine-tune a split model on real text, in one process
-	$(BIN)/hosl train examples/docstrings.yaml
+run: .venv/run-installed      ## fine-tune a split language model on real text, in one process
+	$(BIN)/hosl train examples/smollm2.yaml
 
 test: .venv/dev-installed     ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal

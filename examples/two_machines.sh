@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One run by a server and a device that share nothing but a join line: split the model, serve, join, stop the server.
+# One run by a server and a device that share nothing but a join line: split the model, serve, join, merge both halves
+# into one model, stop the server.
 #
 #   examples/two_machines.sh                        both on this machine, over loopback and TLS; into runs/two-machines
 #   examples/two_machines.sh --max-steps 5          settings of two_machines.yaml, by name
@@ -23,11 +24,15 @@ split_model() {
 
 serve() { # becomes the server: its process id is that of the shell that calls this
   exec "$hosl" serve "$work/halves/server" --service "$work/service" --listen "${LISTEN:-127.0.0.1:0}" \
-    ${PUBLIC:+--public "$PUBLIC"}
+    --give-half ${PUBLIC:+--public "$PUBLIC"}
 }
 
 join() { # LINE
   "$hosl" join "$work/halves/client" --to "$1" --config "$config" --output-dir "$work/run" "${@:2}"
+}
+
+merge() { # LINE: fetches the server's half; $WORK/model loads in transformers
+  "$hosl" merge "$work/run" --to "$1" --out "$work/model"
 }
 
 stop_server() {
@@ -41,6 +46,7 @@ case ${PART:-both} in
     ;;
   device)
     join "${LINE:?the join line that the server printed}" "$@"
+    merge "$LINE"
     ;;
   both)
     [ ! -e "$work" ] || { echo "$work exists: set WORK to a new folder" >&2; exit 2; }
@@ -55,6 +61,7 @@ case ${PART:-both} in
     done
     grep '^hosl://' "$work/server.out" > "$work/line"
     join "@$work/line" "$@"
+    merge "@$work/line"
     ;;
   *)
     echo "PART is server or device, got ${PART}" >&2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hosl.core.protocols import ClientSide, ServerSide
-from hosl.core.targets import Batch
+from hosl.core.targets import Batch, OptionTargets
 from hosl.errors import NonFiniteError
 from hosl.tasks import Example, Task
 
@@ -83,6 +83,7 @@ def _of_tokens(scored: Iterator[tuple[Sequence[Example], Batch, np.ndarray]]) ->
     """Every token weighs the same, in whichever batch it is. Scores [rows, 2]: mean log-likelihood, tokens right."""
     nats, right, tokens, examples = 0.0, 0.0, 0, 0
     for chunk, batch, scores in scored:
+        assert isinstance(batch.targets, OptionTargets), "a task without labels scores tokens"
         counts = (batch.targets.tokens >= 0).sum(axis=1)
         nats -= float((scores[:, 0].astype(np.float64) * counts).sum())
         right += float(scores[:, 1].sum())

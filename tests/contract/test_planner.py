@@ -8,7 +8,7 @@ import torch
 from msgspec import structs
 
 from hosl.config import Config, ModelConfig, parse_config
-from hosl.core.targets import Batch, ClassTargets, positions_of, states_shape
+from hosl.core.targets import Batch, ClassTargets, OptionTargets, positions_of, states_shape
 from hosl.errors import ConfigError
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import NoServer, fixed_batch
@@ -136,6 +136,28 @@ def test_a_server_whose_optimiser_has_state_is_planned_with_it(optimiser):
     states = 2 if optimiser["name"] == "adamw" else 1
     held = stateful.static_bytes - plain.static_bytes
     assert held == pytest.approx(states * 4 * plain.trained, rel=0.01)
+
+
+def test_the_logits_of_every_token_are_planned_where_texts_are_learned():
+    task = {"kind": "sft", "train": "rows.jsonl"}
+    config = parse_config({"method": "hosl-gradient", "model": {"cut": CUT}, "task": task}, where="test")
+    one = server_cost(
+        structs.replace(config, task=Config().task), shape_of("llama", build("llama")), ROWS_, TOKENS
+    )
+    cost = server_cost(config, shape_of("llama", build("llama")), ROWS_, TOKENS)
+    server = make_server(config, split_model(build("llama"), CUT)[1], [])
+    h = torch.randn(ROWS_, TOKENS, 32, generator=torch.Generator().manual_seed(0))
+    positions = np.tile(np.arange(TOKENS - 1, dtype=np.int32), (ROWS_, 1))
+    mask = np.ones((ROWS_, TOKENS), np.int8)
+    mask[0, 0] = 0
+    targets = OptionTargets(mask, positions, np.full_like(positions, 5), "tokens")
+    server.step(h, targets, step=1, want_gradient=True)
+    memory = TorchMemory(party_bytes(server) + h.nbytes)
+    memory.watch(server.step, h, targets, step=2, want_gradient=True)
+    assert cost.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.1)
+    assert (
+        cost.peak_bytes - one.peak_bytes > 4 * ROWS_ * (TOKENS - 2) * 97
+    )  # the logits of all tokens but one
 
 
 @pytest.mark.usefixtures("unchecked")

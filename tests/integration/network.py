@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 
 from hosl.cli import main
+from tests.integration.forked import Forked
 
 HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -34,9 +36,12 @@ def split(model, out, cut=2, **more):
 
 
 class Server:
-    """`hosl serve` in a process of its own. `program` replaces the plain command, to have it die at a given point."""
+    """`hosl serve` in a process of its own. `program` replaces the plain command, to have it die at a given point.
 
-    def __init__(self, half, service, *words, listen="127.0.0.1:0", program=None):
+    `start=anew`: one that has not loaded gRPC yet, which reads its list of ciphers once.
+    """
+
+    def __init__(self, half, service, *words, listen="127.0.0.1:0", program=None, start=Forked):
         command = [
             *(program or HOSL),
             "serve",
@@ -49,9 +54,7 @@ class Server:
         ]
         self.service = service
         self.log = open(service.with_suffix(".log"), "ab")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=ENVIRONMENT
-        )
+        self.process = start(command, env=ENVIRONMENT, stderr=self.log)
         self.said, self.line = [], None
         while True:
             text = self.process.stdout.readline()
@@ -99,12 +102,13 @@ def enrol(service, name, capsys):
     return line.partition(": ")[2]
 
 
-def join(half, line, config, *words):
-    """`hosl join` in a process of its own."""
+def join(half, line, config, *words, start=Forked):
+    """`hosl join` in a process of its own; `start=anew`: one that holds nothing else, for tests of its memory."""
     command = [*HOSL, "join", str(half), "--to", line, "--config", str(config), "--json", *map(str, words)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    return start(command, env=ENVIRONMENT)
+
+
+anew = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process, wait_s=240):

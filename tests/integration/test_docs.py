@@ -1,9 +1,12 @@
 """The documentation: a site that builds strictly, reference pages that are what the code says, code that runs."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +19,9 @@ import pytest
 import hosl
 from hosl.cli import main
 from hosl.config import Config
+from tests.integration.languages import language_model, tuning
+from tests.integration.network import ENVIRONMENT, HOSL, Server
+from tests.texts import CHATS, text_run, write_rows
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -111,6 +117,57 @@ def test_the_loop_of_the_how_to_runs():
     assert found["result"].loss < found["first_loss"]
 
 
+def test_the_chats_of_the_how_to_are_learned(tmp_path, monkeypatch):
+    """Its rows, config and commands, on a tiny model that is cut lower and makes few steps."""
+    page = (DOCS / "how-to" / "tune-on-your-chats.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (commands,) = re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    text_run(tmp_path)
+    write_rows(tmp_path / "chats.jsonl", [json.loads(row), *CHATS])
+    Path("chats.yaml").write_text(
+        config.replace("SmolLM2-135M, cut: 10", "model-in, cut: 1").replace("max_steps: 100", "max_steps: 2")
+    )
+    for command in commands.splitlines():
+        words = shlex.split(command.removeprefix("$ hosl "))
+        assert main([*words, *(["--zo.directions", "1"] if words[0] == "train" else [])]) == 0
+    assert "test tokens right, %" in Path("chats.html").read_text(encoding="utf-8")
+    assert Path("out/chat_template.jinja").is_file()
+
+
 def test_every_decision_is_listed():
     listed = (DOCS / "adr" / "index.md").read_text(encoding="utf-8")
     assert [p.name for p in (DOCS / "adr").glob("0*.md") if f"({p.name})" not in listed] == []
+
+
+def test_the_commands_of_using_a_tuned_model_run(tmp_path, monkeypatch):
+    """Each in order; a server listens on loopback, and its line stands for that of the page."""
+    page = (DOCS / "how-to" / "use-the-tuned-model.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line, comments=True)[2:] for line in re.findall(r"^\$ hosl .*$", page, re.MULTILINE)
+    ]
+    assert len(commands) > 10
+    monkeypatch.chdir(tmp_path)
+    language_model(tmp_path / "MODEL", "llama")
+    config = tuning(tmp_path, "MODEL", output_dir="runs/my")
+    assert main(["train", str(config.rename("my.yaml"))]) == 0
+    (tmp_path / "prompts.txt").write_text("w1 w2\nw3\n")
+    with contextlib.ExitStack() as servers:
+        for number, (name, *words) in enumerate(commands):
+            if name == "generate":
+                words += ["--max-new-tokens", "3"]
+            if name == "serve":
+                more = [
+                    word for word in words[1:] if ":" not in word and word not in ("--listen", "--public")
+                ]
+                server = servers.enter_context(Server(Path(words[0]), tmp_path / f"service-{number}", *more))
+                continue
+            line = server.line if "--to" in words else ""
+            words = [line if word.startswith("hosl://") else word for word in words]
+            if (
+                name == "join"
+            ):  # annotations are verified in this process, and a session begins without a client
+                subprocess.run([*HOSL, name, *words], check=True, env=ENVIRONMENT, capture_output=True)
+                continue
+            assert main([name, *words]) == 0, words

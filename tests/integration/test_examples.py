@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import hosl
+from hosl.cli import main
+from hosl.config import load_config
 from tests.integration.network import ENVIRONMENT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,6 +28,24 @@ def run(*command, **environment):
         [str(word) for word in command],
         capture_output=True, text=True, timeout=240, env=ENVIRONMENT | environment,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_config_of_its_own_folder(example):
+    assert load_config(example).output_dir.startswith("runs/")
+
+
+def test_the_first_run_goes_on_any_language_model_and_its_loss_falls(hosl_data, tmp_path, unchecked):
+    small = [
+        "--model.name", str(hosl_data / "models" / "stories260K-hf"), "--model.cut", "2", "--task.train-rows", "64",
+        "--server.learning-rate", "0.003", "--max-steps", "4", "--eval-steps", "2", "--save-steps", "4",
+        "--output-dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(["train", str(EXAMPLES / "smollm2.yaml"), *small]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    dev = [line["loss_nats"] for line in lines if line.get("split") == "dev"]
+    assert dev[-1] < dev[0]
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_the_loop_prints_three_rows_that_start_alike():
@@ -58,6 +79,8 @@ def test_two_machines_train_and_leave_no_server(command, tmp_path):
     assert said.returncode == 0, said.stderr
     assert "finished: True" in said.stdout
     assert (work / "run" / "report.html").is_file()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(work / "model")
+    assert len(merged.config.id2label) == 20
     secret = (work / "line").read_text().strip()
     assert secret.startswith("hosl://")
     assert secret not in said.stdout + said.stderr

@@ -2,13 +2,13 @@
 
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.integration.forked import Forked
 from tests.integration.network import ENVIRONMENT, HOSL, Server, finished, join, newest, split, wait_until
 
 HERE = Path(__file__).parent
@@ -68,10 +68,7 @@ def joining(halves, line, config, run, program=None):
         str(config),
         "--json",
     ]
-    return subprocess.Popen(
-        [*command, "--output-dir", str(run)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+    return Forked([*command, "--output-dir", str(run)], env=ENVIRONMENT)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from hosl.transport.channel import Channel, Patience, Proof
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 from tests.integration.certificates import issue
-from tests.integration.network import Server
+from tests.integration.network import Server, anew
 from tests.integration.peers import SEQ, WIDTH, Peer, model_of, refused_as
 
 
@@ -235,7 +235,7 @@ def test_more_calls_at_once_than_allowed_are_refused(peer):
 
 @pytest.fixture(scope="module")
 def secured(halves, tmp_path_factory):
-    with Server(halves / "server", tmp_path_factory.mktemp("secured") / "service") as server:
+    with Server(halves / "server", tmp_path_factory.mktemp("secured") / "service", start=anew) as server:
         yield server
 
 

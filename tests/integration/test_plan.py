@@ -14,7 +14,7 @@ from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
 from hosl.training import local_session
-from tests.integration.network import Server, finished, join, split
+from tests.integration.network import Server, anew, finished, join, split
 
 pytestmark = pytest.mark.usefixtures(
     "unchecked"
@@ -156,13 +156,13 @@ def test_a_device_keeps_to_its_budget_for_200_steps(tiny_run, tmp_path):
     config = tiny_run(client=client, max_steps=200, eval_steps=100, save_steps=100)
     halves = split(tmp_path / "model-in", tmp_path / "halves")
     with Server(halves / "server", tmp_path / "service") as server:
-        _, refused = join(halves / "client", server.line, config).communicate(timeout=240)
+        _, refused = join(halves / "client", server.line, config, start=anew).communicate(timeout=240)
         needed = refused.partition("would take ")[2].partition(" MiB (")[
             0
         ]  # on this machine, as said before a run
         limit = f"{int(needed) + 5}MiB"
         words = ("--output-dir", tmp_path / "joined", "--client.memory-budget", limit)
-        assert finished(join(halves / "client", server.line, config, *words))["finished"]
+        assert finished(join(halves / "client", server.line, config, *words, start=anew))["finished"]
     lines = [ln for ln in read_lines(tmp_path / "joined" / "timings.jsonl") if "split" not in ln]
     assert len(lines) == 200
     assert max(line["process_peak_bytes"] for line in lines) <= 1.05 * parse_bytes(limit)

@@ -1,10 +1,7 @@
 """A run that is killed and resumed ends with the bytes of one that was not."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,19 +9,14 @@ import pytest
 from hosl.cli import main
 from hosl.training.local_session import load_run
 from hosl.training.loop import carry_on
+from tests.integration.forked import Forked
+from tests.integration.network import ENVIRONMENT, HOSL
 
-_HOSL = [sys.executable, "-c", "import sys; from hosl.cli import main; sys.exit(main())"]
 _EXACT = ("metrics.jsonl", "model/model.safetensors")
 
 
 def _train(*words):
-    return subprocess.Popen(
-        [*_HOSL, "train", *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked([*HOSL, "train", *words], env=ENVIRONMENT)
 
 
 def _finished(process):

@@ -65,12 +65,14 @@ class CountingHalf(HostedHalf):
 class Service:
     """Calls, sessions and compute thread over one folder; `call` makes one call and returns its replies."""
 
-    def __init__(self, folder, **how):
+    def __init__(self, folder, *, limits=None, half=None, **how):
         self.scheduler, self.log = Scheduler(), []
-        self.half = CountingHalf()
+        self.half = half or CountingHalf()
         self.sessions = Sessions(folder, lambda model, training: self.half, **how)
         status = Status(log=lambda line: self.log.append(msgspec.json.decode(line)))
-        self.calls = Calls(Access(folder), self.sessions, self.scheduler, status, Limits(), idle_s=5.0)
+        self.calls = Calls(
+            Access(folder), self.sessions, self.scheduler, status, limits or Limits(), idle_s=5.0
+        )
         self.status = status
 
     async def call(self, name, client, *messages):

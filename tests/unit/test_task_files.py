@@ -413,7 +413,7 @@ def test_a_prompt_is_not_made_of_what_is_no_text(tmp_path, field, value):
     row = {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"}
     for split in ("train", "validation"):
         write_lines(tmp_path / f"{split}.jsonl", [row, {**row, field: value}])
-    with pytest.raises(TaskError, match=r"row 2 lacks what the task needs: .*text is wanted|is empty"):
+    with pytest.raises(TaskError, match=rf"row 2: `{field}` is .*(text is wanted|empty)"):
         load_task(PromptsConfig(name="RTE", folder=str(tmp_path)), Letters(), seed=0)
 
 

@@ -8,7 +8,7 @@ from hosl.errors import TaskError
 from hosl.tasks import FilesConfig, PromptsConfig, TextTokenizer, docstrings, load_task
 from hosl.tasks.classification import carve
 from hosl.tasks.docstrings import documented_functions, standard_library_texts
-from hosl.tasks.prompts import TEMPLATES
+from hosl.tasks.templates import TEMPLATES
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_the_best_scored_candidate_is_predicted(tokenizer, sst2):
 def test_an_unknown_label_names_file_and_row(tokenizer, sst2, tmp_path):
     path = tmp_path / "SST-2" / "train.jsonl"
     path.write_text(path.read_text() + json.dumps({"sentence": "x", "label": 7, "idx": 99}) + "\n")
-    with pytest.raises(TaskError, match=r"train.jsonl, row 61: label 7 is none of \(0, 1\)"):
+    with pytest.raises(TaskError, match=r"train.jsonl, row 61: label `7` is none of `0`, `1`"):
         load_task(sst2, tokenizer, seed=0)
 
 

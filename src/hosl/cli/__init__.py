@@ -18,10 +18,13 @@ from hosl.errors import ConfigError, HoslError
 _COMMANDS = {
     "train": "fine-tune a split model: hosl train CONFIG.yaml [--a.b value] | --resume RUN",
     "eval": "accuracy of a run's newest weights: hosl eval RUN [--split dev|test]",
+    "generate": "what a tuned model says: hosl generate RUN --prompt TEXT [--before]",
+    "predict": "labels of new rows: hosl predict RUN ROWS -o OUT.jsonl",
     "export": "one Hugging Face checkpoint from a run: hosl export RUN OUT",
     "split": "cut a checkpoint into two folders: hosl split MODEL --cut K OUT",
     "serve": "train a server half with the devices that join: hosl serve OUT/server --listen HOST:PORT",
     "join": "train this device's half with a server: hosl join OUT/client --to LINE --config CONFIG.yaml",
+    "merge": "one checkpoint out of the two halves: hosl merge RUN --to LINE -o OUT | SERVICE --run NAME -o OUT",
     "audit": "what leaves the device, field by field: hosl audit OUT/client --config CONFIG.yaml",
     "plan": "does it fit, where to cut, what will it cost: hosl plan CONFIG.yaml | MODEL --device-memory 2GiB",
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
@@ -30,6 +33,8 @@ _COMMANDS = {
     "runs": "what the server holds: hosl runs ls | drop NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
+_ROOMS = {"generate": "use.", "predict": "use.", "merge": "use."}
+"""The room of a command's module below this one, where it has one."""
 _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
     "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve",
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. With --json its result or its error stands on standard output."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<8}{text}" for name, text in _COMMANDS.items()]
+        lines = [f"  {name:<9}{text}" for name, text in _COMMANDS.items()]
         last = "hosl COMMAND --help tells more, hosl --version which hosl this is."
         sys.stdout.write("\n".join(["hosl COMMAND ...", "", *lines, "", last, ""]))
         return 0
@@ -83,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's profiler, our memory meter, greets on stderr, and warns of what was allocated before it
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run: Callable[[list[str]], int] = import_module(f"hosl.cli.{arguments[0]}").run
+    run: Callable[[list[str]], int] = import_module(
+        f"hosl.cli.{_ROOMS.get(arguments[0], '')}{arguments[0]}"
+    ).run
     try:
         return run(arguments[1:])
     except HoslError as error:
@@ -114,7 +121,8 @@ def _failed(error: HoslError, arguments: list[str]) -> int:
 
 def _again(arguments: list[str]) -> str:
     """The command that goes on with what was interrupted."""
-    one_run = arguments[0] == "train" or any(text.partition("=")[0] == "--run" for text in arguments)
+    named = any(text.partition("=")[0] == "--run" for text in arguments)
+    one_run = arguments[0] == "train" or (named and arguments[0] != "merge")
     return "`hosl train --resume RUN`" if one_run else f"the same `hosl {arguments[0]}`"
 
 

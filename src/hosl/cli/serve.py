@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hosl.cli.answers import command_parser
+from hosl.cli.answers import Parser, command_parser
 
 
 def run(arguments: list[str]) -> int:
@@ -13,7 +13,35 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError: if an argument, the half or the certificate cannot be used.
     """
-    parser = command_parser("serve", "Train a server half with the devices that join.", as_json=False)
+    parser = command_parser(
+        "serve", "Train a server half with the devices that join, and generate with it.", as_json=False
+    )
+    _add_arguments(parser)
+    options = parser.parse_args(arguments)
+
+    from hosl.methods.torch_parties import check_device
+    from hosl.network.serve import ServeOptions, serve
+
+    check_device(options.device, "--device")
+
+    def path(text: str | None) -> Path | None:
+        return Path(text) if text else None
+
+    serve(
+        ServeOptions(
+            half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
+            public=options.public, certificate=path(options.certificate), key=path(options.key),
+            client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
+            runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
+            calls_per_s=options.calls_per_s, idle_s=options.idle, give_half=options.give_half,
+            cache_limit_bytes=options.cache_limit << 20,
+            cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def _add_arguments(parser: Parser) -> None:
     parser.add_argument("half", help="OUT/server of `hosl split`")
     parser.add_argument(
         "--listen", default="127.0.0.1:7070", help="host:port, default 127.0.0.1:7070; port 0: any free one"
@@ -41,23 +69,15 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--idle", type=float, default=60.0, help="seconds without a sign of life before a call is dropped"
     )
-    options = parser.parse_args(arguments)
-
-    from hosl.methods.torch_parties import check_device
-    from hosl.network.serve import ServeOptions, serve
-
-    check_device(options.device, "--device")
-
-    def path(text: str | None) -> Path | None:
-        return Path(text) if text else None
-
-    serve(
-        ServeOptions(
-            half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
-            public=options.public, certificate=path(options.certificate), key=path(options.key),
-            client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
-            runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
-            calls_per_s=options.calls_per_s, idle_s=options.idle,
-        )
-    )  # fmt: skip
-    return 0
+    parser.add_argument(
+        "--cache-limit", type=int, default=256, help="MiB of keys and values for one client's generated texts"
+    )
+    parser.add_argument("--cache-total", type=int, default=1024, help="MiB of them for all clients")
+    parser.add_argument(
+        "--texts-at-once", type=int, default=4, help="texts that are generated at once; 0: none ever"
+    )
+    parser.add_argument(
+        "--give-half",
+        action="store_true",
+        help="let the devices of a run have the server's half (hosl merge)",
+    )

@@ -122,13 +122,7 @@ def make_server(
             without adapters.
         synchronous: whether the gradients of several clients make one update.
     """
-    if config.server.trainable == "lora":
-        add_lora(half, config.server.lora, seed=config.seed)
-        for name, p in half.named_parameters():
-            if _beside_adapters(name, new_weights):
-                p.requires_grad_(True)
-    else:
-        set_trainable(half, "all")
+    prepare_server_half_(config, half, new_weights)
     eta = learning_rate(config, config.server_rate)
     device = config.server.device
     if isinstance(half, TrunkHalf):
@@ -140,6 +134,17 @@ def make_server(
     if config.profile == "authors-head":
         server_type = NoisyFirstOrderServer
     return server_type(half, learning_rate=eta, optimiser=config.server.optimiser, device=device)
+
+
+def prepare_server_half_(config: Config, half: Any, new_weights: Sequence[str]) -> None:
+    """Prepare a server's half for the config, in place: adapters, choice of trained weights."""
+    if config.server.trainable == "lora":
+        add_lora(half, config.server.lora, seed=config.seed)
+        for name, p in half.named_parameters():
+            if _beside_adapters(name, new_weights):
+                p.requires_grad_(True)
+    else:
+        set_trainable(half, "all")
 
 
 def _beside_adapters(name: str, new_weights: Sequence[str]) -> bool:

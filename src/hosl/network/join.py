@@ -27,13 +27,14 @@ from hosl.config import (
 )
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
+from hosl.network.half_transfer import give_finished
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
-from hosl.split.reading.model_folder import checkpoint_digest
+from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import machine, versions
 from hosl.system.model_limits import model_limits
@@ -64,6 +65,8 @@ class JoinOptions:
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
     """The certificates that each side shows the other."""
+    give_half: bool = False
+    """Whether the server gets this device's half at the end."""
     may_go_back: bool = False
     """Whether the first Hello may undo work of one side that the other has lost."""
 
@@ -105,6 +108,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         summary = files_summary(config, run.folder, finished=True)
         if summary["train_loss_nats"] is None:
             say(f"{run.folder}/metrics.jsonl has lost its lines: losses and bytes of the steps are not known")
+        if options.give_half:
+            _give(config, options, run.folder, say)
         return summary
     with RunLock(run.folder):
         try:
@@ -113,9 +118,22 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
             _clear(run.folder)
             raise
         try:
-            return carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
+            summary = carry_on(session, run.folder, "the same command", _finish, metrics_bytes=metrics_bytes)
         finally:
             session.remote.close()
+        if options.give_half and summary["finished"]:
+            _give(config, options, run.folder, say)
+        return summary
+
+
+def _give(config: Config, options: JoinOptions, run: Path, say: Callable[[str], None]) -> None:
+    """Give the half of a finished run to the server."""
+    patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
+    channel = connect(options.line, patience=patience, proof=options.proof, known=False, say=say)
+    try:
+        give_finished(config, run, read_record(run) or {}, channel, say)
+    finally:
+        channel.close()
 
 
 def _cut_as_split(config: Config, facts: dict[str, Any]) -> Config:
@@ -221,12 +239,7 @@ def _joined(
         config=config, task=task, client=NO_CLIENT_YET, server=remote, remote=remote, folder=options.half,
         runtime=runtime,
     )  # fmt: skip
-    session.facts = {
-        "model": {"source": str(options.half), "digest": facts["base_digest"], "family": facts["family"]},
-        "task": {"name": task.name, "digest": task_digest(task)},
-        "cut": facts["cut"],
-        "crosses": what_crosses(config, task.head),
-    }
+    session.facts = _record_of(config, options, facts, task)
     try:
         start = channel.for_ever(remote.hello, say)
         width = model_limits(options.half).width
@@ -242,6 +255,17 @@ def _joined(
     record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
     write_record(run.folder, record)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
+
+
+def _record_of(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The facts of record.json about model, task and wire."""
+    source = str(options.half.absolute())
+    return {
+        "model": {"source": source, "digest": facts["base_digest"], "family": facts["family"]},
+        "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": list(task.labels)},
+        "cut": facts["cut"],
+        "crosses": what_crosses(config, task.head),
+    }  # fmt: skip
 
 
 class _JoinedRun(NamedTuple):
@@ -334,5 +358,7 @@ def _finish(session: JoinedSession, run: Path) -> None:
     feed_trackers(session.config, run)
     write_record(
         run,
-        (read_record(run) or {}) | {"finished": True, "client_digest": session.facts["final_client_digest"]},
+        (read_record(run) or {})
+        | {"finished": True, "client_digest": session.facts["final_client_digest"]}
+        | {name: session.facts[name] for name in ("journal_updates",) if name in session.facts},
     )

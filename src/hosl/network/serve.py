@@ -23,6 +23,8 @@ _TLS12_CIPHER = {"ec": "ECDHE-RSA-AES256-GCM-SHA384", "rsa": "ECDHE-ECDSA-AES256
 """Kind of key -> a TLS 1.2 cipher for the other kind: gRPC cannot refuse TLS 1.2, but no such handshake succeeds."""
 
 _MOST_FILES = 8192
+_JOURNAL_BYTES = 256 << 20
+"""The largest journal of a client that is taken."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -60,6 +62,14 @@ class ServeOptions:
     """Calls of one client per second, on average."""
     idle_s: float = 60.0
     """Seconds without a sign of life before a call is dropped."""
+    cache_limit_bytes: int = 256 << 20
+    """Keys and values that the texts of one client may take, when they are generated."""
+    cache_total_bytes: int = 1 << 30
+    """Keys and values of all clients."""
+    texts_at_once: int = 4
+    """Texts that are generated at once; 0: none."""
+    give_half: bool = False
+    """Whether clients of a run may have the server's half of it."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
     """Is called with each line for the person who starts the server."""
 
@@ -127,12 +137,17 @@ async def _serve(
     from hosl.service.status import Status
 
     access, scheduler, status = Access(options.service), Scheduler(), Status()
-    limits = Limits(tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s)
+    limits = Limits(
+        tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
+        cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
+        texts_at_once=options.texts_at_once,
+    )  # fmt: skip
     sessions = Sessions(
         options.service, _opener(options, facts), status.damaged, revoked=access.revoked,
         runs_at_once=options.runs_at_once, away_s=options.away_s,
     )  # fmt: skip
-    calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s)
+    giving = _giving(options, status.damaged)
+    calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s, giving=giving)
     status.watch_queue(lambda: scheduler.queue)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
@@ -274,6 +289,23 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
     return open_half
 
 
+def _giving(options: ServeOptions, say: Callable[[str], None]) -> Any:
+    from hosl.service.giving import Giving
+
+    def most_bytes() -> int:
+        from hosl.split.artifact import client_elements
+
+        return 2 * 4 * client_elements(options.half) + _JOURNAL_BYTES  # adapters are fewer than the weights
+
+    return Giving(
+        runs=options.service / "runs",
+        half=options.half,
+        allowed=options.give_half,
+        most_bytes=most_bytes,
+        say=say,
+    )
+
+
 def _announce(
     options: ServeOptions, access: Any, host: str, port: int, credentials: _Credentials | None, page: Any
 ) -> None:
@@ -281,6 +313,7 @@ def _announce(
     public = _public(options, port)
     facts = {
         "address": address_of(*public), "fingerprint": fingerprint, "plaintext": credentials is None,
+        "half": str(options.half.resolve()),
     }  # fmt: skip
     (options.service / "address.json").write_text(json.dumps(facts), encoding="utf-8")
     if not access.names():
@@ -289,9 +322,22 @@ def _announce(
     else:
         names = ", ".join(client["name"] for client in access.names() if not client["revoked"])
         options.say(f"enrolled clients: {names or 'none'}; `hosl clients add NAME` prints a new join line")
+    if options.give_half:
+        options.say("clients of a run may fetch this server's half of it (--give-half)")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
+    options.say(_generation(options))
     options.say(
         f"serving {options.half} on {address_of(host, port)}" + (f"; live page on {page.url}" if page else "")
+    )
+
+
+def _generation(options: ServeOptions) -> str:
+    """The line about what may be generated."""
+    if not options.texts_at_once:
+        return "nothing is generated (--texts-at-once 0)"
+    return (
+        f"generation: {options.texts_at_once} texts at once, with caches of up to {options.cache_limit_bytes >> 20:,} "
+        f"MiB a client and {options.cache_total_bytes >> 20:,} MiB in all"
     )
 
 

@@ -18,12 +18,14 @@ from hosl.core.targets import (
     scored_positions,
 )
 from hosl.errors import WireError
+from hosl.inference.halves import at_the_end, best_of
 from hosl.methods.torch_parties import make_server
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.parties.servers.basic import TorchServer
 from hosl.parties.servers.trunk import TrunkServer
-from hosl.service.hosted_half import Stepped
-from hosl.split import ServerHalf
+from hosl.service.hosted_half import HostedText, NextToken, Stepped, TextSizes
+from hosl.split import ServerHalf, TrunkHalf
+from hosl.split.caches import HalfCache
 from hosl.system.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -57,6 +59,7 @@ class TorchHosted:
         """
         self._config, self._open_half, self._new_weights = config, open_half, list(new_weights)
         self._synchronous = synchronous
+        self._text_sizes: TextSizes | None = None
         self.party = self._fresh()
 
     def check(self, shape: tuple[int, ...], targets: Targets | AskedPositions) -> int:
@@ -143,6 +146,26 @@ class TorchHosted:
 
         return to_wire(states), contribute
 
+    def text_sizes(self) -> TextSizes:
+        """See `HostedHalf`. The bytes of a token are measured, once: families differ in what they keep.
+
+        Raises:
+            WireError: if the model classifies.
+        """
+        half = self.party.half
+        if half.head != "causal":
+            raise WireError("this model classifies: it has no text to say")
+        if self._text_sizes is None:
+            config: Any = half.config
+            width, cache = config.get_text_config().hidden_size, half.new_cache()
+            at_the_end(half, torch.zeros(1, 1, width), cache)
+            self._text_sizes = TextSizes(width, cache.size_bytes, limits_of(config.to_dict()).positions)
+        return self._text_sizes
+
+    def open_text(self, candidates: int) -> HostedText:
+        """See `HostedHalf`."""
+        return _Text(self, candidates)
+
     def contribute(
         self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
     ) -> Stepped:
@@ -199,6 +222,35 @@ class TorchHosted:
                 f"a server of method {self._config.method} has no call {call}; the two sides disagree"
             )
         return method
+
+
+class _Text(HostedText):
+    """One text in the half that a `TorchHosted` has at the moment of each token."""
+
+    def __init__(self, hosted: TorchHosted, candidates: int) -> None:
+        self._hosted, self._candidates = hosted, candidates
+        self._cache: HalfCache | None = hosted.party.half.new_cache()
+
+    def go_on(self, hidden: WireArray) -> NextToken:
+        """See `HostedText`."""
+        half, cache = self._hosted.party.half, self._cache
+        assert cache is not None, "a text that was closed does not go on"
+        last = at_the_end(half, from_wire(hidden), cache)
+        if isinstance(half, TrunkHalf):
+            return NextToken(tensor=to_wire(last))
+        if not self._candidates:
+            return NextToken(tensor=to_wire(last.to(torch.float32)))
+        best = best_of(last, self._candidates)
+        return NextToken(tokens=best.tokens.tolist(), logits=best.logits.tolist())
+
+    @property
+    def size_bytes(self) -> int:
+        """See `HostedText`."""
+        return 0 if self._cache is None else self._cache.size_bytes
+
+    def close(self) -> None:
+        """See `HostedText`."""
+        self._cache = None
 
 
 def _stepped(reply: StepReply) -> Stepped:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hosl.config import Config
+from hosl.inference.halves import TorchDeviceHalf
 from hosl.methods.torch_parties import (
     DTYPES,
     check_device,
@@ -22,11 +25,18 @@ from hosl.planner.budget import check_before_data, check_before_run
 from hosl.split import ClientHalf, load_half, load_head
 from hosl.split.reading.half_json import half_facts
 from hosl.split.reading.tensors import tensors_digest
-from hosl.training.checkpointing import put_client, put_head, restore_client_, restore_head_
+from hosl.system.checkpoint import Checkpoint
+from hosl.training.checkpointing import (
+    put_client,
+    put_head,
+    restore_client_,
+    restore_head_,
+    restore_head_weights_,
+)
 
 __all__ = [
     "check_before_data", "check_before_run", "check_device", "from_wire", "head_elements",
-    "memory_meter", "open_client", "open_head",
+    "memory_meter", "open_client", "open_head", "open_text_half",
     "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip
@@ -43,6 +53,28 @@ def open_head(config: Config, folder: Path, client: FrozenClient, trunk: RemoteT
     """The head at its base weights, for a client whose labels stay; rounds call it in place of the server."""
     half = load_head(folder, client.half, DTYPES[config.model.dtype])
     return make_head(config, half, client.half, trunk, half_facts(folder, "client").get("new_weights", ()))
+
+
+def open_text_half(config: Config | None, folder: Path, checkpoint: Checkpoint | None) -> TorchDeviceHalf:
+    """The half of this device for texts: as it was split, or with the weights of a run's checkpoint.
+
+    Args:
+        config: the settings of the run; None: there is none.
+        folder: the folder of the client half.
+        checkpoint: of the run; None: the base weights.
+    """
+    labels_stay = half_facts(folder, "client").get("labels") == "client"
+    if config is None:
+        half = load_half(folder, torch.float32)
+        assert isinstance(half, ClientHalf), "half.json was checked to be a client's"
+        return TorchDeviceHalf(half, load_head(folder, half, torch.float32) if labels_stay else None)
+    client = open_client(config, folder)
+    head = load_head(folder, client.half, DTYPES[config.model.dtype]) if labels_stay else None
+    if checkpoint is not None:
+        restore_client_(client, checkpoint)
+        if head is not None:
+            restore_head_weights_(head, checkpoint)
+    return TorchDeviceHalf(client.half, head)
 
 
 def trained_digest(client: Any) -> str:

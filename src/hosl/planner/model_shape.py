@@ -1,12 +1,11 @@
 """A model from its config alone: halves of any depth on the meta device, without time or memory for weights."""
 
-import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hosl.errors import ConfigError, ModelError
+from hosl.errors import ConfigError, ModelError, SplitError
 from hosl.split import (
     ClientHalf,
     HeadHalf,
@@ -20,10 +19,8 @@ from hosl.split.families import FAMILIES, Head
 from hosl.split.reading.config_json import read_config
 from hosl.split.reading.skeleton import skeleton
 from hosl.split.shapes import SHAPES, shape_config
+from hosl.split.structure import with_blocks
 from hosl.system.model_limits import limits_of
-
-_PER_BLOCK = ("layer_types",)
-"""The settings of a config that have an entry for every block."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,7 @@ class ModelShape:
 
     def of_blocks(self, count: int) -> "ModelShape":
         """The shape of the same model with its first `count` blocks only."""
-        config = copy.deepcopy(self.config)
-        text = config.get_text_config()
-        text.num_hidden_layers = count
-        for name in _PER_BLOCK:
-            if getattr(text, name, None):
-                setattr(text, name, getattr(text, name)[:count])
-        return replace(self, config=config)
+        return replace(self, config=with_blocks(self.config, count))
 
     def halves(self, cut: int) -> tuple[ClientHalf, ServerHalf]:
         """The client half and the server half, on the meta device.
@@ -97,11 +88,14 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
     heads: list[Head] = [
         family_head for model_type, family_head in FAMILIES if model_type == config.model_type
     ]
-    if not heads or (head is not None and head not in heads):
-        rows = ", ".join(f"{model_type} ({family_head})" for model_type, family_head in FAMILIES)
+    if head in heads or (heads and head is None):
+        return ModelShape(name, config, head or heads[0])
+    try:  # no row: by its structure
+        skeleton(config, head or "causal")
+    except SplitError as cause:
         wanted = config.model_type if head is None else f"{config.model_type} ({head})"
-        raise ConfigError(f"{name}: model_type {wanted} cannot be cut; known: {rows}")
-    return ModelShape(name, config, head or heads[0])
+        raise ConfigError(f"{name}: model_type {wanted} cannot be cut: {cause}") from cause
+    return ModelShape(name, config, head or "causal")
 
 
 def _read_config(name: str) -> Any:

@@ -57,10 +57,10 @@ class _Record(msgspec.Struct):
 
 
 class _Classes(msgspec.Struct):
-    """The content of evaluation.json."""
+    """The content of evaluation.json; without labels where texts were learned."""
 
     labels: list[str]
-    confusion: list[list[Annotated[int, msgspec.Meta(ge=0)]]]
+    confusion: list[list[Annotated[int, msgspec.Meta(ge=0)]]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Settings(msgspec.Struct):
@@ -276,12 +276,15 @@ def _check_content(content: object, kind: type, file: Path) -> None:
         raise FolderError(f"{file} is damaged: {cause}; put it back") from cause
 
 
-def _classes(file: Path) -> dict[str, Any]:
-    """The content of evaluation.json."""
+def _classes(file: Path) -> dict[str, Any] | None:
+    """The content of evaluation.json; None: texts were learned, which have no classes."""
     try:
         content = json.loads(file.read_bytes())
         _check_content(content, _Classes, file)
-        if any(len(row) != len(content["labels"]) for row in (content["confusion"], *content["confusion"])):
+        labels, confusion = content["labels"], content.get("confusion", [])
+        if not labels and not confusion:
+            return None
+        if any(len(row) != len(labels) for row in (confusion, *confusion)):
             raise ValueError("the confusion matrix has not a row and a column for each label")
     except FolderError:
         raise

@@ -6,14 +6,15 @@ reply messages. Errors become status codes in one place (`_served`).
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from hosl.errors import CheckpointError, HoslError, LimitError, LinkError, WireError
+from hosl.errors import AccessError, CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
+from hosl.service.giving import Giving
 from hosl.service.incoming import Incoming
 from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
@@ -21,6 +22,7 @@ from hosl.service.runs import ServedRun
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
 from hosl.service.status import Status
+from hosl.service.texts import Texts
 from hosl.transport.channel import SERVICE
 from hosl.transport.status import ERROR_KEY, code_of
 from hosl.wire import hosl_pb2 as pb
@@ -43,10 +45,14 @@ class Calls:
         limits: Limits,
         *,
         idle_s: float,
+        giving: Giving | None = None,
     ) -> None:
+        """`giving`: the halves that are given away; None: none is, and none is taken."""
+        self._giving = giving
         self._access, self._sessions, self._scheduler = access, sessions, scheduler
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
+        self._texts = Texts(sessions, scheduler, status, limits)
         self._closing: dict[Round, asyncio.Task[None]] = {}
         """The task that closes each open round; no call's own, so that it outlives the client that began it."""
         self.round_closed = asyncio.Condition()
@@ -57,6 +63,7 @@ class Calls:
             "Hello": Calls._hello, "Losses": Calls._losses, "Scores": Calls._scores, "Gradient": Calls._gradient,
             "Probe": Calls._probe, "Step": Calls._step, "Descend": Calls._descend, "Journal": Calls._journal,
             "Save": Calls._save, "States": Calls._states, "StepStates": Calls._step_states, "Leave": Calls._leave,
+            "Generate": Calls._generate, "Half": Calls._half, "Give": Calls._give,
         }  # fmt: skip
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -78,7 +85,7 @@ class Calls:
                 def check_access() -> None:
                     _check_same(self._access.client_of(token), client)
 
-                calls = HELLO_CALLS if name == "Hello" else 1
+                calls = HELLO_CALLS if name in ("Hello", "Half") else 1
                 with self._meterage.call(client, calls), self._status.call(client, name):
                     incoming = Incoming(aiter(frames), idle_s=self._idle_s, check_access=check_access)
                     async for reply in call(self, client, incoming):
@@ -191,6 +198,10 @@ class Calls:
             for chunk in tensor.chunks():
                 yield pb.StatesReply(chunk=chunk)
 
+    async def _generate(self, client: str, incoming: Incoming) -> AsyncIterator[pb.GenerateReply]:
+        async for reply in self._texts.generate(client, incoming):
+            yield reply
+
     # ---- calls that change the server, once per (client, step) ----
 
     async def _step(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepReply]:
@@ -273,6 +284,23 @@ class Calls:
         await incoming.end()
         self._sessions.leave(client, request.where)
         yield pb.LeaveReply()
+
+    # ---- halves that are given away ----
+
+    async def _half(self, client: str, incoming: Incoming) -> AsyncIterator[pb.HalfReply]:
+        async with aclosing(self._given_away().down(client, incoming)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def _give(self, client: str, incoming: Incoming) -> AsyncIterator[pb.GiveReply]:
+        async with aclosing(self._given_away().up(client, incoming)) as replies:
+            async for reply in replies:
+                yield reply
+
+    def _given_away(self) -> Giving:
+        if self._giving is None:
+            raise AccessError("this server neither gives a half away nor takes one")
+        return self._giving
 
     # ---- shared halves and rounds ----
 

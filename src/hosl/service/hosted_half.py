@@ -23,6 +23,48 @@ class Stepped:
     """dL/dh, shaped like the activations."""
 
 
+@dataclass(frozen=True, slots=True)
+class TextSizes:
+    """The sizes of a half that goes on with texts."""
+
+    width: int
+    """The width of the hidden state."""
+    token_bytes: int
+    """The bytes that a token takes in a text's cache, at most."""
+    positions: int | None = None
+    """The most tokens of a text; None: the model does not say."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NextToken:
+    """What a half says about the next token of a text."""
+
+    tokens: Sequence[int] = ()
+    """The candidates, the most probable first."""
+    logits: Sequence[float] = ()
+    """One per candidate."""
+    tensor: WireArray | None = None
+    """In place of these: the logits of all tokens [1, 1, vocabulary], float32, or a trunk's state [1, 1, width]."""
+
+
+@runtime_checkable
+class HostedText(Protocol):
+    """One text in a half, with the keys and values of its tokens."""
+
+    def go_on(self, hidden: WireArray) -> NextToken:
+        """The next token's answer after a hidden state [1, tokens, width], which is added to the text."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of its cache."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the cache; the text does not go on."""
+        ...
+
+
 @runtime_checkable
 class HostedHalf(Protocol):
     """A server half in training; takes and returns numpy arrays. Not for several threads at once."""
@@ -81,6 +123,14 @@ class HostedHalf(Protocol):
 
     def descend(self, step: int, seeds: Sequence[int], coefficients: Sequence[float]) -> None:
         """Make one zeroth-order update."""
+        ...
+
+    def text_sizes(self) -> TextSizes:
+        """The sizes of texts in this half; raises WireError if its model has no language-model head."""
+        ...
+
+    def open_text(self, candidates: int) -> HostedText:
+        """An empty text, answered with so many candidates, 0: the logits of all tokens; weights are only read."""
         ...
 
     def save(

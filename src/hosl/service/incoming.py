@@ -35,11 +35,18 @@ class Incoming:
             WireError: if the bytes are no such message, or the stream ends.
             LinkError: if nothing comes within the idle limit, or a tensor comes too slowly.
         """
+        message = await self.message_or_end(kind)
+        if message is None:
+            raise WireError("the call ended before its request was complete; it changed nothing")
+        return message
+
+    async def message_or_end(self, kind: type[_Message]) -> _Message | None:
+        """The next message; None at the end of the stream. Raises as `message` otherwise."""
         wait_s = min(self._idle_s, self._end_s - time.monotonic())
         try:
             data = await asyncio.wait_for(anext(self._frames), max(wait_s, 0.0))
         except StopAsyncIteration:
-            raise WireError("the call ended before its request was complete; it changed nothing") from None
+            return None
         except TimeoutError:
             late = wait_s < self._idle_s
             raise LinkError(
@@ -66,8 +73,10 @@ class Incoming:
             raise WireError(f"this call begins with `{name}`, got `{upload.WhichOneof('part')}`")
         return getattr(upload, name)
 
-    async def tensor(self, header: pb.Tensor, *, tensor_bytes: int) -> WireArray:
-        """The tensor whose chunks come next.
+    async def tensor(
+        self, header: pb.Tensor, *, tensor_bytes: int, kind: type[pb.Upload | pb.GenerateRequest] = pb.Upload
+    ) -> WireArray:
+        """The tensor whose chunks come next, in messages of `kind`.
 
         Raises:
             WireError, LimitError: see `Unpacking`. LinkError: see `message`.
@@ -75,7 +84,7 @@ class Incoming:
         arriving = Unpacking(header, tensor_bytes=tensor_bytes)
         self._end_s = time.monotonic() + self._idle_s + arriving.wanted / _SLOWEST_BYTES_PER_S
         while not arriving.complete:
-            part = await self.message(pb.Upload)
+            part = await self.message(kind)
             if part.WhichOneof("part") != "chunk":
                 raise WireError(f"a chunk of a tensor was due, got `{part.WhichOneof('part')}`")
             arriving.add(part.chunk)

@@ -26,6 +26,12 @@ class Limits:
     """The calls per second on average; twice as many in a burst."""
     concurrent_calls: int = 4
     """The calls that may run at once."""
+    cache_bytes: int = 256 << 20
+    """The bytes of keys and values that a client's texts may take together."""
+    cache_total_bytes: int = 1 << 30
+    """The bytes of keys and values of all clients."""
+    texts_at_once: int = 4
+    """The texts that may be generated at once, of all clients; 0: none."""
     message_bytes: int = MESSAGE_BYTES
     """The largest message."""
 

@@ -21,6 +21,9 @@ from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, int
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
+BASE = "(base)"
+"""The name of what is no run: a half as it was split, opened for use. No run can have it."""
+
 
 @dataclass
 class ServedRun:
@@ -64,6 +67,11 @@ class ServedRun:
     def __post_init__(self) -> None:
         if self.training.order == pb.SYNCHRONOUS:
             self.round = Round(number=1, expected=self.training.clients)
+
+    @property
+    def shown(self) -> str:
+        """The name for people and peers; empty for a half as it was split, which is no run."""
+        return "" if self.name == BASE else self.name
 
     @property
     def alone(self) -> bool:

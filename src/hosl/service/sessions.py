@@ -4,7 +4,9 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,9 +26,9 @@ from hosl.errors import (
     WireError,
 )
 from hosl.service.hosted_half import OpenHalf
-from hosl.service.runs import ServedRun
+from hosl.service.runs import BASE, ServedRun
 from hosl.system.atomic import whole_file
-from hosl.system.checkpoint import checkpoint_steps, intact_steps
+from hosl.system.checkpoint import checkpoint_steps, intact_steps, newest_checkpoint
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
@@ -35,6 +37,11 @@ RUNS_PER_CLIENT = 100
 """The runs with checkpoints that one client may have begun; the owner makes room by `hosl runs drop`."""
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MOST_RESTORABLE = 1024
+UNTRAINED = pb.Training(
+    method=pb.FROZEN, distribution=pb.GAUSSIAN, trainable=pb.ALL, optimiser=pb.Optimiser(name=pb.SGD), max_steps=1,
+    lora=pb.Lora(r=8, alpha=16), clients=1, grace_s=5.0,
+)  # fmt: skip
+"""The settings of a half that is only used."""
 _MOST = {
     "max_steps": 2**31, "warmup_steps": 2**31, "learning_rate": 1e6, "clients": 4096, "grace_s": 86400.0,
     "lora.r": 1024, "lora.alpha": 2**20, "optimiser.momentum": 1.0, "optimiser.weight_decay": 1e6,
@@ -75,6 +82,8 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._taken_over: dict[tuple[str, str], str] = {}
         """The last session of each (run, client) that ended because the same client said hello again."""
+        self._used: Counter[str] = Counter()
+        """Run -> the texts that are generated with its half now."""
 
     def of(self, client: str, where: pb.Where) -> Session:
         """The session that a request names.
@@ -195,17 +204,93 @@ class Sessions:
             self._make_room()
             if stored is None:
                 self._count_runs(client)
-            half = self._open_half(model, training)
-            run = ServedRun(request.run, model, training, half, folder / "checkpoints", self._say)
+            run = self._opened(request.run, model, training)
             if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
                 folder.mkdir(parents=True)
-            elif saved := next(intact_steps(run.folder, self._say), None):
-                run.go_back(saved)
-                for old, new in stored.get("heirs", {}).items():  # since the checkpoint
-                    run.hand_over(old, new)
-            self.runs[request.run] = run
         return run, roster, gone
+
+    def _opened(self, name: str, model: pb.Model, training: pb.Training) -> ServedRun:
+        """A run in memory, at its newest intact checkpoint if it has one. Requires: there is room."""
+        half = self._open_half(model, training)
+        run = ServedRun(name, model, training, half, self._folder / name / "checkpoints", self._say)
+        stored = _stored_handshake(run.folder.parent)
+        if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
+            run.go_back(saved)
+            for old, new in stored.get("heirs", {}).items():  # since the checkpoint
+                run.hand_over(old, new)
+        self.runs[name] = run
+        return run
+
+    # ---- use of a half, without a session ----
+
+    def for_use(self, client: str, ask: pb.AskGenerate) -> ServedRun:
+        """The run whose half a client generates with, opened if it is not in memory: a named one, or its newest.
+
+        Runs in the compute thread. Nothing of the run changes.
+
+        Raises:
+            WireError: if the request is malformed. HandshakeError: if there is no such run, or the halves do not fit.
+            AccessError: if the client takes no part in the run.
+            LimitError: if this server is busy with other runs.
+        """
+        if ask.protocol != PROTOCOL:
+            raise HandshakeError(
+                f"this server speaks protocol {PROTOCOL}, the client {ask.protocol}; install the same version of hosl "
+                "on both sides"
+            )
+        name = self._named(client, ask)
+        run = self.runs.get(name)
+        if run is not None and (name == BASE and run.model.dtype != ask.model.dtype):
+            self._forget(run)
+            run = None
+        if run is None:
+            stored = _stored_handshake(self._folder / name) or {}
+            model = ParseDict(stored["model"], pb.Model()) if stored else ask.model
+            training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
+            check_same_halves(model, ask.model)
+            self._make_room()
+            run = self._opened(name, model, training)
+        check_same_halves(run.model, ask.model)
+        return run
+
+    @contextmanager
+    def in_use(self, run: ServedRun) -> Iterator[None]:
+        """Keep a run in memory while a text goes on in its half."""
+        self._used[run.name] += 1
+        try:
+            yield
+        finally:
+            self._used[run.name] -= 1
+
+    def _named(self, client: str, ask: pb.AskGenerate) -> str:
+        """The name of the run that a client asks for."""
+        stored = {
+            name: told.get("clients", [told["first_client"]])
+            for name, told in stored_runs(self._folder)
+            if told is not None
+        }
+        mine = [name for name, clients in stored.items() if client in clients]
+        if ask.base:
+            return BASE
+        if not ask.run:
+            return max(mine, key=self._changed_s, default=BASE)
+        if ask.run not in stored:
+            raise HandshakeError(
+                f"no run is called {ask.run[:80]!r} here; those of client {client} are {', '.join(mine) or 'none'}"
+            )
+        if client not in stored[ask.run]:
+            raise AccessError(
+                f"client {client} takes no part in run {ask.run}, which is of {', '.join(stored[ask.run])}; use the "
+                "join line of one of these"
+            )
+        return ask.run
+
+    def _changed_s(self, name: str) -> float:
+        """The time of a run's newest checkpoint, or of its last call in this process if that is later."""
+        folder = newest_checkpoint(self._folder / name / "checkpoints") or self._folder / name
+        silent_s = time.monotonic() - self._heard_s.get(name, float("-inf"))
+        return max(folder.stat().st_mtime, time.time() - silent_s)
 
     def _make_room(self) -> None:
         """Save and drop runs that are finished, or whose clients have left or were not heard of, until one more fits.
@@ -213,7 +298,14 @@ class Sessions:
         A run that was dropped from memory is found on disk by the next Hello.
         """
         while len(self.runs) >= self._runs_at_once:
-            left = next((run for run in self.runs.values() if run.finished or self._is_left(run)), None)
+            left = next(
+                (
+                    run
+                    for run in self.runs.values()
+                    if not self._used[run.name] and (run.finished or self._is_left(run))
+                ),
+                None,
+            )
             if left is None:
                 busy = ", ".join(
                     f"{run.name} ({', '.join(self.clients_of(run))})" for run in self.runs.values()
@@ -258,6 +350,21 @@ class Sessions:
             )
 
 
+def check_same_halves(ours: pb.Model, theirs: pb.Model) -> None:
+    """Refuse a client half of another split; its dtype may be another.
+
+    Raises:
+        HandshakeError: naming the first difference with both values.
+    """
+    for name in ("family", "cut", "base_digest", "client_digest", "server_digest", "labels"):
+        mine, other = str(getattr(ours, name))[:16], str(getattr(theirs, name))[:16]
+        if getattr(ours, name) != getattr(theirs, name):
+            raise HandshakeError(
+                f"the halves do not fit: {name} is {mine} on the server and {other} on the client; use both folders of "
+                "one `hosl split`"
+            )
+
+
 def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any] | None]]:
     """Name and handshake of every run below the folder `runs` of a service, by name; None: the file is damaged."""
     names = sorted(path.name for path in folder.glob("*") if _RUN_NAME.fullmatch(path.name))
@@ -270,6 +377,15 @@ def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any] | None]]:
         else:
             runs += [] if stored is None else [(name, stored)]
     return runs
+
+
+def stored_handshake(folder: Path, name: str) -> dict[str, Any] | None:
+    """The handshake of the run of this name below the folder `runs` of a service; None: there is no such run.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    return _stored_handshake(folder / name) if _RUN_NAME.fullmatch(name) else None
 
 
 def drop_run(folder: Path, name: str) -> None:

@@ -36,6 +36,11 @@ class Status:
         self._loss = Gauge("hosl_loss_nats", "Last training loss", ["run"], registry=self.registry)
         self._queue = Gauge("hosl_queue", "Pieces of work that wait", registry=self.registry)
         self._running = Gauge("hosl_calls_running", "Calls under way", registry=self.registry)
+        self._texts = Gauge("hosl_texts_running", "Texts being generated", registry=self.registry)
+        self._cache = Gauge("hosl_cache_bytes", "Bytes of their keys and values", registry=self.registry)
+        self._generated = Counter(
+            "hosl_generated_tokens", "Tokens answered in texts", ["run", "client"], registry=self.registry
+        )
         self._log = log or _to_stderr
         self._lock = threading.Lock()
         self._clients: dict[str, dict[str, Any]] = {}
@@ -59,6 +64,37 @@ class Status:
             facts["last_seen"] = time.time()
         with self._running.track_inprogress():
             yield
+
+    @contextmanager
+    def text(self, client: str, run: ServedRun) -> Iterator[Callable[[float, int], None]]:
+        """Count one text that is generated, and log its begin and its end.
+
+        The function that it gives is told of each token: the seconds of compute, and the bytes of the text's cache.
+        """
+        tokens = held_bytes = most_bytes = 0
+
+        def hold(size_bytes: int) -> None:
+            nonlocal held_bytes
+            change, held_bytes = size_bytes - held_bytes, size_bytes
+            self._cache.inc(change)
+            with self._lock:
+                facts = self._clients[client]
+                facts["cache_bytes"] = facts.get("cache_bytes", 0) + change
+
+        def count(seconds: float, size_bytes: int) -> None:
+            nonlocal tokens, most_bytes
+            tokens, most_bytes = tokens + 1, max(most_bytes, size_bytes)
+            hold(size_bytes)
+            self._generated.labels(run.shown, client).inc()
+            self._seconds.labels(run.shown).inc(seconds)
+
+        self.line("generate", client=client, run=run.shown, step=run.server_step)
+        with self._texts.track_inprogress():
+            try:
+                yield count
+            finally:
+                hold(0)
+                self.line("generated", client=client, run=run.shown, tokens=tokens, cache_bytes=most_bytes)
 
     def transferred(self, client: str, *, up: int, down: int) -> None:
         """Count the message bytes of a client's call since the last count."""
@@ -142,13 +178,18 @@ class Status:
                 for name, facts in self._runs.items()
             }
             clients = {name: dict(facts) for name, facts in self._clients.items()}
-        queue_lengths = [sample.value for metric in self._queue.collect() for sample in metric.samples]
+        queue, texts, cache_bytes = (
+            next(sample.value for metric in gauge.collect() for sample in metric.samples)
+            for gauge in (self._queue, self._texts, self._cache)
+        )
         return {
             "started": self.started,
             "now": time.time(),
             "runs": runs,
             "clients": clients,
-            "queue": queue_lengths[0],
+            "queue": queue,
+            "texts": texts,
+            "cache_bytes": cache_bytes,
         }
 
 

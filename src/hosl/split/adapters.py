@@ -19,11 +19,15 @@ ADAPTER = "default"
 def set_trainable(half: Half, which: Literal["all", "blocks", "last-block", "none"]) -> None:
     """Choose a half's trained weights; `blocks` leaves embeddings (and their norms) and the head frozen.
 
+    What both halves have (`Half.shared`) stays frozen always: two copies of one tensor could not be put together again.
+
     `last-block` is for a client half: it trains block cut - 1, or nothing where there is no block.
     """
     prefix = f"{half.blocks_name}." + (f"{half.cut - 1}." if which == "last-block" else "")
+    shared = tuple(f"{name}." for name in half.shared)
     for name, p in half.named_parameters():
-        p.requires_grad_(which == "all" or (which != "none" and name.startswith(prefix)))
+        chosen = which == "all" or (which != "none" and name.startswith(prefix))
+        p.requires_grad_(chosen and not name.startswith(shared))
 
 
 def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None = None) -> None:
@@ -74,7 +78,7 @@ def lora_layers(half: Half) -> dict[str, Any]:
 
 def _target_modules(half: Half, spec: LoraSpec) -> set[str]:
     """The full names of the modules to adapt: those in the blocks whose last part is one of the targets."""
-    targets = set(spec.target_modules or _default_targets(half.family))
+    targets = set(spec.target_modules or _default_targets(half))
     in_block = re.compile(re.escape(half.blocks_name) + r"\.\d+\.")
     modules = {
         name
@@ -94,12 +98,14 @@ def _target_modules(half: Half, spec: LoraSpec) -> set[str]:
     return modules
 
 
-def _default_targets(family: str) -> list[str]:
+def _default_targets(half: Half) -> list[str]:
+    """peft's choice for the architecture; where it has none, as it chooses elsewhere: queries and values."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as MAPPING
 
-    if family not in MAPPING:
-        raise ConfigError(f"lora.target_modules: peft has no default for {family}; name the modules to adapt")
-    return list(MAPPING[family])
+    if half.family in MAPPING:
+        return list(MAPPING[half.family])
+    query = half.query.rpartition(".")[2]
+    return [query, query.replace("query", "value", 1), re.sub("^q_", "v_", query)]
 
 
 def _peft() -> Any:

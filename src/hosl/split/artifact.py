@@ -24,10 +24,11 @@ from hosl.split.halves import ClientHalf, ServerHalf, check_cut, cut_to_client_,
 from hosl.split.reading.config_json import read_config
 from hosl.split.reading.half_json import read_half_json
 from hosl.split.reading.loading import open_pretrained
-from hosl.split.reading.model_folder import checkpoint_digest, resolve_model_folder
+from hosl.split.reading.model_folder import resolve_model_folder
 from hosl.split.reading.skeleton import fill_, skeleton, tied_names
 from hosl.split.reading.tensors import tensors_digest, write_tensors
 from hosl.split.reading.tokenizer import transformers_tokenizer
+from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_
 from hosl.system.atomic import whole_folder
 
@@ -88,7 +89,7 @@ def split_folder(
     """
     name = str(model)
     folder = resolve_model_folder(name)
-    config, whole, family, weights = open_pretrained(
+    config, whole, family, weights, notes = open_pretrained(
         name, folder, head=head, num_labels=num_labels, seed=seed
     )
     check_cut(family, whole, cut)
@@ -116,7 +117,7 @@ def split_folder(
         if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
             transformers_tokenizer(folder).save(str(partial / "client" / "tokenizer.json"))
     client_bytes = sizes["client"] + sizes.get("head", 0)
-    return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], weights.notes)
+    return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], notes)
 
 
 def load_half(folder: str | Path, dtype: torch.dtype | None = None) -> ClientHalf | ServerHalf | TrunkHalf:
@@ -151,6 +152,54 @@ def load_head(folder: str | Path, client_half: ClientHalf, dtype: torch.dtype | 
         )
     model, family = _load_piece(Path(folder), facts, "head", dtype, tied_to=client_half)
     return HeadHalf(model, family, facts["cut"])
+
+
+def blank_half(
+    folder: str | Path, piece: Piece, dtype: torch.dtype | None = None
+) -> ClientHalf | ServerHalf | TrunkHalf:
+    """A piece of a split model without memory, by the config.json and half.json of either side's folder.
+
+    Raises:
+        ModelError: if the folder is no half.
+    """
+    facts = _facts(Path(folder))
+    config = read_config(Path(folder), str(folder))
+    model, family = _piece(
+        config, facts["head"], piece, facts["cut"], facts["labels"], dtype or torch.float32
+    )
+    of_server = TrunkHalf if facts["labels"] == "client" else ServerHalf
+    kind = {"client": ClientHalf, "server": of_server, "head": HeadHalf}[piece]
+    return kind(model, family, facts["cut"])
+
+
+def server_half_of(
+    folder: str | Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> ServerHalf | TrunkHalf:
+    """The server's half from its tensors by name, which came from the server; else as `load_half`.
+
+    Args:
+        folder: the client's folder of the same split.
+        tensors: all of the half, and no other.
+        dtype: as in `load_half`.
+
+    Raises:
+        ModelError: if the folder is no half, or the tensors are not those of the other one.
+    """
+    half: Any = blank_half(folder, "server", dtype)
+    wrong = half.state_dict().keys() ^ tensors.keys()
+    if wrong:
+        raise ModelError(
+            f"the server's half of {folder} has other tensors, such as {min(wrong)}; split again"
+        )
+    fill_(half.model, tensors if dtype is None else {name: t.to(dtype) for name, t in tensors.items()})
+    return half
+
+
+def client_elements(folder: str | Path) -> int:
+    """The number of the elements of all tensors that the client's side of a split model has."""
+    pieces: list[Piece] = ["client", "head"] if _facts(Path(folder))["labels"] == "client" else ["client"]
+    halves = [blank_half(folder, piece) for piece in pieces]
+    return sum(tensor.numel() for half in halves for tensor in half.state_dict().values())
 
 
 def _facts(folder: Path) -> dict[str, Any]:

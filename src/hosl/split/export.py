@@ -1,20 +1,25 @@
 """Two halves -> one ordinary Hugging Face checkpoint, or a PEFT adapter, that load without hosl."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from hosl.errors import ConfigError
 from hosl.split.adapters import ADAPTER, lora_layers
-from hosl.split.halves import ClientHalf, ServerHalf
+from hosl.split.halves import ClientHalf, Half, ServerHalf
 from hosl.split.reading.skeleton import tied_names
+from hosl.split.structure import submodule
+from hosl.split.u_shape import HeadHalf, TrunkHalf
 from hosl.system.atomic import whole_folder
 from hosl.system.own_files import is_own
+from hosl.system.readable import readable_bytes
 
 _LEFT_BEHIND = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".npz",
@@ -22,17 +27,55 @@ _LEFT_BEHIND = frozenset({
     ".parquet", ".arrow",
 })  # fmt: skip
 """The endings of files of a model's folder that an export does not carry."""
+_OF_A_HALF = "half.json"
+"""What `hosl split` writes of a half beside the model's own files."""
 _CARRIED = ("*", "additional_chat_templates/*", "[0-9]_*/*")  # the last: modules of sentence-transformers
+
+
+def export_model(
+    client_half: ClientHalf,
+    server_half: ServerHalf | TrunkHalf,
+    out: Path,
+    *,
+    folder: Path,
+    base: str | None,
+    say: Callable[[str], None],
+    command: str = "hosl export",
+    labels: Sequence[str] | None = None,
+    tie: Literal["embedding", "head"] | None = None,
+    head_half: HeadHalf | None = None,
+) -> None:
+    """Write `out` as `export_checkpoint` does; adapters also on their own, as `out`/adapter. All of it or nothing.
+
+    Args and errors are those of `export_checkpoint` and `export_adapter`; `say` is called with lines for a person, in
+    which `command` is the command to give.
+    """
+    with whole_folder(out) as partial:
+        grown_bytes = _write(
+            client_half, server_half, partial, folder=folder, labels=labels, tie=tie, head_half=head_half
+        )
+        if grown_bytes:
+            say(
+                f"head and embeddings were one tensor and differ now: {out} is {readable_bytes(grown_bytes)} larger "
+                f"than the model; `{command} --tie embedding` or `--tie head` keeps one of the two"
+            )
+        if not (lora_layers(client_half) or lora_layers(server_half)):
+            return
+        try:
+            export_adapter(client_half, server_half, partial / "adapter", base=base, head_half=head_half)
+        except ConfigError as reason:
+            say(f"no adapter beside the model: {reason}")
 
 
 def export_checkpoint(
     client_half: ClientHalf,
-    server_half: ServerHalf,
+    server_half: ServerHalf | TrunkHalf,
     out: Path,
     *,
     folder: Path | None = None,
     labels: Sequence[str] | None = None,
     tie: Literal["embedding", "head"] | None = None,
+    head_half: HeadHalf | None = None,
 ) -> int:
     """Write `out`: config, safetensors and tokenizer of the whole model; adapters are merged into their weights.
 
@@ -45,6 +88,7 @@ def export_checkpoint(
         folder: the model's folder; all that it holds beside weights is copied. None: nothing is.
         labels: the names of the classes, in order.
         tie: the one of a tied model's two copies that stands for both, whatever training made of the other.
+        head_half: the client's head, where the labels stay with it and `server_half` is a trunk.
 
     Returns:
         The bytes by which the model has grown: those of a head that was tied and is so no more.
@@ -52,15 +96,32 @@ def export_checkpoint(
     Raises:
         ConfigError: if the client half is low-precision: its original weights are gone. Or if `tie` is asked of a model
             that is not tied.
-        FolderError: if `out` exists and is not empty.
-        FailureError: if the disk is full or cannot be written.
+        FolderError, FailureError: if `out` exists and is not empty, or cannot be written.
     """
+    with whole_folder(out) as partial:
+        return _write(
+            client_half, server_half, partial, folder=folder, labels=labels, tie=tie, head_half=head_half
+        )
+
+
+def _write(
+    client_half: ClientHalf,
+    server_half: ServerHalf | TrunkHalf,
+    out: Path,
+    *,
+    folder: Path | None,
+    labels: Sequence[str] | None,
+    tie: Literal["embedding", "head"] | None,
+    head_half: HeadHalf | None,
+) -> int:
+    """Fill the folder `out`; see `export_checkpoint`."""
     if client_half.hidden_dtype is not None:
         raise ConfigError(
             "a low-precision client half no longer has the weights of the model; `hosl export` puts its adapters on "
             "the original ones, export_adapter writes them alone"
         )
     tensors = merged_tensors(client_half) | merged_tensors(server_half)
+    tensors |= {} if head_half is None else merged_tensors(head_half)
     config = deepcopy(server_half.config)
     config.architectures = [type(server_half.model).__name__]
     if labels is not None:
@@ -80,15 +141,28 @@ def export_checkpoint(
         else:
             config.tie_word_embeddings = False
             grown_bytes += tensors[head].nbytes
-    with whole_folder(out) as partial:
-        config.save_pretrained(partial)
-        safetensors.torch.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        copy_companions(folder, partial)
+    config.save_pretrained(out)
+    stored = _as_stored(server_half.model, tensors)
+    safetensors.torch.save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    copy_companions(folder, out)
     return grown_bytes
 
 
+def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as checkpoints hold them: a layer's experts one by one, which transformers joins when it reads."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if not any(isinstance(c, WeightConverter) for c in conversions):
+        return tensors
+    return {name: t.contiguous().clone() for name, t in revert_weight_conversion(model, tensors).items()}
+
+
 def export_adapter(
-    client_half: ClientHalf, server_half: ServerHalf, out: Path, *, base: str | None = None
+    client_half: ClientHalf,
+    server_half: ServerHalf | TrunkHalf,
+    out: Path,
+    *,
+    base: str | None = None,
+    head_half: HeadHalf | None = None,
 ) -> None:
     """Write all that was trained to `out` as peft does: adapters, and a classifier's head as `modules_to_save`.
 
@@ -97,19 +171,18 @@ def export_adapter(
         server_half: the server's half, trained.
         out: a folder to make.
         base: the base model's folder or hub name, by which peft's AutoPeftModel classes find it.
+        head_half: as in `export_checkpoint`.
 
     Raises:
         ConfigError: if other weights were trained too: an adapter would be another model.
         FolderError: if `out` exists and is not empty.
         FailureError: if the disk is full or cannot be written.
     """
-    import peft
-
     layers = lora_layers(client_half) | lora_layers(server_half)
-    heads = _head_modules(server_half)
-    trained = [
-        n for half in (client_half, server_half) for n, p in half.named_parameters() if p.requires_grad
-    ]
+    with_head = head_half or server_half
+    heads = _head_modules(with_head)
+    halves = (client_half, server_half, *([] if head_half is None else [head_half]))
+    trained = [n for half in halves for n, p in half.named_parameters() if p.requires_grad]
     beyond = [n for n in trained if ".lora_" not in n and not n.startswith(tuple(f"{h}." for h in heads))]
     if beyond:
         raise ConfigError(
@@ -122,13 +195,24 @@ def export_adapter(
         for matrix in ("lora_A", "lora_B")
     }
     for name in heads:
-        weights = server_half.model.get_submodule(name).named_parameters(prefix=f"base_model.model.{name}")
+        weights = with_head.model.get_submodule(name).named_parameters(prefix=f"base_model.model.{name}")
         tensors |= dict(weights)
+    config = _peft_config(layers, heads, base, "CAUSAL_LM" if server_half.head == "causal" else "SEQ_CLS")
+    with whole_folder(out) as partial:
+        config.save_pretrained(str(partial))
+        stored = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
+        safetensors.torch.save_file(stored, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft_config(layers: dict[str, Any], heads: list[str], base: str | None, task: str) -> Any:
+    """The config with which peft loads these layers' adapters and these heads."""
+    import peft
+
     ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[ADAPTER] for name, layer in layers.items()}
     first = next(iter(layers))
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM" if server_half.head == "causal" else "SEQ_CLS",
+    return peft.LoraConfig(
+        task_type=task,
         base_model_name_or_path=base,
         r=ranks[first],
         lora_alpha=alphas[first],
@@ -140,24 +224,21 @@ def export_adapter(
         lora_dropout=0.0,
         inference_mode=True,
     )
-    with whole_folder(out) as partial:
-        config.save_pretrained(str(partial))
-        stored = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
-        safetensors.torch.save_file(stored, partial / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _head_modules(half: ServerHalf) -> list[str]:
+def _head_modules(half: ServerHalf | TrunkHalf) -> list[str]:
     """The modules of a classifier's head to save whole: its own, which peft always saves, and a trained pooler."""
     if half.head == "causal":
         return []
+    modules = {name: submodule(half.model, name) for name in half.head_names}
     return [
         name
-        for name in half.head_names
-        if "." not in name or any(p.requires_grad for p in half.model.get_submodule(name).parameters())
+        for name, module in modules.items()
+        if module is not None and ("." not in name or any(p.requires_grad for p in module.parameters()))
     ]
 
 
-def merged_tensors(half: ClientHalf | ServerHalf) -> dict[str, torch.Tensor]:
+def merged_tensors(half: Half) -> dict[str, torch.Tensor]:
     """Copies of a half's tensors under their names in the whole model, with the adapters added to their weights."""
     layers = lora_layers(half)
     merged = {}
@@ -192,6 +273,7 @@ def copy_companions(folder: Path | None, out: Path) -> None:
 def _is_left_behind(name: str) -> bool:
     return (
         name.startswith((".", "adapter_"))
+        or name == _OF_A_HALF
         or name.endswith(".index.json")
         or Path(name).suffix in _LEFT_BEHIND
     )

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from hosl.errors import SplitError
-from hosl.split.families import Family, Head, family_of
+from hosl.split.caches import HalfCache
+from hosl.split.families import Family, Head
 from hosl.split.reading.config_json import PLAIN_CALLS
 from hosl.split.stand_ins import PassThrough, stand_in
+from hosl.split.structure import family_for, submodule
 from hosl.system.model_limits import scaling_limit
 
 
@@ -28,6 +30,13 @@ class Half:
         """The Hugging Face config of the whole model, as it is written; `model.config` is that of the calls."""
         self.cut = cut
         self._family = family
+        for name in family.shared:
+            if (module := submodule(model, name)) is not None:
+                module.requires_grad_(False)
+        for block in model.get_submodule(family.blocks):
+            for name in family.alone:
+                if not isinstance(block, PassThrough):
+                    block.get_submodule(name).one_evaluation_at_a_time = True
         self.eval()
 
     @property
@@ -51,13 +60,26 @@ class Half:
         return self._family.blocks
 
     @property
-    def output_projections(self) -> tuple[str, str]:
-        """The layers of a block whose outputs are added to the residual stream, by their names within the block."""
+    def shared(self) -> tuple[str, ...]:
+        """The modules outside the blocks that each half has and neither trains, by their dotted names."""
+        return self._family.shared
+
+    @property
+    def output_projections(self) -> tuple[str, ...]:
+        """The layers of a block whose outputs are added to the residual stream, by their names within the block.
+
+        Raises:
+            SplitError: if they are not known, as where the architecture has no row in `hosl.split.families`.
+        """
+        if not self._family.output_projections:
+            raise _unknown(self.family, "the layers of a block that write to the residual stream")
         return self._family.output_projections
 
     @property
     def query(self) -> str:
-        """The layer of a block that computes the queries, by its name within the block."""
+        """The layer of a block that computes the queries, by its name within the block; errors as above."""
+        if self._family.query is None:
+            raise _unknown(self.family, "a layer of a block that computes the tokens' queries alone")
         return self._family.query
 
     @property
@@ -67,8 +89,30 @@ class Half:
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         if self._family.query_place == "by head":
-            return torch.arange(heads * 3 * size).view(heads, 3, size)[:, 0].flatten()
+            groups = getattr(config, "num_kv_heads", None) or heads
+            if getattr(config, "multi_query", False) and not getattr(
+                config, "new_decoder_architecture", False
+            ):
+                groups = 1
+            in_group = heads // groups
+            places = torch.arange(groups * (in_group + 2) * size)
+            return places.view(groups, in_group + 2, size)[:, :in_group].flatten()
         return torch.arange(heads * size)
+
+    @property
+    def own_blocks(self) -> range:
+        """The indices of this side's blocks."""
+        return range(self.cut, len(self.model.get_submodule(self._family.blocks)))
+
+    def new_cache(self) -> HalfCache:
+        """An empty cache, for calls that go on with one text."""
+        return HalfCache(self.config, self.own_blocks)
+
+    def _keeping(self, cache: HalfCache | None) -> dict[str, Any]:
+        """The options of HF's forward about the cache."""
+        if not self._family.is_decoder:
+            return {}
+        return {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache.states}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This side's parameters by their names in the whole model."""
@@ -117,12 +161,20 @@ class ClientHalf(Half):
     hidden_dtype: torch.dtype | None = None
     """The dtype of the returned hidden state; None: as computed. A low-precision base keeps the dtype of the model."""
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    @property
+    def own_blocks(self) -> range:
+        """The indices of this side's blocks."""
+        return range(self.cut)
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: HalfCache | None = None
+    ) -> torch.Tensor:
         """The hidden state at the cut, h = f_c(x).
 
         Args:
             input_ids: [rows, seq], int64.
-            attention_mask: [rows, seq], int64; 0 is padding, on either side.
+            attention_mask: [rows, seq], int64; 0 is padding, on either side. With a cache: of its tokens too.
+            cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
             The hidden state [rows, seq, width] in the weights' dtype, or in `hidden_dtype`.
@@ -130,14 +182,17 @@ class ClientHalf(Half):
         Raises:
             SplitError: if the rows are so long that rotary scaling would make them depend on each other.
         """
-        check_row_length(self.config, input_ids.shape[1])
+        check_row_length(self.config, attention_mask.shape[1])
         base = getattr(self.model, self.model.base_model_prefix)
-        options: dict[str, Any] = {} if self._family.head == "classification" else {"use_cache": False}
+        options = self._keeping(cache)
         if self._family.positions_from_mask:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            seen = attention_mask.shape[1] - input_ids.shape[1]
+            places = torch.arange(seen, attention_mask.shape[1], device=input_ids.device)
             # from a row's first token on: the argmax of its mask
             options["position_ids"] = (places - attention_mask.argmax(-1, keepdim=True)).clamp(min=0)
         h = base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        if cache is not None:
+            cache.advance_(input_ids.shape[1])
         return h if self.hidden_dtype is None else h.to(self.hidden_dtype)
 
 
@@ -145,7 +200,11 @@ class ServerHalf(Half):
     """Blocks cut..n-1 and the head. `server_half(hidden, attention_mask)` is the logits."""
 
     def __call__(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: HalfCache | None = None,
     ) -> torch.Tensor:
         """The logits, f_s(h).
 
@@ -153,16 +212,30 @@ class ServerHalf(Half):
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64, the same as the client's.
             positions: [positions], int64; the positions of the logits, for a causal model. None: all.
+            cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
             Logits: [rows, classes], or [rows, seq or positions, vocabulary].
         """
-        options: dict[str, Any] = {}
-        if self._family.head == "causal":
-            options["use_cache"] = False
-            if positions is not None:
-                options["logits_to_keep"] = positions
-        return self.model(inputs_embeds=hidden, attention_mask=attention_mask, **options).logits
+        options = self._keeping(cache)
+        if self._family.pools_last_token:
+            # transformers would look for padding in ids, which a server does not have
+            base = getattr(self.model, self.model.base_model_prefix)
+            states = base(inputs_embeds=hidden, attention_mask=attention_mask, **options).last_hidden_state
+            return at_last_token(self.model.score(states), attention_mask)
+        if positions is not None and self._family.head == "causal":
+            options["logits_to_keep"] = positions
+        logits = self.model(inputs_embeds=hidden, attention_mask=attention_mask, **options).logits
+        if cache is not None:
+            cache.advance_(hidden.shape[1])
+        return logits
+
+
+def at_last_token(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """[rows, features], the values [rows, seq, features] at each row's last token that is no padding."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (places * (attention_mask != 0)).argmax(-1)
+    return values[torch.arange(len(values), device=values.device), last.to(values.device)]
 
 
 def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:
@@ -173,20 +246,25 @@ def split_model(model: Any, cut: int) -> tuple[ClientHalf, ServerHalf]:
     from the same start. Dropout is off in both halves (`eval`).
 
     Args:
-        model: a `...ForCausalLM` or `...ForSequenceClassification` of a known family.
+        model: a `...ForCausalLM` or `...ForSequenceClassification` of a known family, or of one that can be cut by its
+            structure.
         cut: 0 (only the embeddings on the client) to n (only the head on the server).
 
     Raises:
         SplitError: if the family is unknown, or the cut is outside 0..n.
     """
-    family = family_of(model.config, type(model).__name__)
+    return halves_of(model, family_for(model), cut)
+
+
+def halves_of(model: Any, family: Family, cut: int) -> tuple[ClientHalf, ServerHalf]:
+    """The two halves of a model whose family is known already; errors as of `split_model`."""
     check_cut(family, model, cut)
     client_model, server_model = (
         deepcopy(model, {id(p): p for p in model.parameters()}) for _ in ("client", "server")
     )
     cut_to_client_(client_model, family, cut)
     cut_to_server_(server_model, family, cut)
-    _separate_ties_(client_model, server_model)
+    separate_ties_(client_model, server_model)
     return ClientHalf(client_model, family, cut), ServerHalf(server_model, family, cut)
 
 
@@ -206,11 +284,14 @@ def check_row_length(config: Any, tokens: int) -> None:
 
 
 def check_cut(family: Family, model: Any, cut: int) -> None:
-    """Refuse a cut outside the model.
+    """Refuse a cut outside the model, and a model with modules that no cut allows.
 
     Raises:
-        SplitError: saying how many blocks there are.
+        SplitError: saying how many blocks there are, or what stands in the way.
     """
+    for name, reason in family.cannot.items():
+        if submodule(model, name) is not None:
+            raise SplitError(f"cannot cut this {family.model_type}: its config adds {name}, {reason}")
     n = len(model.get_submodule(family.blocks))
     if not 0 <= cut <= n:
         raise SplitError(
@@ -222,7 +303,8 @@ def check_cut(family: Family, model: Any, cut: int) -> None:
 def cut_to_client_(model: Any, family: Family, cut: int) -> None:
     """Take away, in place, what the server owns."""
     blocks = model.get_submodule(family.blocks)
-    _replace_(model, family.blocks, nn.ModuleList(blocks[:cut]))
+    kept = list(blocks[:cut]) or ([_passing(blocks[0], family)] if family.needs_a_block else [])
+    _replace_(model, family.blocks, nn.ModuleList(kept))
     for name, kind in family.server_only.items():
         _replace_(model, name, stand_in(kind))
 
@@ -230,16 +312,14 @@ def cut_to_client_(model: Any, family: Family, cut: int) -> None:
 def cut_to_server_(model: Any, family: Family, cut: int) -> None:
     """Take away, in place, what the client owns."""
     blocks = model.get_submodule(family.blocks)
-    _replace_(model, family.blocks, nn.ModuleList([PassThrough() for _ in range(cut)] + list(blocks[cut:])))
+    passing = [_passing(block, family) for block in blocks[:cut]]
+    _replace_(model, family.blocks, nn.ModuleList(passing + list(blocks[cut:])))
     for name, kind in family.client_only.items():
         _replace_(model, name, stand_in(kind))
 
 
-def _replace_(model: Any, name: str, module: nn.Module | None) -> None:
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    if getattr(owner, child) is not None:  # OPT has no project_in when the widths agree
-        setattr(owner, child, module)
+def _passing(block: nn.Module, family: Family) -> nn.Module:
+    return PassThrough(block, returns_tuple=family.blocks_return_tuples)
 
 
 def _settle_calls_(model: Any) -> Any:
@@ -259,7 +339,20 @@ def _settle_calls_(model: Any) -> Any:
     return written
 
 
-def _separate_ties_(client_model: nn.Module, server_model: nn.Module) -> None:
+def _replace_(model: Any, name: str, value: nn.Module | float | None) -> None:
+    if submodule(model, name) is not None:  # OPT has no project_in when the widths agree
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, value)
+
+
+def _unknown(family: str, what: str) -> SplitError:
+    return SplitError(
+        f"this method moves {what}, which hosl does not know of {family}; choose one that moves all weights, such as "
+        "hosl or hosl-gradient"
+    )
+
+
+def separate_ties_(client_model: nn.Module, server_model: nn.Module) -> None:
     """Give the server's model copies of the parameters that it shares with the client's."""
     clients = {id(p) for p in client_model.parameters()}
     for module in server_model.modules():

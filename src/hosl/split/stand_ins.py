@@ -11,9 +11,17 @@ from hosl.split.families import StandIn
 class PassThrough(nn.Module):
     """A block of the other half: returns its input. It keeps the indices of later blocks, and so their names."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The hidden state, unchanged."""
-        return hidden_states
+    def __init__(self, block: nn.Module, *, returns_tuple: bool) -> None:
+        """Stand for `block`; its plain attributes stay, since some models choose a block's mask by one."""
+        super().__init__()
+        facts = {k: v for k, v in vars(block).items() if isinstance(v, str | int | float) and k[0] != "_"}
+        self.__dict__.update(facts)
+        self.eval()
+        self._returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The hidden state, unchanged; alone, or before what would be the attention's weights."""
+        return (hidden_states, None) if self._returns_tuple else hidden_states
 
 
 class ZeroPositions(nn.Module):
@@ -40,8 +48,8 @@ class GivenEmbeddings(nn.Module):
         return hidden
 
 
-def stand_in(kind: StandIn) -> nn.Module | None:
-    """A new stand-in of a kind; None for the kind `none`."""
+def stand_in(kind: StandIn) -> nn.Module | float | None:
+    """A new stand-in of a kind; None for the kind `none`, a number for a number: what the other side has done."""
     match kind:
         case "none":
             return None
@@ -51,3 +59,7 @@ def stand_in(kind: StandIn) -> nn.Module | None:
             return ZeroPositions()
         case "inputs_embeds":
             return GivenEmbeddings()
+        case "one":
+            return 1.0
+        case "zero":
+            return 0.0

@@ -11,30 +11,52 @@ from typing import Any
 
 import torch
 
-from hosl.split.families import Family, family_of
-from hosl.split.halves import ClientHalf, Half, ServerHalf, check_cut, cut_to_client_, cut_to_server_
+from hosl.errors import SplitError
+from hosl.split.caches import HalfCache
+from hosl.split.families import Family
+from hosl.split.halves import (
+    ClientHalf,
+    Half,
+    ServerHalf,
+    at_last_token,
+    check_cut,
+    cut_to_client_,
+    cut_to_server_,
+    separate_ties_,
+)
+from hosl.split.structure import family_for
 
 
 class TrunkHalf(Half):
     """Blocks cut..n-1 and nothing after them. `trunk(hidden, attention_mask, positions)` is the last block's states."""
 
     def __call__(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: HalfCache | None = None,
     ) -> torch.Tensor:
         """The states at the scored positions.
 
         Args:
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64.
-            positions: [positions], int64, of every row, 0 for a classification head; or [rows, seq], bool, of each row
+            positions: [positions], int64, of every row; for a classification head [0], which stands for the token that
+                it reads: the first, or with a decoder each row's last by the mask. Or [rows, seq], bool, of each row
                 its own.
+            cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
             [rows, positions, width]; of each row its own: [1, scored, width], row by row.
         """
         base = getattr(self.model, self.model.base_model_prefix)
-        options = {} if self._family.head == "classification" else {"use_cache": False}
+        options = self._keeping(cache)
         states = base(inputs_embeds=hidden, attention_mask=attention_mask, **options).last_hidden_state
+        if cache is not None:
+            cache.advance_(hidden.shape[1])
+        if self._family.pools_last_token:
+            return at_last_token(states, attention_mask)[:, None]
         return states[positions][None] if positions.dtype == torch.bool else states[:, positions]
 
 
@@ -46,6 +68,7 @@ class HeadHalf(ServerHalf):
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        cache: HalfCache | None = None,
     ) -> torch.Tensor:
         """The logits of a trunk's states.
 
@@ -53,13 +76,14 @@ class HeadHalf(ServerHalf):
             hidden: the states [rows, positions, width].
             attention_mask: [rows, positions], int64. No block is left that reads it, so None will do.
             positions: [positions], int64; the states to take, for a causal model. None: all.
+            cache: as of `ServerHalf`; no block is left that would read it.
 
         Returns:
             Logits: [rows, classes], or [rows, positions, vocabulary].
         """
         if attention_mask is None:
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return super().__call__(hidden, attention_mask, positions)
+        return super().__call__(hidden, attention_mask, positions, cache)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The logits [rows, classes] or [rows, positions, vocabulary] of the states [rows, positions, width]."""
@@ -71,7 +95,7 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
 
     The logits are bit for bit those of the whole model at the scored positions, except with OPT's `project_out`: the
     whole model multiplies every position by it, the head only the scored ones, and a matrix product of fewer rows may
-    round differently. Dropout is off in all three (`eval`).
+    round differently; so does a decoder's `score`. Dropout is off in all three (`eval`).
 
     Args:
         model: as for `split_model`.
@@ -80,12 +104,13 @@ def split_u_shape(model: Any, cut: int) -> tuple[ClientHalf, TrunkHalf, HeadHalf
     Raises:
         SplitError: if the family is unknown, or the cut is outside 0..n.
     """
-    family = family_of(model.config, type(model).__name__)
+    family = family_for(model)
     check_cut(family, model, cut)
     pieces = [deepcopy(model, {id(p): p for p in model.parameters()}) for _ in range(3)]
     cut_to_client_(pieces[0], family, cut)
     cut_to_trunk_(pieces[1], family, cut)
     cut_to_head_(pieces[2], family)
+    separate_ties_(pieces[0], pieces[1])  # of shared modules: each piece has its own
     return (
         ClientHalf(pieces[0], family, cut),
         TrunkHalf(pieces[1], family, cut),
@@ -110,5 +135,14 @@ def cut_to_trunk_(model: Any, family: Family, cut: int) -> None:
 
 
 def cut_to_head_(model: Any, family: Family) -> None:
-    """Take away, in place, everything before the final norm."""
+    """Take away, in place, everything before the final norm.
+
+    Raises:
+        SplitError: if the head reads every token, of which the trunk sends only the scored ones.
+    """
+    if getattr(model.config, "classifier_pooling", "cls") == "mean":
+        raise SplitError(
+            f"labels at the client: the head of this {family.model_type} averages over all tokens "
+            "(classifier_pooling: mean), and the server sends back one of each row; leave the labels with the server"
+        )
     cut_to_server_(model, family, len(model.get_submodule(family.blocks)))

@@ -2,10 +2,18 @@
 
 import ctypes
 import sys
+from contextlib import suppress
 
 _M_MMAP_THRESHOLD = -3
 """The number of this parameter in glibc's malloc.h."""
 _THRESHOLD_BYTES = 1 << 17
+
+
+def trim() -> None:
+    """Give what is free in the allocator's heap back to the system; with other C libraries than glibc, do nothing."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def return_freed_memory() -> bool:

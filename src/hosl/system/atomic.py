@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from hosl.errors import FailureError, FolderError
 
@@ -49,6 +50,38 @@ def whole_folder(out: Path) -> Iterator[Path]:
         ) from cause
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def whole_lines(out: Path) -> Iterator[TextIO]:
+    """Yield a text file to write; it is renamed to `out` at the end of the context, or deleted if the context fails.
+
+    Raises:
+        FolderError: if `out` exists, or its folder does not.
+        FailureError: if the disk is full or cannot be written.
+    """
+    if os.path.lexists(out):
+        raise FolderError(f"{out} exists; nothing is overwritten: choose another name, or remove it")
+    if not out.parent.is_dir():
+        raise FolderError(f"{out}: there is no folder {out.parent}; make it, or choose another name")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.lexists(out):
+            raise FolderError(f"{out} was made meanwhile; nothing is overwritten: choose another name")
+        partial.replace(out)
+        _flush(out.parent)
+    except OSError as cause:
+        partial.unlink(missing_ok=True)
+        raise FailureError(
+            f"{out} could not be written: {cause.strerror or cause}; nothing was left behind"
+        ) from cause
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -40,12 +40,14 @@ def limits_of(config: Mapping[str, Any]) -> ModelLimits:
         sizes = (config.get(name) for name in names)
         return next((value for value in sizes if isinstance(value, int) and value > 0), None)
 
-    positions = size("max_position_embeddings", "n_positions")
+    positions = size("max_position_embeddings", "n_positions", "max_seq_len")
     if positions and config.get("model_type") in _OFFSET_BY_PADDING:
         padding = config.get("pad_token_id")
         positions -= 1 + (1 if padding is None else padding)
     limits = [limit for limit in (positions, scaling_limit(config)) if limit]
-    return ModelLimits(min(limits, default=None), size("vocab_size"), size("hidden_size", "n_embd", "dim"))
+    return ModelLimits(
+        min(limits, default=None), size("vocab_size"), size("hidden_size", "n_embd", "d_model", "dim")
+    )
 
 
 def scaling_limit(config: Mapping[str, Any]) -> int | None:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -142,7 +143,7 @@ def new_folder(wanted: Path, config_text: str, say: Callable[[str], None]) -> Pa
         config = folder / "config.yaml"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+            shown = _shown(folder)
             if not shown:
                 whole_file(config, config_text.encode())
             elif shown != {config.name} or config.read_text(encoding="utf-8") != config_text:
@@ -150,13 +151,37 @@ def new_folder(wanted: Path, config_text: str, say: Callable[[str], None]) -> Pa
         except (FileExistsError, UnicodeDecodeError):
             number += 1
         except OSError as cause:
-            raise FolderError(
-                f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
-            ) from cause
+            raise _cannot_be_made(folder, cause) from cause
         else:
             if number > 1:
                 say(f"output_dir {wanted} is taken; this run is {folder}")
             return folder
+
+
+def writable_place(wanted: Path) -> Path:
+    """The folder in which a file beside a run can stand before `new_folder` makes the run's; it need not exist yet.
+
+    It is `wanted` itself where that is an empty folder, and else the folder around it.
+
+    Raises:
+        FolderError: if the system does not let a file be made there; nothing is left behind.
+    """
+    try:
+        place = wanted if wanted.is_dir() and not _shown(wanted) else wanted.parent
+        with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):
+            return place
+    except OSError as cause:
+        raise _cannot_be_made(wanted, cause) from cause
+
+
+def _shown(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def _cannot_be_made(folder: Path, cause: OSError) -> FolderError:
+    return FolderError(
+        f"output_dir {folder} cannot be made: {cause.strerror}; choose a folder that can be written"
+    )
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:

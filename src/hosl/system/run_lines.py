@@ -41,7 +41,7 @@ class _Timing(_Line):
     client_peak_bytes: _Amount
     server_peak_bytes: _Amount
     process_peak_bytes: _Amount = 0
-    wire_s: _Amount = 0
+    wire_s: float = 0  # below 0 where a server says that it computed longer than the device waited
     client_calls_s: dict[str, _Amount] = {}
     server_calls_s: dict[str, _Amount] = {}
 

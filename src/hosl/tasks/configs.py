@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from hosl.errors import ConfigError
+from hosl.tasks.templates import TEMPLATES, Template
 
 
 class _Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,20 +54,107 @@ class FilesConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="file
             raise ConfigError(f"task.labels needs two classes or more, got {len(self.labels)}")
 
 
-class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="prompts"):
-    """One of the paper's six tasks as prompts, candidates scored by a language model."""
+class _Options(dict[str, str]):
+    """Options in their order, which counts when two configs are compared; hashable, as settings are. Never changed."""
 
-    name: Literal["SST-2", "CB", "RTE", "WiC", "WSC", "BoolQ"]
-    """The task's name in the paper."""
-    folder: str
-    """The folder of NAME/train.jsonl and NAME/validation.jsonl, in the fields of GLUE and SuperGLUE; it may contain
-    environment variables."""
-    train_rows: int | None = 1000
-    """The number of rows from the official train split, chosen by the seed (MeZO's protocol: 1,000)."""
-    dev_rows: int | None = 500
-    """The number of other rows from the official train split; at most a third of that split."""
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and list(self.items()) == list(other.items())
+
+
+class PromptsConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="prompts"):
+    """Prompts made of your own columns, whose options a language model scores; or one of the paper's six tasks."""
+
+    template: str | None = None
+    """The prompt of a row, such as "{text}\\nSentiment:": columns in braces, a brace of the text itself twice."""
+    options: dict[str | int, str] | None = None
+    """The continuation that stands for each label, such as {negative: " negative", positive: " positive"}, the labels
+    in their order; it follows the prompt directly, its space included."""
+    name: Literal["SST-2", "CB", "RTE", "WiC", "WSC", "BoolQ"] | None = None
+    """A task of the paper, in place of template and options."""
+    folder: str | None = None
+    """The folder of a task of the paper: NAME/train.jsonl and NAME/validation.jsonl (or .parquet, or a saved dataset),
+    in the fields of GLUE and SuperGLUE; environment variables allowed."""
+    train: str | None = None
+    """The file or folder to train on, in place of `folder`; formats as in kind: files."""
+    dev: str | None = None
+    """The file or folder to choose by; default: a tenth of the training rows, by label and content hash."""
+    test: str | None = None
+    """The file or folder to report on; default: 15 % of the training rows, by label and content hash."""
+    label_column: str = "label"
+    """The column of the label: a key of `options`, or in the paper's tasks also an option's number from 0."""
+    train_rows: int | Literal["auto"] | None = "auto"
+    """The number of training rows, chosen by the seed; auto: 1000 of a `folder` (MeZO's protocol), else all."""
+    dev_rows: int | Literal["auto"] | None = "auto"
+    """The number of dev rows, chosen by content; auto: 500 of a `folder`, else all. Of a `folder` at most a
+    third of its train split."""
     test_rows: int | None = None
-    """The number of rows from the official validation split; default: all."""
+    """The number of test rows, chosen by content; default: all."""
+
+    def __post_init__(self) -> None:
+        for name, usual in (("train_rows", 1000), ("dev_rows", 500)):
+            if getattr(self, name) == "auto":
+                msgspec.structs.force_setattr(self, name, None if self.folder is None else usual)
+        super().__post_init__()
+        self._check_source()
+        if self.name is not None:
+            if self.template is not None or self.options is not None:
+                raise ConfigError(
+                    f"task.name: {self.name} has a template and options of its own; leave out task.template and "
+                    "task.options, or task.name"
+                )
+            return
+        if self.template is None or self.options is None:
+            lacking = "template" if self.template is None else "options"
+            raise ConfigError(
+                f"task.kind: prompts needs a template and options, {lacking} is missing; or task.name, a task of the "
+                f"paper: {', '.join(TEMPLATES)}"
+            )
+        self._check_own(self.template, self.options)
+
+    def _check_source(self) -> None:
+        """Refuse a task without data, or with two sources of them."""
+        files = [name for name in ("train", "dev", "test") if getattr(self, name) is not None]
+        if self.folder is not None and (files or self.name is None):
+            wrong = f"task.{files[0]}" if files else "task.template"
+            raise ConfigError(
+                f"task.folder is for a task of the paper, by task.name, and does not go with {wrong}; name your own "
+                "files in task.train, task.dev and task.test"
+            )
+        if self.folder is None and self.train is None:
+            other = "" if self.name is None else ", or task.folder"
+            raise ConfigError(f"task.kind: prompts has no data; set task.train{other}")
+
+    def _check_own(self, template: str, options: dict[str | int, str]) -> None:
+        columns = Template(template, {}).columns
+        if self.label_column in columns:
+            raise ConfigError(
+                f"task.template names the column of the label, {{{self.label_column}}}: the prompt would hold the "
+                "answer; take it out, or set task.label_column"
+            )
+        named = {str(key): text for key, text in options.items()}  # as they are read back from JSON
+        if len(named) < 2 or len({*named.values()}) < len(options):
+            raise ConfigError(
+                f"task.options needs two options or more, each with a continuation of its own, got {options}"
+            )
+        empty = [key for key, text in named.items() if not text or not key.strip()]
+        if empty:
+            raise ConfigError(f"task.options: `{empty[0]}` is empty, or its continuation is; write some text")
+        msgspec.structs.force_setattr(self, "options", _Options(named))
+
+    def rows_of(self, part: Literal["train", "dev", "test"]) -> int | None:
+        """The number of rows of a part; None: all."""
+        rows: int | None = getattr(self, f"{part}_rows")  # auto is a number since the config was made
+        return rows
+
+    def as_template(self) -> Template:
+        """The prompt and its options."""
+        if self.name is not None:
+            return TEMPLATES[self.name]
+        assert self.template is not None, "checked when the config was made"
+        return Template(self.template, {str(key): text for key, text in (self.options or {}).items()})
 
 
 class SftConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="sft"):

@@ -1,7 +1,6 @@
 """Labelled text from your own files: values are checked by type, rows split by label and content."""
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hosl.tasks.labels import (
     class_order,
     label_of,
     near_labels,
+    near_name,
     renamed_labels,
     text_of,
     whole_numbers,
@@ -54,7 +54,7 @@ def files_task(config: FilesConfig, tokenizer: TextTokenizer, *, seed: int) -> C
     renamed = whole_numbers({*spelt, *(label for part in files.values() for _, _, label in part.rows)})
     labels = _classes(config, files["train"], renamed, [renamed.get(label, label) for label in spelt])
     given = {name: _indexed(part, labels, renamed, config) for name, part in files.items()}
-    parts, split_notes = _split(config, given, seed)
+    parts, split_notes = split_rows(config.train, config.train_rows, given, seed)
     notes = [note for part in files.values() for note in part.notes]
     return classification_task(
         Path(config.train).stem, labels, parts, tokenizer, config.max_tokens,
@@ -76,13 +76,23 @@ def _classes(
     return class_order(found)
 
 
-def _split(
-    config: FilesConfig, given: dict[str, list[LabelledText]], seed: int
+def split_rows(
+    file: str, train_rows: int | None, given: Mapping[str, list[LabelledText]], seed: int
 ) -> tuple[dict[str, list[LabelledText]], list[str]]:
-    """Train, dev and test, disjoint by text, and the lines about what was drawn or dropped."""
+    """Train, dev and test, disjoint by text, and the lines about what was drawn or dropped.
+
+    Args:
+        file: the name of the training rows' file.
+        train_rows: the number of training rows to keep; None: all.
+        given: the rows of train, and of dev and test where there are files of these; else they are drawn from train.
+        seed: the seed of the training rows that are kept.
+
+    Raises:
+        TaskError: if no row is left for one of the three.
+    """
     notes, train = [], given["train"]
     carved = [name for name in ("test", "dev") if name not in given]
-    if carved or config.train_rows is not None:
+    if carved or train_rows is not None:
         unique = list(dict.fromkeys(train))
         if len(unique) < len(train):
             notes.append(f"{len(train) - len(unique)} rows of train are dropped: they repeat another row")
@@ -97,17 +107,15 @@ def _split(
     dropped += len(train) - len(train := without(train, dev))
     if dropped:
         notes.append(f"{dropped} rows are dropped: their texts are in dev or test as well")
-    if config.train_rows is not None:
-        train = carve(train, [config.train_rows], seed, leave=0)[0]
+    if train_rows is not None:
+        train = carve(train, [train_rows], seed, leave=0)[0]
     parts = {"train": train, "dev": dev, "test": test}
     for name, part in parts.items():
         if not part:
-            raise TaskError(
-                f"{config.train}: no row is left for {name} once the splits are disjoint; give more rows"
-            )
+            raise TaskError(f"{file}: no row is left for {name} once the splits are disjoint; give more rows")
     if carved:
         drawn = " and ".join(f"{name} ({len(parts[name])} rows)" for name in carved)
-        notes.append(f"{drawn} drawn from {config.train}, by label and content")
+        notes.append(f"{drawn} drawn from {file}, by label and content")
     texts: dict[str, int] = {}
     several = {text for text, label in train if texts.setdefault(text, label) != label}
     if several:
@@ -149,9 +157,9 @@ def _part(config: FilesConfig, split: str) -> _Part:
 def _cell(row: dict[str, object], column: str, name: str) -> object:
     if column in row:
         return row[column]
-    near = difflib.get_close_matches(column, row.keys(), n=1)
-    best = f"; did you mean `{near[0]}`?" if near else ""
-    raise TaskError(f"{name}: no column `{column}`; there are {', '.join(map(str, row))}{best}")
+    raise TaskError(
+        f"{name}: no column `{column}`; there are {', '.join(map(str, row))}{near_name(column, row)}"
+    )
 
 
 def _indexed(

@@ -1,5 +1,6 @@
 """Labels and texts as a file holds them, by type; the classes of a task, their order, and what is said of them."""
 
+import difflib
 import math
 import re
 import unicodedata
@@ -68,6 +69,12 @@ def label_of(value: object, names: Sequence[str] | None = None) -> tuple[str, st
     if isinstance(value, bool | int):
         return _KINDS[type(value)], str(value)
     return "text", unicodedata.normalize("NFC", text_of(value)).strip()
+
+
+def near_name(word: str, names: Iterable[object]) -> str:
+    """The question whether the nearest of `names` was meant; empty if none is near."""
+    near = difflib.get_close_matches(word, [*map(str, names)], n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def text_of(value: object) -> str:

@@ -1,73 +1,28 @@
-"""The paper's six tasks as prompts: a template and candidate answers per task, scored by a language model.
+"""Rows as prompts: a template and candidate answers, the options, scored by a language model.
 
-Templates follow MeZO's (arXiv 2305.17333). The loss is taken on the tokens of the right candidate only. The prediction
-is the candidate with the highest mean log-likelihood per token. Rows come from a folder, in the fields of GLUE and
-SuperGLUE.
+The loss is taken on the tokens of the right option only. The prediction is the option with the highest mean
+log-likelihood per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from hosl.core.targets import Batch
 from hosl.errors import TaskError
 from hosl.tasks.base import Example, content_order
+from hosl.tasks.classification import LabelledText, carve
 from hosl.tasks.collate import option_batch
 from hosl.tasks.configs import PromptsConfig
 from hosl.tasks.encoding import Encoder
-from hosl.tasks.labels import class_counts, text_of
+from hosl.tasks.files import split_rows
+from hosl.tasks.labels import class_counts, near_name
 from hosl.tasks.rows import expanded_path, read_rows
+from hosl.tasks.templates import Template
 from hosl.tasks.tokenizer import TextTokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The prompt of a row, and the candidate answers."""
-
-    prompt: Callable[[dict[str, Any]], str]
-    options: tuple[str, ...]
-    """The answers, in the order of the labels; each follows the prompt directly."""
-    labels: tuple[Any, ...]
-    """The values of the row's `label`, in the same order."""
-
-
-TEMPLATES: dict[str, Template] = {
-    "SST-2": Template(lambda r: f"{r['sentence'].strip()} It was", (" terrible", " great"), (0, 1)),
-    "CB": Template(
-        lambda r: f'Suppose {r["premise"]} Can we infer that "{r["hypothesis"]}"? Yes, No, or Maybe?\n',
-        ("Yes", "No", "Maybe"),
-        ("entailment", "contradiction", "neutral"),
-    ),
-    "RTE": Template(
-        lambda r: f'{r["premise"]}\nDoes this mean that "{r["hypothesis"]}" is true? Yes or No?\n',
-        ("Yes", "No"),
-        ("entailment", "not_entailment"),
-    ),
-    "WiC": Template(
-        lambda r: (
-            f'Does the word "{r["word"]}" have the same meaning in these two sentences? Yes, No?\n'
-            f"{r['sentence1']}\n{r['sentence2']}\n"
-        ),
-        ("No", "Yes"),
-        (False, True),
-    ),
-    "WSC": Template(
-        lambda r: (
-            f'{r["text"]}\nIn the previous sentence, does the pronoun "{r["target"]["span2_text"].lower()}" '
-            f"refer to {r['target']['span1_text']}? Yes or No?\n"
-        ),
-        ("No", "Yes"),
-        (False, True),
-    ),
-    "BoolQ": Template(
-        lambda r: f"{r['passage']} {r['question'][:1].upper()}{r['question'][1:].rstrip('?')}?\n",
-        ("No", "Yes"),
-        (False, True),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -111,90 +66,170 @@ class PromptTask:
 
 
 def prompts_task(config: PromptsConfig, tokenizer: TextTokenizer, *, seed: int) -> PromptTask:
-    """Read, sample and encode: train and dev from the official train split, test from the official validation split.
+    """Read, check, split and encode the rows.
 
-    Rows of train and dev whose prompt is in test are dropped, and rows of train whose prompt is in dev. Where the train
-    split is small (CB has 250 rows), dev takes at most a third of it.
+    Of a folder of the paper's tasks, train and dev are from the official train split, test from the official
+    validation split: rows of train and dev whose prompt is in test are dropped, and rows of train whose prompt is in
+    dev. Where the train split is small (CB has 250 rows), dev takes at most a third of it. Own files are split as those
+    of kind: files.
 
     Raises:
-        TaskError: if a file is missing, or a row lacks a field or has an unknown label.
+        TaskError: if a file is missing, or a row lacks a column, has an unknown label or cannot be read by the model.
     """
-    folder, template = expanded_path(config.folder), TEMPLATES[config.name]
-    task_folder = folder / config.name if (folder / config.name).is_dir() else folder
-    official = _prompts(task_folder / "train.jsonl", template)
-    test = _prompts(task_folder / "validation.jsonl", template)
+    template = config.as_template()
+    read = _read(config, template)
+    parts, notes = (
+        _official_parts(config, read, seed) if config.folder is not None else _own_parts(config, read, seed)
+    )
+    encoder = Encoder(tokenizer, config.max_tokens)
+    places = {pair: f"{file}, row {number}" for file, number, pair in reversed([*read.rows()])}
+    encoded = {
+        name: [encode_prompt(*pair, template.options, tokenizer, encoder, places[pair]) for pair in part]
+        for name, part in parts.items()
+    }
+    counts = class_counts(
+        template.labels, {name: [label for _, label in part] for name, part in parts.items()}
+    )
+    name = config.name or Path(str(config.train)).stem
+    notes = (*read.notes, *notes, *counts, *encoder.notes())
+    return PromptTask(name, template.labels, *encoded.values(), pad_id=tokenizer.pad_id, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The prompts of each split's file, with the index of the right option."""
+
+    files: Mapping[str, str]
+    pairs: Mapping[str, list[LabelledText]]
+    notes: Sequence[str]
+
+    def rows(self) -> Iterable[tuple[str, int, LabelledText]]:
+        """File, row number and pair of every row."""
+        for split, pairs in self.pairs.items():
+            yield from ((self.files[split], number, pair) for number, pair in enumerate(pairs, start=1))
+
+
+def _read(config: PromptsConfig, template: Template) -> _Read:
+    names = ("train", "dev", "test")
+    own = {name: (str(getattr(config, name)), name) for name in names if getattr(config, name) is not None}
+    sources = own or {"train": _official(config, "train"), "test": _official(config, "validation")}
+    pairs, notes = {}, list[str]()
+    for split, (file, name) in sources.items():
+        pairs[split], said = _prompts(file, name, template, config.label_column)
+        notes += said
+    return _Read({split: file for split, (file, _) in sources.items()}, pairs, notes)
+
+
+def _official(config: PromptsConfig, split: str) -> tuple[str, str]:
+    """The file of a split of the paper's task, or the folder of a saved dataset; and the split's name in it."""
+    folder = expanded_path(str(config.folder))
+    folder = folder / str(config.name) if (folder / str(config.name)).is_dir() else folder
+    files = [folder / f"{split}.jsonl", folder / f"{split}.parquet"]
+    found = next(
+        (file for file in files if file.is_file()), folder if (folder / split).is_dir() else files[0]
+    )
+    return str(found), split
+
+
+def _official_parts(
+    config: PromptsConfig, read: _Read, seed: int
+) -> tuple[dict[str, list[LabelledText]], list[str]]:
+    official, test = read.pairs["train"], read.pairs["test"]
     held_out = {prompt for prompt, _ in test}
     pool = [pair for pair in dict.fromkeys(official) if pair[0] not in held_out]
     order = content_order([prompt for prompt, _ in pool], seed)
-    dev_rows = min(config.dev_rows or len(pool), len(pool) // 3)
+    dev_rows = min(config.rows_of("dev") or len(pool), len(pool) // 3)
     dev = [pool[i] for i in order[:dev_rows]]
     in_dev = {prompt for prompt, _ in dev}
-    train = [pool[i] for i in order[dev_rows:] if pool[i][0] not in in_dev][: config.train_rows]
+    train = [pool[i] for i in order[dev_rows:] if pool[i][0] not in in_dev][: config.rows_of("train")]
     if config.test_rows is not None:
         test = [test[i] for i in content_order([prompt for prompt, _ in test], seed=0)[: config.test_rows]]
-    for name, part in (("train", train), ("dev", dev), ("test", test)):
+    parts = {"train": train, "dev": dev, "test": test}
+    for name, part in parts.items():
         if not part:
-            raise TaskError(f"{task_folder}: no row is left for {name} once the splits are disjoint")
-    parts, encoder = {"train": train, "dev": dev, "test": test}, Encoder(tokenizer, config.max_tokens)
-    encoded = {
-        name: [_encode(prompt, label, template, tokenizer, encoder) for prompt, label in part]
-        for name, part in parts.items()
-    }
-    encoder.check(encoded)
-    labels = tuple(option.strip() for option in template.options)
-    counts = class_counts(labels, {name: [label for _, label in part] for name, part in parts.items()})
-    notes = (*counts, *encoder.notes())
-    return PromptTask(config.name, labels, *encoded.values(), pad_id=tokenizer.pad_id, notes=notes)
+            raise TaskError(f"{config.folder}: no row is left for {name} once the splits are disjoint")
+    return parts, []
 
 
-class _Texts(dict[str, Any]):
-    """A row whose values are texts, or rows of texts; anything else would become text unseen."""
+def _own_parts(
+    config: PromptsConfig, read: _Read, seed: int
+) -> tuple[dict[str, list[LabelledText]], list[str]]:
+    parts, notes = split_rows(str(config.train), config.rows_of("train"), read.pairs, seed)
+    for name in ("dev", "test"):
+        rows = config.rows_of(name)
+        if rows is not None and rows < len(parts[name]):
+            notes.append(f"task.{name}_rows keeps {rows} of {len(parts[name])} rows, by label and content")
+            parts[name] = carve(parts[name], [rows], seed=0, leave=0)[0]
+    return parts, notes
 
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if isinstance(value, dict):
-            return _Texts(value)
+
+def _prompts(
+    file: str, split: str, template: Template, label_column: str
+) -> tuple[list[LabelledText], Sequence[str]]:
+    """(prompt, index of the right option) of every row of a file, and what was guessed in reading."""
+    read, prompts = read_rows(expanded_path(file), split), []
+    names = read.class_names.get(label_column)
+    for number, row in enumerate(read.rows, start=1):
         try:
-            return text_of(value)
+            prompt = template.prompt(row)
+            if label_column not in row:
+                raise TaskError(
+                    f"no column `{label_column}`; there are {', '.join(map(str, row))}{near_name(label_column, row)}"
+                )
+            prompts.append((prompt, template.option_of(row[label_column], names)))
         except TaskError as cause:
-            raise TaskError(f"`{key}` {cause}") from None
-
-    def __format__(self, spec: str) -> str:
-        raise TaskError("an object is where text is wanted")
-
-
-def _prompts(path: Path, template: Template) -> list[tuple[str, int]]:
-    """(prompt, index of the right candidate) of every row of a file."""
-    prompts = []
-    for number, row in enumerate(read_rows(path).rows, start=1):
-        try:
-            prompt, label = template.prompt(_Texts(row)), row["label"]
-        except (KeyError, AttributeError, TypeError, TaskError) as cause:
-            fault = str(cause) if isinstance(cause, TaskError) else repr(cause)
-            raise TaskError(
-                f"{path}, row {number} lacks what the task needs: {fault}; it has {', '.join(row)}"
-            ) from cause
-        if label not in template.labels:
-            raise TaskError(f"{path}, row {number}: label {label!r} is none of {template.labels}")
-        prompts.append((prompt, template.labels.index(label)))
-    return prompts
+            raise TaskError(f"{file}, row {number}: {cause}") from None
+    if not prompts:
+        raise TaskError(f"{file} holds no rows; it should hold one example per row")
+    return prompts, [note for note in read.notes if note]
 
 
-def _encode(
-    prompt: str, label: int, template: Template, tokenizer: TextTokenizer, encoder: Encoder
+def encode_prompt(
+    prompt: str,
+    label: int,
+    options: Mapping[str, str],
+    tokenizer: TextTokenizer,
+    encoder: Encoder,
+    where: str,
 ) -> Example:
+    """A prompt with each of its options, as rows of tokens. A long prompt loses its beginning: its end asks.
+
+    Args:
+        prompt: the text.
+        label: the index of the right option.
+        options: label -> continuation.
+        tokenizer: the model's.
+        encoder: counts what is cut.
+        where: the file and the row, for errors.
+
+    Raises:
+        TaskError: if an option gives no token of its own, or leaves no room for a token before it, or the model cannot
+            read the row.
+    """
     rows, lengths = [], []
     prompt_ids = tokenizer.encode_open(prompt)
-    for option in template.options:
+    for name, option in options.items():
         whole = ids = tokenizer.encode_open(prompt + option)
+        if ids == prompt_ids[: len(ids)]:
+            raise TaskError(
+                f"{where}: the option {option!r} of `{name}` gives no token of its own after this prompt: the "
+                "tokenizer drops it; write it otherwise"
+            )
         shared = _shared_prefix(prompt_ids, ids)
         length = len(ids) - shared
-        if len(ids) > encoder.max_tokens:  # cut the prompt's beginning: its end asks the question
+        if len(ids) > encoder.max_tokens:
             keep = encoder.max_tokens - tokenizer.opening
             ids = (*ids[: tokenizer.opening], *ids[len(ids) - keep :])
+        if length >= len(ids):
+            raise TaskError(
+                f"{where}: the option {option!r} of `{name}` has {length} tokens, which leaves none before it of the "
+                f"{len(ids)} that the row has; raise task.max_tokens, or let the prompt end with a space or a line end"
+            )
         rows.append(encoder.counted(whole, ids))
         lengths.append(length)
-    return Example(rows=tuple(rows), label=label, option_lengths=tuple(lengths))
+    example = Example(rows=tuple(rows), label=label, option_lengths=tuple(lengths))
+    encoder.check({where: [example]})
+    return example
 
 
 def _shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:

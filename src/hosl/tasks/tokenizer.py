@@ -1,7 +1,7 @@
 """A tokenizer read from its folder by the `tokenizers` library alone: a device needs no transformers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,28 @@ class TextTokenizer:
         """The special tokens as they stand in a text, such as the one that ends a turn of a chat."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
+
+    def continuation(self, before: Sequence[int]) -> Callable[[int], str]:
+        """The function from each token that follows `before`, in turn, to the text that it makes certain.
+
+        A character of several tokens comes whole, with the last of them. Special tokens are left out.
+
+        Raises (the function):
+            TaskError: if the tokenizer cannot undo what it does.
+        """
+        stream = tokenizers.decoders.DecodeStream(ids=list(before), skip_special_tokens=True)
+
+        def decoded(token: int) -> str:
+            try:
+                return stream.step(self._tokenizer, token) or ""
+            except Exception as cause:  # the library raises plain Exception
+                raise TaskError(f"the tokenizer cannot turn token {token} into text: {cause}") from cause
+
+        return decoded
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token; None: there is none."""
+        return self._tokenizer.token_to_id(token)
 
     @property
     def opening(self) -> int:

@@ -10,6 +10,7 @@ from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
+from hosl.split import HeadHalf
 from hosl.system.checkpoint import Checkpoint
 
 
@@ -60,7 +61,7 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
     if journaled and "client/trained" not in tensors:
         snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
     if snapshot_step or (client.trained and not journaled):
-        _restore_weights_(client.trained, tensors["client/trained"])
+        restore_weights_(client.trained, tensors["client/trained"])
     if isinstance(client, FirstOrderClient):
         _restore_optimiser_(client.optimiser, client.trained, tensors.get("client/optimiser", {}))
     if journaled:
@@ -81,10 +82,20 @@ def restore_head_(server: HeadedServer, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: if the checkpoint trains other tensors.
     """
-    _restore_weights_(server.trained, checkpoint.tensors["client/head"])
+    restore_weights_(server.trained, checkpoint.tensors["client/head"])
     if server.optimiser is not None:
         tensors = checkpoint.tensors.get("client/head-optimiser", {})
         _restore_optimiser_(server.optimiser, server.trained, tensors)
+
+
+def restore_head_weights_(head: HeadHalf, checkpoint: Checkpoint) -> None:
+    """Bring a head that is only used to a checkpoint; what it shares with the client half is the client's part.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+    """
+    trained = checkpoint.tensors["client/head"]
+    restore_weights_({name: p for name, p in head.named_parameters() if name in trained}, trained)
 
 
 def put_server(checkpoint: Checkpoint, server: TorchServer | TrunkServer, *, optimiser: bool = True) -> None:
@@ -100,7 +111,7 @@ def restore_server_(server: TorchServer | TrunkServer, checkpoint: Checkpoint) -
     Raises:
         CheckpointError: if the checkpoint trains other tensors.
     """
-    _restore_weights_(server.trained, checkpoint.tensors["server/trained"])
+    restore_weights_(server.trained, checkpoint.tensors["server/trained"])
     if isinstance(server, FirstOrderServer | TrunkServer) and server.optimiser is not None:
         _restore_optimiser_(server.optimiser, server.trained, checkpoint.tensors.get("server/optimiser", {}))
 
@@ -128,7 +139,12 @@ def _restore_optimiser_(
         optimiser.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
 
 
-def _restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+def restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    """Set the trained weights, in place.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+    """
     if trained.keys() != tensors.keys():
         wrong = sorted(trained.keys() ^ tensors.keys())
         raise CheckpointError(

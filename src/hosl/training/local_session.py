@@ -314,9 +314,56 @@ def load_halves(
     if "head" not in task:  # the record is damaged, or of version 0.2: the data tell
         session = load_run(run, low_precision=False, best=best, weights_only=True)
         return config, session.client_half, session.server_half, session.class_labels
+    client, server, head, _ = _restored(config, run, task, low_precision=False, best=best)
+    half = whole_server_half(server, head)
+    return config, client.half, half, task["labels"] if task["head"] == "classification" else None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A run's parties with its newest weights, as they score; its data are not read."""
+
+    config: Config
+    labels: Sequence[str]
+    """The classes, or the candidate answers."""
+    client: FrozenClient
+    server: ServerSide
+    step: int
+    """The step of the weights; 0: those of the model."""
+
+
+def load_scoring(run: Path, *, best: bool = False) -> Scoring:
+    """The parties of a run as `hosl eval` calls them: with client.dtype, and behind wire.compression.
+
+    Raises:
+        FolderError: if `run` is not a run's folder.
+        CheckpointError: if its checkpoint belongs to other weights, or all are damaged.
+    """
+    config, task = run_config(run), (read_record(run) or {}).get("task", {})
+    if "head" not in task:
+        session = load_run(run, best=best, weights_only=True)
+        server = session.server_to_call(in_round=False)
+        return Scoring(config, session.task.labels, session.client, server, session.step)
+    client, server, head, step = _restored(config, run, task, low_precision=True, best=best)
+    if head is not None:
+        return Scoring(config, task["labels"], client, head, step)
+    if config.wire.compression != "none":
+        behind_wire = WatchedCompressedServer(
+            Receiving(server, torch_wire), torch_wire, compression=config.wire.compression, seed=config.seed
+        )
+        return Scoring(config, task["labels"], client, behind_wire.at_rest(), step)
+    return Scoring(config, task["labels"], client, server, step)
+
+
+def _restored(
+    config: Config, run: Path, task: dict[str, Any], *, low_precision: bool, best: bool
+) -> tuple[FrozenClient, Any, HeadedServer | None, int]:
+    """The parties with a run's newest weights, and their step; a head where the labels stay."""
     _check_devices(config)
     config = _as_trained(config, run)
-    loaded, client, server, head = _parties(config, task["head"], len(task["labels"]), low_precision=False)
+    loaded, client, server, head = _parties(
+        config, task["head"], len(task["labels"]), low_precision=low_precision
+    )
     inputs = {"model": {"name": config.model.name, "digest": loaded.digest}}
     checkpoint = _newest(run, inputs, best=best, weights_only=True)
     if checkpoint is not None:
@@ -324,8 +371,7 @@ def load_halves(
         if head is not None:
             restore_head_(head, checkpoint)
         restore_client_(client, checkpoint)
-    half = whole_server_half(server, head)
-    return config, client.half, half, task["labels"] if task["head"] == "classification" else None
+    return client, server, head, checkpoint.step if checkpoint is not None else 0
 
 
 def _check_devices(config: Config) -> None:

@@ -65,13 +65,7 @@ def carry_on(
                 _evaluate(session, record, session.step, "dev")
                 if session.step not in checkpoint_steps(run / "checkpoints"):
                     save(session, record, run)
-            test = _evaluate(session, record, session.step, "test")
-            record.flush()
-            if test.confusion is not None:
-                record.evaluation(
-                    step=session.step, split="test", **test.numbers(), labels=session.task.labels,
-                    confusion=test.confusion.tolist(),
-                )  # fmt: skip
+            _evaluate_test(session, record)
             session.finish()
             finish(session, run)
             summary = run_summary(session, run, finished=True)
@@ -207,6 +201,16 @@ def _best_of_lines(session: Session, record: Record, run: Path, view: View) -> t
 def _rank(session: Session, accuracy: float, loss_nats: float) -> tuple[float, float]:
     """What is more for a better evaluation: by accuracy, then loss; of texts by loss, then tokens right."""
     return (accuracy, -loss_nats) if session.task.labels else (-loss_nats, accuracy)
+
+
+def _evaluate_test(session: Session, record: Record) -> None:
+    """Score the test part, and keep it in a file of its own, too: lines may be lost."""
+    test = _evaluate(session, record, session.step, "test")
+    record.flush()
+    classes = {} if test.confusion is None else {"confusion": test.confusion.tolist()}
+    record.evaluation(
+        step=session.step, split="test", **test.numbers(), labels=session.task.labels, **classes
+    )
 
 
 def _evaluate(session: Session, record: Record, step: int, split: Literal["dev", "test"]) -> Evaluation:

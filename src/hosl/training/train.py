@@ -1,7 +1,6 @@
 """One run of `hosl train` from start to end: setup, training, one evaluation on test, export and report."""
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +10,15 @@ import msgspec
 import torch
 
 from hosl.config import Config, dump_config, with_absolute_paths
-from hosl.errors import ConfigError
 from hosl.report.build import write_report
 from hosl.report.planned import planned_lines
-from hosl.split import ClientHalf, ServerHalf, export_adapter, export_checkpoint, resolve_model_folder
-from hosl.split.adapters import lora_layers
+from hosl.split import ClientHalf, ServerHalf, resolve_model_folder
+from hosl.split.export import export_model
+from hosl.split.reading.model_folder import adapter_base
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import drop_checkpoints_after, keep_newest
 from hosl.system.machine import machine, process_bytes, versions
-from hosl.system.readable import readable_bytes
-from hosl.system.run_folder import RunLock, new_folder, read_record, write_record
+from hosl.system.run_folder import RunLock, new_folder, read_record, writable_place, write_record
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_halves, load_run, new_session, run_config, say
 from hosl.training.loop import carry_on
@@ -41,6 +39,7 @@ def start(config: Config) -> dict[str, Any]:
     check_trackers(config)
     config = with_absolute_paths(config)
     before_bytes = process_bytes()
+    writable_place(Path(config.output_dir))  # refused now, not after the data and the model were read
     config, swept = with_rate(config, say)
     session = new_session(config)  # before a folder is made: it may refuse the config
     for note in session.facts["notes"]:
@@ -50,6 +49,8 @@ def start(config: Config) -> dict[str, Any]:
     with RunLock(run):
         swept_facts = {} if swept is None else {"sweep": swept.facts()}
         write_record(run, _record(session) | {"process_base_bytes": before_bytes} | swept_facts)
+        if swept is not None:
+            swept.file.unlink(missing_ok=True)
         return carry_on(session, run, _HOSL_TRAIN, _finish, metrics_bytes=0)
 
 
@@ -127,21 +128,10 @@ def _export(
     tie: Literal["embedding", "head"] | None = None,
 ) -> None:
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
-    folder = resolve_model_folder(config.model.name)
-    grown_bytes = export_checkpoint(client, server, out, folder=folder, labels=labels, tie=tie)
-    if grown_bytes:
-        say(
-            f"head and embeddings were one tensor and differ now: {out} is {readable_bytes(grown_bytes)} larger than "
-            "the model; `hosl export --tie embedding` or `--tie head` keeps one of the two"
-        )
-    if not (lora_layers(client) or lora_layers(server)):
-        return
-    name = config.model.name
-    from_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()
-    try:
-        export_adapter(client, server, out / "adapter", base=name if from_hub else str(folder.resolve()))
-    except ConfigError as reason:
-        say(f"no adapter beside the model: {reason}")
+    folder, name = resolve_model_folder(config.model.name), config.model.name
+    export_model(
+        client, server, out, folder=folder, base=adapter_base(name, folder), say=say, labels=labels, tie=tie
+    )
 
 
 def _finish(session: LocalSession, run: Path) -> None:

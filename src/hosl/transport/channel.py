@@ -8,7 +8,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,9 @@ class Channel:
             name, self._mapping_errors(lambda: stub(iter(frames), metadata=self._metadata)), reply_type
         )
 
-    def converse(self, name: str, frames: Iterable[Any], reply_type: type[_Reply]) -> Iterator[_Reply]:
+    def converse(
+        self, name: str, frames: Iterable[Any], reply_type: type[_Reply]
+    ) -> Generator[_Reply, None, None]:
         """Make a call of many messages both ways; the call is cancelled when the caller stops reading."""
         stub = self._channel.stream_stream(f"/{SERVICE}/{name}", request_serializer=self._serialise)
         call = stub(iter(frames), metadata=self._metadata)

@@ -524,3 +524,151 @@ class LeaveRequest(_message.Message):
 class LeaveReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("ask", "hidden", "chunk")
+    ASK_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ask: AskGenerate
+    hidden: Tensor
+    chunk: bytes
+    def __init__(self, ask: _Optional[_Union[AskGenerate, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class AskGenerate(_message.Message):
+    __slots__ = ("protocol", "model", "run", "base", "most_tokens", "candidates", "version")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    model: Model
+    run: str
+    base: bool
+    most_tokens: int
+    candidates: int
+    version: str
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., run: _Optional[str] = ..., base: _Optional[bool] = ..., most_tokens: _Optional[int] = ..., candidates: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class GenerateReply(_message.Message):
+    __slots__ = ("ready", "next", "chunk")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ready: GenerateReady
+    next: Next
+    chunk: bytes
+    def __init__(self, ready: _Optional[_Union[GenerateReady, _Mapping]] = ..., next: _Optional[_Union[Next, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class GenerateReady(_message.Message):
+    __slots__ = ("run", "step")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    step: int
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class Next(_message.Message):
+    __slots__ = ("step", "server_s", "tokens", "logits", "tensor")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SERVER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    server_s: float
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    logits: _containers.RepeatedScalarFieldContainer[float]
+    tensor: Tensor
+    def __init__(self, step: _Optional[int] = ..., server_s: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class HalfRequest(_message.Message):
+    __slots__ = ("run", "step", "list_digest", "offset")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LIST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    step: int
+    list_digest: str
+    offset: int
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., list_digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class HalfReply(_message.Message):
+    __slots__ = ("list", "chunk")
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    list: HalfList
+    chunk: bytes
+    def __init__(self, list: _Optional[_Union[HalfList, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class HalfList(_message.Message):
+    __slots__ = ("step", "tensors", "more")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    tensors: _containers.RepeatedCompositeFieldContainer[HalfTensor]
+    more: bool
+    def __init__(self, step: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[HalfTensor, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class HalfTensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    sha256: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class GiveRequest(_message.Message):
+    __slots__ = ("given", "list", "chunk")
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    given: Given
+    list: HalfList
+    chunk: bytes
+    def __init__(self, given: _Optional[_Union[Given, _Mapping]] = ..., list: _Optional[_Union[HalfList, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class Given(_message.Message):
+    __slots__ = ("run", "weights", "lora", "low_precision", "digest", "updates")
+    class Weights(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        WEIGHTS_UNSPECIFIED: _ClassVar[Given.Weights]
+        ALL: _ClassVar[Given.Weights]
+        BLOCKS: _ClassVar[Given.Weights]
+        LAST_BLOCK: _ClassVar[Given.Weights]
+        LORA: _ClassVar[Given.Weights]
+    WEIGHTS_UNSPECIFIED: Given.Weights
+    ALL: Given.Weights
+    BLOCKS: Given.Weights
+    LAST_BLOCK: Given.Weights
+    LORA: Given.Weights
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    LOW_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    weights: Given.Weights
+    lora: Lora
+    low_precision: bool
+    digest: bytes
+    updates: int
+    def __init__(self, run: _Optional[str] = ..., weights: _Optional[_Union[Given.Weights, str]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., low_precision: _Optional[bool] = ..., digest: _Optional[bytes] = ..., updates: _Optional[int] = ...) -> None: ...
+
+class GiveReply(_message.Message):
+    __slots__ = ("have", "complete")
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    have: int
+    complete: bool
+    def __init__(self, have: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...

@@ -126,7 +126,7 @@ class GuidedClient(FrozenClient):
         hidden = part.calls[0].args[0][within]
         for block, call in zip(self._blocks, part.calls, strict=True):
             args, kwargs = call.of_rows(within, total)
-            hidden = block(hidden, *args, **kwargs)
+            hidden = call.hidden(block(hidden, *args, **kwargs))
         return hidden
 
     @contextmanager

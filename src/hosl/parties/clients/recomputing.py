@@ -43,7 +43,7 @@ class RecomputingClient(FrozenClient):
     """A client trained by backprop in little memory: weights, block inputs, and one block's gradients and activations.
 
     Requires: independent rows (true of every family here: no batch norm), hidden states as the blocks' first argument
-    and only result, and no trained tensor in two blocks, since the upper block's update would change the lower block.
+    and first result, and no trained tensor in two blocks, since the upper block's update would change the lower block.
     """
 
     def __init__(self, half: ClientHalf, *, micro_batch_size: int | None = None, device: str = "cpu") -> None:
@@ -130,7 +130,7 @@ def _backward_block_(
     """
     hidden = call.args[0]
     leaf = hidden.detach().requires_grad_(to_input)
-    block(leaf, *call.args[1:], **call.kwargs).backward(gradient)
+    call.hidden(block(leaf, *call.args[1:], **call.kwargs)).backward(gradient)
     if to_input:
         hidden.copy_(leaf.grad)
     return hidden

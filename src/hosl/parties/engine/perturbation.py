@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
 from hosl.core.directions import Distribution, Drawn, direction_rows, direction_sum, drawn, low_rank_factors
+from hosl.parties.engine.block_calls import of_rows
 
 SCRATCH_ELEMENTS = 1 << 22
 """The largest part of a linear layer that is perturbed at once: 16 MiB in float32. Smaller products are slower."""
@@ -42,14 +43,26 @@ BOTH_SIDES: Signs = (+1, -1)
 PLUS_SIDE: Signs = (+1,)
 
 
-class _Pass(NamedTuple):
+@dataclass(slots=True)
+class _Pass:
     """One forward pass over all evaluations of some probes."""
 
     probes: Sequence[Probe]
     signs: Signs
     rows: int
-    """The rows of one evaluation."""
+    """The rows of all evaluations together."""
     scratch: "Scratch"
+
+    @contextmanager
+    def only(self, probe: Probe, sign: int) -> Iterator[None]:
+        """Context manager: the modules inside the one that runs are called for one evaluation's rows."""
+        before = self.probes, self.signs, self.rows
+        self.rows //= len(self.probes) * len(self.signs)
+        self.probes, self.signs = [probe], (sign,)
+        try:
+            yield
+        finally:
+            self.probes, self.signs, self.rows = before
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,7 +93,8 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Context manager: every module that owns trained tensors runs `forward_of(module, names)` as its forward.
 
-    `names` maps the module's own names of these tensors to Hugging Face's.
+    `names` maps the module's own names of these tensors to Hugging Face's; empty for a module that a half has marked
+    `one_evaluation_at_a_time`.
     """
     replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
@@ -90,7 +104,7 @@ def replaced_forwards(
                 for key, p in module._parameters.items()
                 if p is not None and p.requires_grad
             }
-            if names:
+            if names or hasattr(module, "one_evaluation_at_a_time"):
                 replaced.append((module, module.__dict__.get("forward")))
                 module.forward = forward_of(module, names)
         yield
@@ -138,40 +152,63 @@ def _perturbed_forward(
 
 
 def _signed_rows(module: nn.Module, names: Mapping[str, str], one_pass: _Pass) -> Callable[..., torch.Tensor]:
-    """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows."""
-    own_forward, (probes, signs, rows, scratch) = module.forward, one_pass
+    """A forward for any module that owns trained tensors: one call per probe and sign, on that sign's rows.
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    Trained modules inside it then run for that probe and sign alone: gpt-oss's attention has sinks of its own,
+    DeBERTa's layers also read a table of distances.
+    """
+    own_forward, scratch = module.forward, one_pass.scratch
+    has_inner = any(p.requires_grad for child in module.children() for p in child.parameters())
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        probes, signs = one_pass.probes, one_pass.signs
+        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, torch.Tensor))
         # some families flatten [rows, seq] before a layer; a probe's plus rows still come first
-        assert x.shape[0] % rows == 0, (
-            f"{module} got {tuple(x.shape)}; a probe of {rows} rows needs rows first"
+        assert x.shape[0] % one_pass.rows == 0, (
+            f"{module} got {tuple(x.shape)}; a probe of {one_pass.rows} rows needs rows first"
         )
         weights = {key: p for key in names if (p := module._parameters[key]) is not None}
-        parts = iter(x.chunk(len(signs) * len(probes)))
+        total, each = len(x), len(x) // (len(signs) * len(probes))
+        starts = iter(range(0, total, each))
         outputs = []
         try:
             for probe in probes:
                 directions = [_drawn(p, names[key], probe) for key, p in weights.items()]
                 for sign in signs:
-                    tiles = scratch.tiles(list(weights.values()))
+                    if has_inner:  # the modules inside will take the scratch
+                        tiles = [torch.empty_like(p) for p in weights.values()]
+                    else:
+                        tiles = scratch.tiles(list(weights.values()))
                     for (key, p), tile, u in zip(weights.items(), tiles, directions, strict=True):
                         scratch.form_(tile, p.detach(), u, sign)
                         module._parameters[key] = tile  # pyright: ignore[reportArgumentType]
-                    outputs.append(own_forward(next(parts), *args, **kwargs))
+                    rows = slice(start := next(starts), start + each)
+                    with one_pass.only(probe, sign):
+                        outputs.append(
+                            own_forward(*of_rows(args, rows, total), **of_rows(kwargs, rows, total))
+                        )
         finally:
             module._parameters.update(weights)
-        return torch.cat(outputs)
+        return _together(outputs)
 
     return forward
+
+
+def _together(outputs: Sequence[Any]) -> Any:
+    """The outputs of all evaluations as one; an expert layer's router returns several tensors."""
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(list(outputs))
+    return None if outputs[0] is None else tuple(_together(parts) for parts in zip(*outputs, strict=True))
 
 
 def _signed_linear(
     module: nn.Linear, names: Mapping[str, str], one_pass: _Pass
 ) -> Callable[..., torch.Tensor]:
     """A linear layer's forward by tiles of output features: bits drawn once, W +- epsilon u formed in scratch."""
-    probes, signs, _, scratch = one_pass
+    scratch = one_pass.scratch
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        probes, signs = one_pass.probes, one_pass.signs
         weight, width, features = module.weight.detach(), module.in_features, module.out_features
         parts = x.reshape(len(probes), len(signs), -1, width)
         out = x.new_empty(len(probes), len(signs), parts.shape[2], features)
@@ -210,28 +247,40 @@ def _low_rank_linear(
 
     Source: methods.md (f).
     """
-    own_forward, weight, name = module.forward, module.weight, names["weight"]
-    probes, signs, *_ = one_pass
+    own_forward = module.forward
+    prepared: dict[tuple[Signs, tuple[Probe, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        key = one_pass.signs, tuple(one_pass.probes)
+        if key not in prepared:
+            prepared[key] = _low_rank_factors(module, names, *key)
+        columns, rows = prepared[key]
+        signs, evaluations = len(one_pass.signs), len(one_pass.signs) * len(one_pass.probes)
+        y = own_forward(x)
+        parts = x.reshape(evaluations, -1, module.in_features)
+        along = parts.new_ones(*parts.shape[:2], rows.shape[1])
+        along[..., :1] = torch.bmm(parts, columns.repeat_interleave(signs, dim=0)[:, :, None])
+        y.view(evaluations, -1, module.out_features).baddbmm_(along, rows)
+        return y
+
+    return forward
+
+
+def _low_rank_factors(
+    module: nn.Linear, names: Mapping[str, str], signs: Signs, probes: Sequence[Probe]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """b of each probe, and epsilon a (below it u_bias, where it is trained) of each probe times each sign."""
+    weight, name = module.weight, names["weight"]
     factors = [low_rank_factors(probe.seed, name, tuple(weight.shape)) for probe in probes]
     columns = torch.stack([torch.from_numpy(b).to(weight.device, weight.dtype) for _, b in factors])
     scaled = [
         a * _numpy_compute(weight)(probe.epsilon) for (a, _), probe in zip(factors, probes, strict=True)
     ]
     rows = _by_sign([torch.from_numpy(a) for a in scaled], signs, weight)
-    evaluations = len(signs) * len(probes)
     if "bias" in names:  # as a second row with factor 1: y is read and written one time less
         shifts = [_whole(module.bias, names["bias"], probe) for probe in probes]
         rows = torch.cat([rows, _by_sign(shifts, signs, weight)], dim=1)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y = own_forward(x)
-        parts = x.reshape(evaluations, -1, module.in_features)
-        along = parts.new_ones(*parts.shape[:2], rows.shape[1])
-        along[..., :1] = torch.bmm(parts, columns.repeat_interleave(len(signs), dim=0)[:, :, None])
-        y.view(evaluations, -1, module.out_features).baddbmm_(along, rows)
-        return y
-
-    return forward
+    return columns, rows
 
 
 def _signed_lookup(
@@ -270,7 +319,7 @@ class _SignedTable(torch.Tensor):
 
 
 def _looked_up(weight: torch.Tensor, name: str, ids: torch.Tensor, one_pass: _Pass) -> torch.Tensor:
-    probes, signs, rows, _ = one_pass
+    probes, signs, rows = one_pass.probes, one_pass.signs, one_pass.rows
     # position ids come as one row for the whole batch; the signs need rows of their own
     ids = ids.expand(rows, *ids.shape[1:])
     unique_ids, index = torch.unique(ids, return_inverse=True)

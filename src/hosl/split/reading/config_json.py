@@ -8,16 +8,19 @@ from typing import Any
 import transformers
 
 from hosl.errors import ConfigError, ModelError, SplitError
-from hosl.split.families import known_types
+from hosl.split.families import FAMILIES, known_types
 from hosl.system.readable import one_line
 
 _MOST_BLOCKS = 1000
 PLAIN_CALLS = {"return_dict": True, "chunk_size_feed_forward": 0}
 """Settings of how a model is called, not of what it computes: other values are set aside, and that is said."""
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def read_config(path: Path, name: str) -> Any:
-    """The config of a model folder, or of a config.json. No code of the folder is executed.
+    """The config of a model folder, or of a config.json; that of its text model, where it reads more than text.
+
+    No code of the folder is executed.
 
     Raises:
         ModelError: if the folder has none, or the weights are quantised.
@@ -40,8 +43,9 @@ def read_config(path: Path, name: str) -> Any:
             f"{file} has no model_type, so nobody can tell what model it is of; known: {known_types()}"
         )
     _refuse_quantised(content, name)
-    for key, value in content.items():
-        if key in ("num_hidden_layers", "n_layer", "n_layers") and not _counts_blocks(value):
+    inner = content.get("text_config")
+    for key, value in [*content.items(), *(inner.items() if isinstance(inner, dict) else ())]:
+        if key in _BLOCK_COUNTS and not _counts_blocks(value):
             raise ConfigError(f"{file}: {key} must lie in 1..{_MOST_BLOCKS}, got {value!r}")
     if content["model_type"] not in transformers.CONFIG_MAPPING:
         raise SplitError(
@@ -60,7 +64,7 @@ def read_config(path: Path, name: str) -> Any:
     if not isinstance(text, transformers.PreTrainedConfig):
         key = next((key for key in content if getattr(config, key, None) is text), "text_config")
         raise ConfigError(f"{file}: {key} is no setting of a {content['model_type']}; take it out")
-    return config
+    return _of_text(config, content)
 
 
 def _refused(content: dict[str, Any]) -> list[str]:
@@ -91,6 +95,20 @@ def quiet_transformers() -> Any:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def _of_text(config: Any, content: dict[str, Any]) -> Any:
+    """The config of the text model inside one that hosl has no row for; else the config itself."""
+    text = config.get_text_config(decoder=True)
+    known = {model_type for model_type, _ in FAMILIES}
+    if text is config or config.model_type in known or text.model_type not in known:
+        return config
+    if "tie_word_embeddings" in content:
+        text.tie_word_embeddings = content["tie_word_embeddings"]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if content.get(key) is not None:
+            setattr(text, key, content[key])
+    return text
 
 
 def _refuse_quantised(content: dict[str, Any], name: str) -> None:

@@ -9,9 +9,11 @@ import torch
 from hosl.errors import ConfigError
 from hosl.split.families import Family, Head
 from hosl.split.reading.config_json import PLAIN_CALLS, quiet_transformers, read_config
-from hosl.split.reading.model_folder import checkpoint_digest, resolve_model_folder
+from hosl.split.reading.model_folder import resolve_model_folder
 from hosl.split.reading.skeleton import fill_, skeleton
+from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.split.reading.weights import Weights, find_weights
+from hosl.split.structure import guess_note, submodule
 
 _MOST_LABELS = 1_000_000
 
@@ -54,7 +56,7 @@ def load_model(
     model, weights = found.model, found.weights
     fill_(model, {key: source.read().to(dtype) for key, source in weights.sources.items()})
     model.tie_weights()
-    return LoadedModel(model.eval(), weights.new, name, checkpoint_digest(folder, name), weights.notes)
+    return LoadedModel(model.eval(), weights.new, name, checkpoint_digest(folder, name), found.notes)
 
 
 class Pretrained(NamedTuple):
@@ -65,6 +67,8 @@ class Pretrained(NamedTuple):
     """The whole model on the meta device."""
     family: Family
     weights: Weights
+    notes: tuple[str, ...]
+    """What was passed over, replaced, drawn or guessed: lines for people."""
 
 
 def open_pretrained(
@@ -84,6 +88,15 @@ def open_pretrained(
         config.num_labels = num_labels
     with quiet_transformers():
         model, family = skeleton(config, head, dtype)
+    notes = [guess_note(family)] if family.guessed else []
+    if family.shared and any(submodule(model, module) is not None for module in family.shared):
+        notes.append(f"both halves have {' and '.join(family.shared)}, which stay as they are")
+    if family.pools_last_token and config.pad_token_id is None:
+        config.pad_token_id = model.config.pad_token_id = _padding(config)
+        notes.append(
+            f"config.json has no pad_token_id, by which transformers finds a row's last token: {config.pad_token_id} "
+            "stands for it"
+        )
     weights = find_weights(folder, name, model, family, seed)
     if weights.untied:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
@@ -93,4 +106,11 @@ def open_pretrained(
     if aside:
         note = f"set aside from config.json: {', '.join(aside)}; it says how a model is called, not what it computes"
         weights = replace(weights, notes=(*weights.notes, note))
-    return Pretrained(config, model, family, weights)
+    return Pretrained(config, model, family, weights, (*notes, *weights.notes))
+
+
+def _padding(config: Any) -> int:
+    """The padding token of a decoder that has none: the end-of-sequence token, as is usual."""
+    end = config.eos_token_id
+    end = end[0] if isinstance(end, list) and end else end
+    return end if isinstance(end, int) else 0

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from hosl.errors import ConfigError, SplitError
-from hosl.split.families import Family, Head, family_of, known_types
+from hosl.split.families import Family, Head, known_types
+from hosl.split.structure import family_for
 from hosl.system.readable import one_line
 
 
@@ -40,7 +41,7 @@ def skeleton(config: Any, head: Head, dtype: torch.dtype = torch.float32) -> tup
                 f"by the config of this {config.model_type}, {tensor} would have the shape {list(p.shape)}; every size "
                 "must be 1 or more"
             )
-    return model, family_of(config, type(model).__name__)
+    return model, family_for(model)
 
 
 def fill_(model: Any, tensors: dict[str, torch.Tensor]) -> None:

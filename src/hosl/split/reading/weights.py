@@ -5,8 +5,10 @@ it is drawn from the seed.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,20 @@ import numpy as np
 import safetensors
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+)
 
 from hosl.errors import ConfigError, ModelError
 from hosl.split.families import Family
-from hosl.split.reading.model_folder import weights_files
 from hosl.split.reading.skeleton import tied_names
-from hosl.split.reading.tensors import Source
+from hosl.split.reading.tensors import DTYPES, Source
+from hosl.split.reading.weight_files import weights_files
+from hosl.system.readable import one_line
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
@@ -35,6 +44,8 @@ _BUFFERS = (
     ".attention.masked_bias",
 )
 """The ends of the names of buffers that older versions of transformers stored and nobody reads."""
+_TEXT_HALVES = ("language_model.", "text_model.")
+"""What stands in the names of a text model's tensors that was saved inside a model for pictures or sound too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,8 @@ def find_weights(folder: Path, name: str, model: Any, family: Family, seed: int)
     Raises:
         ModelError: if any but a new head's is missing, has another shape, or is not stored as floats.
     """
-    expected, stored, unread = model.state_dict(), *_stored(folder, name, model)
+    expected, checkpoint = model.state_dict(), _stored(folder, name, model)
+    stored, unread = checkpoint.sources, checkpoint.unread
     ties = tied_names(model, model.config)
     sources = {**stored}
     for tied, source in ties.items():
@@ -74,7 +86,12 @@ def find_weights(folder: Path, name: str, model: Any, family: Family, seed: int)
         notes.append(
             "config.json ties head and embedding, but the checkpoint has two different ones: both are read"
         )
-    if unread:
+    if checkpoint.inside and unread:
+        others = sorted({key.removeprefix("model.").partition(".")[0] for key in unread})
+        notes.append(
+            f"only the text model of this checkpoint is read; left out: {', '.join(others)} ({len(unread)} tensors)"
+        )
+    elif unread:
         notes.append(
             f"{len(unread)} stored tensors are no part of {type(model).__name__} and not read: {_some(unread)}"
         )
@@ -93,38 +110,105 @@ def seeded_generator(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def _stored(folder: Path, name: str, model: Any) -> tuple[dict[str, Source], list[str]]:
-    """The stored tensors by their names in the model of today, and the names of those that it does not have."""
-    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    expected, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
-    found: dict[str, Source] = {}
-    unread = []
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The tensors of a checkpoint."""
+
+    sources: dict[str, Source]
+    """The stored tensors by their names in the model of today."""
+    unread: list[str]
+    """The names of those that it does not have."""
+    inside: bool
+    """Whether the model is the text half of another, whose tensors are among the unread."""
+
+
+def _stored(folder: Path, name: str, model: Any) -> _Stored:
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    expected, found, unread, inside = model.state_dict().keys(), {}, [], False
+    parts: dict[str, dict[str, list[Source]]] = {}
+    for key, dtype, shape, file in sorted(_slices(folder, name), key=lambda s: dot_natural_key(s[0])):
+        source = Source(key, dtype, shape, _reader(file, key))
+        today = _name_today(apply_renamings(key, renamings), expected, model)
+        whole, pattern = apply_converters(today, converters)
+        whole = _name_today(whole, expected, model)
+        if pattern is not None and whole in expected and today not in expected:
+            parts.setdefault(whole, {}).setdefault(pattern, []).append(source)
+        elif today in found:
+            raise ModelError(
+                f"model {name}: {today} is stored twice, under a former name too; save the model anew"
+            )
+        elif today in expected:
+            found[today] = replace(source, name=today)
+            inside |= any(half in key for half in _TEXT_HALVES)
+        elif not today.endswith(_BUFFERS):
+            unread.append(today)
+    for whole, by_pattern in parts.items():
+        for source in _put_together(whole, by_pattern, converters, model, name):
+            if source.name in found:
+                raise ModelError(
+                    f"model {name}: {source.name} is stored twice, in parts too; save the model anew"
+                )
+            found[source.name] = source
+    return _Stored(found, unread, inside)
+
+
+def _slices(folder: Path, name: str) -> Iterator[tuple[str, str, tuple[int, ...], Path]]:
+    """Name, dtype, shape and file of every stored tensor."""
     for file, keys in weights_files(folder, name).items():
         try:
             with safetensors.safe_open(file, "pt") as content:
                 slices = {
                     key: content.get_slice(key) for key in list(content.keys()) if keys is None or key in keys
                 }
-                facts = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+                facts = [
+                    (key, part.get_dtype(), tuple(part.get_shape()), file) for key, part in slices.items()
+                ]
         except safetensors.SafetensorError as cause:
             raise ModelError(
                 f"model {name}: {file.name} is cut short or damaged ({cause}); an interrupted download? fetch it again"
             ) from cause
-        for key, (dtype, shape) in facts.items():
-            today = key
-            for renaming in renamings:
-                today, _ = renaming.rename_source_key(today)
-            if today not in expected and prefix + today in expected:  # saved as the model without its head
-                today = prefix + today
-            if today in found:
-                raise ModelError(
-                    f"model {name}: {today} is stored twice, under a former name too; save the model anew"
-                )
-            if today in expected:
-                found[today] = Source(today, dtype, shape, _reader(file, key))
-            elif not today.endswith(_BUFFERS):
-                unread.append(today)
-    return found, unread
+        yield from facts
+
+
+def _name_today(key: str, expected: Collection[str], model: Any) -> str:
+    """The name in `model` of a stored tensor: saved with it, without its head, or inside a model for more than text."""
+    prefix = f"{model.base_model_prefix}."
+    plain = [key, *(key.replace(half, "", 1) for half in _TEXT_HALVES if half in key)]
+    return next((n for p in plain for n in (p, prefix + p) if n in expected), key)
+
+
+def _put_together(
+    whole: str, parts: dict[str, list[Source]], converters: list[WeightConverter], model: Any, name: str
+) -> list[Source]:
+    """The tensors that transformers makes of stored ones, such as all experts' weights of a layer in one."""
+    (converter,) = (c for c in converters if set(parts) <= set(c.source_patterns))
+
+    def converted(read: Callable[[Source], Any]) -> dict[str, torch.Tensor]:
+        one = deepcopy(converter)
+        for pattern, sources in parts.items():
+            for source in sources:
+                one.add_tensor(whole, source.name, pattern, read(source))
+        made = one.convert(whole, model=model, config=model.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    first = next(iter(parts.values()))[0]
+    try:
+        shapes = converted(lambda s: torch.empty(s.shape, dtype=DTYPES[s.dtype], device="meta"))
+    except Exception as cause:  # of torch, about parts that do not fit each other
+        raise ModelError(
+            f"model {name}: the parts of {whole} ({first.name}, ...) do not fit each other: {one_line(cause)}; "
+            "fetch the checkpoint again"
+        ) from cause
+    return [
+        Source(key, first.dtype, tuple(shape.shape), partial(_made, converted, key))
+        for key, shape in shapes.items()
+    ]
+
+
+def _made(converted: Any, key: str) -> torch.Tensor:
+    return converted(lambda source: source.read())[key]
 
 
 def _reader(file: Path, key: str) -> Any:
@@ -137,7 +221,12 @@ def _reader(file: Path, key: str) -> Any:
 
 def _is_new(key: str, tensor: torch.Tensor, stored: dict[str, Source], model: Any, family: Family) -> bool:
     """Whether a tensor is of a new task's head: nothing of a head is stored, or one for another number of labels."""
-    if family.head != "classification" or not key.startswith(tuple(f"{m}." for m in family.server_only)):
+    heads = [
+        m
+        for m in family.server_only
+        if not (family.is_decoder and m.startswith(model.base_model_prefix + "."))
+    ]
+    if family.head != "classification" or not key.startswith(tuple(f"{m}." for m in heads)):
         return False
     if key not in stored:
         return not any(k.startswith(f"{list(family.server_only)[-1]}.") for k in stored)

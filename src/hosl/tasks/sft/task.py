@@ -75,6 +75,10 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
         config.loss_on,
         expanded_path(config.chat_template) if config.chat_template else None,
     )
+    try:
+        rows.loss_on(files["train"].rows[0].content)
+    except TaskError as cause:
+        raise TaskError(f"{config.train}: {cause}") from None
     encoded = {part: [rows.example(row) for row in of_part] for part, of_part in parts.items()}
     encoder.check(encoded)
     formats = dict.fromkeys(note for of_file in files.values() for note in of_file.notes)

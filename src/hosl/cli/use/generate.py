@@ -1,0 +1,182 @@
+"""`hosl generate RUN --prompt TEXT`: what a tuned model says, here or across the split."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hosl.cli.answers import Parser, add_connection, answer, command_parser, connection
+from hosl.cli.run_argument import BEST_HELP, named_run
+from hosl.errors import ConfigError
+
+
+def run(arguments: list[str]) -> int:
+    """Generate; answers go to standard output as they come, what they come from to standard error.
+
+    Returns the exit status.
+
+    Raises:
+        RequestError: if an argument, the model or a prompt cannot be used.
+        FailureError: if weights are damaged.
+    """
+    parser = command_parser("generate", "What a tuned model says to prompts, token by token.")
+    parser.add_argument(
+        "model",
+        help="a run's folder or its CONFIG.yaml, or a model's folder or name; with --to: OUT/client of `hosl split` or "
+        "a run of `hosl join`",
+    )
+    _add_prompts(parser)
+    _add_choice(parser)
+    parser.add_argument("--before", action="store_true", help="also what the model said before the run")
+    parser.add_argument("--best", action="store_true", help=BEST_HELP)
+    add_connection(parser, required=False)
+    parser.add_argument(
+        "--run",
+        default="",
+        metavar="NAME",
+        help="with --to: a run on the server; default: this half's newest",
+    )
+    options = parser.parse_args(arguments)
+    prompts = _prompts(options)
+    wanted = _wanted(options)  # an impossible one is refused before anything is loaded
+
+    from hosl.inference.text_model import TextModel
+    from hosl.tasks import TextTokenizer
+
+    models, read = _models_across(options) if options.to else _models_here(options)
+    columns: dict[str, list[Any]] = {}
+    for when, opened in models.items():
+        with opened() as ready:
+            _say(f"{when}: {ready.says}")
+            tokenizer = TextTokenizer.load(ready.folder, read)
+            speaker = TextModel(ready.model, tokenizer, ready.folder, wanted, _say)
+            columns[when] = [
+                _shown(speaker, number, prompt, many=len(prompts) > 1, silent=options.json)
+                for number, prompt in enumerate(prompts)
+            ]
+    if options.json:
+        rows = [
+            {"prompt": prompt, "text": now.text, "tokens": len(now.tokens), "end": now.end}
+            for prompt, now in zip(prompts, columns["now"], strict=True)
+        ]
+        for row, before in zip(rows, columns.get("before", []), strict=False):
+            row["before"] = before.text
+        answer({"model": options.model, "answers": rows}, as_json=True)
+    return 0
+
+
+_Models = dict[str, Callable[[], AbstractContextManager[Any]]]
+"""Models by when they spoke; each is loaded when it is opened."""
+
+
+def _models_across(options: argparse.Namespace) -> tuple[_Models, None]:
+    """The models across the split that are asked for; a half's tokenizer.json is read as it is."""
+    if options.best:
+        raise ConfigError("--best is for a run whose both halves are here; leave it out, or --to")
+    line, proof = connection(options)
+
+    from hosl.network.generate import SplitUse, split_model_for_use
+
+    use = SplitUse(path=Path(options.model), line=line, proof=proof, run=options.run)
+    models: _Models = {"now": lambda: split_model_for_use(use, _say)}
+    if options.before:
+        models["before"] = lambda: split_model_for_use(replace(use, base=True), _say)
+    return models, None
+
+
+def _models_here(options: argparse.Namespace) -> tuple[_Models, Callable[[Path], Any]]:
+    """The models of this machine that are asked for, and how their tokenizer is read."""
+    if options.run:
+        raise ConfigError("--run names a run on a server; give --to too, or leave it out")
+
+    from hosl.inference.local import model_before, ready_model
+    from hosl.split import transformers_tokenizer
+
+    name = str(named_run(options.model)) if Path(options.model).exists() else options.model
+    models: _Models = {"now": lambda: nullcontext(ready_model(name, best=options.best))}
+    if options.before:
+        models["before"] = lambda: nullcontext(model_before(name))
+    return models, transformers_tokenizer
+
+
+def _add_prompts(parser: Parser) -> None:
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT",
+        help="a prompt; may be given several times; - reads one from standard input",
+    )  # fmt: skip
+    parser.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one per line")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt is a user's message, put into the tokenizer's chat template",
+    )
+
+
+def _add_choice(parser: Parser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: always the most probable token; 1: by probability"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the most probable tokens up to this probability"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="cut an answer before this text; may be given several times",
+    )  # fmt: skip
+
+
+def _wanted(options: argparse.Namespace) -> Any:
+    from hosl.inference.answering import Ending
+    from hosl.inference.decoding import Sampling
+    from hosl.inference.text_model import Wanted
+
+    sampling = Sampling(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
+    )
+    Ending(most_tokens=options.max_new_tokens, stop=tuple(options.stop))
+    return Wanted(
+        sampling=sampling, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), chat=options.chat
+    )
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts of a command, in order."""
+    prompts = [sys.stdin.read() if text == "-" else text for text in options.prompt]
+    if options.prompts is not None:
+        try:
+            lines = Path(options.prompts).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as cause:
+            raise ConfigError(
+                f"--prompts {options.prompts} cannot be read: {cause}; give a text file in UTF-8, a prompt per line"
+            ) from cause
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(
+            "there is no prompt; give --prompt TEXT, --prompt - or --prompts FILE with one per line"
+        )
+    return prompts
+
+
+def _shown(speaker: Any, number: int, prompt: str, *, many: bool, silent: bool) -> Any:
+    """The answer to a prompt; written to standard output piece by piece unless `silent`."""
+
+    def write(text: str) -> None:
+        if not silent:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    if many:
+        write(f"{'' if number == 0 else chr(10)}> {' '.join(prompt.split())}\n")
+    made = speaker.answer(prompt, number, write)
+    write("\n")
+    return made
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"hosl: {text}\n")

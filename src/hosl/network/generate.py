@@ -1,0 +1,120 @@
+"""Generation across the split: this device's half and tokenizer here, the rest of the model with a server."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hosl.config import Config, load_config
+from hosl.errors import ConfigError, FolderError
+from hosl.inference.remote import SplitModel
+from hosl.network.handshake import model_message
+from hosl.split.reading.half_json import half_facts
+from hosl.system.allocator import return_freed_memory
+from hosl.system.checkpoint import Checkpoint, checkpoint_path, intact_steps, read_checkpoint
+from hosl.system.machine import versions
+from hosl.system.model_limits import model_limits
+from hosl.system.run_folder import read_record
+from hosl.transport.channel import Patience, Proof, connect
+from hosl.transport.join_line import JoinLine
+from hosl.wire import hosl_pb2 as pb
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitUse:
+    """The arguments of a command that uses a model across the split."""
+
+    path: Path
+    """The folder of a client half, or of a run that `hosl join` made."""
+    line: JoinLine
+    proof: Proof = field(default_factory=Proof)
+    run: str = ""
+    """The run on the server; empty: that of `path`, or the newest one."""
+    base: bool = False
+    """Whether both halves are as they were split."""
+
+
+@dataclass(frozen=True)
+class ReadySplitModel:
+    """A model across the split that can go on with texts."""
+
+    model: SplitModel
+    folder: Path
+    """The folder of its tokenizer: that of the client half."""
+    says: str
+    """What it is, for a person."""
+
+
+@contextmanager
+def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[ReadySplitModel]:
+    """The model of a client half and a server, connected for as long as the context.
+
+    Args:
+        use: the half and the way to the server.
+        say: is called once with what the server says of its half.
+
+    Raises:
+        FolderError: if `use.path` is neither a client half nor a run of `hosl join`.
+        ConfigError: if the half belongs to a classifier.
+        CheckpointError: if the run's checkpoints are damaged.
+        LinkError, AccessError: if the server cannot be reached or trusted.
+    """
+    return_freed_memory()
+    config, folder, run = _place(use.path)
+    facts = half_facts(folder, "client")
+    if facts["head"] != "causal":
+        raise ConfigError(f"{use.path} is the half of a classifier: it has no text to say")
+    checkpoint = None if config is None or use.base else _newest(use.path)
+    runtime: Any = import_module("hosl.network.torch_runtime")
+    if config is not None:
+        runtime.check_device(config.client.device, "client.device")
+    half = runtime.open_text_half(None if use.base else config, folder, checkpoint)
+    channel = connect(use.line, patience=Patience(), proof=use.proof, known=False, say=say)
+
+    @cache  # every text says it again
+    def say_once(text: str) -> None:
+        say(text)
+
+    def hear(ready: pb.GenerateReady) -> None:
+        of_run = f"run {ready.run} after step {ready.step}" if ready.run else "as it was split"
+        say_once(f"the server's half: {of_run}")
+
+    ask = pb.AskGenerate(
+        protocol=1, model=model_message(facts, config or Config()), run="" if use.base else use.run or run,
+        base=use.base, version=versions()["hosl"],
+    )  # fmt: skip
+    says = "as it was split" if checkpoint is None else f"{use.path} after step {checkpoint.step}"
+    vocabulary = model_limits(folder).vocabulary
+    try:
+        yield ReadySplitModel(
+            SplitModel(channel, half, ask, vocabulary=vocabulary, hear=hear), folder, f"this half: {says}"
+        )
+    finally:
+        channel.close()
+
+
+def _place(path: Path) -> tuple[Config | None, Path, str]:
+    """The settings of a run, the folder of its client half, and its name on the server; of a half: the folder alone."""
+    if (path / "half.json").is_file():
+        return None, path, ""
+    record = read_record(path) or {}
+    if "run_id" not in record:
+        raise FolderError(
+            f"{path} is neither a client half (OUT/client of `hosl split`) nor a run that `hosl join` made; of a "
+            "run of `hosl train` both halves are here: leave --to out"
+        )
+    folder = Path(record.get("model", {}).get("source", path))
+    if not (folder / "half.json").is_file():
+        raise FolderError(
+            f"{path} was made from the half in {folder}, which is not there any more; put it back"
+        )
+    return load_config(path / "config.yaml"), folder, record["run_id"]
+
+
+def _newest(run: Path) -> Checkpoint | None:
+    """The newest intact checkpoint of this device's part of a run; None: there is none yet."""
+    step = next(intact_steps(run / "checkpoints", lambda text: None), None)
+    return None if step is None else read_checkpoint(checkpoint_path(run / "checkpoints", step))
