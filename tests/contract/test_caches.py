@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from hosl.inference.halves import TorchDeviceHalf, at_the_end
+from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.split import split_model, split_u_shape
 from tests.conftest import BLOCKS, MODELS, build
 
@@ -86,3 +88,12 @@ def test_a_cache_holds_keys_and_values_of_its_own_blocks_and_a_window_no_more():
     client, server = split_model(build("mistral"), 0)
     _, (_, windows) = greedy(client, server, prompt_of(11))
     assert windows.size_bytes == 3 * 2 * 2 * 8 * 4 * 5  # the window, and nothing of what is before it
+
+
+def test_a_trunk_without_blocks_hands_on_the_last_state():
+    client, trunk, head = split_u_shape(build("llama"), BLOCKS)
+    device, ids = TorchDeviceHalf(client, head), prompt_of(4)[0].tolist()
+    state = at_the_end(trunk, from_wire(device.new_text()(ids)), trunk.new_cache())
+    with torch.no_grad():
+        logits = build("llama")(torch.tensor([ids])).logits[0, -1]
+    assert device.candidates(to_wire(state), 1).tokens.tolist() == [int(logits.argmax())]

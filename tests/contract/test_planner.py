@@ -51,7 +51,7 @@ ID_BYTES = 8 * ROWS_ * TOKENS
 
 
 def shape_of(family, model):
-    head = "classification" if family in ("bert", "roberta", "distilbert") else "causal"
+    head = "classification" if type(model).__name__.endswith("ForSequenceClassification") else "causal"
     return ModelShape(family, model.config, head)
 
 
@@ -107,6 +107,12 @@ def test_a_head_on_the_device_is_planned_as_it_is_measured(family, way, scored):
 
 CASES = [(family, way) for family in MODELS for way in ("hosl-gradient", "hosl-node", "fo-recompute")]
 CASES += [(family, way) for family in ("opt", "bert") for way in WAYS if (family, way) not in CASES]
+CASES += [
+    (family, way)
+    for family in ("bloom", "mpt", "falcon-alibi", "gpt_neo")
+    for way in ("hosl-node", "fo-recompute")
+]
+CASES += [(family, "hosl-gradient") for family in ("modernbert", "deberta-v2", "opt (class)")]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -270,7 +270,7 @@ def test_weights_that_are_no_floats_are_refused_though_the_config_does_not_say_s
     [
         ({"model_type": "frobnicator"}, SplitError, "model_type 'frobnicator' is unknown to transformers"),
         ({"model_type": "t5"}, SplitError, "transformers has no causal model of model_type 't5'"),
-        ({"model_type": "bloom"}, SplitError, r"BloomForCausalLM .*'bloom'.*no such family"),
+        ({"model_type": "xglm"}, SplitError, r"XGLMForCausalLM .*'xglm'.*no such family"),
         ({"model_type": None}, ConfigError, "has no model_type"),
         ({"hidden_size": -4}, ConfigError, "no model can be built"),
         ({"hidden_size": 10**30}, ConfigError, "no model can be built"),

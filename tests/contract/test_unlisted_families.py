@@ -7,8 +7,9 @@ import torch
 import transformers as hf
 
 from hosl.errors import ConfigError, SplitError
+from hosl.parties.clients.guided import GuidedClient
 from hosl.planner.model_shape import model_shape
-from hosl.split import export_checkpoint, load_half, load_model, split_folder, split_model
+from hosl.split import LoraSpec, add_lora, export_checkpoint, load_half, load_model, split_folder, split_model
 from hosl.split.families import FAMILIES
 from hosl.split.structure import _by_structure, family_for
 
@@ -77,6 +78,20 @@ def test_a_plan_takes_it_too(tmp_path):
     _build("helium").config.save_pretrained(tmp_path)
     client, server = model_shape(str(tmp_path)).of_blocks(2).halves(1)
     assert client.blocks_name == server.blocks_name == "model.layers"
+
+
+def test_what_needs_a_row_says_so():
+    """Layers by name: LoRA's default, and the methods that move writers and queries."""
+    client, _ = split_model(_build("helium"), 1)
+    with pytest.raises(
+        ConfigError, match=r"neither peft nor hosl has a default for helium; name the modules"
+    ):
+        add_lora(client, LoraSpec(), seed=1)
+    add_lora(client, LoraSpec(target_modules=("q_proj",)), seed=1)
+    with pytest.raises(
+        SplitError, match=r"this method moves the layers .*, which hosl does not know of helium"
+    ):
+        GuidedClient(split_model(_build("helium"), 1)[0])
 
 
 def test_a_family_whose_halves_are_not_the_whole_is_refused_with_the_first_difference(tmp_path):

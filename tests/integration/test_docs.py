@@ -136,6 +136,49 @@ def test_the_chats_of_the_how_to_are_learned(tmp_path, monkeypatch):
     assert Path("out/chat_template.jinja").is_file()
 
 
+def test_the_prompts_of_the_how_to_are_learned_and_label_new_rows(tmp_path, monkeypatch):
+    """Its row, config and commands in order, on a tiny model; a server listens on loopback for that of the page."""
+    page = (DOCS / "how-to" / "classify-with-prompts.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    commands = [
+        shlex.split(line, comments=True)[2:] for line in re.findall(r"^\$ hosl .*$", page, re.MULTILINE)
+    ]
+    assert len(commands) == 10
+    monkeypatch.chdir(tmp_path)
+    language_model(tmp_path / "tiny", "llama")
+    small = {"SmolLM2-135M": "tiny", "cut: 10": "cut: 1", "max_steps: 100": "max_steps: 2", "negative\"": "great\"",
+             "positive\"": "terrible\""}  # fmt: skip
+    for text, other in small.items():
+        config = config.replace(text, other)
+    Path("my.yaml").write_text(config + "zo: {directions: 1}\n")
+    labelled = [
+        json.loads(row),
+        *({"text": f"w{i}", "label": ("negative", "positive")[i % 2]} for i in range(20)),
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    Path("new.csv").write_text("text\nw1 w2\nw3\n")
+    with contextlib.ExitStack() as servers:
+        line = ""
+        for name, *words in commands:
+            if name == "serve":
+                line = servers.enter_context(Server(Path(words[0]), tmp_path / "service")).line
+                continue
+            words = [line if word.startswith("hosl://") else word for word in words]
+            words = [{"SmolLM2-135M": "tiny", "10": "1"}.get(word, word) for word in words]
+            if (
+                name == "join"
+            ):  # annotations are verified in this process, and a session begins without a client
+                subprocess.run([*HOSL, name, *words], check=True, env=ENVIRONMENT, capture_output=True)
+                continue
+            assert main([name, *words]) == 0, words
+    files = ("new", "rows-again", "exported", "across")
+    lines = {file: Path(f"{file}.jsonl").read_text(encoding="utf-8").splitlines() for file in files}
+    assert [len(lines[file]) for file in files] == [2, 21, 2, 2]
+    assert lines["exported"] == lines["new"]
+    assert json.loads(lines["across"][0]).keys() == {"row", "label", "probabilities", "scores"}
+
+
 def test_every_decision_is_listed():
     listed = (DOCS / "adr" / "index.md").read_text(encoding="utf-8")
     assert [p.name for p in (DOCS / "adr").glob("0*.md") if f"({p.name})" not in listed] == []

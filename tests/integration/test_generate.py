@@ -114,8 +114,14 @@ def test_what_cannot_be_answered_is_refused_in_one_line(tuned, tmp_path, capsys)
     assert "--before is for the folder of a run" in refusal(tuned / "model", "--prompt", "w1", "--before")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "cannot be read" in refusal(run, "--prompts", tmp_path / "latin")
-    (tmp_path / "half.json").write_text("{}")
+    (tmp_path / "half.json").write_text('{"side": "client", "head": "classification", "client_digest": ""}')
     assert "--to 'hosl://...'" in refusal(tmp_path, "--prompt", "w1")
+    assert "--run names a run on a server" in refusal(run, "--prompt", "w1", "--run", "x")
+    line = ["--to", f"hosl://a:1#{'t' * 43}.{'f' * 43}", "--prompt", "w1"]
+    assert "half of a classifier" in refusal(tmp_path, *line)
+    assert "leave --to out" in refusal(run, *line)
+    assert "--best is for a run whose both halves are here" in refusal(run, *line, "--best")
+    assert "ttt" not in refusal(run, "--prompt", "w1", "--to", f"hosl://a:1#{'t' * 40}")
     assert "no such folder" in refusal(tmp_path / "nowhere", "--prompt", "w1", status=1)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import transformers
 
@@ -10,8 +11,11 @@ from hosl.cli import main
 from hosl.config import load_config
 from hosl.network.torch_runtime import open_text_half
 from hosl.system.checkpoint import read_checkpoint
-from tests.integration.languages import PROMPTS, greedy_words, language_model, tuning
-from tests.integration.network import Server, finished, join, newest, server_state
+from hosl.transport.join_line import JoinLine
+from hosl.wire import hosl_pb2 as pb
+from tests.integration.languages import PROMPTS, WORDS, greedy_words, language_model, tuning
+from tests.integration.network import Server, finished, join, newest, server_state, wait_until
+from tests.integration.recorder import Recorder, messages
 
 TOKENS = 8
 ASKED = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
@@ -85,3 +89,50 @@ def test_a_joined_runs_halves_say_across_the_split_what_the_merged_model_says(
     assert f"the server's half: run {name} after step 4" in err
     assert "the server's half: as it was split" in err
     assert [event["run"] for event in events[:10]] == [name] * 5 + [""] * 5
+
+
+def test_a_run_that_goes_on_is_not_disturbed_by_texts_and_each_says_its_step(tmp_path, capsys):
+    model = language_model(tmp_path / "model", "llama")
+    config = tuning(tmp_path, model, max_steps=60, eval_steps=60, save_steps=30)
+    halves = split_for(tmp_path, model, 1, "server")
+    with Server(halves / "server", tmp_path / "service") as server:
+        process = join(halves / "client", server.line, config, "--output-dir", tmp_path / "joined")
+        wait_until(lambda: any(event["event"] == "hello" for event in server.events))
+        while process.poll() is None:
+            generate(capsys, halves / "client", "--to", server.line, *ASKED)
+        assert finished(process)["finished"]
+        steps = [event["step"] for event in server.events if event["event"] == "generate"]
+        assert server.stop() == 0
+    assert any(0 < step < 60 for step in steps)
+    assert main(["train", str(config), "--json"]) == 0
+    alone, beside = (tmp_path / run / "metrics.jsonl" for run in ("run", "joined"))
+    assert beside.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_a_text_sends_its_hidden_states_and_no_token(tmp_path, capsys, labels):
+    """Every byte of the client, decoded: with the head on the device the server is told of no candidate either."""
+    model = language_model(tmp_path / "model", "llama")
+    halves = split_for(tmp_path, model, 1, labels)
+    with Server(halves / "server", tmp_path / "service", "--plaintext") as server:
+        line = JoinLine.parse(server.line)
+        recorder = Recorder((line.host, line.port))
+        through = f"hosl://127.0.0.1:{recorder.port}#{line.token}"
+        said, _ = generate(capsys, halves / "client", "--plaintext", "--to", through, "--prompt", PROMPTS[2])
+        recorder.close()
+    sent = [pb.GenerateRequest.FromString(m) for stream in recorder.sent for m in messages(stream)]
+    first, *others = sent
+    ask, prompt = first.ask, PROMPTS[2].split()
+    assert (ask.most_tokens, ask.candidates, ask.run) == (len(prompt) + TOKENS, 1, "")
+    assert [part.WhichOneof("part") for part in others] == ["hidden", "chunk"] * TOKENS
+    shapes = [list(part.hidden.shape) for part in others[::2]]
+    assert shapes == [[1, len(prompt), 32], *[[1, 1, 32]] * (TOKENS - 1)]
+    assert [len(part.chunk) for part in others[1::2]] == [shape[1] * 32 * 4 for shape in shapes]
+    raw = b"".join(map(bytes, recorder.sent))
+    for words in (prompt, said["answers"][0]["text"].split()):
+        ids = np.array([WORDS.index(word) for word in words])
+        for text in (
+            *(ids.astype(kind).tobytes() for kind in ("<i4", "<i8", "u1")),
+            " ".join(words).encode(),
+        ):
+            assert text not in raw

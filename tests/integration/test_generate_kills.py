@@ -1,14 +1,20 @@
 """Either side is killed in the middle of generating: the other says so, and the server's memory comes back."""
 
+import json
+import random
 import subprocess
+from collections import Counter
 
 import pytest
 import transformers
 
 from hosl.cli import main
+from hosl.wire import hosl_pb2 as pb
 from tests import conftest
 from tests.integration.languages import language_model
 from tests.integration.network import ENVIRONMENT, HOSL, Server, wait_until
+from tests.integration.peers import Peer, model_of, refused_as
+from tests.integration.test_network_mutations import mutated, text_of
 
 MIB = 1 << 20
 BLOCKS, WIDTH, PROMPT = 2, 1024, 1500
@@ -94,3 +100,21 @@ def test_a_text_that_is_longer_than_its_limit_is_refused_by_name(halves, tmp_pat
         assert main([*words, "--max-new-tokens", "63"]) == 1
         assert "asked for 65 tokens of cache, allowed 64" in capsys.readouterr().err
         assert main([*words, "--max-new-tokens", "62"]) == 0
+
+
+def test_mutated_texts_are_refused_by_name_and_nothing_is_left_of_them(tmp_path):
+    model = language_model(tmp_path / "model", "llama")
+    assert main(["split", str(model), str(tmp_path / "halves"), "--cut", "1", "--json"]) == 0
+    facts = model_of(json.loads((tmp_path / "halves" / "client" / "half.json").read_text()))
+    words = ["--plaintext", "--calls-per-s", "100000", "--idle", "3"]
+    with Server(tmp_path / "halves" / "server", tmp_path / "service", *words) as server:
+        peer, valid, chance, refused = Peer(server.line, facts), text_of(facts), random.Random(5), Counter()
+        for _ in range(300):
+            refused[refused_as(peer, "Generate", mutated(chance, valid))] += 1
+        assert refused["FailureError"] == 0, refused
+        assert 100 < 300 - refused[None] < 300
+        replies = [pb.GenerateReply.FromString(reply) for reply in peer.call("Generate", valid)]
+        assert [len(reply.next.tokens) for reply in replies] == [0, 2, 2, 2]
+        # of four texts at once: had one kept its room, none of the later ones would have got it
+        assert len(ended(server)) > 100
+        peer.channel.close()

@@ -89,8 +89,9 @@ METHODS = {
     "weights": {"method": "fo-fo", "client": {"learning_rate": 1e-2}},
     "weights of the last blocks": {"method": "hosl-node", "client": {"learning_rate": 1e-2}},
     "nothing": {"method": "frozen"},
-    "adapters by a journal": {
-        "method": "hosl", "client": LORA | {"learning_rate": 1e-1}, "server": LORA | {"learning_rate": 1e-1}
+    "adapters by a journal, on an int8 base": {
+        "method": "hosl", "client": LORA | {"learning_rate": 1e-1, "dtype": "int8"},
+        "server": LORA | {"learning_rate": 1e-1},
     },
     "adapters": {"method": "fo-fo", "client": LORA | {"learning_rate": 1e-1}, "server": LORA},
 }  # fmt: skip
@@ -150,6 +151,33 @@ def test_a_language_model_is_merged_with_its_chat_template(causal_run, tmp_path,
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_a_merged_model_is_also_written_as_a_gguf_file(causal_run, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    config = causal_run("llama", max_steps=2, method="hosl")
+    assert main(["train", str(config)]) == 0
+    machines = Machines(tmp_path, "causal")
+    file, alone = tmp_path / "merged" / "x.gguf", tmp_path / "alone" / "x.gguf"
+    for folder in (file.parent, alone.parent):
+        folder.mkdir()
+    with machines.serve("--give-half") as server:
+        machines.join(server.line, config)
+        file.write_text("mine")
+        assert machines.on_device(server.line, tmp_path / "here", "--gguf", file) == 2
+        assert "x.gguf exists; nothing is overwritten" in capsys.readouterr().err
+        assert not (tmp_path / "here").exists()
+        file.unlink()
+        assert machines.on_device(server.line, tmp_path / "here", "--gguf", file) == 0
+    assert result(capsys)["gguf_bytes"] == file.stat().st_size
+    assert main(["export", str(tmp_path / "run"), "--gguf", str(alone)]) == 0
+    assert file.read_bytes() == alone.read_bytes()
+    assert [path.name for path in alone.parent.iterdir()] == ["x.gguf"]
+    found = hf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file="x.gguf", dtype=torch.float32)
+    whole = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "here")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["hosl-gradient", "fo-fo"])
 def test_a_head_of_the_device_is_merged_with_the_trunk_of_the_server(tiny_run, tmp_path, capsys, method):
     config = tiny_run(max_steps=3, method=method, wire={"labels": "client"}, save_model=True)
@@ -189,17 +217,26 @@ def test_a_head_that_shares_the_devices_embedding_stays_tied(causal_run, tmp_pat
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_shared_halves_need_no_more_than_the_servers_journal(tiny_run, tmp_path, capsys):
-    config = tiny_run(max_steps=3, clients={"count": 2, "halves": "shared"})
-    machines = Machines(tmp_path)
+@pytest.mark.parametrize("halves", ["shared", "personal"])
+def test_two_devices_merge_one_half_by_the_servers_journal_or_each_its_own(
+    tiny_run, tmp_path, capsys, halves
+):
+    config = tiny_run(max_steps=3, clients={"count": 2, "halves": halves})
+    machines, shared = Machines(tmp_path), halves == "shared"
     with machines.serve("--give-half") as server:
         second = enrol(machines.service, "second", capsys)
         machines.join(server.line, config, "--give-half", run="a/run")
-        machines.join(second, config, run="b/run")
+        machines.join(second, config, *([] if shared else ["--give-half"]), run="b/run")
         for name, line in (("a", server.line), ("b", second)):
             assert machines.on_device(line, tmp_path / f"from-{name}", run=f"{name}/run") == 0
-    assert machines.on_server(tmp_path / "there", "--base", tmp_path / "model-in", run="a/run") == 0
-    assert weights(tmp_path / "from-a") == weights(tmp_path / "from-b") == weights(tmp_path / "there")
+    base = ["--base", tmp_path / "model-in"]
+    if not shared:
+        assert machines.on_server(tmp_path / "there", *base, run="a/run") == 2
+        assert "has those of first, second: say whose by --client" in capsys.readouterr().err
+        base += ["--client", "second"]
+    assert machines.on_server(tmp_path / "there", *base, run="a/run") == 0
+    assert weights(tmp_path / "from-b") == weights(tmp_path / "there")
+    assert (weights(tmp_path / "from-a") == weights(tmp_path / "there")) == shared
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -4,14 +4,16 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.tensors import WireArray, pack
 from tests.integration.network import Server, enrol
-from tests.integration.peers import Peer, model_of, refused_as
+from tests.integration.peers import WIDTH, Peer, model_of, refused_as
 
 
-def _mutated(chance, frames):
+def mutated(chance, frames):
     """One of the ways in which a message can go wrong."""
     frames = list(frames)
     place = chance.randrange(len(frames))
@@ -47,6 +49,17 @@ def _resident_mib(process):
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
 
+def text_of(model):
+    """A valid text of a prompt and two tokens, as messages in bytes."""
+    ask = pb.AskGenerate(protocol=1, model=model, most_tokens=9, candidates=2, base=True)
+    frames = [pb.GenerateRequest(ask=ask)]
+    for tokens in (5, 1, 1):
+        packed = pack(WireArray(np.full((1, tokens, WIDTH), 0.1, np.float32), "float32"), "none")
+        frames.append(pb.GenerateRequest(hidden=packed.header))
+        frames += [pb.GenerateRequest(chunk=chunk) for chunk in packed.chunks()]
+    return [frame.SerializeToString() for frame in frames]
+
+
 def _valid(peer):
     """One valid question of every call, in the peer's present session."""
     where = pb.Where(session=peer.session, step=1)
@@ -57,7 +70,7 @@ def _valid(peer):
         "Descend": [pb.DescendRequest(where=where, seeds=[1], coefficients=[0.1]).SerializeToString()],
         "Journal": [pb.JournalRequest(where=where, seeds=[1], scales=[0.1], examples=3).SerializeToString()],
         "Save": [pb.SaveRequest(where=where).SerializeToString()],
-        "States": peer.upload("losses"), "StepStates": peer.upload("step"),
+        "States": peer.upload("losses"), "StepStates": peer.upload("step"), "Generate": text_of(peer.model),
     }  # fmt: skip
 
 
@@ -72,7 +85,7 @@ def _attack(peers, messages, seed):
                 peer.greet()
                 valid = _valid(peer)
             call = chance.choice(list(valid))
-            named = refused_as(peer, call, _mutated(chance, valid[call]))
+            named = refused_as(peer, call, mutated(chance, valid[call]))
             assert named != "FailureError", f"{call} met a bug of ours; the server's log has its trace"
             found[named] = found.get(named, 0) + 1
             if (

@@ -164,9 +164,10 @@ def test_what_is_there_already_is_not_overwritten(prompts, tmp_path, capsys):
         (["run/model", "rows.jsonl"], "is no run's folder"),
         (["run", "gone.jsonl"], "gone.jsonl: no such file; give a file"),
         (["run/model", "rows.jsonl", "--config", "config.yaml", "--best"], "--best is for the folder of a run"),
+        (["model", "rows.jsonl", "--config", "texts.yaml"], "this run's task has none: it goes on with texts"),
         (["model", "rows.jsonl", "--config", "classes.yaml"], "its head was never trained for these 2 classes"),
     ],
-    ids=["config of a run", "no config", "no rows", "best of a model", "new head"],
+    ids=["config of a run", "no config", "no rows", "best of a model", "texts", "new head"],
 )  # fmt: skip
 def test_what_cannot_predict_is_refused_in_one_line(prompts, tmp_path, capsys, monkeypatch, words, said):
     task = {"kind": "files", "train": "rows.jsonl", "labels": ["a", "b"]}
@@ -174,6 +175,7 @@ def test_what_cannot_predict_is_refused_in_one_line(prompts, tmp_path, capsys, m
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
     monkeypatch.chdir(prompts)
+    (prompts / "texts.yaml").write_text("task: {kind: sft, train: rows.jsonl}\n")
     if "classes.yaml" in words:
         transformers.BertModel(model).save_pretrained(tmp_path / "bert")
         for name in ("tokenizer.json", "tokenizer_config.json"):

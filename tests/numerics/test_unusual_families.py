@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hosl.core.directions import DISTRIBUTIONS
-from hosl.errors import SplitError
+from hosl.errors import ConfigError, SplitError
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.engine.forward_mode import along
 from hosl.parties.engine.perturbation import Probe, stacked
 from hosl.split import set_trainable, split_model
 from tests.contract.test_recomputing_client import _assert_same, _updates
@@ -118,3 +119,30 @@ def test_a_shifted_query_moves_the_answer_at_its_own_token_only(tiny, padded, na
     assert len(features) == 32
     for other in sorted(set(range(len(_query(client).weight))) - set(features.tolist())):
         assert moved(torch.tensor([other]))[:, 5:].any()
+
+
+@every_family
+def test_forward_mode_is_the_limit_of_differences_or_refused_in_one_line(tiny, padded, name):
+    ids, mask = padded("right", rows=ROWS, width=WIDTH)
+    half = _half(tiny, name)
+    before = half.config._experts_implementation
+    if name == "bloom":  # its activation is a function of its own, without a rule
+        with pytest.raises(
+            ConfigError, match=r"a step of this bloom has no such rule .*leave it at difference"
+        ):
+            _tangent(half, ids, mask)
+        return
+    found = _tangent(half, ids, mask)
+    assert half.config._experts_implementation == before
+    probe = Probe(5, 1e-6, "rademacher")
+    with torch.no_grad(), stacked(half.model, [probe], 2 * ROWS):
+        plus, minus = half(ids.repeat(2, 1), mask.repeat(2, 1)).chunk(2)
+    expected = (plus - minus) / (2 * probe.epsilon)
+    assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(
+        expected
+    )  # float32 norms, over epsilon
+
+
+def _tangent(half, ids, mask):
+    with torch.no_grad(), along(half.model, 5, "rademacher") as tangent_of:
+        return tangent_of(half(ids, mask)).clone()

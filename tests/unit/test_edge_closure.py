@@ -16,7 +16,7 @@ for package in ("hosl.core", "hosl.tasks"):
         importlib.import_module(module.name)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 before_mib = int(status["VmRSS"].split()[0]) / 1024
-import hosl.network.join
+import hosl.network.generate, hosl.network.join
 heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "pandas", "pyarrow", "jinja2", "scipy", "matplotlib"}
 heavy &= set(sys.modules)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -18,17 +18,15 @@ from hosl.tasks import TextTokenizer
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
-WIDTH, HEADS, GROUPS, BLOCKS = 32, 4, 2, 2
-SIZES = {
-    "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS,
-    "num_key_value_heads": GROUPS, "max_position_embeddings": 64,
-}  # fmt: skip
-LAYERS = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "1", "2", "Ġ", "ab", "Ġa", "12"]
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "phi3": gguf.MODEL_ARCH.PHI3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2, "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -43,38 +41,44 @@ def llama(tied):
         return hf.LlamaForCausalLM(config).eval()
 
 
-def written(model, path, kind="llama", without=(), pre="default"):
-    """The model as llama.cpp's converter writes it: rotary pairs of queries and keys are neighbours there."""
-    writer = gguf.GGUFWriter(path, kind)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(BLOCKS)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(GROUPS)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_vocab_size(len(WORDS))
+def written(model, path, kind=None, without=(), pre="default"):
+    """The model as llama.cpp's converter writes it."""
+    c, family = model.config, model.config.model_type
+    blocks, words = c.num_hidden_layers, [*WORDS, *(f"<{i}>" for i in range(len(WORDS), c.vocab_size))]
+    writer = gguf.GGUFWriter(path, kind or gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family]])
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    if family.startswith("gemma"):
+        writer.add_key_length(c.head_dim)
+        writer.add_sliding_window(c.sliding_window)
+    writer.add_vocab_size(len(words))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(WORDS)
+    writer.add_token_list(words)
     writer.add_token_merges(["a b", "Ġ a", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template("{{ messages[0]['content'] }}")
-    weights = model.state_dict()
-    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    names |= {} if model.config.tie_word_embeddings else {"output": "lm_head"}
-    names |= {f"blk.{i}.{g}": f"model.layers.{i}.{t}" for i in range(BLOCKS) for g, t in LAYERS.items()}
-    for name, theirs in names.items():
-        if name in without:
+    names = gguf.get_tensor_name_map(ARCHITECTURES[family], blocks)
+    for theirs, tensor in model.state_dict().items():
+        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        if name in without or (theirs == "lm_head.weight" and c.tie_word_embeddings):
             continue
-        w = weights[f"{theirs}.weight"].numpy()
-        if theirs.endswith(("q_proj", "k_proj")):
-            heads = HEADS if theirs.endswith("q_proj") else GROUPS
-            w = w.reshape(heads, 2, -1, WIDTH).swapaxes(1, 2).reshape(w.shape)
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(w))
+        w = tensor.numpy() + (1 if family.startswith("gemma") and "norm" in theirs else 0)
+        if family == "llama" and (
+            "q_proj" in theirs or "k_proj" in theirs
+        ):  # rotary pairs are neighbours there
+            heads = c.num_attention_heads if "q_proj" in theirs else c.num_key_value_heads
+            w = w.reshape(heads, 2, -1, c.hidden_size).swapaxes(1, 2).reshape(w.shape)
+        writer.add_tensor(name, np.ascontiguousarray(w))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -103,6 +107,15 @@ def test_a_gguf_file_is_the_model_that_was_written_to_it(own_cache, tmp_path, ti
     assert (again.digest, capsys.readouterr().err) == (loaded.digest, "")
 
 
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma2", "gemma3"])
+def test_a_gguf_file_of_another_family_is_its_model_too(own_cache, tmp_path, tiny, family):
+    theirs = tiny(family)
+    loaded = load_model(str(written(theirs, tmp_path / "small.gguf")), head="causal", num_labels=None, seed=0)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, theirs(ids).logits)
+
+
 def test_a_gguf_file_is_split_and_its_tokenizer_and_template_come_along(own_cache, tmp_path):
     file = written(llama(True), tmp_path / "small.gguf")
     split_folder(str(file), 1, tmp_path / "halves", head="causal")
@@ -121,7 +134,7 @@ def test_digits_are_apart_where_the_file_says_that_its_tokenizer_does_so(own_cac
 def test_a_plan_has_the_sizes_of_a_gguf_file(own_cache, tmp_path, monkeypatch):
     file = written(llama(False), tmp_path / "small.gguf")
     shape = model_shape(str(file))
-    assert (shape.blocks, shape.width, shape.longest) == (BLOCKS, WIDTH, 64)
+    assert (shape.blocks, shape.width, shape.longest) == (2, 32, 64)
     monkeypatch.chdir(tmp_path)
     config = with_absolute_paths(Config(model=ModelConfig(name="small.gguf", cut=1)))
     assert config.model.name == str(file)
@@ -135,7 +148,7 @@ def test_a_gguf_file_that_cannot_serve_is_refused_by_name(own_cache, tmp_path, h
     file = tmp_path / "small.gguf"
     kinds = {"of no causal model": "t5", "of no known model": "nobody"}
     if harm != "not there":
-        without = ["blk.1.ffn_up"] if harm == "without a layer" else []
+        without = ["blk.1.ffn_up.weight"] if harm == "without a layer" else []
         written(llama(True), file, kind=kinds.get(harm, "llama"), without=without)
     if harm == "cut short":
         file.write_bytes(file.read_bytes()[:-4000])
@@ -148,9 +161,18 @@ def test_a_gguf_file_that_cannot_serve_is_refused_by_name(own_cache, tmp_path, h
 
 
 def test_a_part_of_a_model_in_several_files_says_how_to_join_them(own_cache, tmp_path):
-    file = written(llama(True), tmp_path / "small-00001-of-00002.gguf", without=["blk.1.ffn_up"])
+    file = written(llama(True), tmp_path / "small-00001-of-00002.gguf", without=["blk.1.ffn_up.weight"])
     with pytest.raises(ModelError, match="llama-gguf-split --merge"):
         resolve_model_folder(str(file))
+
+
+def test_a_tensor_of_another_shape_than_the_metadata_say_is_named(own_cache, tmp_path):
+    model = llama(True)
+    model.config.intermediate_size = 48  # which is what the file says; its tensors have 64
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.0\.mlp\.\w+\.weight has another shape .* not \[(48|32, 48)"
+    ):
+        resolve_model_folder(str(written(model, tmp_path / "small.gguf")))
 
 
 def test_packages_that_are_not_there_are_named(own_cache, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from hosl.errors import TaskError
 from hosl.methods.schedule import alike_indices, batch_indices
 from hosl.tasks import SftConfig, TextTokenizer, load_task
 from hosl.tasks.base import task_digest
-from hosl.tasks.docstrings import documented_functions, documented_functions_note
+from hosl.tasks.docstrings import documented_functions_note
 from hosl.tasks.encoding import Encoder
 from hosl.tasks.sft.formats import sft_rows
 from hosl.tasks.sft.spans import RowEncoder
@@ -27,6 +27,7 @@ CHAT = [
 ]
 PAIR = {"prompt": "Say: ", "completion": "Hello there"}
 TALK = {"prompt": CHAT[1:2], "completion": CHAT[2:3]}
+LATER = {"prompt": CHAT[:4], "completion": CHAT[4:5]}
 
 
 @pytest.fixture
@@ -68,6 +69,10 @@ def learned(tokenizer, row, *, loss_on=None, max_tokens=512):
         (LLAMA, TALK, "completion", ["Hello\n\nthere<|eot_id|>"]),
         (MISTRAL, {"messages": CHAT[1:5]}, None, [" Hello\n\nthere</s>", " Good bye</s>"]),
         (MARKED, {"messages": CHAT}, None, ["Hello\n\nthere</s>", "Good bye</s>"]),
+        (MARKED, TALK, None, ["Hello\n\nthere</s>"]),
+        (MARKED, LATER, None, ["Good bye</s>"]),
+        (CHATML, LATER, None, ["Good bye<|im_end|>"]),
+        (CHATML, LATER, "assistant", ["Hello\n\nthere<|im_end|>", "Good bye<|im_end|>"]),
     ],
 )
 def test_the_learned_tokens_are_those_of_the_answers(tokenizer, template, row, loss_on, spans):
@@ -280,11 +285,18 @@ def test_files_of_two_formats_without_rows_and_settings_that_mean_nothing_are_re
         load_task(SftConfig(train=write(tmp_path / "t.jsonl", [PAIR])), tokenizer(), seed=0)
 
 
-def test_the_embedded_rows_have_parts_of_their_own(tokenizer):
-    task = load_task(SftConfig(train="python-docstrings", max_tokens=1024), tokenizer(), seed=0)
-    parts = documented_functions()
-    assert [len(part) for part in (task.train, task.dev, task.test)] == [len(parts[p]) for p in parts]
-    assert task.notes[0] == documented_functions_note()
+def test_the_embedded_rows_have_parts_of_their_own(tokenizer, monkeypatch):
+    parts = {
+        "train": [{"prompt": f"{i}", "completion": " x"} for i in range(5)],
+        "dev": [{"prompt": "d", "completion": " x"}], "test": [{"prompt": "t", "completion": " x"}] * 2,
+    }  # fmt: skip
+    monkeypatch.setattr("hosl.tasks.sft.task.documented_functions", lambda: parts)
+    task = load_task(SftConfig(train="python-docstrings", train_rows=3), tokenizer(), seed=0)
+    assert [len(part) for part in (task.train, task.dev, task.test)] == [3, 1, 2]
+    assert task.notes[:2] == (
+        documented_functions_note(),
+        "python-docstrings: rows of `prompt` and `completion`",
+    )
     assert not any("drawn" in note or "dropped" in note for note in task.notes)
 
 

@@ -37,7 +37,7 @@ _ROOMS = {"generate": "use.", "predict": "use.", "merge": "use."}
 """The room of a command's module below this one, where it has one."""
 _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
-    "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve",
+    "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve", "gguf": "gguf",
 }  # fmt: skip
 """Module -> the extra of this package that brings it."""
 _TOKEN = re.compile(

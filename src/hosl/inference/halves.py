@@ -29,8 +29,8 @@ def at_the_end(half: ServerHalf | TrunkHalf, hidden: torch.Tensor, cache: HalfCa
         hidden: [1, seq, width], of tokens that follow those in the cache.
         cache: is made longer.
     """
-    weight = next(half.parameters())
-    h = hidden.to(weight.device, weight.dtype)
+    weight = next(half.parameters(), None)  # a trunk at the last cut has none
+    h = hidden if weight is None else hidden.to(weight.device, weight.dtype)
     last = torch.tensor([h.shape[1] - 1], device=h.device)
     with torch.no_grad():
         return half(h, _all_ones(cache, h), last, cache)

@@ -23,9 +23,21 @@ class NewRow:
     columns: dict[str, Any]
     """The columns that it is read from, as the file has them."""
     example: Example
-    """Its tokens; the label is its own, or 0 where there is none."""
-    labelled: bool
-    """Whether it has a label of the task."""
+    """Its tokens; its label is 0 whatever the row says: a server that scores it is told no more."""
+    label: int | None
+    """The index of the label that the row has; None: it has none of the task."""
+
+
+def check_has_labels(task: TaskConfig) -> None:
+    """Refuse a task whose texts are learned token by token.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not isinstance(task, PromptsConfig | FilesConfig | DocstringsConfig):
+        raise ConfigError(
+            "hosl predict gives labels, and this run's task has none: it goes on with texts, as `hosl generate` does"
+        )
 
 
 class RowReader:
@@ -61,9 +73,7 @@ class RowReader:
                 self._columns, self._label_column = (files.text_column,), files.label_column
                 self._encode = self._encode_text
             case _:
-                raise ConfigError(
-                    "hosl predict gives labels, and this task has none: it goes on with texts, as `hosl generate` does"
-                )
+                check_has_labels(config)
 
     def read(self, file: str, split: str = "test") -> Sequence[Row]:
         """The rows of a file, each with the columns that the task needs, texts in them.
@@ -99,11 +109,8 @@ class RowReader:
         """
         for number, row in enumerate(rows, start=1):
             example = self._encode(row, f"{self._file}, row {number}")
-            label = self._label(row)
-            if label is not None:
-                example = Example(example.rows, label, example.option_lengths)
             columns = {name: row[name] for name in self._columns if name in row}
-            yield NewRow(number, columns, example, labelled=label is not None)
+            yield NewRow(number, columns, example, self._label(row))
 
     def cuts(self) -> list[str]:
         """The line about rows that were cut so far; none if none was."""

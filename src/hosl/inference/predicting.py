@@ -135,7 +135,7 @@ def write_predictions(
             line["columns"] = one.row.columns
         out.write(json.dumps(line, ensure_ascii=False) + "\n")
         tally.rows += 1
-        tally.labelled += one.row.labelled
-        tally.right += one.row.labelled and one.label == one.row.example.label
+        tally.labelled += one.row.label is not None
+        tally.right += one.label == one.row.label
         done(tally.rows)
     return tally

@@ -46,7 +46,7 @@ class SplitModel:
         ask: pb.AskGenerate,
         *,
         vocabulary: int | None = None,
-        hear: Callable[[pb.GenerateReady], None] = lambda ready: None,
+        hear: Callable[[pb.GenerateReady, int], None] = lambda ready, step: None,
     ) -> None:
         """Nothing is sent before a text.
 
@@ -55,7 +55,8 @@ class SplitModel:
             half: of this device.
             ask: names model and run; the fields about one text are filled here.
             vocabulary: the rows of the model's table; None: any token of the server's is taken.
-            hear: is called with what the server says at the begin of each text.
+            hear: is called with what the server says at the begin of each text, and the step of its weights: then, and
+                at the end if they have changed.
         """
         self._channel, self._half, self._ask, self._hear = channel, half, ask, hear
         self._vocabulary = vocabulary
@@ -76,7 +77,9 @@ class SplitModel:
         frames.put(pb.GenerateRequest(ask=ask))
         parts = self._channel.converse("Generate", iter(frames.get, None), pb.GenerateReply)
         try:
-            self._hear(_part(parts, "ready").ready)
+            ready = _part(parts, "ready").ready
+            self.step = ready.step
+            self._hear(ready, ready.step)
             hidden_of = self._half.new_text()
 
             def next_token(ids: Sequence[int]) -> Candidates:
@@ -89,6 +92,8 @@ class SplitModel:
                 return self._candidates(told, parts, hidden.header, candidates)
 
             yield next_token
+            if self.step != ready.step:
+                self._hear(ready, self.step)
         finally:
             frames.put(None)  # in any case: the sending thread must end
             parts.close()

@@ -7,13 +7,14 @@ import msgspec
 from hosl.config import ClientConfig, Config, ServerConfig
 from hosl.core.protocols import ServerSide
 from hosl.errors import ConfigError, FolderError
+from hosl.inference.new_rows import check_has_labels
 from hosl.inference.predicting import Scorer, known_labels
 from hosl.methods.torch_parties import DTYPES, make_client, make_server
 from hosl.split import load_model, resolve_model_folder, split_model
 from hosl.split.reading.tokenizer import transformers_tokenizer
 from hosl.system.run_folder import read_record
 from hosl.tasks import PromptsConfig, TextTokenizer
-from hosl.training.local_session import load_scoring
+from hosl.training.local_session import load_scoring, run_config
 
 
 def scorer_here(path: str, config: Config | None, *, best: bool = False) -> Scorer:
@@ -47,6 +48,7 @@ def scorer_here(path: str, config: Config | None, *, best: bool = False) -> Scor
 
 
 def _of_run(run: Path, *, best: bool) -> Scorer:
+    check_has_labels(run_config(run).task)
     loaded = load_scoring(run, best=best)
     folder = resolve_model_folder(loaded.config.model.name)
     tokenizer = TextTokenizer.load(folder, transformers_tokenizer)
@@ -55,6 +57,7 @@ def _of_run(run: Path, *, best: bool) -> Scorer:
 
 
 def _of_model(name: str, config: Config) -> Scorer:
+    check_has_labels(config.task)
     folder = resolve_model_folder(name)
     tokenizer = TextTokenizer.load(folder, transformers_tokenizer)
     labels, classifies = known_labels(config, tokenizer, folder), not isinstance(config.task, PromptsConfig)

@@ -63,24 +63,29 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
         LinkError, AccessError: if the server cannot be reached or trusted.
     """
     return_freed_memory()
-    config, folder, run = _place(use.path)
+    config, folder, run = joined_place(use.path)
     facts = half_facts(folder, "client")
     if facts["head"] != "causal":
         raise ConfigError(f"{use.path} is the half of a classifier: it has no text to say")
-    checkpoint = None if config is None or use.base else _newest(use.path)
+    checkpoint = None if config is None or use.base else newest_here(use.path)
     runtime: Any = import_module("hosl.network.torch_runtime")
     if config is not None:
         runtime.check_device(config.client.device, "client.device")
     half = runtime.open_text_half(None if use.base else config, folder, checkpoint)
-    channel = connect(use.line, patience=Patience(), proof=use.proof, known=False, say=say)
+    wire = (config or Config()).wire
+    patience = Patience(connect_s=wire.connect_s, idle_s=wire.idle_s)
+    channel = connect(use.line, patience=patience, proof=use.proof, known=False, say=say)
 
     @cache  # every text says it again
     def say_once(text: str) -> None:
         say(text)
 
-    def hear(ready: pb.GenerateReady) -> None:
+    def hear(ready: pb.GenerateReady, last_step: int) -> None:
         of_run = f"run {ready.run} after step {ready.step}" if ready.run else "as it was split"
-        say_once(f"the server's half: {of_run}")
+        if last_step == ready.step:
+            say_once(f"the server's half: {of_run}")
+        else:
+            say(f"the server's half was trained to step {last_step} meanwhile")
 
     ask = pb.AskGenerate(
         protocol=1, model=model_message(facts, config or Config()), run="" if use.base else use.run or run,
@@ -96,7 +101,7 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
         channel.close()
 
 
-def _place(path: Path) -> tuple[Config | None, Path, str]:
+def joined_place(path: Path) -> tuple[Config | None, Path, str]:
     """The settings of a run, the folder of its client half, and its name on the server; of a half: the folder alone."""
     if (path / "half.json").is_file():
         return None, path, ""
@@ -114,7 +119,7 @@ def _place(path: Path) -> tuple[Config | None, Path, str]:
     return load_config(path / "config.yaml"), folder, record["run_id"]
 
 
-def _newest(run: Path) -> Checkpoint | None:
+def newest_here(run: Path) -> Checkpoint | None:
     """The newest intact checkpoint of this device's part of a run; None: there is none yet."""
     step = next(intact_steps(run / "checkpoints", lambda text: None), None)
     return None if step is None else read_checkpoint(checkpoint_path(run / "checkpoints", step))

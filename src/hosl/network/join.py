@@ -239,7 +239,7 @@ def _joined(
         config=config, task=task, client=NO_CLIENT_YET, server=remote, remote=remote, folder=options.half,
         runtime=runtime,
     )  # fmt: skip
-    session.facts = _record_of(config, options, facts, task)
+    session.facts = _facts(config, options, facts, task)
     try:
         start = channel.for_ever(remote.hello, say)
         width = model_limits(options.half).width
@@ -257,13 +257,15 @@ def _joined(
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 
-def _record_of(config: Config, options: JoinOptions, facts: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The facts of record.json about model, task and wire."""
-    source = str(options.half.absolute())
+def _facts(config: Config, options: JoinOptions, half: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The facts of the run for its record."""
+    labels = list(task.labels)
     return {
-        "model": {"source": source, "digest": facts["base_digest"], "family": facts["family"]},
-        "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": list(task.labels)},
-        "cut": facts["cut"],
+        "model": {
+            "source": str(options.half.absolute()), "digest": half["base_digest"], "family": half["family"],
+        },
+        "task": {"name": task.name, "digest": task_digest(task), "head": task.head, "labels": labels},
+        "cut": half["cut"],
         "crosses": what_crosses(config, task.head),
     }  # fmt: skip
 
@@ -309,6 +311,20 @@ def _joined_run(config: Config, say: Callable[[str], None]) -> _JoinedRun:
     identity = name if config.clients.count > 1 else f"{name}-{secrets.token_hex(4)}"
     write_record(folder, {"run_id": identity, "config": msgspec.to_builtins(config)})
     return _JoinedRun(folder, identity, under_way=False, finished=False)
+
+
+def begun_run(config: Config) -> Path | None:
+    """The folder of this config's run, one that is not finished before others; None: there is none."""
+    config = with_absolute_paths(config.with_client_rate(config.client_rate))
+    found = []
+    for folder in same_name_folders(Path(config.output_dir)):
+        kept, record = _settings(folder), read_record(folder) or {}
+        if kept is None or "run_id" not in record:
+            continue
+        steps = config.max_steps if config.num_train_epochs is None else kept.max_steps
+        if kept == _identity(msgspec.structs.replace(config, max_steps=steps)):
+            found.append((_finished(folder, record), len(found), folder))
+    return min(found)[-1] if found else None
 
 
 def _settings(folder: Path) -> Config | None:

@@ -21,7 +21,7 @@ from google.protobuf.json_format import ParseDict
 from hosl.config import ClientConfig, Config, ModelConfig, load_begun_config
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError, ConfigError, FolderError, HandshakeError, WireError
-from hosl.methods.torch_parties import DTYPES, make_client, prepare_server_half_
+from hosl.methods.torch_parties import DTYPES, check_device, make_client, prepare_server_half_
 from hosl.network.half_transfer import fetch_half
 from hosl.network.handshake import config_of
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
@@ -40,6 +40,7 @@ from hosl.split import (
 )
 from hosl.split.artifact import blank_half, server_half_of
 from hosl.split.export import export_model
+from hosl.split.gguf_export import check_gguf
 from hosl.split.reading.half_json import half_facts
 from hosl.split.reading.model_folder import adapter_base, resolve_model_folder
 from hosl.split.reading.tensors import tensors_digest
@@ -62,7 +63,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """What is wrong or right for `hosl merge` wherever it runs."""
+    """The arguments of `hosl merge` that both machines have."""
 
     out: Path
     """A folder to make."""
@@ -72,6 +73,8 @@ class MergeOptions:
     """OUT/client of `hosl split`; None: where the run says, or from `base`."""
     base: str | None = None
     """The model that was split, for tokenizer and templates; on the server also for the client's base half."""
+    gguf: Path | None = None
+    """A GGUF file that will be made of it; refused ahead of the work where it cannot be."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ def merge_on_device(
     record = _joined_record(run)
     with RunLock(run):
         config = load_begun_config(run / "config.yaml", record, warn=False)
+        check_device(config.client.device, "client.device")
         folder = options.client_half or Path(record["model"]["source"])
         facts = _client_facts(folder, record["model"]["digest"])
+        _check_gguf(options, facts)
         checkpoint = newest_intact(run / "checkpoints", say, weights_only=True)
         if checkpoint is None:
             raise FolderError(f"{run} has no checkpoint yet; merge it when it has saved one")
@@ -259,6 +264,7 @@ def merge_on_server(
         raise HandshakeError(
             f"{half} is another half than the one that run {run} was trained with; give that one"
         )
+    _check_gguf(options, facts)
     _check_labels(labels, facts, training)
     state = newest_intact(service / "runs" / run / "checkpoints", say, weights_only=True)
     if state is None:
@@ -466,6 +472,11 @@ def _check_free(out: Path) -> None:
         raise FolderError(
             f"{out} exists and is not empty; nothing is overwritten: choose another folder, or empty it"
         )
+
+
+def _check_gguf(options: MergeOptions, facts: dict[str, Any]) -> None:
+    if options.gguf is not None:
+        check_gguf(facts["family"], options.gguf)
 
 
 def _written(whole: _Whole, options: MergeOptions, say: Say) -> dict[str, Any]:

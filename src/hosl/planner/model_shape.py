@@ -77,12 +77,17 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
         num_labels: the number of labels of a classification head.
 
     Raises:
-        ConfigError: if the config lacks a setting that a plan needs, or hosl has no such family.
+        ConfigError: if the config lacks a setting that a plan needs, hosl has no such family, or it has experts.
         ModelError: if there is no model of this name.
     """
     if name in SHAPES:
         return ModelShape(name, shape_config(name), "causal")
     config = _read_config(name)
+    if getattr(config.get_text_config(), "num_experts_per_tok", None):
+        raise ConfigError(
+            f"{name}: no plan of a {config.model_type}: which experts a token goes to is known with the data only, and "
+            "with it the memory; leave client.memory_budget out, or plan a model of the same width without experts"
+        )
     if num_labels is not None:
         config.num_labels = num_labels
     heads: list[Head] = [

@@ -155,11 +155,11 @@ class Calls:
 
     async def _scores(self, client: str, incoming: Incoming) -> AsyncIterator[pb.ScoresReply]:
         request = await incoming.request("scores")
-        session = self._sessions.of(client, request.where)
+        session = self._sessions.of(client, request.where, reads=True)
         arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
 
         def work() -> Any:
-            session.run.check_now(client, request.where.step, evaluation=True)
+            session.check_now(request.where.step, evaluation=True)
             return session.run.half.scores(arrays[0], targets)
 
         scores, seconds = await self._compute(session, arrays, work)
@@ -181,13 +181,13 @@ class Calls:
 
     async def _states(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StatesReply]:
         request = await incoming.request("states")
-        session = self._sessions.of(client, request.where)
+        session = self._sessions.of(client, request.where, reads=True)
         arrays, positions = await self._activations(incoming, session, request.activations, request.positions)
         await incoming.end()
 
         def work() -> list[WireArray]:
-            session.run.check_now(
-                client, request.where.step, evaluation=request.where.step == session.run.steps.get(client)
+            session.check_now(
+                request.where.step, evaluation=request.where.step == session.run.steps.get(client)
             )
             return session.run.half.states(arrays, positions)
 

@@ -20,6 +20,7 @@ from hosl.errors import (
     AccessError,
     BusyError,
     CheckpointError,
+    FailureError,
     HandshakeError,
     HoslError,
     StepError,
@@ -130,6 +131,8 @@ class Giving:
             facts = {"given": MessageToDict(given), "step": listing.step}
             whole_file(folder / GIVEN, msgspec.json.encode(facts))
             yield pb.GiveReply(have=listing.size_bytes, complete=True)
+        except OSError as cause:  # a full disk; or the run was dropped meanwhile
+            raise FailureError(f"the server cannot keep the half: {cause.strerror}; ask its owner") from cause
         finally:
             self._arriving.discard(folder)
 

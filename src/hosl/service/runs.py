@@ -346,7 +346,7 @@ class ServedRun:
         if stepped != step or weight != contribution.examples:
             raise WireError(
                 f"client {client} hands in an update of {contribution.examples} examples for step {step}, whose Step "
-                f"had {weight if stepped == step else 'not come yet: 0'}; the two must be equal"
+                f"had {weight if stepped == step else 'not come yet: 0'} rows or scored tokens; the two must be equal"
             )
         self.round.contributions[client] = contribution
         if step >= self.round.number - 1:

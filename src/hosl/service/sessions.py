@@ -23,6 +23,7 @@ from hosl.errors import (
     HandshakeError,
     LimitError,
     SessionError,
+    StepError,
     WireError,
 )
 from hosl.service.hosted_half import OpenHalf
@@ -55,6 +56,22 @@ class Session:
 
     client: str
     run: ServedRun
+    looks: bool = False
+    """Whether it only reads: what a run has learned is used, and nobody's part of it changes."""
+
+    def check_now(self, step: int, *, evaluation: bool = False) -> None:
+        """Refuse a request for another state than the present one; as `ServedRun.check_now`.
+
+        Raises:
+            StepError: if a run that is looked at has gone on since the session began.
+        """
+        if not self.looks:
+            self.run.check_now(self.client, step, evaluation=evaluation)
+        elif step != self.run.server_step:
+            raise StepError(
+                f"the run has gone on from step {step} to {self.run.server_step} while it is used; wait until its "
+                "training ends, then ask again"
+            )
 
 
 class Sessions:
@@ -85,15 +102,20 @@ class Sessions:
         self._used: Counter[str] = Counter()
         """Run -> the texts that are generated with its half now."""
 
-    def of(self, client: str, where: pb.Where) -> Session:
-        """The session that a request names.
+    def of(self, client: str, where: pb.Where, *, reads: bool = False) -> Session:
+        """The session that a request names; `reads` says of the request that it changes nothing.
 
         Raises:
             SessionError: if there is no such session, it is another client's, or its run was dropped.
             AccessError: if its client has said hello since: a process has one session, so this is another process.
         """
         session = self._sessions.get(where.session)
-        if session is not None and _handshake_file(session.run.folder.parent) is None:
+        dropped = (
+            session is not None
+            and session.run.name != BASE
+            and _handshake_file(session.run.folder.parent) is None
+        )
+        if session is not None and dropped:
             self._forget(session.run)
             session = None
         if session is None and (client, where.session) in [
@@ -105,6 +127,8 @@ class Sessions:
             )
         if session is None or session.client != client:
             raise SessionError("this session is not known here (any more); say hello again")
+        if session.looks and not reads:
+            raise WireError("this session only looks at its run: it may ask for scores and states")
         self._heard_s[session.run.name] = time.monotonic()
         return session
 
@@ -128,6 +152,8 @@ class Sessions:
             WireError: if the request is malformed. HandshakeError: if the two sides do not fit.
             LimitError: if this server is busy with other runs.
         """
+        if request.look:
+            return self._look(client, request)
         if request.protocol != PROTOCOL:
             raise HandshakeError(
                 f"this server speaks protocol {PROTOCOL}, the client {request.protocol}; install the same version of "
@@ -171,10 +197,23 @@ class Sessions:
         self._heard_s[run.name] = time.monotonic()
         for before in self._end_sessions(run, client):
             self._taken_over[run.name, client] = before
+        return self._begun(Session(client, run)), start, run
+
+    def _look(self, client: str, request: pb.HelloRequest) -> tuple[str, int, ServedRun]:
+        """Begin a session that only reads, of a run of this client, or of the half as it was split."""
+        ask = pb.AskGenerate(
+            protocol=request.protocol, model=request.model, run=request.run, base=not request.run
+        )
+        run = self.for_use(client, ask)
+        self._heard_s[run.name] = time.monotonic()
+        return self._begun(Session(client, run, looks=True)), run.server_step, run
+
+    def _begun(self, session: Session) -> str:
+        """The name of a new session."""
         self._count += 1
-        session = f"{self._incarnation}.{self._count}"
-        self._sessions[session] = Session(client, run)
-        return session, start, run
+        name = f"{self._incarnation}.{self._count}"
+        self._sessions[name] = session
+        return name
 
     def _find_or_open(
         self, client: str, request: pb.HelloRequest, stored: dict[str, Any] | None
@@ -326,9 +365,13 @@ class Sessions:
         self._end_sessions(run)
 
     def _end_sessions(self, run: ServedRun, client: str | None = None) -> list[str]:
-        """End the sessions of a run, or of one client in it; returns their names."""
+        """End the sessions of a run, or those in which one client trains it; returns their names."""
         held = list(self._sessions.items())  # the event loop may end one meanwhile
-        ended = [name for name, session in held if session.run is run and client in (None, session.client)]
+        ended = [
+            name
+            for name, session in held
+            if session.run is run and (client is None or (client == session.client and not session.looks))
+        ]
         for name in ended:
             self._sessions.pop(name, None)
         return ended

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from hosl.errors import ConfigError
+from hosl.errors import ConfigError, SplitError
 from hosl.split.halves import Half
 from hosl.split.reading.weights import seeded_generator
 from hosl.split.specs import LoraSpec
@@ -104,7 +104,12 @@ def _default_targets(half: Half) -> list[str]:
 
     if half.family in MAPPING:
         return list(MAPPING[half.family])
-    query = half.query.rpartition(".")[2]
+    try:
+        query = half.query.rpartition(".")[2]
+    except SplitError:
+        raise ConfigError(
+            f"lora.target_modules: neither peft nor hosl has a default for {half.family}; name the modules to adapt"
+        ) from None
     return [query, query.replace("query", "value", 1), re.sub("^q_", "v_", query)]
 
 

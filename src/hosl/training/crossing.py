@@ -8,7 +8,7 @@ from hosl.config import Config
 def what_crosses(config: Config, head: Literal["classification", "causal"]) -> str:
     """The line for people: where the labels are, and the fields that cross in a step, either way.
 
-    `head`: that of the task. Evaluations send the same fields and get scores or states. Each field's size and what it
+    `head`: that of the task. Evaluations send the same fields and get scores or states. Sizes and what each field
     tells: `hosl audit`.
     """
     method = config.method_row

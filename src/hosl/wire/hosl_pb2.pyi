@@ -106,7 +106,7 @@ SEQUENTIAL: Order
 SYNCHRONOUS: Order
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol", "run", "model", "training", "restorable", "current", "version", "may_go_back")
+    __slots__ = ("protocol", "run", "model", "training", "restorable", "current", "version", "may_go_back", "look")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class HelloRequest(_message.Message):
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MAY_GO_BACK_FIELD_NUMBER: _ClassVar[int]
+    LOOK_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     run: str
     model: Model
@@ -123,7 +124,8 @@ class HelloRequest(_message.Message):
     current: int
     version: str
     may_go_back: bool
-    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., restorable: _Optional[_Iterable[int]] = ..., current: _Optional[int] = ..., version: _Optional[str] = ..., may_go_back: _Optional[bool] = ...) -> None: ...
+    look: bool
+    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., restorable: _Optional[_Iterable[int]] = ..., current: _Optional[int] = ..., version: _Optional[str] = ..., may_go_back: _Optional[bool] = ..., look: _Optional[bool] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("family", "cut", "base_digest", "client_digest", "server_digest", "dtype", "labels")

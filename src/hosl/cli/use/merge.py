@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl.cli.answers import Parser, add_connection, answer, command_parser, connection
+from hosl.cli.use.gguf import add_gguf, gguf_written
 from hosl.errors import ConfigError, FolderError
 
 
@@ -33,6 +34,8 @@ def run(arguments: list[str]) -> int:
             )
 
     result = _on_server(source, options) if on_server else _on_device(source, options)
+    if options.gguf is not None:
+        result |= gguf_written(Path(options.out), Path(options.gguf), options.gguf_dtype)
     answer(result, as_json=options.json)
     return 0
 
@@ -70,6 +73,7 @@ def _add_arguments(parser: Parser) -> None:
         choices=("embedding", "head"),
         help="of a tied model, the copy that stands for both; default: two",
     )
+    add_gguf(parser)
 
 
 def _is_servers(source: Path) -> bool:
@@ -124,6 +128,7 @@ def _merge_options(options: argparse.Namespace) -> Any:
     return MergeOptions(
         out=Path(options.out), tie=options.tie, base=options.base,
         client_half=Path(options.client_half) if options.client_half else None,
+        gguf=Path(options.gguf) if options.gguf else None,
     )  # fmt: skip
 
 

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import add_connection, answer, command_parser, connection
 from hosl.cli.run_argument import BEST_HELP, named_run
 from hosl.config import load_config
+from hosl.errors import ConfigError
 
 
 def run(arguments: list[str]) -> int:
@@ -37,6 +38,7 @@ def run(arguments: list[str]) -> int:
         "--keep-columns", action="store_true", help="also write the columns that a row was read from"
     )
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
+    add_connection(parser, required=False)
     options = parser.parse_args(arguments)
 
     from hosl.inference.new_rows import RowReader
@@ -73,10 +75,22 @@ def run(arguments: list[str]) -> int:
 def _scorer(options: argparse.Namespace) -> Iterator[Any]:
     """The model that is asked for, for as long as the context."""
     config = None if options.config is None else load_config(options.config)
-    from hosl.inference.scorer import scorer_here
+    if options.to is None:
+        from hosl.inference.scorer import scorer_here
 
-    name = str(named_run(options.model)) if Path(options.model).exists() else options.model
-    yield scorer_here(name, config, best=options.best)
+        name = str(named_run(options.model)) if Path(options.model).exists() else options.model
+        yield scorer_here(name, config, best=options.best)
+        return
+    if options.best:
+        raise ConfigError("--best is for a run whose both halves are here; leave it out, or --to")
+    line, proof = connection(options)
+
+    from hosl.network.predict import PredictOptions, scorer_across
+
+    with scorer_across(
+        PredictOptions(path=Path(options.model), line=line, proof=proof), config, _say
+    ) as scorer:
+        yield scorer
 
 
 def _say(text: str) -> None:

@@ -1,8 +1,8 @@
 """Exact directional derivatives of a half by forward-mode differentiation: h and J u in one pass, no graph.
 
 Each module that owns a trained tensor uses it as a dual number, W with tangent u, during its own call: u is drawn there
-and released, so no direction is ever held for the whole half. Source: methods.md (e). Torch's fused attention has no
-forward-mode rule, so the plain one runs.
+and released, so no direction is ever held for the whole half. Source: methods.md (e). Torch's fused attention and its
+grouped product of experts have no forward-mode rule, so the plain ones run.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hosl.core.directions import Distribution, direction
+from hosl.errors import ConfigError
 from hosl.parties.engine.perturbation import replaced_forwards
+from hosl.system.readable import one_line
 
 
 @contextmanager
@@ -25,21 +27,35 @@ def along(
     """Context manager: outputs of `model` carry their derivative along u(seed); the function given reads it.
 
     Requires: that it is read before the context ends.
+
+    Raises:
+        ConfigError: if the model has a step without a forward-mode rule.
     """
 
-    def dual(module: nn.Module, names: Mapping[str, str]) -> Callable[..., torch.Tensor]:
+    def dual(module: nn.Module, names: Mapping[str, str]) -> Callable[..., Any]:
         return _dual_forward(module, names, seed, distribution)
 
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), replaced_forwards(model, dual):
-        yield _tangent_of
+    config: Any = model.config
+    experts = config._experts_implementation
+    try:
+        config._experts_implementation = None if experts is None else "eager"
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), replaced_forwards(model, dual):
+            yield _tangent_of
+    except NotImplementedError as cause:
+        raise ConfigError(
+            f"zo.derivative: forward-mode: a step of this {config.model_type} has no such rule "
+            f"({one_line(cause)}); leave it at difference"
+        ) from cause
+    finally:
+        config._experts_implementation = experts
 
 
 def _dual_forward(
     module: nn.Module, names: Mapping[str, str], seed: int, distribution: Distribution
-) -> Callable[..., torch.Tensor]:
+) -> Callable[..., Any]:
     own_forward = module.forward
 
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         weights = {key: p for key in names if (p := module._parameters[key]) is not None}
         try:
             for key, p in weights.items():

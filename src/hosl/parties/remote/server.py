@@ -109,6 +109,9 @@ class RemoteServer(Packing):
         request = self._greeting(self.current)
         reply = self.channel.ask("Hello", request, pb.HelloReply)
         self._training, ours = request.training, {*request.restorable, request.current}
+        if request.look:  # at a run as it is, whatever its step
+            self._session, self._limits, self.client = reply.session, reply.limits, reply.client
+            return reply.start
         alone = request.training.clients <= 1
         if reply.start > request.training.max_steps or (alone and reply.start not in ours):
             raise WireError(

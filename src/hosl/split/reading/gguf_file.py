@@ -149,7 +149,7 @@ def _read(file: Path, name: str, config: Any) -> tuple[Any, Any]:
     try:
         read, info = auto.from_pretrained(
             file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True,
-            trust_remote_code=False,
+            ignore_mismatched_sizes=True, trust_remote_code=False,
         )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
@@ -164,6 +164,11 @@ def _read(file: Path, name: str, config: Any) -> tuple[Any, Any]:
         advice = "join its parts by `llama-gguf-split --merge`" if shard else "fetch it again"
         count = readable_count(len(absent), "tensor")
         raise ModelError(f"model {name}: {file.name} lacks {count}, {absent[0]} first; {advice}")
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"model {name}: {file.name}: {key} has another shape than its metadata say, {list(found)}, not "
+            f"{list(expected)}"
+        )
     config = read.config
     del config.quantization_config
     with torch.device("meta"):

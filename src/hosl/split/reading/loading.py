@@ -10,6 +10,7 @@ from hosl.errors import ConfigError
 from hosl.split.families import Family, Head
 from hosl.split.reading.config_json import PLAIN_CALLS, quiet_transformers, read_config
 from hosl.split.reading.model_folder import resolve_model_folder
+from hosl.split.reading.padding import last_token_padding
 from hosl.split.reading.skeleton import fill_, skeleton
 from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.split.reading.weights import Weights, find_weights
@@ -91,12 +92,10 @@ def open_pretrained(
     notes = [guess_note(family)] if family.guessed else []
     if family.shared and any(submodule(model, module) is not None for module in family.shared):
         notes.append(f"both halves have {' and '.join(family.shared)}, which stay as they are")
-    if family.pools_last_token and config.pad_token_id is None:
-        config.pad_token_id = model.config.pad_token_id = _padding(config)
-        notes.append(
-            f"config.json has no pad_token_id, by which transformers finds a row's last token: {config.pad_token_id} "
-            "stands for it"
-        )
+    if family.pools_last_token:
+        padding, said = last_token_padding(folder, config)
+        config.pad_token_id = model.config.pad_token_id = padding
+        notes += said
     weights = find_weights(folder, name, model, family, seed)
     if weights.untied:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
@@ -107,10 +106,3 @@ def open_pretrained(
         note = f"set aside from config.json: {', '.join(aside)}; it says how a model is called, not what it computes"
         weights = replace(weights, notes=(*weights.notes, note))
     return Pretrained(config, model, family, weights, (*notes, *weights.notes))
-
-
-def _padding(config: Any) -> int:
-    """The padding token of a decoder that has none: the end-of-sequence token, as is usual."""
-    end = config.eos_token_id
-    end = end[0] if isinstance(end, list) and end else end
-    return end if isinstance(end, int) else 0

@@ -107,8 +107,11 @@ class RowEncoder:
             text = self.template.text(chat.messages, answer_follows=False, tools=chat.tools)
             ids = self._tokenizer.encode_as_is(text)
             return _Encoded(ids, [(1, len(ids))], answers=[])
-        if loss_on == "assistant" and self.template.marks_answers:
+        if self.template.marks_answers:
             text, found = self.template.answers(chat.messages, tools=chat.tools)
+            if loss_on == "completion" and chat.prompt:
+                before = self.template.answers(chat.messages[: chat.prompt], tools=chat.tools)[1]
+                found = found[len(before) :]
         else:
             text, found = self._turns(chat, loss_on)
         ids, places = self._tokenizer.located(text, as_is=True)
