@@ -146,7 +146,8 @@ def test_a_server_whose_optimiser_has_state_is_planned_with_it(optimiser):
 
 def test_the_logits_of_every_token_are_planned_where_texts_are_learned():
     task = {"kind": "sft", "train": "rows.jsonl"}
-    config = parse_config({"method": "hosl-gradient", "model": {"cut": CUT}, "task": task}, where="test")
+    settings = {"method": "hosl-gradient", "model": {"cut": CUT}, "task": task, "wire": {"labels": "server"}}
+    config = parse_config(settings, where="test")
     one = server_cost(
         structs.replace(config, task=Config().task), shape_of("llama", build("llama")), ROWS_, TOKENS
     )

@@ -22,10 +22,11 @@ from hosl.parties.remote.local_trunk import LocalTrunk
 from hosl.split import load_half
 from hosl.system.run_folder import read_record
 from hosl.tasks import TextTokenizer, load_task
+from hosl.training.local_session import LocalSession
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 from tests.conftest import MODELS
-from tests.integration.network import Server, enrol, finished, join, newest, server_state
+from tests.integration.network import Server, enrol, finished, join, newest, server_state, wait_until
 from tests.integration.recorder import Recorder, messages
 from tests.integration.test_data_boundary import _decoded
 from tests.unit.test_chat_template import CHATML, saved_tokenizer
@@ -262,3 +263,39 @@ def test_two_devices_keep_their_labels_in_either_schedule(text_run, tmp_path, ca
     else:
         norms = [read_tensors(head)["model.norm.weight"] for head in heads]
         assert not torch.equal(*norms)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_run_that_lost_power_goes_on_with_its_head_bit_for_bit(text_run, tmp_path, power_failure):
+    config = text_run(method="hosl-gradient", save_model=False)
+    assert main(["train", str(config), "--output-dir", str(tmp_path / "whole"), "--json"]) == 0
+    with power_failure(LocalSession, 4):
+        assert main(["train", str(config), "--json"]) != 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--json"]) == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert trained_files(run) == trained_files(whole)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_device_that_is_killed_in_a_round_goes_on_with_the_others(text_run, tmp_path, capsys):
+    clients = {"count": 2, "schedule": "synchronous", "grace_s": 3.0}
+    files = [text_run(seed=seed, method="hosl-gradient", clients=clients, max_steps=12) for seed in (0, 1)]
+    halves = split_for(files[0], tmp_path / "halves")
+    runs = [tmp_path / f"device-{place}" / "run" for place in range(2)]
+    with Server(halves / "server", tmp_path / "service") as served:
+        lines = [served.line, enrol(tmp_path / "service", "second", capsys)]
+
+        def joined(place):
+            return join(halves / "client", lines[place], files[place], "--output-dir", runs[place])
+
+        first, second = joined(0), joined(1)
+        wait_until(lambda: any((runs[1] / "checkpoints").glob("step-*")), 200)
+        second.kill()
+        second.communicate()
+        again = joined(1)
+        for process in (first, again):
+            assert finished(process)["finished"]
+        assert served.stop() == 0
+    (folder,) = (tmp_path / "service" / "runs").iterdir()
+    assert newest(folder / "checkpoints").name == "step-00000012"

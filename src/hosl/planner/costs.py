@@ -14,7 +14,7 @@ import torch
 
 from hosl.config import Config
 from hosl.core.methods import FROZEN, METHODS
-from hosl.core.targets import Batch, ClassTargets, OptionTargets, PositionTargets, Targets
+from hosl.core.targets import Batch, ClassTargets, OptionTargets, PositionTargets, Targets, scored_positions
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import fixed_batch
 from hosl.methods.torch_parties import (
@@ -33,6 +33,7 @@ from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, wit
 from hosl.planner.model_shape import ModelShape
 from hosl.split import ClientHalf, HeadHalf
 from hosl.split.quantised import Int8Linear
+from hosl.tasks import SftConfig
 
 
 @dataclass
@@ -235,7 +236,7 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
         scratch = Unformed()
         if isinstance(client, ZerothOrderClient):
             client.new_scratch = lambda: scratch.emptied()
-        batch = fixed_batch(client, rows, tokens, scored=shape.scored_tokens)
+        batch = fixed_batch(client, rows, tokens, scored=_scored_tokens(config, shape, tokens))
         if shape.head == "classification":
             batch = Batch(batch.input_ids, ClassTargets(batch.targets.mask, np.zeros(rows, np.int64)))
         party, step = without_updates(client), 1
@@ -265,9 +266,9 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
     with without_data():
         empty_(half.model)
         server: Any = make_server(on_cpu, half, [])
-        targets = _targets(shape, rows, tokens)
+        targets = _targets(config, shape, rows, tokens)
         if labels_stay:
-            server = _WithoutHead(server, _asked(shape, targets, tokens))
+            server = _WithoutHead(server, _asked(targets))
         dtype = DTYPES[config.model.dtype]
         h = torch.empty(rows, tokens, shape.width, dtype=dtype)
         if _has_state(server):
@@ -360,21 +361,26 @@ class _WithoutHead:
         self._trunk.states(activations, self._asked)
 
 
-def _asked(shape: ModelShape, targets: Targets, tokens: int) -> PositionTargets:
-    """The positions of a trunk's states: as many of each row as a batch has."""
+def _asked(targets: Targets) -> PositionTargets:
+    """The positions of a trunk's states; every row of a plan's batch has the same."""
     if isinstance(targets, ClassTargets):
         return PositionTargets(targets.mask, np.zeros(1, np.int64))
-    scored = max(shape.scored_tokens, 1)
-    return PositionTargets(targets.mask, np.arange(tokens - 1 - scored, tokens - 1))
+    return PositionTargets(targets.mask, scored_positions(targets))
 
 
-def _targets(shape: ModelShape, rows: int, tokens: int) -> Targets:
+def _scored_tokens(config: Config, shape: ModelShape, tokens: int) -> int:
+    """The scored tokens of a row of texts: as many as the data say, else all, the most that a head can be asked."""
+    return shape.scored_tokens or (tokens - 1 if isinstance(config.task, SftConfig) else 0)
+
+
+def _targets(config: Config, shape: ModelShape, rows: int, tokens: int) -> Targets:
     mask = np.ones((rows, tokens), np.int8)
     mask[0, 0] = 0
     if shape.head == "classification":
         return ClassTargets(mask, np.zeros(rows, np.int64))
-    if shape.scored_tokens:
-        places = np.tile(np.arange(tokens - 1 - shape.scored_tokens, tokens - 1, dtype=np.int32), (rows, 1))
+    scored = _scored_tokens(config, shape, tokens)
+    if scored:
+        places = np.tile(np.arange(tokens - 1 - scored, tokens - 1, dtype=np.int32), (rows, 1))
         return OptionTargets(mask, places, np.full(places.shape, 5, np.int32), "tokens")
     return OptionTargets(mask, np.full((rows, 1), tokens - 3, np.int32), np.full((rows, 1), 5, np.int32))
 
