@@ -13,7 +13,8 @@ from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.engine.forward_mode import along
 from hosl.parties.engine.perturbation import Probe, stacked
-from hosl.split import set_trainable, split_model
+from hosl.split import quantise_, set_trainable, split_model
+from hosl.split.quantised import Int8Linear
 from tests.contract.test_recomputing_client import _assert_same, _updates
 from tests.families import UNUSUAL
 from tests.numerics.test_guided import _batch, _client, _exact, _gradient
@@ -146,3 +147,22 @@ def test_forward_mode_is_the_limit_of_differences_or_refused_in_one_line(tiny, p
 def _tangent(half, ids, mask):
     with torch.no_grad(), along(half.model, 5, "rademacher") as tangent_of:
         return tangent_of(half(ids, mask)).clone()
+
+
+@every_family
+def test_an_int8_half_is_its_written_out_self(tiny, padded, name):
+    """Against the rounded weights, not the original ones: rounding sends a token to another expert here and there."""
+    ids, mask = padded("left")
+    half, written = (split_model(tiny(name), 2)[0] for _ in range(2))
+    quantise_(half, "int8")
+    layers = 0
+    with torch.no_grad():
+        for module, other in zip(half.model.modules(), written.model.modules(), strict=True):
+            if isinstance(module, Int8Linear):
+                layers += 1
+                other.weight.copy_(module.weight.to(torch.float32) * module.scale[:, None])
+        found = half(ids, mask)
+        assert layers >= 8
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, written(ids, mask), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, split_model(tiny(name), 2)[0](ids, mask), rtol=1e-4, atol=1e-5)

@@ -578,6 +578,10 @@ def test_a_padding_token_beyond_the_embedding_is_refused(tmp_path):
         ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, (512, None, None)),
         ({"text_config": {"max_position_embeddings": 32768, "hidden_size": 640}}, (32768, None, 640)),
         ({"max_position_embeddings": 512, "dim": 768, "model_type": "distilbert"}, (512, None, 768)),
+        (
+            {"model_type": "mpt", "max_seq_len": 2048, "d_model": 4096, "vocab_size": 50368},
+            (2048, 50368, 4096),
+        ),
     ],
 )
 def test_the_models_sizes_are_those_of_its_family(config, limits):
