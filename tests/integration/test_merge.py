@@ -279,7 +279,11 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tiny_run, tiny, tmp_path, 
     assert not list(tmp_path.glob(".*"))
 
     given = machines.service / "runs" / read_record(run)["run_id"] / "given" / "first" / "given.json"
-    facts = json.loads(given.read_text())
+    facts, half = json.loads(given.read_text()), given.with_name("half.safetensors")
+    journal = half.read_bytes()
+    half.write_bytes(journal[: len(journal) // 2])
+    refused(machines.on_server(out, *base), "half.safetensors cannot be read", "give or fetch the half again")
+    half.write_bytes(journal)
     digest = read_record(run)["client_digest"]
     facts["given"]["digest"] = "A" * 43 + "="  # another machine's, say
     given.write_text(json.dumps(facts))

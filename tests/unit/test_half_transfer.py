@@ -106,7 +106,7 @@ class Counting(Channel):
     """A channel that counts the chunks that pass, and calls `broken` once, after `after` of them."""
 
     def __init__(self, *args, **kwargs):
-        self.chunks, self.bytes, self.after, self.broken = 0, 0, 0, None
+        self.chunks, self.bytes, self.largest, self.after, self.broken = 0, 0, 0, 0, None
         super().__init__(*args, **kwargs)
 
     def converse(self, name, frames, reply_type):
@@ -115,9 +115,10 @@ class Counting(Channel):
             yield self._counted(reply)
 
     def _counted(self, message):
-        if message.WhichOneof("part") == "chunk" if "part" in message.DESCRIPTOR.oneofs_by_name else False:
+        if "part" in message.DESCRIPTOR.oneofs_by_name and message.WhichOneof("part") == "chunk":
             self.chunks += 1
             self.bytes += len(message.chunk)
+            self.largest = max(self.largest, len(message.chunk))
             if self.broken and self.chunks > self.after:
                 breaks, self.broken = self.broken, None
                 breaks()
@@ -153,7 +154,9 @@ def _expected():
 
 
 def test_a_half_arrives_with_what_was_trained_in_place_of_the_base(served, tmp_path):
-    listing, _ = _fetched(served.channel(), tmp_path / "fetched")
+    channel = served.channel()
+    listing, _ = _fetched(channel, tmp_path / "fetched")
+    assert channel.largest == CHUNK_BYTES
     found = safetensors.numpy.load_file(tmp_path / "fetched" / "half.safetensors")
     assert found.keys() == _expected().keys()
     assert all(np.array_equal(found[name], array) for name, array in _expected().items())

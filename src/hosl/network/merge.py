@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import safetensors
 import safetensors.torch
 import torch
 from google.protobuf.json_format import ParseDict
@@ -416,9 +417,9 @@ def _head(
         return None
     head = load_head(folder, client, DTYPES[config.model.dtype])
     parameters = dict(head.named_parameters())
-    if not tensors.keys() <= parameters.keys():
-        wrong = min(tensors.keys() - parameters.keys())
-        raise CheckpointError(f"the client's head has {wrong}, which is no weight of this model's head")
+    wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    if wrong:
+        raise CheckpointError(f"the client's head has {wrong[0]}, which is no weight of this model's head")
     restore_weights_({name: parameters[name] for name in tensors}, tensors)
     return head
 
@@ -426,7 +427,11 @@ def _head(
 def _by_place(file: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a half that was given away: place -> name in the model -> tensor. The journal's name is empty."""
     places = dict[str, dict[str, torch.Tensor]]()
-    for key, tensor in safetensors.torch.load_file(file).items():
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError) as cause:
+        raise CheckpointError(f"{file} cannot be read: {cause}; give or fetch the half again") from cause
+    for key, tensor in tensors.items():
         place, _, name = key.partition("/")
         places.setdefault(place, {})[name] = tensor
     return places

@@ -171,7 +171,7 @@ def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str | None:
         for rank, merge in enumerate(_merged(tokenizer)):
             order.setdefault(merge, rank)
         writer.add_token_scores([-float(order.get(text, len(order))) for text in texts])
-        writer.add_add_space_prefix(_prepends_space(tokenizer))
+    writer.add_add_space_prefix(_prepends_space(tokenizer))
     special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocabulary)
     special.add_to_gguf(writer, quiet=True)
     return None
