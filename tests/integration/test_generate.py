@@ -1,5 +1,6 @@
 """`hosl generate` on this machine: what a run's newest weights say, beside what the model said before."""
 
+import html
 import io
 import json
 
@@ -99,6 +100,30 @@ def test_a_message_is_put_into_the_tokenizers_chat_template(tuned, capsys):
     assert chat["answers"][0]["text"] == plain["answers"][0]["text"]
 
 
+def test_answers_are_kept_in_the_runs_folder_and_its_page_shows_them_beside_what_was_wanted(
+    tuned, tmp_path, capsys
+):
+    rows = [{"prompt": prompt, "completion": f"<{number}>"} for number, prompt in enumerate(PROMPTS)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    result, err = generate(capsys, tuned / "run", "--prompts", tmp_path / "rows.jsonl", "--before", "--keep")
+    kept = json.loads((tuned / "run/answers.json").read_text())
+    assert kept == result["answers"]
+    assert [row["wanted"] for row in kept] == [row["completion"] for row in rows]
+    assert "report.html shows them" in err
+    page = (tuned / "run/report.html").read_text()
+    for row in kept:
+        assert all(html.escape(row[name]) in page for name in ("prompt", "text", "before", "wanted"))
+    (tuned / "run/answers.json").write_text('[{"prompt": "w1"}]')
+    assert main(["report", str(tuned / "run")]) == 2
+    assert "answers.json is damaged: Object missing required field `text`" in capsys.readouterr().err
+    (tuned / "run/answers.json").unlink()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1"}\n\n{"prompt": 1}\n')
+    assert main(["generate", str(tuned / "run"), "--prompts", str(tmp_path / "rows.jsonl")]) == 2
+    assert "rows.jsonl, row 3: Expected `str`, got `int` - at `$.prompt`" in capsys.readouterr().err
+    assert main(["generate", str(tuned / "model"), "--prompt", "w1", "--keep"]) == 2
+    assert "--keep is for the folder of a run" in capsys.readouterr().err
+
+
 def test_what_cannot_be_answered_is_refused_in_one_line(tuned, tmp_path, capsys):
     def refusal(*words, status=2):
         capsys.readouterr()
@@ -114,7 +139,9 @@ def test_what_cannot_be_answered_is_refused_in_one_line(tuned, tmp_path, capsys)
     assert "--before is for the folder of a run" in refusal(tuned / "model", "--prompt", "w1", "--before")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "cannot be read" in refusal(run, "--prompts", tmp_path / "latin")
-    (tmp_path / "half.json").write_text('{"side": "client", "head": "classification", "client_digest": ""}')
+    facts = {"format": 1, "side": "client", "family": "bert", "head": "classification", "cut": 1}
+    digests = dict.fromkeys(("base_digest", "digest", "client_digest", "server_digest"), "")
+    (tmp_path / "half.json").write_text(json.dumps(facts | digests))
     assert "--to 'hosl://...'" in refusal(tmp_path, "--prompt", "w1")
     assert "--run names a run on a server" in refusal(run, "--prompt", "w1", "--run", "x")
     line = ["--to", f"hosl://a:1#{'t' * 43}.{'f' * 43}", "--prompt", "w1"]

@@ -122,7 +122,7 @@ def _run_page(run: Run, planner: Planner | None) -> str:
         sentence=text.run_sentence(run), cards=text.run_cards(group, planned), can_draw=figures.can_draw(),
         curves=curves and figures.inline(curves, "curves", "Loss and dev accuracy over steps", page_looks),
         costs=_costs(part, planned, page_looks, "memory"), measured=text.MEASURED,
-        evaluations=tables.evaluations([group]), classes=tables.classes(run),
+        evaluations=tables.evaluations([group]), classes=tables.classes(run), answers=run.answers,
         commands=[("", command) for command in text.again(run)],
         settings=tables.changed_settings(run), versions=tables.versions([run]),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),

@@ -15,7 +15,7 @@ from hosl.config import Config, flat, load_begun_config, read_yaml
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
 from hosl.system.checkpoint import checkpoint_steps
-from hosl.system.run_folder import EVALUATION, TIMINGS, read_lines, read_record
+from hosl.system.run_folder import ANSWERS, EVALUATION, TIMINGS, read_lines, read_record
 
 CHOSEN_RUNS = "runs.csv"
 """File of a finished study that says which of its runs have the rates that were chosen."""
@@ -63,6 +63,15 @@ class _Classes(msgspec.Struct):
     confusion: list[list[Annotated[int, msgspec.Meta(ge=0)]]] | msgspec.UnsetType = msgspec.UNSET
 
 
+class _Answer(msgspec.Struct):
+    """A row of answers.json."""
+
+    prompt: str
+    text: str
+    before: str = ""
+    wanted: str = ""
+
+
 class _Settings(msgspec.Struct):
     """What a page wants from a config of another version."""
 
@@ -92,6 +101,8 @@ class Run:
     timings: list[dict[str, Any]]
     classes: dict[str, Any] | None
     """Labels and confusion matrix of the evaluation on test; None: not finished, or of a version that kept none."""
+    answers: list[dict[str, str]]
+    """What its model says to prompts: prompt, text, and before and wanted where they are known."""
     begun_ns: int
     """Time when it was made, by its config: a run writes that once, whatever happens to it later."""
 
@@ -199,7 +210,8 @@ def read_run(folder: Path) -> Run:
         folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
         dev=[line for line in metrics if line.get("split") == "dev"],
         test=next((line for line in metrics if line.get("split") == "test"), None), timings=timings,
-        classes=classes, begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
+        classes=classes, answers=_answers(folder / ANSWERS),
+        begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
     )  # fmt: skip
 
 
@@ -293,6 +305,19 @@ def _classes(file: Path) -> dict[str, Any] | None:
             f"{file} is damaged: {cause}; put it back, or remove it for a page without classes"
         ) from cause
     return content
+
+
+def _answers(file: Path) -> list[dict[str, str]]:
+    """The rows of answers.json; none where nobody kept any."""
+    if not file.is_file():
+        return []
+    try:
+        rows = msgspec.json.decode(file.read_bytes(), type=list[_Answer])
+    except msgspec.MsgspecError as cause:
+        raise FolderError(
+            f"{file} is damaged: {cause}; put it back, or remove it for a page without answers"
+        ) from cause
+    return [msgspec.to_builtins(row) for row in rows]
 
 
 def _timings(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ TIMINGS = "timings.jsonl"
 """The file of what a machine measured; every other file of lines is one of exact metrics."""
 EVALUATION = "evaluation.json"
 """The file with the labels and the confusion matrix of the evaluation on test."""
+ANSWERS = "answers.json"
+"""The file of what a run's model says to prompts, and what it said before (`hosl generate --keep`)."""
 MEMORY_STEPS = 50
 """Memory is measured in the first two steps of a process and in every 50th after; measuring slows those steps."""
 

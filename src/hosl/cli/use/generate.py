@@ -1,6 +1,7 @@
 """`hosl generate RUN --prompt TEXT`: what a tuned model says, here or across the split."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,10 @@ from typing import Any
 
 from hosl.cli.answers import Parser, add_connection, answer, command_parser, connection
 from hosl.cli.run_argument import BEST_HELP, named_run
+from hosl.cli.use.prompts import Prompt, read_prompts
 from hosl.errors import ConfigError
+from hosl.system.atomic import whole_file
+from hosl.system.run_folder import ANSWERS
 
 
 def run(arguments: list[str]) -> int:
@@ -32,6 +36,9 @@ def run(arguments: list[str]) -> int:
     _add_choice(parser)
     parser.add_argument("--before", action="store_true", help="also what the model said before the run")
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the answers in the run's folder; its report.html shows them"
+    )
     add_connection(parser, required=False)
     parser.add_argument(
         "--run",
@@ -40,7 +47,8 @@ def run(arguments: list[str]) -> int:
         help="with --to: a run on the server; default: this half's newest",
     )
     options = parser.parse_args(arguments)
-    prompts = _prompts(options)
+    prompts = read_prompts(options.prompt, options.prompts)
+    kept_in = _folder_to_keep_in(options) if options.keep else None
     wanted = _wanted(options)  # an impossible one is refused before anything is loaded
 
     from hosl.inference.text_model import TextModel
@@ -54,18 +62,45 @@ def run(arguments: list[str]) -> int:
             tokenizer = TextTokenizer.load(ready.folder, read)
             speaker = TextModel(ready.model, tokenizer, ready.folder, wanted, _say)
             columns[when] = [
-                _shown(speaker, number, prompt, many=len(prompts) > 1, silent=options.json)
+                _shown(speaker, number, prompt.text, many=len(prompts) > 1, silent=options.json)
                 for number, prompt in enumerate(prompts)
             ]
+    rows = _rows(prompts, columns)
+    if kept_in is not None:
+        _keep(kept_in, rows)
     if options.json:
-        rows = [
-            {"prompt": prompt, "text": now.text, "tokens": len(now.tokens), "end": now.end}
-            for prompt, now in zip(prompts, columns["now"], strict=True)
-        ]
-        for row, before in zip(rows, columns.get("before", []), strict=False):
-            row["before"] = before.text
         answer({"model": options.model, "answers": rows}, as_json=True)
     return 0
+
+
+def _rows(prompts: list[Prompt], columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """A row for each prompt: what the model says now, what it said before, and what was wanted."""
+    rows: list[dict[str, Any]] = []
+    for number, (prompt, now) in enumerate(zip(prompts, columns["now"], strict=True)):
+        row = {"prompt": prompt.text, "text": now.text, "tokens": len(now.tokens), "end": now.end}
+        if "before" in columns:
+            row["before"] = columns["before"][number].text
+        if prompt.wanted is not None:
+            row["wanted"] = prompt.wanted
+        rows.append(row)
+    return rows
+
+
+def _folder_to_keep_in(options: argparse.Namespace) -> Path:
+    """The run's folder in which the answers are kept."""
+    folder = named_run(options.model)
+    if not (folder / "metrics.jsonl").is_file():
+        raise ConfigError(f"--keep is for the folder of a run, {options.model} is none; leave it out")
+    return folder
+
+
+def _keep(run: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the answers into a run's folder, and its page anew."""
+    from hosl.report.build import write_report
+
+    whole_file(run / ANSWERS, json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    page = write_report(run)
+    _say(f"answers are kept in {run / ANSWERS}" + ("" if page is None else f"; {page} shows them"))
 
 
 _Models = dict[str, Callable[[], AbstractContextManager[Any]]]
@@ -107,7 +142,10 @@ def _add_prompts(parser: Parser) -> None:
         "--prompt", action="append", default=[], metavar="TEXT",
         help="a prompt; may be given several times; - reads one from standard input",
     )  # fmt: skip
-    parser.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one per line")
+    parser.add_argument(
+        "--prompts", metavar="FILE",
+        help="a text file of prompts, one per line, or rows of `prompt` and `completion` (.jsonl)",
+    )  # fmt: skip
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -143,24 +181,6 @@ def _wanted(options: argparse.Namespace) -> Any:
     return Wanted(
         sampling=sampling, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), chat=options.chat
     )
-
-
-def _prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of a command, in order."""
-    prompts = [sys.stdin.read() if text == "-" else text for text in options.prompt]
-    if options.prompts is not None:
-        try:
-            lines = Path(options.prompts).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as cause:
-            raise ConfigError(
-                f"--prompts {options.prompts} cannot be read: {cause}; give a text file in UTF-8, a prompt per line"
-            ) from cause
-        prompts += [line for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(
-            "there is no prompt; give --prompt TEXT, --prompt - or --prompts FILE with one per line"
-        )
-    return prompts
 
 
 def _shown(speaker: Any, number: int, prompt: str, *, many: bool, silent: bool) -> Any:
