@@ -14,6 +14,7 @@ from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
 from hosl.training import local_session
+from tests.integration.languages import language_model
 from tests.integration.network import Server, anew, finished, join, split
 
 pytestmark = pytest.mark.usefixtures(
@@ -239,13 +240,17 @@ def test_the_pair_in_the_readme_runs_as_it_is_printed(capsys, tmp_path, monkeypa
         for line in re.findall(r"^\$ hosl (.*my\.yaml.*)$", readme, re.MULTILINE)
     ]
     monkeypatch.chdir(tmp_path)
-    Path("my.yaml").write_text(config)
-    lines = [f"{kind} number {number},{kind}" for kind in ("good", "bad") for number in range(30)]
-    Path("rows.csv").write_text("\n".join(["text,label", *lines]))
+    model = language_model(tmp_path / "model", "llama")
+    assert config.count("SmolLM2-135M, cut: 10") == 1
+    Path("my.yaml").write_text(
+        config.replace("SmolLM2-135M, cut: 10", f"{model}, cut: 2")
+    )  # a tiny one in its place
+    rows = [{"prompt": f"w{number} w1", "completion": f" w{number % 7} w2"} for number in range(30)]
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert commands[0][:2] == ["plan", "my.yaml"]
     assert main(commands[0]) == 0
     shown = capsys.readouterr().out
-    assert "->    6  hosl-node" in shown
+    assert "->    2  hosl-node" in shown
     assert "device: 2 GiB" in shown
     assert commands[1] == ["train", "my.yaml"]
     assert main([*commands[1], "--max-steps", "1", "--zo.directions", "1"]) == 0
