@@ -47,6 +47,7 @@ from hosl.split.reading.model_folder import adapter_base, resolve_model_folder
 from hosl.split.reading.tensors import tensors_digest
 from hosl.split.reading.weight_files import checkpoint_digest
 from hosl.split.specs import LoraSpec
+from hosl.split.u_shape import joined_server_half
 from hosl.system.checkpoint import Checkpoint, newest_intact
 from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock, read_record
@@ -485,10 +486,13 @@ def _check_gguf(options: MergeOptions, facts: dict[str, Any]) -> None:
 
 
 def _written(whole: _Whole, options: MergeOptions, say: Say) -> dict[str, Any]:
-    out = options.out
+    out, server = options.out, whole.server
+    if isinstance(server, TrunkHalf):
+        assert whole.head is not None, "labels stayed with the client"
+        server = joined_server_half(server, whole.head)
     export_model(
-        whole.client, whole.server, out, folder=whole.folder, base=whole.base, say=say, command="hosl merge",
-        labels=whole.labels, tie=options.tie, head_half=whole.head,
+        whole.client, server, out, folder=whole.folder, base=whole.base, say=say, command="hosl merge",
+        labels=whole.labels, tie=options.tie,
     )  # fmt: skip
     file, adapter = out / "model.safetensors", out / "adapter"
     digest = sha256()

@@ -16,7 +16,6 @@ from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, Half, ServerHalf
 from hosl.split.reading.skeleton import tied_names
 from hosl.split.structure import submodule
-from hosl.split.u_shape import HeadHalf, TrunkHalf
 from hosl.system.atomic import whole_folder
 from hosl.system.own_files import is_own
 from hosl.system.readable import readable_bytes
@@ -34,7 +33,7 @@ _CARRIED = ("*", "additional_chat_templates/*", "[0-9]_*/*")  # the last: module
 
 def export_model(
     client_half: ClientHalf,
-    server_half: ServerHalf | TrunkHalf,
+    server_half: ServerHalf,
     out: Path,
     *,
     folder: Path,
@@ -43,7 +42,6 @@ def export_model(
     command: str = "hosl export",
     labels: Sequence[str] | None = None,
     tie: Literal["embedding", "head"] | None = None,
-    head_half: HeadHalf | None = None,
 ) -> None:
     """Write `out` as `export_checkpoint` does; adapters also on their own, as `out`/adapter. All of it or nothing.
 
@@ -51,9 +49,7 @@ def export_model(
     which `command` is the command to give.
     """
     with whole_folder(out) as partial:
-        grown_bytes = _write(
-            client_half, server_half, partial, folder=folder, labels=labels, tie=tie, head_half=head_half
-        )
+        grown_bytes = _write(client_half, server_half, partial, folder=folder, labels=labels, tie=tie)
         if grown_bytes:
             say(
                 f"head and embeddings were one tensor and differ now: {out} is {readable_bytes(grown_bytes)} larger "
@@ -62,20 +58,19 @@ def export_model(
         if not (lora_layers(client_half) or lora_layers(server_half)):
             return
         try:
-            export_adapter(client_half, server_half, partial / "adapter", base=base, head_half=head_half)
+            export_adapter(client_half, server_half, partial / "adapter", base=base)
         except ConfigError as reason:
             say(f"no adapter beside the model: {reason}")
 
 
 def export_checkpoint(
     client_half: ClientHalf,
-    server_half: ServerHalf | TrunkHalf,
+    server_half: ServerHalf,
     out: Path,
     *,
     folder: Path | None = None,
     labels: Sequence[str] | None = None,
     tie: Literal["embedding", "head"] | None = None,
-    head_half: HeadHalf | None = None,
 ) -> int:
     """Write `out`: config, safetensors and tokenizer of the whole model; adapters are merged into their weights.
 
@@ -83,12 +78,11 @@ def export_checkpoint(
 
     Args:
         client_half: the client's half.
-        server_half: the server's half.
+        server_half: the server's half; where the labels stay with the client `joined_server_half` of trunk and head.
         out: a folder to make.
         folder: the model's folder; all that it holds beside weights is copied. None: nothing is.
         labels: the names of the classes, in order.
         tie: the one of a tied model's two copies that stands for both, whatever training made of the other.
-        head_half: the client's head, where the labels stay with it and `server_half` is a trunk.
 
     Returns:
         The bytes by which the model has grown: those of a head that was tied and is so no more.
@@ -99,20 +93,17 @@ def export_checkpoint(
         FolderError, FailureError: if `out` exists and is not empty, or cannot be written.
     """
     with whole_folder(out) as partial:
-        return _write(
-            client_half, server_half, partial, folder=folder, labels=labels, tie=tie, head_half=head_half
-        )
+        return _write(client_half, server_half, partial, folder=folder, labels=labels, tie=tie)
 
 
 def _write(
     client_half: ClientHalf,
-    server_half: ServerHalf | TrunkHalf,
+    server_half: ServerHalf,
     out: Path,
     *,
     folder: Path | None,
     labels: Sequence[str] | None,
     tie: Literal["embedding", "head"] | None,
-    head_half: HeadHalf | None,
 ) -> int:
     """Fill the folder `out`; see `export_checkpoint`."""
     if client_half.hidden_dtype is not None:
@@ -121,7 +112,6 @@ def _write(
             "the original ones, export_adapter writes them alone"
         )
     tensors = merged_tensors(client_half) | merged_tensors(server_half)
-    tensors |= {} if head_half is None else merged_tensors(head_half)
     config = deepcopy(server_half.config)
     config.architectures = [type(server_half.model).__name__]
     if labels is not None:
@@ -158,11 +148,10 @@ def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
 
 def export_adapter(
     client_half: ClientHalf,
-    server_half: ServerHalf | TrunkHalf,
+    server_half: ServerHalf,
     out: Path,
     *,
     base: str | None = None,
-    head_half: HeadHalf | None = None,
 ) -> None:
     """Write all that was trained to `out` as peft does: adapters, and a classifier's head as `modules_to_save`.
 
@@ -171,7 +160,6 @@ def export_adapter(
         server_half: the server's half, trained.
         out: a folder to make.
         base: the base model's folder or hub name, by which peft's AutoPeftModel classes find it.
-        head_half: as in `export_checkpoint`.
 
     Raises:
         ConfigError: if other weights were trained too: an adapter would be another model.
@@ -179,10 +167,10 @@ def export_adapter(
         FailureError: if the disk is full or cannot be written.
     """
     layers = lora_layers(client_half) | lora_layers(server_half)
-    with_head = head_half or server_half
-    heads = _head_modules(with_head)
-    halves = (client_half, server_half, *([] if head_half is None else [head_half]))
-    trained = [n for half in halves for n, p in half.named_parameters() if p.requires_grad]
+    heads = _head_modules(server_half)
+    trained = [
+        n for half in (client_half, server_half) for n, p in half.named_parameters() if p.requires_grad
+    ]
     beyond = [n for n in trained if ".lora_" not in n and not n.startswith(tuple(f"{h}." for h in heads))]
     if beyond:
         raise ConfigError(
@@ -195,7 +183,7 @@ def export_adapter(
         for matrix in ("lora_A", "lora_B")
     }
     for name in heads:
-        weights = with_head.model.get_submodule(name).named_parameters(prefix=f"base_model.model.{name}")
+        weights = server_half.model.get_submodule(name).named_parameters(prefix=f"base_model.model.{name}")
         tensors |= dict(weights)
     config = _peft_config(layers, heads, base, "CAUSAL_LM" if server_half.head == "causal" else "SEQ_CLS")
     with whole_folder(out) as partial:
@@ -226,7 +214,7 @@ def _peft_config(layers: dict[str, Any], heads: list[str], base: str | None, tas
     )
 
 
-def _head_modules(half: ServerHalf | TrunkHalf) -> list[str]:
+def _head_modules(half: ServerHalf) -> list[str]:
     """The modules of a classifier's head to save whole: its own, which peft always saves, and a trained pooler."""
     if half.head == "causal":
         return []
