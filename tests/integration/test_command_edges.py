@@ -49,8 +49,8 @@ def test_help_has_the_fields_of_every_kind_of_task(tmp_path, capsys, text):
     ("text", "said"),
     [
         ("method: sgd", "at `$.method`. Allowed: frozen, zo-zo, hosl, hosl-gradient,"),
-        ("task: {kind: filez}", "did you mean `files`? Allowed: docstrings, files, prompts."),
-        ("task: {train: a.csv}", "Allowed: docstrings, files, prompts."),
+        ("task: {kind: filez}", "did you mean `files`? Allowed: docstrings, files, prompts, sft."),
+        ("task: {train: a.csv}", "Allowed: docstrings, files, prompts, sft."),
         ("zo: {distribution: gausian}", "did you mean `gaussian`? Allowed: gaussian, rademacher, sphere, low-rank."),
         ("zo: {normalise: off}", "Allowed: none, spread."),
         ("report_to: [wandbb]", "did you mean `wandb`? Allowed: tensorboard, wandb, trackio."),

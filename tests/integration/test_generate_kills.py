@@ -104,7 +104,8 @@ def test_a_text_that_is_longer_than_its_limit_is_refused_by_name(halves, tmp_pat
 
 def test_mutated_texts_are_refused_by_name_and_nothing_is_left_of_them(tmp_path):
     model = language_model(tmp_path / "model", "llama")
-    assert main(["split", str(model), str(tmp_path / "halves"), "--cut", "1", "--json"]) == 0
+    words = ["--cut", "1", "--labels-at", "server", "--json"]
+    assert main(["split", str(model), str(tmp_path / "halves"), *words]) == 0
     facts = model_of(json.loads((tmp_path / "halves" / "client" / "half.json").read_text()))
     words = ["--plaintext", "--calls-per-s", "100000", "--idle", "3"]
     with Server(tmp_path / "halves" / "server", tmp_path / "service", *words) as server:

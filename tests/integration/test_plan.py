@@ -87,13 +87,25 @@ def test_what_cannot_be_planned_is_one_line(capsys, words, said):
     assert said in err[0]
 
 
+def test_ways_that_a_family_does_not_have_are_left_out_and_named(capsys, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 90, "state_size": 4}
+    hf.MambaConfig(**sizes, intermediate_size=64).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    ways = {row["way"] for row in json.loads(out)["ways"]}
+    assert {"frozen", "hosl", "hosl-gradient", "fo-fo"} <= ways
+    for left_out in ("hosl-node", "hosl-gradient, int8 + LoRA"):
+        assert left_out not in ways
+        assert f"without {left_out}: " in err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("{}", "has no model_type"),
         ("[1]", "has no model_type"),
         ("{", "cannot be read as JSON"),
-        ('{"model_type": "mamba"}', "model_type mamba cannot be cut"),
+        ('{"model_type": "xglm"}', "model_type xglm cannot be cut"),
         ('{"model_type": "opt", "hidden_size": 30, "num_attention_heads": 4}', "no model can be built from the config"),
         ('{"model_type": "llama", "hidden_size": -4}', "is no config that transformers takes"),
         ('{"model_type": "gemma2", "num_hidden_layers": 1000000000}', "num_hidden_layers must lie in 1..1000"),

@@ -217,7 +217,8 @@ def test_an_impossible_override_is_refused_as_in_the_file(tiny_run, capsys):
     [
         (b"", "is empty"),
         (b"text,label\nred,\x00\x01\n", "not text in UTF-8: it holds NUL bytes"),
-        (b"\xff\xfe\xfa", "not text in UTF-8"),
+        (b"\xff\xfe\xfa", "text in UTF-16; save it as UTF-8"),
+        (b"text,label\nred,\xfa\n", "not text in UTF-8"),
         (b"txet,label\nred,a\n", "no column `text`; there are txet, label; did you mean `txet`?"),
         (b"text,label\nred,\n", "row 1: `label` is empty"),
         (b"text,label\nred,a\nblue,a\n", "two labels or more, found only"),

@@ -38,7 +38,10 @@ def test_a_run_of_texts_says_loss_perplexity_and_tokens_right(tmp_path, capsys):
     assert "test loss, 2 rows; perplexity " in page
     assert "macro F1" not in page
     assert "confusion" not in page
-    assert not (run / "evaluation.json").exists()
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["perplexity"] == summary["test_perplexity"]
+    assert kept["labels"] == []
+    assert "confusion" not in kept
     dev = [line for line in read_lines(run / "metrics.jsonl") if line.get("split") == "dev"]
     lowest = min(dev, key=lambda line: line["loss_nats"])
     assert [path.name for path in (run / "best").iterdir()] == [f"step-{lowest['step']:08d}"]

@@ -11,7 +11,7 @@ import msgspec
 
 from hosl.config import Config
 from hosl.core.methods import METHODS
-from hosl.errors import ConfigError
+from hosl.errors import ConfigError, SplitError
 from hosl.methods.variants import VARIANTS, Variant
 from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.planner.costs import (
@@ -89,13 +89,20 @@ class PlanRow:
         return self.step_s * self.config.max_steps / 3600
 
 
-def plan(question: Question, *, cuts: Sequence[int], names: Sequence[str] = PLANNED) -> list[PlanRow]:
+def plan(
+    question: Question,
+    *,
+    cuts: Sequence[int],
+    names: Sequence[str] = PLANNED,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[PlanRow]:
     """The rows of every named way at every cut: with its usual micro-batches and, if that does not fit, row by row.
 
     Args:
         question: the model, the run and the machines.
         cuts: blocks on the client.
-        names: names of variants (`hosl.methods.variants`).
+        names: names of variants (`hosl.methods.variants`), first one that any model can be trained by.
+        say: is called with a line for each way that this family does not have; it is left out.
 
     Raises:
         ConfigError, SplitError: if the model cannot be cut so.
@@ -104,7 +111,13 @@ def plan(question: Question, *, cuts: Sequence[int], names: Sequence[str] = PLAN
     rows: list[PlanRow] = []
     servers = _Servers(question)
     for name in names:
-        usual = _along(question, by_name[name], cuts, servers, micro_batch_size=None)
+        try:
+            usual = _along(question, by_name[name], cuts, servers, micro_batch_size=None)
+        except (ConfigError, SplitError) as reason:
+            if not rows:
+                raise
+            say(f"without {name}: {reason}")
+            continue
         rows += usual
         if METHODS[by_name[name].method].backward != "graph" and any(
             _activations_are_too_much(question, row) for row in usual

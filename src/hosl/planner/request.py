@@ -138,7 +138,7 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         question = _with_machine(question, work)
         speed = "device measured: this machine"
     with gc_paused():
-        rows = plan(question, cuts=cuts)
+        rows = plan(question, cuts=cuts, say=say)
     try:
         chosen, why = recommended(rows, cut=base.model.cut, head=shape.head)
     except ConfigError as nothing:
