@@ -88,8 +88,14 @@ def test_what_cannot_be_planned_is_one_line(capsys, words, said):
 
 
 def test_ways_that_a_family_does_not_have_are_left_out_and_named(capsys, tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 90, "state_size": 4}
-    hf.MambaConfig(**sizes, intermediate_size=64).save_pretrained(tmp_path)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "vocab_size": 90,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    hf.HeliumConfig(**sizes, num_key_value_heads=4, intermediate_size=64).save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--json"]) == 0
     out, err = capsys.readouterr()
     ways = {row["way"] for row in json.loads(out)["ways"]}
