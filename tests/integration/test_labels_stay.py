@@ -188,8 +188,11 @@ def reference_of_rounds(configs, halves):
         task = load_task(config.task, TextTokenizer.load(halves / "client"), seed=config.seed)
         devices.append((config, client, head, task))
     for step in range(1, configs[0].max_steps + 1):
-        for config, client, head, task in devices:
-            method_round(config, client, head, batch_of_step(config, task, step), step)
+        for name, (config, client, head, task) in zip(("first", "second"), devices, strict=True):
+            batch = batch_of_step(config, task, step)
+            method_round(
+                config, client, head, batch, step, half=f"client/{name}"
+            )  # each draws its own directions
         trunk.apply(step)
     return dict(trunk.trained), [client.trained | head.trained for _, client, head, _ in devices]
 
