@@ -34,7 +34,7 @@ help:            ## what there is to make
 run: .venv/run-installed      ## fine-tune a split language model on real text, and ask it, before and after
 	$(BIN)/hosl train examples/smollm2.yaml
 	$(BIN)/hosl generate examples/smollm2.yaml --prompts examples/functions.jsonl --max-new-tokens 24 --before --keep
-	$(BIN)/hosl train examples/smollm2.yaml --method frozen --output-dir runs/smollm2-frozen --save-model false
+	$(BIN)/hosl train examples/smollm2.yaml --method frozen --output-dir runs/smollm2-frozen --no-save-model
 	$(BIN)/hosl report runs/smollm2 runs/smollm2-frozen -o runs/smollm2-and-frozen.html
 
 test: .venv/dev-installed     ## the tests, without the slow ones
