@@ -1,16 +1,15 @@
 """One prompt's answer, token by token: where it ends, and the text that may be shown meanwhile. No torch."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
-from hosl.errors import ConfigError, TaskError
+from hosl.errors import ConfigError
 from hosl.inference.decoding import Candidates, Sampling, choose
-from hosl.system.own_files import own_file
+from hosl.tasks.model_settings import model_settings, token_text
 
 End = Literal["end of text", "stop string", "length"]
 
@@ -130,25 +129,13 @@ def end_ids(folder: Path, token_id: Callable[[str], int | None]) -> frozenset[in
         TaskError: if one of these files is damaged.
     """
     for name in ("generation_config.json", "config.json"):
-        settings = _settings(folder, name)
+        settings = model_settings(folder, name)
         nested = settings.get("text_config")
         for found in (settings, nested if isinstance(nested, dict) else {}):
             ids = found.get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if known := frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool)):
                 return known
-    token = _settings(folder, "tokenizer_config.json").get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    last = token_id(token) if isinstance(token, str) else None
+    token = token_text(model_settings(folder, "tokenizer_config.json").get("eos_token"))
+    last = None if token is None else token_id(token)
     return frozenset() if last is None else frozenset({last})
-
-
-def _settings(folder: Path, name: str) -> dict[str, Any]:
-    file = own_file(folder, name)
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise TaskError(f"{file} cannot be read as JSON: {cause}; fetch it again") from cause
-    return settings if isinstance(settings, dict) else {}

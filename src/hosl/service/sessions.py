@@ -227,7 +227,7 @@ class Sessions:
         if stored is not None:
             model = ParseDict(stored["model"], pb.Model())
             training = ParseDict(stored["training"], pb.Training())
-        roster: list[str] = [] if stored is None else stored.get("clients", [stored["first_client"]])
+        roster: list[str] = [] if stored is None else stored["clients"]
         seats, gone = max(training.clients, 1), None
         if client not in roster:
             if len(roster) >= seats:
@@ -304,11 +304,7 @@ class Sessions:
 
     def _named(self, client: str, ask: pb.AskGenerate) -> str:
         """The name of the run that a client asks for."""
-        stored = {
-            name: told.get("clients", [told["first_client"]])
-            for name, told in stored_runs(self._folder)
-            if told is not None
-        }
+        stored = {name: told["clients"] for name, told in stored_runs(self._folder) if told is not None}
         mine = [name for name, clients in stored.items() if client in clients]
         if ask.base:
             return BASE

@@ -14,6 +14,7 @@ from typing import Any
 
 from hosl.errors import TaskError
 from hosl.system.own_files import own_file
+from hosl.tasks.model_settings import model_settings, token_text
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BEGIN, _END = "\0hosl begins an answer\0", "\0hosl ends an answer\0"
@@ -49,7 +50,8 @@ class ChatTemplate:
         Raises:
             TaskError: if there is none, or a file is damaged.
         """
-        settings = _content(folder, "special_tokens_map.json") | _content(folder, "tokenizer_config.json")
+        settings = model_settings(folder, "special_tokens_map.json")
+        settings |= model_settings(folder, "tokenizer_config.json")
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, each with a name
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -65,9 +67,8 @@ class ChatTemplate:
                 f"{folder} has no chat template: the model was not made for chats; name a file in task.chat_template, "
                 "or give plain text"
             )
-        tokens = {name: settings.get(name) for name in _SPECIAL}
-        texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in tokens.items()}
-        return cls(template, {name: text for name, text in texts.items() if isinstance(text, str)})
+        texts = {name: token_text(settings.get(name)) for name in _SPECIAL}
+        return cls(template, {name: text for name, text in texts.items() if text is not None})
 
     @property
     def marks_answers(self) -> bool:
@@ -139,17 +140,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or type(value) in (str, int, float, bool) else f"<{type(value).__name__}>"
-
-
-def _content(folder: Path, name: str) -> dict[str, Any]:
-    file = own_file(folder, name)
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise TaskError(f"{file} cannot be read as JSON: {cause}; fetch it again") from cause
-    return settings if isinstance(settings, dict) else {}
 
 
 def _compiled(source: str, *, marked: bool) -> Any:

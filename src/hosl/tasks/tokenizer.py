@@ -1,6 +1,5 @@
 """A tokenizer read from its folder by the `tokenizers` library alone: a device needs no transformers."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ import tokenizers
 from hosl.errors import HoslError, TaskError
 from hosl.system.model_limits import ModelLimits, model_limits
 from hosl.system.own_files import own_file
+from hosl.tasks.model_settings import model_json, token_text
 
 
 class TextTokenizer:
@@ -161,35 +161,27 @@ class TextTokenizer:
         return tuple(tail)
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise TaskError(f"{file} cannot be read as JSON: {cause}; fetch it again") from cause
-    if not isinstance(settings, dict):
-        raise TaskError(f"{file} holds no settings but {type(settings).__name__}; fetch it again")
-    return settings
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    """The settings in a file of a model's folder, where it is there; a tokenizer takes no file of another content."""
+    content = model_json(folder, name)
+    if not isinstance(content, dict | None):
+        raise TaskError(f"{folder / name} holds no settings but {type(content).__name__}; fetch it again")
+    return content or {}
 
 
 def _cut_left(folder: Path) -> bool:
     """Whether the tokenizer cuts a long text at its beginning: `truncation_side` of tokenizer_config.json."""
-    file = own_file(folder, "tokenizer_config.json")
-    return file.is_file() and _settings(file).get("truncation_side") == "left"
+    return _settings(folder, "tokenizer_config.json").get("truncation_side") == "left"
 
 
 def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
     """The id for padding: the named padding token, else the end-of-text token, else 0. Padded positions are masked."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
-        if not own_file(folder, name).is_file():
-            continue
-        settings = _settings(folder / name)
+        settings = _settings(folder, name)
         if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= 0:  # -1: none
             return settings["pad_token_id"]
         for key in ("pad_token", "eos_token"):
-            token = settings.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
-            if token_id is not None:
+            if (token_id := _id_of(settings.get(key), tokenizer)) is not None:
                 return token_id
     return 0
 
@@ -197,15 +189,14 @@ def _pad_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
 def _eos_id(folder: Path, tokenizer: tokenizers.Tokenizer) -> int | None:
     """The id of the token that ends a text: the one that the tokenizer names, else the model's first."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if own_file(folder, name).is_file():
-            token = _settings(folder / name).get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and (token_id := tokenizer.token_to_id(token)) is not None:
-                return token_id
-    ids = (
-        _settings(folder / "config.json").get("eos_token_id")
-        if own_file(folder, "config.json").is_file()
-        else None
-    )
+        if (token_id := _id_of(_settings(folder, name).get("eos_token"), tokenizer)) is not None:
+            return token_id
+    ids = _settings(folder, "config.json").get("eos_token_id")
     first = ids[0] if isinstance(ids, list) and ids else ids
     return first if isinstance(first, int) and first >= 0 else None
+
+
+def _id_of(setting: Any, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id of a token that settings name; None: they name none, or it is not the tokenizer's."""
+    text = token_text(setting)
+    return None if text is None else tokenizer.token_to_id(text)
