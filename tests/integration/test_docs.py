@@ -193,7 +193,9 @@ def test_the_commands_of_using_a_tuned_model_run(tmp_path, monkeypatch):
     assert len(commands) > 10
     monkeypatch.chdir(tmp_path)
     language_model(tmp_path / "MODEL", "llama")
-    config = tuning(tmp_path, "MODEL", output_dir="runs/my")
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"w{i} w1", "completion": " w2"} for i in range(20)])
+    task = {"kind": "sft", "train": "rows.jsonl", "max_tokens": 32}
+    config = tuning(tmp_path, "MODEL", output_dir="runs/my", task=task)
     assert main(["train", str(config.rename("my.yaml"))]) == 0
     (tmp_path / "prompts.txt").write_text("w1 w2\nw3\n")
     with contextlib.ExitStack() as servers:
@@ -214,3 +216,5 @@ def test_the_commands_of_using_a_tuned_model_run(tmp_path, monkeypatch):
                 subprocess.run([*HOSL, name, *words], check=True, env=ENVIRONMENT, capture_output=True)
                 continue
             assert main([name, *words]) == 0, words
+    here, across = (Path(name).read_text().splitlines() for name in ("answers.jsonl", "across.jsonl"))
+    assert len(here) == len(across) == 20

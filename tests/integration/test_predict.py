@@ -164,7 +164,7 @@ def test_what_is_there_already_is_not_overwritten(prompts, tmp_path, capsys):
         (["run/model", "rows.jsonl"], "is no run's folder"),
         (["run", "gone.jsonl"], "gone.jsonl: no such file; give a file"),
         (["run/model", "rows.jsonl", "--config", "config.yaml", "--best"], "--best is for the folder of a run"),
-        (["model", "rows.jsonl", "--config", "texts.yaml"], "this run's task has none: it goes on with texts"),
+        (["run", "rows.jsonl", "--temperature", "1"], "--temperature is for answers, and this task has labels"),
         (["model", "rows.jsonl", "--config", "classes.yaml"], "its head was never trained for these 2 classes"),
     ],
     ids=["config of a run", "no config", "no rows", "best of a model", "texts", "new head"],

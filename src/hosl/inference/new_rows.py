@@ -36,7 +36,7 @@ def check_has_labels(task: TaskConfig) -> None:
     """
     if not isinstance(task, PromptsConfig | FilesConfig | DocstringsConfig):
         raise ConfigError(
-            "hosl predict gives labels, and this run's task has none: it goes on with texts, as `hosl generate` does"
+            "a task of texts to learn (kind: sft) has no labels to score; `hosl predict` writes its answers"
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from hosl.inference.answering import Answer, Ending, NextToken, answer, end_ids
 from hosl.inference.decoding import Sampling
 from hosl.tasks import TextTokenizer
 from hosl.tasks.chat_template import ChatTemplate
+from hosl.tasks.sft.formats import Chat
 
 
 @runtime_checkable
@@ -36,6 +38,8 @@ class Wanted:
     """The strings before which an answer is cut."""
     chat: bool = False
     """Whether a prompt is a user's message, put into the tokenizer's chat template."""
+    chat_template: Path | None = None
+    """A file with a chat template in place of the tokenizer's own."""
 
 
 class TextModel:
@@ -62,14 +66,17 @@ class TextModel:
             TaskError: if there is no chat template, or a file is damaged.
         """
         self._model, self._tokenizer, self._wanted, self._say = model, tokenizer, wanted, say
-        self._ends = end_ids(folder, tokenizer.token_id)
-        self._chat = ChatTemplate.load(folder) if wanted.chat else None
+        self._ends, self._folder = end_ids(folder, tokenizer.token_id), folder
+        if wanted.chat:
+            _ = self._template
 
-    def answer(self, prompt: str, number: int, show: Callable[[str], None] = lambda piece: None) -> Answer:
+    def answer(
+        self, prompt: str | Chat, number: int, show: Callable[[str], None] = lambda piece: None
+    ) -> Answer:
         """The answer to a prompt.
 
         Args:
-            prompt: its text, or a user's message.
+            prompt: its text, a user's message, or a chat that the assistant is to go on with.
             number: its number among the prompts of a command; keys the draws.
             show: is called with each piece of the answer as soon as it is certain.
 
@@ -77,7 +84,13 @@ class TextModel:
             TaskError: if the prompt has no token, or more than the model reads.
         """
         ids = self._ids(prompt)
-        ending = Ending(most_tokens=self._room(ids), end_ids=self._ends, stop=self._wanted.stop)
+        room = self._room(ids)
+        if room < self._wanted.max_new_tokens:
+            self._say(
+                f"the model reads {len(ids) + room:,} tokens, the prompt has {len(ids):,}: the answer has at most "
+                f"{room:,}"
+            )
+        ending = Ending(most_tokens=room, end_ids=self._ends, stop=self._wanted.stop)
         sampling = self._wanted.sampling
         with self._model.text(len(ids) + ending.most_tokens, sampling.candidates) as next_token:
             made = answer(
@@ -87,12 +100,26 @@ class TextModel:
                 show(piece)
         return made
 
-    def _ids(self, prompt: str) -> tuple[int, ...]:
-        if self._chat is None:
-            ids = self._tokenizer.encode_open(prompt)
+    def room(self, prompt: str | Chat) -> int:
+        """The largest number of tokens that the answer to a prompt may have.
+
+        Raises:
+            TaskError: as `answer` does, before anything is computed.
+        """
+        return self._room(self._ids(prompt))
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.load(self._folder, self._wanted.chat_template)
+
+    def _ids(self, prompt: str | Chat) -> tuple[int, ...]:
+        if isinstance(prompt, str) and self._wanted.chat:
+            prompt = Chat([{"role": "user", "content": prompt}])
+        if isinstance(prompt, Chat):
+            text = self._template.text(prompt.messages, answer_follows=True, tools=prompt.tools)
+            ids = self._tokenizer.encode_as_is(text)
         else:
-            messages = [{"role": "user", "content": prompt}]
-            ids = self._tokenizer.encode_as_is(self._chat.text(messages, answer_follows=True))
+            ids = self._tokenizer.encode_open(prompt)
         vocabulary = self._tokenizer.limits.vocabulary
         if not ids:
             raise TaskError(
@@ -113,8 +140,4 @@ class TextModel:
             raise TaskError(
                 f"the prompt has {len(ids):,} tokens, the model reads {positions:,}, the answer included; shorten it"
             )
-        self._say(
-            f"the model reads {positions:,} tokens, the prompt has {len(ids):,}: the answer has at most "
-            f"{positions - len(ids):,}"
-        )
         return positions - len(ids)

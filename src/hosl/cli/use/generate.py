@@ -11,6 +11,7 @@ from typing import Any
 
 from hosl.cli.answers import Parser, add_connection, answer, command_parser, connection
 from hosl.cli.run_argument import BEST_HELP, named_run
+from hosl.cli.use.choice import add_choice, wanted_answers
 from hosl.cli.use.prompts import Prompt, read_prompts
 from hosl.errors import ConfigError
 from hosl.system.atomic import whole_file
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> int:
         "a run of `hosl join`",
     )
     _add_prompts(parser)
-    _add_choice(parser)
+    add_choice(parser)
     parser.add_argument("--before", action="store_true", help="also what the model said before the run")
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
     parser.add_argument(
@@ -49,7 +50,9 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     prompts = read_prompts(options.prompt, options.prompts)
     kept_in = _folder_to_keep_in(options) if options.keep else None
-    wanted = _wanted(options)  # an impossible one is refused before anything is loaded
+    wanted = wanted_answers(
+        options, chat=options.chat
+    )  # an impossible one is refused before anything is loaded
 
     from hosl.inference.text_model import TextModel
     from hosl.tasks import TextTokenizer
@@ -150,36 +153,6 @@ def _add_prompts(parser: Parser) -> None:
         "--chat",
         action="store_true",
         help="a prompt is a user's message, put into the tokenizer's chat template",
-    )
-
-
-def _add_choice(parser: Parser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the most probable token; 1: by probability"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the most probable tokens up to this probability"
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT",
-        help="cut an answer before this text; may be given several times",
-    )  # fmt: skip
-
-
-def _wanted(options: argparse.Namespace) -> Any:
-    from hosl.inference.answering import Ending
-    from hosl.inference.decoding import Sampling
-    from hosl.inference.text_model import Wanted
-
-    sampling = Sampling(
-        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
-    )
-    Ending(most_tokens=options.max_new_tokens, stop=tuple(options.stop))
-    return Wanted(
-        sampling=sampling, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), chat=options.chat
     )
 
 

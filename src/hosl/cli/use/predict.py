@@ -1,4 +1,4 @@
-"""`hosl predict RUN ROWS -o OUT.jsonl`: the labels of new rows, here or across the split."""
+"""`hosl predict RUN ROWS -o OUT.jsonl`: the labels of new rows, or the answers to them, here or across the split."""
 
 import argparse
 import sys
@@ -9,8 +9,10 @@ from typing import Any
 
 from hosl.cli.answers import add_connection, answer, command_parser, connection
 from hosl.cli.run_argument import BEST_HELP, named_run
-from hosl.config import load_config
+from hosl.cli.use.choice import add_choice, given_choice, wanted_answers
+from hosl.config import Config, load_config
 from hosl.errors import ConfigError
+from hosl.tasks import SftConfig
 
 
 def run(arguments: list[str]) -> int:
@@ -21,7 +23,9 @@ def run(arguments: list[str]) -> int:
         FailureError: if weights are damaged, or OUT cannot be written.
     """
     parser = command_parser(
-        "predict", "The label of every row with the probability of each, as one JSON object per line."
+        "predict",
+        "The label of every row with the probability of each, or of a model that learned texts (sft) the answer to "
+        "every row, as one JSON object per line.",
     )
     parser.add_argument(
         "model",
@@ -29,7 +33,7 @@ def run(arguments: list[str]) -> int:
         "join`, or OUT/client of `hosl split` with --config",
     )
     parser.add_argument(
-        "rows", help="a file or a dataset folder, in the columns of the task; needs no labels"
+        "rows", help="a file or a dataset folder, in the columns of the task; needs no labels and no answers"
     )
     parser.add_argument("-o", "--out", required=True, metavar="OUT.jsonl", help="a file to make")
     parser.add_argument("--config", help="a YAML file, as for `hosl train`, of a model that is no run")
@@ -39,8 +43,89 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
     add_connection(parser, required=False)
+    add_choice(parser)
     options = parser.parse_args(arguments)
+    if Path(options.model).exists():
+        options.model = str(named_run(options.model))
+    config = _task_config(options)
+    if config is not None and isinstance(config.task, SftConfig):
+        result = _answers(options, config)
+    else:
+        if given := given_choice(parser, options):
+            raise ConfigError(f"{given[0]} is for answers, and this task has labels; leave it out")
+        result = _labels(options)
+    answer({"out": options.out, **result}, as_json=options.json)
+    return 0
 
+
+def _task_config(options: argparse.Namespace) -> Config | None:
+    """The settings that name the task: those given, or the run's; None: there are none, which is refused later."""
+    if options.config is not None:
+        return load_config(options.config)
+    of_run = Path(options.model) / "config.yaml"
+    return load_config(of_run) if of_run.is_file() else None
+
+
+def _answers(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Write the answer to every row; returns what is said of them."""
+    from hosl.inference.answered_rows import asked_rows, check_room, write_answers
+    from hosl.inference.text_model import TextModel
+    from hosl.system.atomic import whole_lines
+    from hosl.system.progress import open_view
+    from hosl.tasks import TextTokenizer
+    from hosl.tasks.rows import expanded_path
+
+    task = config.task
+    assert isinstance(task, SftConfig), "checked by the caller"
+    template = None if task.chat_template is None else expanded_path(task.chat_template)
+    wanted = wanted_answers(options, chat_template=template)
+    asked = asked_rows(options.rows, options.split)
+    with whole_lines(Path(options.out)) as out, _text_model(options, config) as (ready, read):
+        speaker = TextModel(ready.model, TextTokenizer.load(ready.folder, read), ready.folder, wanted)
+        short = check_room(speaker, asked.rows, wanted.max_new_tokens)
+        for note in (ready.says, *asked.notes, *short):
+            _say(note)
+        with open_view("predict", 0, len(asked.rows), unit="row") as view:
+            return write_answers(
+                speaker,
+                asked.rows,
+                out,
+                with_columns=options.keep_columns,
+                done=lambda count: view.step(count, {}),
+            )
+
+
+@contextmanager
+def _text_model(options: argparse.Namespace, config: Config) -> Iterator[tuple[Any, Any]]:
+    """The model that answers, for as long as the context, and how its tokenizer is read."""
+    path = Path(options.model)
+    if options.to is None:
+        from hosl.inference.local import ready_model
+        from hosl.split import transformers_tokenizer
+
+        if options.config is not None and (path / "config.yaml").is_file():
+            raise ConfigError(f"{path} is a run and has its own config; leave --config out")
+        yield ready_model(options.model, best=options.best), transformers_tokenizer
+        return
+    if options.best:
+        raise ConfigError("--best is for a run whose both halves are here; leave it out, or --to")
+    line, proof = connection(options)
+
+    from hosl.network.generate import SplitUse, split_model_for_use
+    from hosl.network.join import begun_run
+
+    base = False
+    if (path / "half.json").is_file():
+        begun = begun_run(config)
+        path, base = begun or path, begun is None
+    elif options.config is not None:
+        raise ConfigError(f"{path} is a run and has its own config; leave --config out")
+    with split_model_for_use(SplitUse(path=path, line=line, proof=proof, base=base), _say) as ready:
+        yield ready, None
+
+
+def _labels(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the label of every row; returns what is said of them."""
     from hosl.inference.new_rows import RowReader
     from hosl.inference.predicting import predictions, write_predictions
     from hosl.system.atomic import whole_lines
@@ -67,8 +152,7 @@ def run(arguments: list[str]) -> int:
             f"{tally.rows - tally.labelled} of {tally.rows} rows have no label of {', '.join(reader.task.labels)}; the "
             "accuracy is that of the others"
         )
-    answer({"out": options.out, **tally.result()}, as_json=options.json)
-    return 0
+    return tally.result()
 
 
 @contextmanager
@@ -78,8 +162,7 @@ def _scorer(options: argparse.Namespace) -> Iterator[Any]:
     if options.to is None:
         from hosl.inference.scorer import scorer_here
 
-        name = str(named_run(options.model)) if Path(options.model).exists() else options.model
-        yield scorer_here(name, config, best=options.best)
+        yield scorer_here(options.model, config, best=options.best)
         return
     if options.best:
         raise ConfigError("--best is for a run whose both halves are here; leave it out, or --to")

@@ -65,6 +65,15 @@ class SftRow:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a row asks for: the text or chat that an answer follows, and the answer that the row itself has."""
+
+    asked: str | Chat
+    wanted: str | None
+    """The completion or the last turn of the assistant; None: the row has none."""
+
+
+@dataclass(frozen=True)
 class SftRows:
     """The rows of a file, all of one format."""
 
@@ -105,6 +114,39 @@ def sft_rows(rows: Iterable[Mapping[str, Any]], name: str, notes: Sequence[str] 
         raise TaskError(f"{name} holds no rows; it should hold one example per row")
     others = f"; columns that are not read: {', '.join(unread)}" if unread else ""
     return SftRows(checked, [*filter(None, notes), f"{name}: rows of {first}{others}"])
+
+
+def question(row: Mapping[str, Any]) -> Question:
+    """What a row asks for: its `messages` up to the assistant's last turn, its `prompt`, or its `text` to go on with.
+
+    Raises:
+        TaskError: if there is none of these columns, or what it holds cannot be asked.
+    """
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
+        asked = messages[:-1] if answered else messages
+        return Question(Chat(asked, tools=_tools(row)), _written(messages[-1]) if answered else None)
+    if "prompt" in row:
+        prompt, completion = row["prompt"], row.get("completion")
+        if isinstance(prompt, list):
+            after = _messages(completion, "completion") if completion else []
+            asked = Chat(_messages(prompt, "prompt"), tools=_tools(row))
+            return Question(asked, _written(after[0]) if after else None)
+        return Question(_text(row, "prompt"), completion if isinstance(completion, str) else None)
+    if "text" in row:
+        return Question(_text(row, "text"), None)
+    raise TaskError(
+        f"the columns are {', '.join(map(str, row)) or 'none'}; one of `messages`, `prompt` and `text` is wanted"
+    )
+
+
+def _written(message: Message) -> str | None:
+    """The text of a message; None: it has none, as a turn that only calls tools."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) and content else None
 
 
 def _format(row: Mapping[str, Any], where: str) -> str:
