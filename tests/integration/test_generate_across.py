@@ -64,6 +64,7 @@ def test_a_joined_runs_halves_say_across_the_split_what_the_merged_model_says(
             "finished"
         ]
         across, err = generate(capsys, tmp_path / "joined", "--to", server.line, *ASKED, "--before")
+        _, said = generate(capsys, halves / "client", "--to", server.line, *ASKED)
         drawn = [tmp_path / "joined", "--to", server.line, *ASKED, "--temperature", "3"]
         some, every = (generate(capsys, *drawn, *more)[0] for more in (("--top-k", "9"), ("--top-p", "0.9")))
         events = [event for event in server.events if event["event"] == "generate"]
@@ -88,6 +89,9 @@ def test_a_joined_runs_halves_say_across_the_split_what_the_merged_model_says(
     name = json.loads((tmp_path / "joined" / "record.json").read_text())["run_id"]
     assert f"the server's half: run {name} after step 4" in err
     assert "the server's half: as it was split" in err
+    unpaired = f"this half is as it was split: if run {name} trained its device's half"
+    assert said.count(unpaired) == 1  # of five texts
+    assert unpaired not in err
     assert [event["run"] for event in events[:10]] == [name] * 5 + [""] * 5
 
 

@@ -2,6 +2,9 @@
 
 import json
 import random
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,3 +305,51 @@ def test_a_device_that_is_killed_in_a_round_goes_on_with_the_others(text_run, tm
         assert served.stop() == 0
     (folder,) = (tmp_path / "service" / "runs").iterdir()
     assert newest(folder / "checkpoints").name == "step-00000012"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("method", ["hosl-gradient", "fo-fo"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_server_that_is_killed_under_two_devices_in_rounds_changes_nothing(
+    text_run, tmp_path, capsys, method, when
+):
+    """SIGKILL at a step of either device, after the first checkpoint; `hosl serve` again at the same address."""
+    clients = {"count": 2, "schedule": "synchronous", "grace_s": 60.0}
+    files = [
+        text_run(seed=seed, method=method, clients=clients, max_steps=8, save_steps=3, wire={"idle_s": 5.0})
+        for seed in (0, 1)
+    ]
+    halves = split_for(files[0], tmp_path / "halves", "--config", str(files[0]))
+
+    def trained_under(name, program=None):
+        service = tmp_path / f"service-{name}"
+        runs = [tmp_path / f"device-{place}" / name for place in range(2)]
+        server = Server(halves / "server", service, program=program)
+        lines = [server.line, enrol(service, "second", capsys)]
+        joined = [
+            join(halves / "client", line, file, "--output-dir", run)
+            for line, file, run in zip(lines, files, runs, strict=True)
+        ]
+        if program:
+            assert server.process.wait(200) == -signal.SIGKILL
+            server.close()
+            server = Server(halves / "server", service, listen=server.address)
+        with server:
+            for process in joined:
+                assert finished(process)["finished"]
+            assert server.stop() == 0
+        return server_state(service), [trained_files(run) for run in runs], [metrics_of(run) for run in runs]
+
+    dying = [sys.executable, str(Path(__file__).parent / "dying_server.py"), "StepStates", "9", when]
+    trunk, devices, metrics = trained_under("whole")
+    trunk_again, devices_again, metrics_again = trained_under("killed", dying)
+    assert trunk_again.keys() == trunk.keys()
+    assert all(torch.equal(trunk_again[name], trunk[name]) for name in trunk)
+    assert devices_again == devices
+    assert metrics_again == metrics
+
+
+def metrics_of(run):
+    """The exact measurements of a run."""
+    return (run / "metrics.jsonl").read_bytes()

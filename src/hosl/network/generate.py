@@ -84,6 +84,11 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
         of_run = f"run {ready.run} after step {ready.step}" if ready.run else "as it was split"
         if last_step == ready.step:
             say_once(f"the server's half: {of_run}")
+            if ready.run and checkpoint is None:  # the server may name a run that was not asked for
+                say_once(
+                    f"this half is as it was split: if run {ready.run} trained its device's half, these two were never "
+                    "one model; name the run's folder in place of this half"
+                )
         else:
             say(f"the server's half was trained to step {last_step} meanwhile")
 
