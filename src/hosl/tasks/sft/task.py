@@ -75,15 +75,15 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
         config.loss_on,
         own_chat_template(config),
     )
+    try:
+        rows.loss_on(files["train"].rows[0].content)
+    except TaskError as cause:
+        raise TaskError(f"{config.train}: {cause}") from None
     if config.chat_template and not isinstance(files["train"].rows[0].content, Chat):
         raise TaskError(
             f"task.chat_template is for chats, the rows of {config.train} are none: nothing would read "
             f"{config.chat_template}; leave it out, or give rows of `messages`"
         )
-    try:
-        rows.loss_on(files["train"].rows[0].content)
-    except TaskError as cause:
-        raise TaskError(f"{config.train}: {cause}") from None
     encoded = {part: [rows.example(row) for row in of_part] for part, of_part in parts.items()}
     encoder.check(encoded)
     formats = dict.fromkeys(note for of_file in files.values() for note in of_file.notes)
