@@ -76,6 +76,12 @@ def test_an_impossible_sampling_is_refused_by_name(settings, said):
         Sampling(**settings)
 
 
+def test_a_temperature_next_to_nothing_draws_the_most_probable_token():
+    candidates = most_probable(np.array([0.5, 3.0, 2.9], np.float32), 0)
+    tokens, probabilities = distribution(candidates, Sampling(temperature=1e-320))
+    assert (tokens.tolist(), probabilities.tolist()) == ([1], [1.0])
+
+
 def said(text, *, stop=(), end=frozenset(), most=99):
     """The answer of a model that says the letters of `text`, whose tokens are their code points."""
     letters = iter(text)

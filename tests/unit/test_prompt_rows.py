@@ -120,6 +120,13 @@ def test_dev_and_test_files_and_numbers_of_rows_are_as_asked(tmp_path):
     assert "task.dev_rows keeps 6 of 20 rows, by label and content" in task.notes
 
 
+def test_a_row_that_is_cut_counts_once_whatever_its_options(tmp_path):
+    rows = [review(i) for i in range(19)] + [review(19) | {"text": "long " * 40}]
+    task = load_task(own(tmp_path, rows, max_tokens=100), Letters(), seed=0)
+    (note,) = [note for note in task.notes if note.startswith("max_tokens: 100 cuts")]
+    assert note.startswith("max_tokens: 100 cuts 1 of 20 rows, ")
+
+
 def test_a_config_is_read_back_as_it_was_written(tmp_path):
     config = parse_config({"task": msgspec.to_builtins(own(tmp_path))}, where="here")
     task: Any = config.task
@@ -212,7 +219,7 @@ def test_a_long_prompt_is_cut_at_its_beginning_and_counted(tmp_path):
             assert len(row) == 30
             assert row[0] == 1
             assert reader.text(row[1:]) == f"{'long ' * 30}\nSentiment:{option}"[-29:]
-    assert any("max_tokens: 30 cuts 80 of 80 rows" in note for note in task.notes)
+    assert any("max_tokens: 30 cuts 40 of 40 rows" in note for note in task.notes)
 
 
 HUB = {

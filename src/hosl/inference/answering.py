@@ -30,11 +30,12 @@ class Ending:
     """The strings before which an answer is cut."""
 
     def __post_init__(self) -> None:
-        if self.most_tokens < 1 or "" in self.stop:
+        if self.most_tokens < 1:
             raise ConfigError(
-                f"an answer has at least 1 token, and a stop string at least 1 character; got {self.most_tokens} "
-                f"tokens and {list(self.stop)}"
+                f"an answer has at least 1 token, got {self.most_tokens}; raise --max-new-tokens"
             )
+        if "" in self.stop:
+            raise ConfigError("a stop string has 1 character or more, one is empty; leave that --stop out")
 
 
 @dataclass

@@ -36,6 +36,12 @@ class Sampling:
             raise ConfigError(f"top-k and seed must be 0 or more, got {self.top_k} and {self.seed}")
 
     @property
+    def unused(self) -> list[str]:
+        """The names of what was asked for and changes nothing: at temperature 0 nothing is drawn."""
+        asked = {"top-p": self.top_p != 1, "top-k": self.top_k != 0, "seed": self.seed != 0}
+        return [name for name, is_asked in asked.items() if is_asked and self.temperature == 0]
+
+    @property
     def candidates(self) -> int:
         """The number of most probable tokens that the choice needs; 0: all."""
         return 1 if self.temperature == 0 else self.top_k
@@ -80,8 +86,10 @@ def distribution(
 ) -> tuple[Int[np.ndarray, " kept"], Float[np.ndarray, " kept"]]:
     """The tokens that may be drawn and their probabilities, float64. Requires: a temperature above 0."""
     kept = slice(0, sampling.top_k or None)
-    scaled = candidates.logits[kept].astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled[0])
+    below = candidates.logits[kept].astype(np.float64)
+    below -= below[0]
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the first are infinitely far below it
+        probabilities = np.exp(below / sampling.temperature)
     probabilities /= probabilities.sum()
     before = np.cumsum(probabilities) - probabilities
     # the first is kept in any case, the others while what is before them sums up to less than top_p

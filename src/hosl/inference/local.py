@@ -10,6 +10,7 @@ from hosl.methods.torch_parties import DTYPES
 from hosl.split import load_model, resolve_model_folder, split_model
 from hosl.system.checkpoint import intact_steps
 from hosl.system.run_folder import read_record
+from hosl.tasks import own_chat_template
 from hosl.training.local_session import load_halves, run_config
 
 
@@ -22,6 +23,8 @@ class ReadyModel:
     """The folder of its tokenizer, and of what it says about the end of a text."""
     says: str
     """What it is, for a person: such as `run runs/sft after step 60`."""
+    chat_template: Path | None = None
+    """The chat template that the run was tuned with, where it is not the model's own."""
 
 
 def ready_model(path: str, *, best: bool = False) -> ReadyModel:
@@ -53,7 +56,18 @@ def ready_model(path: str, *, best: bool = False) -> ReadyModel:
         TwoHalves(client_half, server_half),
         resolve_model_folder(config.model.name),
         f"{path} after step {step}",
+        own_chat_template(config.task),
     )
+
+
+def check_has_before(path: str) -> None:
+    """Refuse what began as nothing else.
+
+    Raises:
+        ConfigError: if `path` is no run.
+    """
+    if not (Path(path) / "config.yaml").is_file():
+        raise ConfigError(f"--before is for the folder of a run, {path} is a model: leave it out")
 
 
 def model_before(path: str) -> ReadyModel:
@@ -62,8 +76,7 @@ def model_before(path: str) -> ReadyModel:
     Raises:
         ConfigError: if `path` is no run.
     """
-    if not (Path(path) / "config.yaml").is_file():
-        raise ConfigError(f"--before is for the folder of a run, {path} is a model: leave it out")
+    check_has_before(path)
     config = run_config(Path(path))
     return _whole_model(config.model.name, config)
 
@@ -73,4 +86,9 @@ def _whole_model(name: str, config: Config | None = None) -> ReadyModel:
     loaded = load_model(
         name, head="causal", num_labels=None, seed=config.seed, dtype=DTYPES[config.model.dtype]
     )
-    return ReadyModel(TwoHalves(*split_model(loaded.model, 0)), resolve_model_folder(name), name)
+    return ReadyModel(
+        TwoHalves(*split_model(loaded.model, 0)),
+        resolve_model_folder(name),
+        name,
+        own_chat_template(config.task),
+    )

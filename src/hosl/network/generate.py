@@ -18,6 +18,7 @@ from hosl.system.checkpoint import Checkpoint, checkpoint_path, intact_steps, re
 from hosl.system.machine import versions
 from hosl.system.model_limits import model_limits
 from hosl.system.run_folder import read_record
+from hosl.tasks import own_chat_template
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
@@ -46,6 +47,8 @@ class ReadySplitModel:
     """The folder of its tokenizer: that of the client half."""
     says: str
     """What it is, for a person."""
+    chat_template: Path | None = None
+    """The chat template that the run was tuned with, where it is not the model's own."""
 
 
 @contextmanager
@@ -100,8 +103,9 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     vocabulary = model_limits(folder).vocabulary
     try:
         yield ReadySplitModel(
-            SplitModel(channel, half, ask, vocabulary=vocabulary, hear=hear), folder, f"this half: {says}"
-        )
+            SplitModel(channel, half, ask, vocabulary=vocabulary, hear=hear), folder, f"this half: {says}",
+            None if config is None else own_chat_template(config.task),
+        )  # fmt: skip
     finally:
         channel.close()
 

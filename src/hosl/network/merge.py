@@ -51,7 +51,7 @@ from hosl.split.u_shape import joined_server_half
 from hosl.system.checkpoint import Checkpoint, newest_intact
 from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock, read_record
-from hosl.tasks import labels_digest
+from hosl.tasks import labels_digest, own_chat_template
 from hosl.training.checkpointing import restore_client_, restore_weights_
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
@@ -91,6 +91,8 @@ class _Whole:
     folder: Path
     """The folder whose tokenizer and templates are copied."""
     base: str | None
+    chat_template: Path | None = None
+    """The chat template that the run was tuned with, where it was not the model's own."""
 
 
 # ---- on the device ----
@@ -115,7 +117,7 @@ def merge_on_device(
         check_device(config.client.device, "client.device")
         folder = options.client_half or Path(record["model"]["source"])
         facts = _client_facts(folder, record["model"]["digest"])
-        _check_gguf(options, facts)
+        _check_options(options, facts)
         checkpoint = newest_intact(run / "checkpoints", say, weights_only=True)
         if checkpoint is None:
             raise FolderError(f"{run} has no checkpoint yet; merge it when it has saved one")
@@ -135,7 +137,7 @@ def merge_on_device(
             server=_server_half(config, folder, facts, tensors),
             head=_head(config, folder, client.half, checkpoint.tensors.get("client/head", {})),
             step=listing.step, labels=_class_names(record), folder=_companions(options, folder),
-            base=_base_of(options.base, config),
+            base=_base_of(options.base, config), chat_template=own_chat_template(config.task),
         )  # fmt: skip
         _say_digest(client.trained, _digest_of_record(record, client), say)
         result = _written(whole, options, say)
@@ -266,7 +268,7 @@ def merge_on_server(
         raise HandshakeError(
             f"{half} is another half than the one that run {run} was trained with; give that one"
         )
-    _check_gguf(options, facts)
+    _check_options(options, facts)
     _check_labels(labels, facts, training)
     state = newest_intact(service / "runs" / run / "checkpoints", say, weights_only=True)
     if state is None:
@@ -383,12 +385,6 @@ def _client_folder(options: MergeOptions, facts: dict[str, Any], config: Config)
         raise ConfigError(
             "the client's base weights are not here: give --base, the model that was split, or --client-half"
         )
-    digest = checkpoint_digest(resolve_model_folder(options.base), options.base)
-    if digest != facts["base_digest"]:
-        raise HandshakeError(
-            f"--base {options.base} has the digest {digest[:12]}, the run is of a model with "
-            f"{facts['base_digest'][:12]}; give the model that was split"
-        )
     split = options.out.with_name(f".{options.out.name}.split")
     shutil.rmtree(split, ignore_errors=True)  # left by a process that was killed
     try:
@@ -480,9 +476,18 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _check_gguf(options: MergeOptions, facts: dict[str, Any]) -> None:
+def _check_options(options: MergeOptions, facts: dict[str, Any]) -> None:
+    """Refuse a GGUF file that cannot be made, and another base than the model that was split."""
     if options.gguf is not None:
         check_gguf(facts["family"], options.gguf)
+    if options.base is None:
+        return
+    digest = checkpoint_digest(resolve_model_folder(options.base), options.base)
+    if digest != facts["base_digest"]:  # its tokenizer and templates would stand beside the weights
+        raise HandshakeError(
+            f"--base {options.base} has the digest {digest[:12]}, the run is of a model with "
+            f"{facts['base_digest'][:12]}; give the model that was split"
+        )
 
 
 def _written(whole: _Whole, options: MergeOptions, say: Say) -> dict[str, Any]:
@@ -492,7 +497,7 @@ def _written(whole: _Whole, options: MergeOptions, say: Say) -> dict[str, Any]:
         server = joined_server_half(server, whole.head)
     export_model(
         whole.client, server, out, folder=whole.folder, base=whole.base, say=say, command="hosl merge",
-        labels=whole.labels, tie=options.tie,
+        labels=whole.labels, tie=options.tie, chat_template=whole.chat_template,
     )  # fmt: skip
     file, adapter = out / "model.safetensors", out / "adapter"
     digest = sha256()

@@ -11,7 +11,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from hosl.errors import ConfigError
+from hosl.errors import ConfigError, FolderError
 from hosl.split.adapters import ADAPTER, lora_layers
 from hosl.split.halves import ClientHalf, Half, ServerHalf
 from hosl.split.reading.skeleton import tied_names
@@ -42,13 +42,18 @@ def export_model(
     command: str = "hosl export",
     labels: Sequence[str] | None = None,
     tie: Literal["embedding", "head"] | None = None,
+    chat_template: Path | None = None,
 ) -> None:
     """Write `out` as `export_checkpoint` does; adapters also on their own, as `out`/adapter. All of it or nothing.
 
     Args and errors are those of `export_checkpoint` and `export_adapter`; `say` is called with lines for a person, in
-    which `command` is the command to give.
+    which `command` is the command to give. `chat_template` is the one that it was tuned with, where it was not the
+    model's own: it takes that one's place.
     """
     with whole_folder(out) as partial:
+        if chat_template is not None:  # first: what is there is not copied over
+            partial.mkdir(parents=True, exist_ok=True)
+            copy_chat_template(chat_template, partial)
         grown_bytes = _write(client_half, server_half, partial, folder=folder, labels=labels, tie=tie)
         if grown_bytes:
             say(
@@ -256,6 +261,20 @@ def copy_companions(folder: Path | None, out: Path) -> None:
         if not (_is_left_behind(file.name) or copy.exists()) and is_own(folder, file):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+
+
+def copy_chat_template(file: Path, out: Path) -> None:
+    """Write a chat template where transformers looks for it first.
+
+    Raises:
+        FolderError: if it cannot be read: without it the model would be asked in another way than it was tuned.
+    """
+    try:
+        (out / "chat_template.jinja").write_bytes(file.read_bytes())
+    except OSError as cause:
+        raise FolderError(
+            f"task.chat_template {file}, with which this run was tuned, cannot be read: {cause.strerror}; put it back"
+        ) from cause
 
 
 def _is_left_behind(name: str) -> bool:

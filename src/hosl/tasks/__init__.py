@@ -8,7 +8,7 @@ from hosl.tasks.docstrings import docstrings_task
 from hosl.tasks.files import files_task
 from hosl.tasks.label_order import in_model_order, labels_digest, model_labels
 from hosl.tasks.prompts import prompts_task
-from hosl.tasks.sft import sft_task
+from hosl.tasks.sft import own_chat_template, sft_task
 from hosl.tasks.tokenizer import TextTokenizer
 
 
@@ -41,5 +41,5 @@ def load_task(
 
 __all__ = [
     "DocstringsConfig", "Example", "FilesConfig", "PromptsConfig", "SftConfig", "Task", "TaskConfig", "TextTokenizer",
-    "labels_digest", "load_task", "model_labels", "task_digest",
+    "labels_digest", "load_task", "model_labels", "own_chat_template", "task_digest",
 ]  # fmt: skip

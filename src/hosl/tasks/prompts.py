@@ -206,7 +206,7 @@ def encode_prompt(
         TaskError: if an option gives no token of its own, or leaves no room for a token before it, or the model cannot
             read the row.
     """
-    rows, lengths = [], []
+    rows, lengths, wholes = [], [], []
     prompt_ids = tokenizer.encode_open(prompt)
     for name, option in options.items():
         whole = ids = tokenizer.encode_open(prompt + option)
@@ -225,8 +225,11 @@ def encode_prompt(
                 f"{where}: the option {option!r} of `{name}` has {length} tokens, which leaves none before it of the "
                 f"{len(ids)} that the row has; raise task.max_tokens, or let the prompt end with a space or a line end"
             )
-        rows.append(encoder.counted(whole, ids))
+        rows.append(ids)
+        wholes.append(whole)
         lengths.append(length)
+    longest = max(range(len(wholes)), key=lambda index: len(wholes[index]))
+    encoder.counted(wholes[longest], rows[longest])  # one row of the file, whatever its options
     example = Example(rows=tuple(rows), label=label, option_lengths=tuple(lengths))
     encoder.check({where: [example]})
     return example

@@ -19,6 +19,7 @@ from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import drop_checkpoints_after, keep_newest
 from hosl.system.machine import machine, process_bytes, versions
 from hosl.system.run_folder import RunLock, new_folder, read_record, writable_place, write_record
+from hosl.tasks import own_chat_template
 from hosl.training.learning_rate_sweep import with_rate
 from hosl.training.local_session import LocalSession, load_halves, load_run, new_session, run_config, say
 from hosl.training.loop import carry_on
@@ -130,8 +131,9 @@ def _export(
     """Merge both halves into one checkpoint that plain transformers loads; adapters also on their own."""
     folder, name = resolve_model_folder(config.model.name), config.model.name
     export_model(
-        client, server, out, folder=folder, base=adapter_base(name, folder), say=say, labels=labels, tie=tie
-    )
+        client, server, out, folder=folder, base=adapter_base(name, folder), say=say, labels=labels, tie=tie,
+        chat_template=own_chat_template(config.task),
+    )  # fmt: skip
 
 
 def _finish(session: LocalSession, run: Path) -> None:

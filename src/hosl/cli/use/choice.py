@@ -1,6 +1,7 @@
 """The options of the commands that generate: how tokens are chosen, and where an answer ends."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def wanted_answers(
     sampling = Sampling(
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
     )
+    if sampling.unused:
+        sys.stderr.write(
+            f"hosl: --{' and --'.join(sampling.unused)} change nothing: at temperature 0 the most probable token is "
+            "taken; to draw, give --temperature, such as 0.8\n"
+        )
     Ending(most_tokens=options.max_new_tokens, stop=tuple(options.stop))
     return Wanted(
         sampling=sampling, max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), chat=chat,

@@ -63,7 +63,8 @@ def run(arguments: list[str]) -> int:
         with opened() as ready:
             _say(f"{when}: {ready.says}")
             tokenizer = TextTokenizer.load(ready.folder, read)
-            speaker = TextModel(ready.model, tokenizer, ready.folder, wanted, _say)
+            asked = replace(wanted, chat_template=ready.chat_template)
+            speaker = TextModel(ready.model, tokenizer, ready.folder, asked, _say)
             columns[when] = [
                 _shown(speaker, number, prompt.text, many=len(prompts) > 1, silent=options.json)
                 for number, prompt in enumerate(prompts)
@@ -130,12 +131,13 @@ def _models_here(options: argparse.Namespace) -> tuple[_Models, Callable[[Path],
     if options.run:
         raise ConfigError("--run names a run on a server; give --to too, or leave it out")
 
-    from hosl.inference.local import model_before, ready_model
+    from hosl.inference.local import check_has_before, model_before, ready_model
     from hosl.split import transformers_tokenizer
 
     name = str(named_run(options.model)) if Path(options.model).exists() else options.model
     models: _Models = {"now": lambda: nullcontext(ready_model(name, best=options.best))}
     if options.before:
+        check_has_before(name)  # before the model speaks
         models["before"] = lambda: nullcontext(model_before(name))
     return models, transformers_tokenizer
 

@@ -18,6 +18,10 @@ class Prompt:
     """The answer that its row holds; None: not known."""
 
 
+_NOT_READ = frozenset({".csv", ".tsv", ".json", ".parquet", ".gz", ".arrow"})
+"""The endings of files of rows, each line of which would be taken for a prompt."""
+
+
 class _Row(msgspec.Struct):
     prompt: str
     completion: str | None = None
@@ -44,13 +48,18 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
 
 
 def _of_file(file: Path) -> list[Prompt]:
+    if file.suffix.lower() in _NOT_READ:
+        raise ConfigError(
+            f"--prompts {file}: rows of {file.suffix} are not read as prompts; allowed: .jsonl or .ndjson with rows of "
+            "`prompt`, or a text file with a prompt per line"
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(
             f"--prompts {file} cannot be read: {cause}; give a text file in UTF-8, a prompt per line"
         ) from cause
-    if file.suffix != ".jsonl":
+    if file.suffix not in (".jsonl", ".ndjson"):
         return [Prompt(line.rstrip("\r")) for line in lines if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):

@@ -12,7 +12,7 @@ from hosl.errors import TaskError
 from hosl.tasks.base import Example
 from hosl.tasks.classification import carve
 from hosl.tasks.collate import token_batch
-from hosl.tasks.configs import SftConfig
+from hosl.tasks.configs import SftConfig, TaskConfig
 from hosl.tasks.docstrings import PYTHON_DOCSTRINGS, documented_functions, documented_functions_note
 from hosl.tasks.encoding import Encoder
 from hosl.tasks.rows import expanded_path, read_rows
@@ -73,12 +73,17 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
         tokenizer,
         encoder,
         config.loss_on,
-        expanded_path(config.chat_template) if config.chat_template else None,
+        own_chat_template(config),
     )
     try:
         rows.loss_on(files["train"].rows[0].content)
     except TaskError as cause:
         raise TaskError(f"{config.train}: {cause}") from None
+    if config.chat_template and not isinstance(files["train"].rows[0].content, Chat):
+        raise TaskError(
+            f"task.chat_template is for chats, the rows of {config.train} are none: nothing would read "
+            f"{config.chat_template}; leave it out, or give rows of `messages`"
+        )
     encoded = {part: [rows.example(row) for row in of_part] for part, of_part in parts.items()}
     encoder.check(encoded)
     formats = dict.fromkeys(note for of_file in files.values() for note in of_file.notes)
@@ -86,6 +91,12 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
     return SftTask(
         Path(config.train).stem, *encoded.values(), pad_id=tokenizer.pad_id, notes=(*formats, *notes, *said)
     )
+
+
+def own_chat_template(config: TaskConfig) -> Path | None:
+    """The chat template that a task takes in place of the model's; None: the model's, or it has no chats."""
+    named = config.chat_template if isinstance(config, SftConfig) else None
+    return expanded_path(named) if named else None
 
 
 def _files(config: SftConfig) -> dict[str, SftRows]:
@@ -128,7 +139,8 @@ def _split(
     for part, keys in parts.items():
         if not keys:
             raise TaskError(
-                f"{config.train}: no row is left for {part} once the parts are disjoint; give more rows"
+                f"{config.train}: no row is left for {part} once the parts are disjoint: there are {len(rows)} "
+                "different rows in all; give more rows"
             )
     if drawn:
         counts = " and ".join(f"{part} ({len(parts[part])} rows)" for part in drawn)
