@@ -4,7 +4,8 @@ import contextlib
 import io
 import re
 import sys
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 
@@ -59,16 +60,41 @@ def run(arguments: list[str]) -> int:
     if options.config is not None:
         config = overridden(load_config(options.config), [*steps, *overrides])
 
-    from hosl.training.train import resume, start  # torch and transformers, only now
+    from hosl.inference.own_metric import metric_note, own_metric  # torch and transformers, only now
+    from hosl.training.train import resume, run_config, start
 
+    settings = run_config(named_run(str(options.resume))) if config is None else config
+    metric = own_metric(settings)  # refused now, not after the run
+    if metric is not None:
+        sys.stderr.write(f"hosl: {metric_note(settings.task)}\n")  # pyright: ignore[reportArgumentType]
     if options.resume is not None:
         more = overridden(Config(), steps).max_steps if steps else None
         summary = resume(named_run(options.resume), max_steps=more)
     else:
         assert config is not None, "one of the two was given"
         summary = start(config)
+    if metric is not None and summary["finished"]:
+        summary |= judged(Path(summary["run"]), settings, metric)
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130
+
+
+def judged(run: Path, config: Config, metric: Any) -> dict[str, float]:
+    """The user's own metric over the answers of a finished run, kept in its folder; figures of the summary by name.
+
+    Raises:
+        FailureError: if the metric fails; the run is whole all the same.
+    """
+    from hosl.inference.own_metric import answered_rows, keep, measure
+    from hosl.report.build import write_report
+    from hosl.report.planned import planned_lines
+    from hosl.system.progress import open_view
+
+    with open_view("answers", 0, answered_rows(config), unit="row") as view:
+        figures = measure(run, config, metric, done=lambda count: view.step(count, {}))
+    keep(run, config, figures)
+    write_report(run, planner=planned_lines)
+    return {f"own_{name}": value for name, value in figures.items()}
 
 
 def overridden(config: Config, arguments: list[str]) -> Config:

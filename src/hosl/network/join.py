@@ -196,6 +196,11 @@ def _check_served(config: Config) -> None:
     """Refuse settings that need a server in the same process."""
     if config.save_best:
         raise ConfigError("save_best keeps both halves, which only `hosl train` has; leave it out")
+    if getattr(config.task, "metric", None) is not None:
+        raise ConfigError(
+            f"task.metric: {config.task.metric} judges answers, which `hosl train` has at its end; leave it out, and "  # pyright: ignore[reportAttributeAccessIssue]
+            "after the run let `hosl predict RUN ROWS -o OUT.jsonl --to LINE` write answers and references to judge"
+        )
     if config.profile != "paper":
         raise ConfigError(
             f"profile {config.profile} asks the server for losses with dropout, which only `hosl train` has; use "

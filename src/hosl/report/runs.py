@@ -15,7 +15,7 @@ from hosl.config import Config, flat, load_begun_config, read_yaml
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, FolderError
 from hosl.system.checkpoint import checkpoint_steps
-from hosl.system.run_folder import ANSWERS, EVALUATION, TIMINGS, read_lines, read_record
+from hosl.system.run_folder import ANSWERS, EVALUATION, OWN_METRIC, TIMINGS, read_lines, read_record
 
 CHOSEN_RUNS = "runs.csv"
 """File of a finished study that says which of its runs have the rates that were chosen."""
@@ -63,6 +63,13 @@ class _Classes(msgspec.Struct):
     confusion: list[list[Annotated[int, msgspec.Meta(ge=0)]]] | msgspec.UnsetType = msgspec.UNSET
 
 
+class _OwnMetric(msgspec.Struct):
+    """The content of own_metric.json."""
+
+    rows: int
+    figures: dict[str, float]
+
+
 class _Answer(msgspec.Struct):
     """A row of answers.json."""
 
@@ -103,6 +110,8 @@ class Run:
     """Labels and confusion matrix of the evaluation on test; None: not finished, or of a version that kept none."""
     answers: list[dict[str, str]]
     """What its model says to prompts: prompt, text, and before and wanted where they are known."""
+    own_metric: dict[str, Any]
+    """The user's own metric over answers: rows, and figures by name; empty: there is none."""
     begun_ns: int
     """Time when it was made, by its config: a run writes that once, whatever happens to it later."""
 
@@ -210,7 +219,7 @@ def read_run(folder: Path) -> Run:
         folder, config, parsed, record, steps=[line for line in metrics if "split" not in line],
         dev=[line for line in metrics if line.get("split") == "dev"],
         test=next((line for line in metrics if line.get("split") == "test"), None), timings=timings,
-        classes=classes, answers=_answers(folder / ANSWERS),
+        classes=classes, answers=_answers(folder / ANSWERS), own_metric=_own_metric(folder / OWN_METRIC),
         begun_ns=(folder / "config.yaml").stat().st_mtime_ns,
     )  # fmt: skip
 
@@ -305,6 +314,18 @@ def _classes(file: Path) -> dict[str, Any] | None:
             f"{file} is damaged: {cause}; put it back, or remove it for a page without classes"
         ) from cause
     return content
+
+
+def _own_metric(file: Path) -> dict[str, Any]:
+    """The content of own_metric.json; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        return msgspec.to_builtins(msgspec.json.decode(file.read_bytes(), type=_OwnMetric))
+    except msgspec.MsgspecError as cause:
+        raise FolderError(
+            f"{file} is damaged: {cause}; put it back, or remove it for a page without your own metric"
+        ) from cause
 
 
 def _answers(file: Path) -> list[dict[str, str]]:

@@ -92,6 +92,10 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
             cards.append((loss, f"test loss, {rows}; {more}"))
         else:
             cards.append((share, f"test accuracy, {rows}; loss {loss}"))
+    for name, value in run.own_metric.get("figures", {}).items():
+        cards.append(
+            (f"{value:.4g}", f"{name} of the answers to {readable_count(run.own_metric['rows'], 'row')}")
+        )
     if run.steps:
         rows = readable_count(run.config["per_device_train_batch_size"], "example")
         cards.append((readable_count(run.steps[-1]["step"]), f"steps of {rows}"))

@@ -25,6 +25,8 @@ TIMINGS = "timings.jsonl"
 """The file of what a machine measured; every other file of lines is one of exact metrics."""
 EVALUATION = "evaluation.json"
 """The file with the labels and the confusion matrix of the evaluation on test."""
+OWN_METRIC = "own_metric.json"
+"""The file with the figures of the user's own metric (`task.metric`) over the answers to held-out rows."""
 ANSWERS = "answers.json"
 """The file of what a run's model says to prompts, and what it said before (`hosl generate --keep`)."""
 MEMORY_STEPS = 50

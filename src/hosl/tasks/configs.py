@@ -1,5 +1,6 @@
 """The settings of a task in a config. No tokenizer and no data is read here."""
 
+import re
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -178,6 +179,23 @@ class SftConfig(_Sizes, frozen=True, kw_only=True, tag_field="kind", tag="sft"):
     """Whether a batch has rows of like lengths, which pads less; which rows share a step is drawn all the same."""
     train_rows: int | None = None
     """The number of training rows, chosen by the seed; default: all."""
+    metric: str | None = None
+    """module:function, a metric of your own over the answers to held-out rows, in `hosl train` and `hosl eval`: a
+    function of the answers and the references, two lists of texts, to a number or a mapping of names to numbers."""
+    metric_rows: int = 50
+    """The most rows that are answered for `metric`."""
+    metric_tokens: int = 64
+    """The largest number of tokens of such an answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric is not None and not re.fullmatch(r"[\w.]+:\w+", self.metric):
+            raise ConfigError(
+                f"task.metric must be module:function, such as my_metrics:exact_match, got {self.metric!r}"
+            )
+        for name in ("metric_rows", "metric_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"task.{name} must be >= 1, got {getattr(self, name)}")
 
 
 TaskConfig: TypeAlias = DocstringsConfig | FilesConfig | PromptsConfig | SftConfig

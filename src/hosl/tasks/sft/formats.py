@@ -141,6 +141,17 @@ def question(row: Mapping[str, Any]) -> Question:
     )
 
 
+def question_of(content: Text | Completion | Chat) -> Question | None:
+    """What a checked row asks for, and its own answer; None: a text, which asks nothing."""
+    if isinstance(content, Text):
+        return None
+    if isinstance(content, Completion):
+        return Question(content.prompt, content.completion)
+    answers = [i for i, message in enumerate(content.messages) if message["role"] == "assistant"]
+    last = answers[-1] if content.prompt is None else content.prompt
+    return Question(Chat(content.messages[:last], tools=content.tools), _written(content.messages[last]))
+
+
 def _written(message: Message) -> str | None:
     """The text of a message; None: it has none, as a turn that only calls tools."""
     content = message.get("content")

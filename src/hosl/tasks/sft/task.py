@@ -16,7 +16,7 @@ from hosl.tasks.configs import SftConfig, TaskConfig
 from hosl.tasks.docstrings import PYTHON_DOCSTRINGS, documented_functions, documented_functions_note
 from hosl.tasks.encoding import Encoder
 from hosl.tasks.rows import expanded_path, read_rows
-from hosl.tasks.sft.formats import Chat, SftRow, SftRows, Text, sft_rows
+from hosl.tasks.sft.formats import Chat, Question, SftRow, SftRows, Text, question_of, sft_rows
 from hosl.tasks.sft.spans import RowEncoder
 from hosl.tasks.tokenizer import TextTokenizer
 
@@ -91,6 +91,23 @@ def sft_task(config: SftConfig, tokenizer: TextTokenizer, *, seed: int) -> SftTa
     return SftTask(
         Path(config.train).stem, *encoded.values(), pad_id=tokenizer.pad_id, notes=(*formats, *notes, *said)
     )
+
+
+def held_out_questions(config: SftConfig, *, seed: int, part: Literal["dev", "test"]) -> list[Question]:
+    """The questions of a part that is held out, with the answers that its rows have, in the order of `sft_task`.
+
+    Raises:
+        TaskError: as `sft_task`; if the rows are texts, which ask nothing.
+    """
+    files = _files(config)
+    parts, _ = _split(config, {name: of_file.rows for name, of_file in files.items()}, seed)
+    asked = [question_of(row.content) for row in parts[part]]
+    if not all(asked):
+        raise TaskError(
+            f"task.metric judges answers, the rows of {config.train} are texts, which ask nothing: give rows of "
+            "`prompt` and `completion` or of `messages`, or leave task.metric out"
+        )
+    return [question for question in asked if question is not None]
 
 
 def own_chat_template(config: TaskConfig) -> Path | None:
