@@ -188,16 +188,16 @@ def with_cut(config: Config, cut: int) -> Config:
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=cut))
 
 
-def lowest_cut(method: str, guided_blocks: int, trainable: str) -> int:
-    """The lowest cut at which a client has the blocks that it trains."""
+def lowest_cut(method: str, trained_blocks: int | None, trainable: str) -> int:
+    """The lowest cut at which a client has the blocks that it trains; None: as many as the method takes of a cut."""
     if METHODS[method].needs_blocks:
-        return guided_blocks
+        return trained_blocks or 1
     return 1 if trainable == "last-block" else 0
 
 
 def lowest_with_block(config: Config) -> int:
     """The lowest cut at which a client has the blocks that it trains, and at least one block."""
-    return max(lowest_cut(config.method, config.zo.guided_blocks, config.client.trainable), 1)
+    return max(lowest_cut(config.method, config.residual.blocks, config.client.trainable), 1)
 
 
 def clean_pass(config: Config) -> Config:

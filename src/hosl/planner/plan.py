@@ -296,7 +296,7 @@ def _along(
     question: Question, row: Variant, cuts: Sequence[int], servers: _Servers, *, micro_batch_size: int | None
 ) -> list[PlanRow]:
     shape = question.shape
-    lowest = lowest_cut(row.method, question.base.zo.guided_blocks, row.client.get("trainable", ""))
+    lowest = lowest_cut(row.method, question.base.residual.blocks, row.client.get("trainable", ""))
     usable = [cut for cut in cuts if cut >= lowest]
     configs = {cut: row.applied(question.base, cut=cut, micro_batch_size=micro_batch_size) for cut in usable}
     traffics: list[Traffic] = []
@@ -320,7 +320,7 @@ def _along(
 def _sampled(row: Variant, blocks: int) -> tuple[int, int]:
     """The two cuts from which all others follow.
 
-    Backprop treats the lowest block differently; adapters and guided blocks need a block on the client.
+    Backprop treats the lowest block differently; adapters and methods of the last blocks need a block on the client.
     """
     method = METHODS[row.method]
     if method.backward != "none":
