@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from hosl.config import parse_config
 from hosl.core.rounds import StepInputs, hosl_residual_round, hosl_residual_slopes_round
 from hosl.core.targets import Batch, ClassTargets
 from hosl.errors import NonFiniteError, SplitError
+from hosl.methods.torch_parties import make_client
 from hosl.parties.clients.guided import GuidedClient
 from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.engine.alignment import alignment
@@ -33,7 +35,8 @@ KEPT = ("stream", "blocks", "inputs")
 
 def _client(model, cut=BLOCKS, **options):
     half, _ = split_model(deepcopy(model), cut)
-    return ResidualClient(half, **{"blocks": 2} | options)
+    options = {"blocks": 2, **options}
+    return ResidualClient(half, **options)
 
 
 @contextmanager
@@ -104,7 +107,7 @@ def test_the_update_is_g_times_x_to_float64(tiny, padded):
         hook.remove()
     before = _weights(client)
     _step(client, batch, g)
-    for name, layer in layers.items():
+    for name in layers:
         u = sum(torch.outer(g[r, t], read[name][r, t]) for r in range(ROWS) for t in range(g.shape[1]))
         moved = client.trained[f"{name}.weight"] - before[f"{name}.weight"]
         torch.testing.assert_close(moved, -ETA * u, rtol=1e-12, atol=1e-15)
@@ -221,6 +224,23 @@ def test_a_family_without_a_row_is_refused(tiny):
     half._family = type(half._family)("unlisted", "causal", half.blocks_name, {}, {})
     with pytest.raises(SplitError, match="the layers of a block that write to the residual stream"):
         ResidualClient(half)
+
+
+@pytest.mark.parametrize("blocks", [None, 1, 3])
+def test_backprop_can_train_the_same_matrices(tiny, blocks):
+    """The ceiling of residual feedback in tables: exact gradients of these layers, `trainable: output-projections`."""
+    trained = []
+    for method, trainable in (("hosl-residual", "blocks"), ("fo-recompute", "output-projections")):
+        config = parse_config(
+            {
+                "method": method, "model": {"cut": BLOCKS}, "residual": {"blocks": blocks},
+                "client": {"trainable": trainable},
+            },
+            where="x",
+        )  # fmt: skip
+        trained.append(set(make_client(config, split_model(tiny("llama"), BLOCKS)[0]).trained))
+    assert trained[0] == trained[1]
+    assert len(trained[0]) == 2 * (blocks or 2)  # half of the three blocks, rounded up
 
 
 @pytest.mark.parametrize(("slopes", "count"), [("one", 1), ("per-block", 2)])

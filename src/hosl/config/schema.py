@@ -129,7 +129,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def trained_blocks(self) -> int:
-        """The number of last blocks whose output projections a method with `needs_blocks` trains."""
+        """The number of last blocks whose output projections are trained, where these are."""
         return self.residual.blocks or self.method_row.usual_blocks(self.model.cut)
 
     @property
@@ -165,7 +165,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "zo.derivative: forward-mode has no sides and no low-precision base, got zo.sides: "
                 f"{zo.sides}, client.dtype: {client.dtype}; leave these out"
             )
-        if method.needs_blocks and not 1 <= self.trained_blocks <= self.model.cut:
+        named = client.trainable == "output-projections" and method.trains != "nothing"
+        if (method.needs_blocks or named) and not 1 <= self.trained_blocks <= self.model.cut:
             raise ConfigError(
                 f"residual.blocks: {max(self.trained_blocks, 1)} wants as many blocks on the client, model.cut is "
                 f"{self.model.cut}"
@@ -188,15 +189,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         method, client = self.method_row, self.client
         if not method.needs_blocks:
             return
-        if client.trainable not in ("blocks", "lora"):
+        if client.trainable not in ("blocks", "output-projections", "lora"):
             raise ConfigError(
                 f"client.trainable: {client.trainable} is not for method {self.method}, which trains output "
                 "projections of its last blocks: leave it out (their weights), or set lora (adapters on them); "
                 "residual.blocks says how many blocks"
             )
-        if self.residual.slopes != "none" and (client.trainable, client.optimiser) != (
-            "blocks",
-            OptimiserSpec(),
+        if self.residual.slopes != "none" and (
+            client.trainable == "lora" or client.optimiser != OptimiserSpec()
         ):
             raise ConfigError(
                 f"residual.slopes: {self.residual.slopes} measures a step of plain SGD on whole weights, got "

@@ -78,8 +78,8 @@ class ResidualConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Residual feedback (hosl-residual): the returned gradient, used as it is by the client's last blocks."""
 
     blocks: int | None = None
-    """The number of the client's last blocks whose output projections hosl-residual and hosl-node train. null: half of
-    the client's blocks in hosl-residual, one in hosl-node and in post-LN models."""
+    """The number of the client's last blocks whose output projections are trained, by hosl-residual, hosl-node and
+    client.trainable: output-projections. null: half of the client's blocks, in hosl-node one."""
     slopes: Literal["none", "one", "per-block"] = "none"
     """The measured correction of the step's length. none: the learning rate alone. one, per-block: by two evaluations
     for all layers together, or for each block; the layers then move by their gradient's projection."""
@@ -100,8 +100,10 @@ class ResidualConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The half on the device."""
 
-    trainable: Literal["all", "blocks", "last-block", "lora"] = "blocks"
+    trainable: Literal["all", "blocks", "last-block", "output-projections", "lora"] = "blocks"
     """all: every weight. blocks: the embeddings stay as they are. last-block: every weight of the block before the cut.
+    output-projections: what hosl-residual trains, the layers of the last `residual.blocks` blocks that write to the
+    residual stream.
     lora: adapters only."""
     learning_rate: float | Literal["auto"] | None = None
     """eta_c of the client's update. null: the method's usual rate (`core.methods`). auto: a short sweep before the run

@@ -67,8 +67,9 @@ class Method:
     trains: Literal["nothing", "chosen", "last-blocks"] = "chosen"
     """The trained weights of the client: none, those of `client.trainable`, or parts of its last `residual.blocks`
     blocks that the method chooses by itself."""
-    usual_blocks: Callable[[int], int] = lambda cut: 1
-    """cut -> the number of last blocks that it trains where no number is set."""
+    usual_blocks: Callable[[int], int] = lambda cut: -(-cut // 2)
+    """cut -> the number of last blocks whose output projections it trains, where no number is set. By default the upper
+    half of the client's blocks: further down the returned gradient is hardly theirs (docs/results/smollm2.md)."""
     draws: frozenset[Literal["client", "server"]] = frozenset()
     """The halves that draw random directions, `zo.directions` of them per step."""
     wants_gradient: bool = False
@@ -172,11 +173,6 @@ _BY_GRADIENT = LearningRates(3e-3, _DESCENDED, usual_last_block=1e-2)
 _BY_ADAMW = LearningRates(3e-5, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), usual_lora=3e-4)
 
 
-def _half_of(cut: int) -> int:
-    """The upper half of the client's blocks: below it the returned gradient is hardly theirs (docs/results)."""
-    return -(-cut // 2)
-
-
 _ROWS: tuple[Method, ...] = (
     Method(
         "frozen", "The client never changes: the baseline of every comparison.", rounds.frozen_round,
@@ -217,15 +213,15 @@ _ROWS: tuple[Method, ...] = (
             ("residual.slopes", "one", rounds.hosl_residual_slopes_round),
             ("residual.slopes", "per-block", rounds.hosl_residual_slopes_round),
         ),
-        client_state="weights", trains="last-blocks", usual_blocks=_half_of, wants_gradient=True,
+        client_state="weights", trains="last-blocks", wants_gradient=True,
         on_the_wire="hosl-gradient", learning_rates=LearningRates(3e-2, _DESCENDED),
         learning_rates_adamw=_BY_ADAMW,
     ),
     Method(
         "hosl-node", "The last block's output projections by measured slopes, its queries by node perturbation.",
         rounds.hosl_node_round, reads=frozenset({"client.micro_batch_size"}),
-        client_state="weights", trains="last-blocks", draws=frozenset({"client"}), wants_gradient=True,
-        on_the_wire="hosl-gradient", learning_rates=LearningRates(1e-2, _DESCENDED),
+        client_state="weights", trains="last-blocks", usual_blocks=lambda cut: 1, draws=frozenset({"client"}),
+        wants_gradient=True, on_the_wire="hosl-gradient", learning_rates=LearningRates(1e-2, _DESCENDED),
     ),
     Method(
         "fo-zo", "The client by backprop, the server by probes.", rounds.fo_zo_round,

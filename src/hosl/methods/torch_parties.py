@@ -73,7 +73,7 @@ def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: boo
         adapters = None if dtype == "model" else torch.float32
         add_lora(half, _adapter_spec(config, half), seed=config.seed, dtype=adapters)
     else:
-        set_trainable(half, trained)
+        set_trainable(half, trained, blocks=config.trained_blocks)
 
 
 def _adapter_spec(config: Config, half: ClientHalf) -> LoraSpec:

@@ -190,7 +190,7 @@ def with_cut(config: Config, cut: int) -> Config:
 
 def lowest_cut(method: str, trained_blocks: int | None, trainable: str) -> int:
     """The lowest cut at which a client has the blocks that it trains; None: as many as the method takes of a cut."""
-    if METHODS[method].needs_blocks:
+    if METHODS[method].needs_blocks or trainable == "output-projections":
         return trained_blocks or 1
     return 1 if trainable == "last-block" else 0
 
