@@ -255,9 +255,10 @@ def _of_layer(layer: Any, gradient: torch.Tensor, x: torch.Tensor) -> list[_Term
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         g = g * layer.scaling[ADAPTER]
         return [_Term(b, g, x @ a.to(exact).T), _Term(a, g @ b.to(exact), x)]
-    linear = isinstance(layer, nn.Linear)  # GPT-2's Conv1D keeps [in, out]
-    weight = _Term(layer.weight, g, x) if linear else _Term(layer.weight, x, g)
-    return [weight] if layer.bias is None else [weight, _Term(layer.bias, g)]
+    transposed = not isinstance(layer, nn.Linear)  # GPT-2's Conv1D keeps [in, out]
+    weight: nn.Parameter = layer.weight
+    term = _Term(weight, x, g) if transposed else _Term(weight, g, x)
+    return [term] if layer.bias is None else [term, _Term(layer.bias, g)]
 
 
 def _through_norm(
