@@ -143,8 +143,8 @@ def test_an_adapter_is_exported_only_where_it_holds_all_that_was_trained(
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},
-            "client.optimiser is not read by method fo-recompute, got name: adamw; methods that read it: hosl-residual, "
-            "fo-zo, fo-fo.",
+            "client.optimiser is not read by method fo-recompute, got name: adamw; methods that read it: "
+            "hosl-residual, fo-zo, fo-fo.",
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"momentum": 0.9}}},
