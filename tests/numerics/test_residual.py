@@ -129,6 +129,20 @@ def test_what_is_kept_changes_not_a_bit(tiny, model_name, padded, kept, at_once)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize(("kept", "evaluated"), [("stream", 1), ("blocks", 0), ("inputs", 0)])
+def test_a_block_is_evaluated_no_further_than_it_is_read(tiny, padded, kept, evaluated):
+    """The last layer of a block is computed again only where the next block's input is made of it."""
+    client, batch, calls = _client(tiny("opt"), blocks=3, kept=kept), _batch(padded), []
+    g = _gradient(client, batch)
+    client.forward_keeping_inputs(batch)
+    for name, layer in client._projections.items():
+        layer.register_forward_hook(lambda m, args, output, n=name: calls.append(n))
+    client.descend_by_feedback(g, ETA)
+    lower = [name for name in calls if name.endswith("fc2")]
+    assert len(lower) == 2 * evaluated
+    assert len(calls) - len(lower) == (0 if kept == "inputs" else 3)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_micro_batches_change_rounding_alone(tiny, model_name, padded, rows):
     model, batch = tiny(model_name, torch.float64), _batch(padded)

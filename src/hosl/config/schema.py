@@ -130,7 +130,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def trained_blocks(self) -> int:
         """The number of last blocks whose output projections are trained, where these are."""
-        return self.residual.blocks or self.method_row.usual_blocks(self.model.cut)
+        blocks = self.residual.blocks
+        return self.model.cut if blocks == "all" else blocks or self.method_row.usual_blocks(self.model.cut)
 
     @property
     def server_rate(self) -> float:

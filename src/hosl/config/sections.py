@@ -77,7 +77,7 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ResidualConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Residual feedback (hosl-residual): the returned gradient, used as it is by the client's last blocks."""
 
-    blocks: int | None = None
+    blocks: int | Literal["all"] | None = None
     """The number of the client's last blocks whose output projections are trained, by hosl-residual, hosl-node and
     client.trainable: output-projections. null: half of the client's blocks, in hosl-node one."""
     slopes: Literal["none", "one", "per-block"] = "none"
@@ -91,8 +91,8 @@ class ResidualConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     auto: blocks, where that takes little beside the weights, else stream. Not a bit of the update depends on it."""
 
     def __post_init__(self) -> None:
-        if self.blocks is not None and self.blocks < 1:
-            raise ConfigError(f"residual.blocks must be >= 1 or null, got {self.blocks}")
+        if isinstance(self.blocks, int) and self.blocks < 1:
+            raise ConfigError(f"residual.blocks must be >= 1, all or null, got {self.blocks}")
         if not 0 < self.decay <= 1:
             raise ConfigError(f"residual.decay must lie above 0 and up to 1, got {self.decay}; 1.0 is none")
 

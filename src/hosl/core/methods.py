@@ -62,6 +62,8 @@ class Method:
     """(setting, value, round): the round in place of `round` where the setting has this value."""
     backward: Literal["none", "graph", "blocks"] = "none"
     """Whether its client differentiates: not at all, a graph of the whole batch, or one block at a time."""
+    keeps_by_blocks: bool = False
+    """Whether what its client keeps between calls follows from the number of blocks, though it makes no graph."""
     client_state: Literal["none", "journal", "weights"] = "journal"
     """The part of its client that a checkpoint holds beside the base weights."""
     trains: Literal["nothing", "chosen", "last-blocks"] = "chosen"
@@ -213,7 +215,7 @@ _ROWS: tuple[Method, ...] = (
             ("residual.slopes", "one", rounds.hosl_residual_slopes_round),
             ("residual.slopes", "per-block", rounds.hosl_residual_slopes_round),
         ),
-        client_state="weights", trains="last-blocks", wants_gradient=True,
+        keeps_by_blocks=True, client_state="weights", trains="last-blocks", wants_gradient=True,
         on_the_wire="hosl-gradient", learning_rates=LearningRates(3e-2, _DESCENDED),
         learning_rates_adamw=_BY_ADAMW,
     ),

@@ -96,7 +96,12 @@ VARIANTS = (
         "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
     ),
     Variant("hosl-residual", "hosl-residual", planned=True, choice=2),
-    Variant("hosl-residual, inputs kept", "hosl-residual", residual={"kept": "inputs"}),
+    Variant("hosl-residual, all blocks", "hosl-residual", residual={"blocks": "all"}),
+    Variant(
+        "hosl-residual, all blocks, inputs kept",
+        "hosl-residual",
+        residual={"blocks": "all", "kept": "inputs"},
+    ),
     Variant("hosl-residual, one slope", "hosl-residual", residual={"slopes": "one"}),
     Variant("hosl-residual, a slope per block", "hosl-residual", residual={"slopes": "per-block"}),
     Variant("hosl-residual, AdamW", "hosl-residual", client={"optimiser": ADAMW}),

@@ -309,8 +309,10 @@ def _along(
 
     if not usable:
         return []
-    sampled = _sampled(row, shape.blocks)
-    clients = along_cuts(at, sampled, usable)
+    by_blocks = METHODS[row.method].keeps_by_blocks  # and by thresholds, so that no cut follows from others
+    clients = (
+        {cut: at(cut) for cut in usable} if by_blocks else along_cuts(at, _sampled(row, shape.blocks), usable)
+    )
     return [
         _row(question, row.name, configs[cut], clients[cut], servers.at(configs[cut], cuts)[cut], traffics[0])
         for cut in usable

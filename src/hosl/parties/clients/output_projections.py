@@ -29,6 +29,8 @@ class Part:
     """The calls of the trained blocks for these rows."""
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
     """The kept inputs of modules, by their names in the half."""
+    stream_alone: bool = False
+    """Whether a block's hidden state is computed again from the block below it."""
     gradient: torch.Tensor | None = None
     """dL/dh of these rows at the output of the block that is updated next; only while weights are updated."""
 

@@ -115,9 +115,8 @@ class ResidualClient(OutputProjectionClient):
         for part in parts:
             part.gradient = gradient[part.rows]
         upwards = range(len(self._blocks))
-        runs_up = not parts[0].reads and parts[0].calls[-1].args[0] is None
         with torch.no_grad():
-            for index in upwards if runs_up else reversed(upwards):
+            for index in upwards if parts[0].stream_alone else reversed(upwards):
                 yield index, parts
 
     @property
@@ -132,7 +131,7 @@ class ResidualClient(OutputProjectionClient):
         with torch.no_grad(), recorded(self._blocks) as calls, inputs_read(everywhere, reads.__setitem__):
             h = self.half(ids[rows], mask[rows])
         forget_hidden_(calls if kept == "inputs" else calls[1:] if kept == "stream" else [])
-        self._parts.append(Part(rows, calls, reads))
+        self._parts.append(Part(rows, calls, reads, stream_alone=kept == "stream"))
         return h
 
     def _affordable(self, shape: Sequence[int]) -> Kept:
@@ -173,13 +172,12 @@ class ResidualClient(OutputProjectionClient):
         modules = self._of_block({**self._projections, **self._norms}, index)
         if part.reads:
             return {name: part.reads.pop(name) for name in modules}
-        call, above = part.calls[index], part.calls[index + 1 : index + 2]
-        goes_on = bool(above) and above[0].args[0] is None
+        call, above = part.calls[index], part.calls[index + 1 : index + 2] if part.stream_alone else []
         reads: dict[str, torch.Tensor] = {}
 
         def read(name: str, x: torch.Tensor) -> None:
             reads[name] = x
-            if len(reads) == len(modules) and not goes_on:
+            if len(reads) == len(modules) and not above:
                 raise _AllRead
 
         with inputs_read(modules, read):
@@ -187,7 +185,7 @@ class ResidualClient(OutputProjectionClient):
                 output = self._blocks[index](*call.args, **call.kwargs)
             except _AllRead:
                 output = None
-        if goes_on:
+        if above:
             above[0].args = (call.hidden(output), *above[0].args[1:])
         forget_hidden_([call])
         return reads
