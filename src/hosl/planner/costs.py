@@ -117,7 +117,8 @@ def beyond_weights(
     This memory is the same at every cut, so the lowest one is run; and the same with one direction as with many.
     """
     row = config.method_row
-    assert row.backward == "none" and not row.keeps_by_blocks, f"{row.name} keeps something of every block"
+    assert row.backward == "none", f"{row.name} keeps a graph"
+    assert not row.keeps_by_blocks, f"{row.name} keeps something of every block"
     config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
     costs = {} if costs is None else costs
 
