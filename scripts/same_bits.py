@@ -62,8 +62,10 @@ CASES = {
     "hosl-gradient, LoRA": {"method": "hosl-gradient", "client": LORA},
     "hosl-gradient, int8 + LoRA": {"method": "hosl-gradient", "client": LORA | {"dtype": "int8"}},
     "hosl-gradient, bfloat16 + LoRA": {"method": "hosl-gradient", "client": LORA | {"dtype": "bfloat16"}},
-    "hosl-guided": {"method": "hosl-guided"},
-    "hosl-guided, two blocks": {"method": "hosl-guided", "zo": {"guided_blocks": 2}},
+    "hosl-residual": {"method": "hosl-residual"},
+    "hosl-residual, a slope per block": {"method": "hosl-residual", "residual": {"slopes": "per-block"}},
+    "hosl-residual, AdamW": {"method": "hosl-residual", "client": ADAMW},
+    "hosl-residual, LoRA": {"method": "hosl-residual", "client": LORA},
     "hosl-node": {"method": "hosl-node"},
     "hosl-node, default rate": {"method": "hosl-node", "client": {"learning_rate": None}},
     "zo-zo": {"method": "zo-zo"},
@@ -86,7 +88,7 @@ CASES = {
 
 JOINED = (
     "frozen", "hosl", "hosl, low-rank", "hosl, first-plus", "hosl, int8 wire", "hosl, LoRA on both halves",
-    "hosl-gradient", "hosl-gradient, one-sided", "hosl-gradient, int8 + LoRA", "hosl-guided", "hosl-node",
+    "hosl-gradient", "hosl-gradient, one-sided", "hosl-gradient, int8 + LoRA", "hosl-residual", "hosl-node",
     "zo-zo", "fo-zo", "fo-fo", "fo-fo, AdamW", "fo-recompute",
 )  # fmt: skip
 LABELS_STAY = ("frozen", "hosl", "hosl-gradient", "hosl-node", "fo-fo", "fo-recompute")

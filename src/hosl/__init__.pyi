@@ -7,8 +7,8 @@ from hosl.core.rounds import fo_round as fo_round
 from hosl.core.rounds import fo_zo_round as fo_zo_round
 from hosl.core.rounds import frozen_round as frozen_round
 from hosl.core.rounds import hosl_gradient_round as hosl_gradient_round
-from hosl.core.rounds import hosl_guided_round as hosl_guided_round
 from hosl.core.rounds import hosl_node_round as hosl_node_round
+from hosl.core.rounds import hosl_residual_round as hosl_residual_round
 from hosl.core.rounds import hosl_round as hosl_round
 from hosl.core.rounds import zo_round as zo_round
 from hosl.core.targets import Batch as Batch
@@ -16,9 +16,9 @@ from hosl.core.targets import ClassTargets as ClassTargets
 from hosl.core.targets import OptionTargets as OptionTargets
 from hosl.parties.clients.first_order import FirstOrderClient as FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient as FrozenClient
-from hosl.parties.clients.guided import GuidedClient as GuidedClient
 from hosl.parties.clients.node import NodeClient as NodeClient
 from hosl.parties.clients.recomputing import RecomputingClient as RecomputingClient
+from hosl.parties.clients.residual import ResidualClient as ResidualClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient as ZerothOrderClient
 from hosl.parties.engine.optimisers import OptimiserSpec as OptimiserSpec
 from hosl.parties.servers.basic import FirstOrderServer as FirstOrderServer

@@ -38,7 +38,7 @@ WAYS = (
     *PLANNED,
     "hosl, low-rank",
     "hosl, first-plus",
-    "hosl-guided",
+    "hosl-residual",
     "zo-zo",
     "fo-fo, AdamW",
     "fo-fo, LoRA",
@@ -278,5 +278,5 @@ def test_below_one_row_at_a_time_a_lower_cut_is_named():
     assert lower.model.cut == 4
     assert most_needed(takes(lower)) <= row_by_row - 1
     assert nearest_that_fits(base, 256, takes, 1.0) is None
-    guided = structs.replace(base, method="hosl-node", zo=structs.replace(base.zo, guided_blocks=4))
+    guided = structs.replace(base, method="hosl-node", residual=structs.replace(base.residual, blocks=4))
     assert nearest_that_fits(guided, 256, takes, 1.0) is None  # cuts below 4 are no way out

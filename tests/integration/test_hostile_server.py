@@ -22,7 +22,7 @@ NAN, LARGE = math.nan, 3e38
 def _join(tiny_run, tmp_path, capsys, server, method, settings=None):
     """`hosl join` of three steps in this process: (exit status, the error's kind or None, what was said)."""
     settings = {"max_steps": 3, "eval_steps": 2, "save_steps": 2} | (settings or {})
-    trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
+    trainable = "blocks" if method in ("hosl-residual", "hosl-node") else "all"
     config = tiny_run(method=method, client={"learning_rate": 1e-3, "trainable": trainable}, **settings)
     where = settings.get("wire", {}).get("labels", "server")
     halves = split(tmp_path / "model-in", tmp_path / "halves", **{"labels-at": where})

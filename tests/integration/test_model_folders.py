@@ -14,7 +14,7 @@ def _change(folder, **settings):
     (folder / "config.json").write_text(json.dumps(config | settings))
 
 
-@pytest.mark.parametrize("method", ["hosl-guided", "hosl-node", "fo-recompute"])
+@pytest.mark.parametrize("method", ["hosl-residual", "hosl-node", "fo-recompute"])
 def test_a_model_that_asks_for_a_cache_trains_by_methods_that_go_over_its_blocks_again(
     tiny_run, tmp_path, capsys, method
 ):

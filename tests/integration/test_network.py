@@ -28,7 +28,7 @@ def client_files(run):
     ],
 )
 def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, method, zo):
-    trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
+    trainable = "blocks" if method in ("hosl-residual", "hosl-node") else "all"
     config = tiny_run(method=method, zo=zo, client={"learning_rate": 1e-3, "trainable": trainable})
     assert main(["train", str(config), "--json"]) == 0
     halves = split(tmp_path / "model-in", tmp_path / "halves")

@@ -50,7 +50,7 @@ def _kill_and_resume(config, folder, delays):
     [
         ("hosl", {}, 0.6),
         ("hosl-gradient", {"clip": 1.0, "row_clip": 2.0}, 0.8),
-        ("hosl-guided", {}, 0.8),
+        ("hosl-residual", {}, 0.8),
         ("hosl-node", {}, 0.8),
         ("fo-fo", {}, 1.0),
         ("fo-recompute", {}, 1.0),
@@ -58,7 +58,7 @@ def _kill_and_resume(config, folder, delays):
     ids=str,
 )
 def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, zo, delay):
-    trainable = "blocks" if method in ("hosl-guided", "hosl-node") else "all"
+    trainable = "blocks" if method in ("hosl-residual", "hosl-node") else "all"
     client = {"learning_rate": 1e-3, "trainable": trainable}
     config = tiny_run(method=method, max_steps=60, client=client, zo=zo)
     _finished(_train(config, "--output-dir", tmp_path / "whole"))
@@ -69,7 +69,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, zo, d
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    ["hosl", "hosl-gradient", "hosl-guided", "hosl-node", "fo-fo", "fo-recompute", "zo-zo", "frozen"],
+    ["hosl", "hosl-gradient", "hosl-residual", "hosl-node", "fo-fo", "fo-recompute", "zo-zo", "frozen"],
 )
 def test_a_run_killed_four_times_resumes_to_the_same_bits(tiny_run, tmp_path, method):
     """Four kills for each of eight methods, at moments drawn over the whole life of the process."""

@@ -143,7 +143,8 @@ def test_an_adapter_is_exported_only_where_it_holds_all_that_was_trained(
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},
-            "client.optimiser is not read by method fo-recompute, got name: adamw; methods that read it: fo-zo, fo-fo.",
+            "client.optimiser is not read by method fo-recompute, got name: adamw; methods that read it: "
+            "hosl-residual, fo-zo, fo-fo.",
         ),
         (
             {"method": "fo-recompute", "client": {"optimiser": {"momentum": 0.9}}},
@@ -154,16 +155,46 @@ def test_an_adapter_is_exported_only_where_it_holds_all_that_was_trained(
             "zo.guidance: mixed is no more, because it gained nothing (docs/adr/0013-pruned-variants.md); leave it out",
         ),
         (
-            {"method": "hosl-guided", "client": {"trainable": "lora"}},
-            "client.trainable is not read by method hosl-guided, got lora; methods that read it: zo-zo, hosl,",
+            {"method": "hosl-node", "client": {"trainable": "lora"}},
+            "client.trainable is not read by method hosl-node, got lora; methods that read it: zo-zo, hosl,",
+        ),
+        (
+            {"method": "hosl-residual", "client": {"trainable": "last-block"}},
+            "client.trainable: last-block is not for method hosl-residual, which trains output projections of its last",
+        ),
+        (
+            {
+                "method": "hosl-residual",
+                "residual": {"slopes": "one"},
+                "client": {"optimiser": {"name": "adamw"}},
+            },
+            "residual.slopes: one measures a step of plain SGD on whole weights, got client.trainable: blocks, "
+            "client.optimiser: adamw",
+        ),
+        (
+            {"method": "hosl", "residual": {"decay": 0.5}},
+            "residual.decay is not read by method hosl, got 0.5; methods that read it: hosl-residual.",
+        ),
+        (
+            {"method": "hosl-residual", "residual": {"decay": 0.0}},
+            "residual.decay must lie above 0 and up to 1, got 0.0",
+        ),
+        (
+            {"method": "hosl-guided"},
+            "method: hosl-guided is no more (docs/adr/0022-residual-feedback.md); take hosl-residual",
         ),
         (
             {"method": "hosl-node", "zo": {"clip": 5.0}},
             "zo.clip is not read by method hosl-node, got 5.0; methods that read it: zo-zo, hosl,",
         ),
         (
-            {"method": "hosl-guided", "zo": {"guided_blocks": 4}},
-            "zo.guided_blocks: 4 wants as many blocks on the client, model.cut is",
+            {"method": "hosl-residual", "residual": {"blocks": 4}},
+            "residual.blocks: 4 wants as many blocks on the client, model.cut is",
+        ),
+        ({"zo": {"guided_blocks": 4}}, "zo.guided_blocks: 4 is called residual.blocks now"),
+        (
+            {"method": "hosl-residual", "model": {"cut": 0}},
+            "residual.blocks: 1 wants as many blocks on the client, model.cut is 0",
         ),
         (
             {"method": "fo-recompute", "clients": {"count": 2, "halves": "shared"}},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hosl.core.rounds import StepInputs, hosl_guided_round
+from hosl.core.rounds import StepInputs, hosl_residual_slopes_round
 from hosl.core.targets import Batch, ClassTargets, StepReply
 from hosl.parties.clients.guided import GuidedClient
 from hosl.split import split_model
@@ -96,7 +96,7 @@ def test_slopes_are_the_exact_derivatives_along_g_x(tiny, model_name, padded, bl
     batch = _batch(padded)
     g = _gradient(client, batch)
     expected = _exact(client, batch, g)
-    h = client.forward_for_guides(batch)
+    h = client.forward_keeping_inputs(batch)
     assert torch.equal(h, client.forward(batch))
     names = client.guide(g)
     assert set(names) == set(expected)
@@ -124,7 +124,7 @@ def test_the_last_layer_before_the_cut_gets_its_whole_gradient(tiny, model_name,
     name = list(exact)[-1]
     gradient, u = exact[name]
     assert float((gradient * u).sum() / gradient.norm()) == pytest.approx(1.0, abs=1e-12)
-    client.forward_for_guides(batch)
+    client.forward_keeping_inputs(batch)
     client.guide(g)
     assert client.slope(name, g, 1e-4) == pytest.approx(float(gradient.norm()), rel=1e-8)
 
@@ -137,7 +137,9 @@ def test_a_round_moves_the_writers_by_their_gradients_projection_and_nothing_els
     names = [n for n, p in client.half.named_parameters() if p.requires_grad]
     server = _Linear(g)
     rtol, epsilon = (ROUNDING, 1e-3) if model_name in FLOAT32_NORMS else (1e-5, 1e-5)
-    result = hosl_guided_round(client, server, batch, StepInputs(1, epsilon=epsilon, learning_rate=ETA))
+    result = hosl_residual_slopes_round(
+        client, server, batch, StepInputs(1, epsilon=epsilon, learning_rate=ETA)
+    )
     moved = {name: p.detach() - before[name] for name, p in client.half.named_parameters()}
     assert {name for name, by in moved.items() if by.any()} == set(names) == set(client.trained)
     for name, (gradient, u) in exact.items():
@@ -147,7 +149,9 @@ def test_a_round_moves_the_writers_by_their_gradients_projection_and_nothing_els
         atol = ETA * rtol * float(gradient.norm()) * float(u.abs().max())
         torch.testing.assert_close(by, expected[:, : by.shape[1]], rtol=0.0, atol=atol)
     assert len(result.coefficients) == 4
-    after = hosl_guided_round(client, server, batch, StepInputs(2, epsilon=epsilon, learning_rate=0.0)).loss
+    after = hosl_residual_slopes_round(
+        client, server, batch, StepInputs(2, epsilon=epsilon, learning_rate=0.0)
+    ).loss
     assert after < result.loss  # a direction is never uphill
 
 
@@ -156,7 +160,7 @@ def test_weights_are_only_read_by_guide_and_slope(tiny, model_name, padded, dtyp
     client = _client(tiny(model_name, dtype), blocks=2)
     batch = _batch(padded)
     before = _weights(client)
-    client.forward_for_guides(batch)
+    client.forward_keeping_inputs(batch)
     g = _gradient(client, batch)
     for name in client.guide(g):
         assert math.isfinite(client.slope(name, g, 1e-2))
@@ -170,7 +174,7 @@ def test_micro_batches_change_nothing(tiny, model_name, padded, rows):
     for at_once in (rows, 5):
         client = _client(model, blocks=2, micro_batch_size=at_once)
         server = _Linear(_gradient(client, batch))
-        hosl_guided_round(client, server, batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
+        hosl_residual_slopes_round(client, server, batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
         found.append(_weights(client))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-9, atol=1e-12)
@@ -182,7 +186,7 @@ def test_bfloat16_slopes_are_near_the_exact_ones(tiny, padded):
     client = _client(tiny("llama", torch.bfloat16))
     g = _gradient(exact_client, batch)
     exact = _exact(exact_client, batch, g)
-    client.forward_for_guides(batch)
+    client.forward_keeping_inputs(batch)
     for name in client.guide(g.to(torch.bfloat16)):
         gradient, u = exact[name]
         slope = float((gradient * u).sum())
@@ -194,6 +198,8 @@ def test_a_gradient_of_zeros_moves_nothing(tiny, padded):
     client = _client(tiny("opt"))
     batch, before = _batch(padded), _weights(client)
     server = _Linear(torch.zeros_like(client.forward(batch)))
-    result = hosl_guided_round(client, server, batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
+    result = hosl_residual_slopes_round(
+        client, server, batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA)
+    )
     assert result.coefficients == (0.0, 0.0)
     assert all(torch.equal(p, before[name]) for name, p in client.half.named_parameters())

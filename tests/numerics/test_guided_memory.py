@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from hosl.core.rounds import StepInputs, hosl_guided_round, hosl_node_round
+from hosl.core.rounds import StepInputs, hosl_node_round, hosl_residual_slopes_round
 from hosl.core.targets import Batch, ClassTargets
 from hosl.parties.clients.guided import GuidedClient
 from hosl.parties.clients.node import NodeClient
@@ -16,7 +16,7 @@ from tests.numerics.test_guided import _gradient, _Linear
 
 @pytest.mark.parametrize(
     ("kind", "method_round", "probes"),
-    [(GuidedClient, hosl_guided_round, {}), (NodeClient, hosl_node_round, {"seeds": [1, 2, 3]})],
+    [(GuidedClient, hosl_residual_slopes_round, {}), (NodeClient, hosl_node_round, {"seeds": [1, 2, 3]})],
     ids=["hosl-guided", "hosl-node"],
 )
 def test_a_step_takes_little_more_memory_than_a_forward_pass(kind, method_round, probes):
@@ -39,7 +39,7 @@ def test_a_step_takes_little_more_memory_than_a_forward_pass(kind, method_round,
 
 @pytest.mark.parametrize(
     ("kind", "method_round", "probes"),
-    [(GuidedClient, hosl_guided_round, {}), (NodeClient, hosl_node_round, {"seeds": [1, 2, 3]})],
+    [(GuidedClient, hosl_residual_slopes_round, {}), (NodeClient, hosl_node_round, {"seeds": [1, 2, 3]})],
     ids=["hosl-guided", "hosl-node"],
 )
 def test_a_large_batch_goes_forward_in_parts_and_moves_the_weights_as_a_whole(
@@ -54,7 +54,7 @@ def test_a_large_batch_goes_forward_in_parts_and_moves_the_weights_as_a_whole(
         client = kind(half)
         server = _Linear(_gradient(client, batch))
         assert len(client._slices(torch.from_numpy(ids))) == (3 if tokens == 32 else 1)
-        h = client.forward_for_guides(batch)
+        h = client.forward_keeping_inputs(batch)
         assert torch.equal(h, client.forward(batch))
         method_round(client, server, batch, StepInputs(1, epsilon=1e-3, learning_rate=0.3, **probes))
         moved.append({name: p.detach().clone() for name, p in client.trained.items()})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hosl.core.directions import tile
-from hosl.core.rounds import StepInputs, hosl_guided_round, hosl_node_round
+from hosl.core.rounds import StepInputs, hosl_node_round, hosl_residual_slopes_round
 from hosl.errors import NonFiniteError
 from hosl.parties.clients.node import NodeClient
 from hosl.split import split_model
@@ -56,7 +56,7 @@ def _weights(client):
 
 def test_a_shifted_query_moves_the_answer_at_its_own_token_only(tiny, model_name, padded):
     client, batch = _client(tiny(model_name, torch.float64)), _batch(padded)
-    client.forward_for_guides(batch)
+    client.forward_keeping_inputs(batch)
     clean, features = client.forward(batch), client.half.query_features
 
     def shifted(at, which):
@@ -92,7 +92,7 @@ def test_slopes_are_the_tokens_exact_derivatives(tiny, model_name, padded):
     client, batch = _client(tiny(model_name, torch.float64), micro_batch_size=2), _batch(padded)
     g = _gradient(client, batch)
     _, exact_gradient = _at_query(client, batch, g)
-    clean = client.forward_for_guides(batch)
+    clean = client.forward_keeping_inputs(batch)
     floor = ROUNDING if model_name in FLOAT32_NORMS else 1e-6
     for seed, found in zip(SEEDS, client.node_slopes(clean, SEEDS, EPSILON, g), strict=True):
         exact = (exact_gradient * _u(client, seed, batch)).sum(-1)
@@ -114,13 +114,13 @@ def test_a_round_moves_the_queries_by_the_estimate_and_the_writers_as_a_guided_r
     client, guided = _client(model), _client(model)
     g, features = _gradient(client, batch), client.half.query_features
     x, _ = _at_query(client, batch, g)
-    clean = client.forward_for_guides(batch)
+    clean = client.forward_keeping_inputs(batch)
     slopes = list(client.node_slopes(clean, SEEDS, EPSILON, g))
     before, query = _weights(client), _query(client)
     result = hosl_node_round(
         client, _Linear(g), batch, StepInputs(1, seeds=SEEDS, epsilon=EPSILON, learning_rate=ETA)
     )
-    hosl_guided_round(guided, _Linear(g), batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
+    hosl_residual_slopes_round(guided, _Linear(g), batch, StepInputs(1, epsilon=EPSILON, learning_rate=ETA))
     at_nodes = sum(
         torch.from_numpy(s)[:, :, None] * _u(client, q, batch) for s, q in zip(slopes, SEEDS, strict=True)
     ) / len(SEEDS)
@@ -149,7 +149,7 @@ def test_the_estimate_is_the_gradient_on_average(tiny, padded):
     g = _gradient(client, batch)
     x, gradient = _at_query(client, batch, g)
     exact = torch.einsum("rto,rti->oi", gradient, x)
-    clean = client.forward_for_guides(batch)
+    clean = client.forward_keeping_inputs(batch)
     found = []
     for seed, s in zip(range(400), client.node_slopes(clean, range(400), 1e-6, g), strict=True):
         at_nodes = torch.from_numpy(s)[:, :, None] * _u(client, seed, batch)
@@ -175,7 +175,7 @@ def test_micro_batches_change_nothing(tiny, padded, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_weights_are_only_read_by_slopes(tiny, padded, dtype):
     client, batch = _client(tiny("llama", dtype)), _batch(padded)
-    before, clean = _weights(client), client.forward_for_guides(batch)
+    before, clean = _weights(client), client.forward_keeping_inputs(batch)
     for slopes in client.node_slopes(clean, SEEDS, 1e-2, _gradient(client, batch)):
         assert np.isfinite(slopes).all()
     assert all(torch.equal(p, before[name]) for name, p in client.half.named_parameters())

@@ -80,7 +80,7 @@ def test_slopes_along_the_writers_are_the_exact_ones_for_any_micro_batch(tiny, p
     g = _gradient(whole, batch)
     exact = _exact(whole, batch, g)
     for client in (whole, _client(_float64(tiny, name), blocks=2, micro_batch_size=3)):
-        client.forward_for_guides(batch)
+        client.forward_keeping_inputs(batch)
         names = client.guide(g)
         assert set(names) == set(exact)
         for writer in names:
@@ -98,7 +98,7 @@ def test_a_shifted_query_moves_the_answer_at_its_own_token_only(tiny, padded, na
             _node_client(tiny(name))
         return
     client, batch = _node_client(_float64(tiny, name)), _batch(padded)
-    client.forward_for_guides(batch)
+    client.forward_keeping_inputs(batch)
     clean, features = client.forward(batch), client.half.query_features
 
     def moved(which):

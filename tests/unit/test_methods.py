@@ -96,8 +96,9 @@ def test_usual_rates_lie_among_those_that_are_tried(method):
 
 OTHER = {
     "zo.server_gradient_at": "first-plus", "zo.sides": "one", "zo.derivative": "forward-mode", "zo.row_clip": 2.0,
-    "zo.clip": 2.0, "zo.normalise": "spread", "client.trainable": "last-block", "client.dtype": "int8",
-    "client.optimiser": {"name": "adamw"}, "client.micro_batch_size": 2,
+    "zo.clip": 2.0, "zo.normalise": "spread", "client.trainable": "lora", "client.dtype": "int8",
+    "client.optimiser": {"name": "adamw"}, "client.micro_batch_size": 2, "residual.slopes": "one",
+    "residual.decay": 0.5, "residual.kept": "inputs",
 }  # fmt: skip
 
 

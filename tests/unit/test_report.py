@@ -27,7 +27,7 @@ from hosl.study.grid import merged
 CALLS = {
     "frozen": (["forward"], ["step"]),
     "hosl": (["probes", "forward", "descend"], ["losses", "step"]),
-    "hosl-node": (["forward_for_guides", "guide", "slope", "node_slopes", "descend_nodes"], ["step"]),
+    "hosl-node": (["forward_keeping_inputs", "guide", "slope", "node_slopes", "descend_nodes"], ["step"]),
     "fo-fo": (["forward_for_backward", "backward"], ["step"]),
     "fo-recompute": (["forward", "backward"], ["step"]),
 }

@@ -204,6 +204,6 @@ def test_every_law_of_directions_has_a_name_on_the_wire(distribution):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_server_knows_every_method_or_its_twin(method):
     agreed = training_message(Config(method=method))
-    twins = {"fo-recompute": "fo-fo", "hosl-guided": "hosl-gradient", "hosl-node": "hosl-gradient"}
+    twins = {"fo-recompute": "fo-fo", "hosl-residual": "hosl-gradient", "hosl-node": "hosl-gradient"}
     served = config_of(pb.Model(family="bert", dtype=pb.FLOAT32), agreed, device="cpu")
     assert served.method == twins.get(method, method)

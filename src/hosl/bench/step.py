@@ -34,12 +34,12 @@ STEPS_OF_A_RUN = 1500
 """The steps for which hours are projected."""
 
 PHASES = {
-    "forward_s": ("forward", "forward_for_guides", "forward_for_backward"),
+    "forward_s": ("forward", "forward_keeping_inputs", "forward_for_backward"),
     "probing_s": (
         "probes", "projections", "one_sided_projections", "tangents", "guide", "slope", "node_slopes",
     ),
     "backward_s": ("backward",),
-    "update_s": ("descend", "descend_along", "descend_nodes"),
+    "update_s": ("descend", "descend_along", "descend_nodes", "descend_by_feedback"),
 }  # fmt: skip
 """A client's calls by phase of the step. A first-order update is part of its backward pass."""
 

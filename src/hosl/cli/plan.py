@@ -1,7 +1,9 @@
 """`hosl plan CONFIG.yaml | MODEL`: memory, bytes and hours of every cut and way to train, before a run."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hosl.cli.answers import Parser, answer, command_parser, options_and_settings
 from hosl.cli.train import overridden
@@ -47,11 +49,31 @@ def run(arguments: list[str]) -> int:
         result.write(Path(options.write))
     if options.picture:
         draw_plan(result, Path(options.picture))
+    aligned = _alignment(result.asked) if options.probe and options.what.endswith((".yaml", ".yml")) else []
     if options.json:
-        answer(result.facts(), as_json=True)
-    else:
-        sys.stdout.write(result.table(every_row=options.all))
+        facts = {"alignment": [asdict(row) for row in aligned]} if aligned else {}
+        answer(result.facts() | facts, as_json=True)
+        return 0
+    sys.stdout.write(result.table(every_row=options.all))
+    if aligned:
+        from hosl.training.alignment import alignment_lines
+
+        sys.stdout.write("\n" + "\n".join(alignment_lines(aligned)) + "\n")
     return 0
+
+
+def _alignment(config: Any) -> list[Any]:
+    """How far residual feedback is right on the config's first batch; of another method, nothing."""
+    if (
+        not config.method_row.keeps_by_blocks
+        or config.residual.slopes != "none"
+        or config.client.trainable == "lora"
+    ):
+        return []
+    from hosl.training.alignment import first_batch_alignment
+
+    _say("comparing residual feedback with backprop on the first batch")
+    return first_batch_alignment(config)
 
 
 def _parser() -> Parser:
@@ -77,7 +99,10 @@ def _parser() -> Parser:
     parser.add_argument("--cuts", help="such as 1,3,5; default: up to twelve over the model")
     parser.add_argument("--cores", type=int, default=1, help="of the device, where it is not measured")
     parser.add_argument(
-        "--probe", action="store_true", help="measure this machine for ten seconds instead of assuming"
+        "--probe",
+        action="store_true",
+        help="measure this machine for ten seconds instead of assuming; with a "
+        "hosl-residual config also how far its updates are the true gradients, by backprop on one batch",
     )
     parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
     parser.add_argument("--all", action="store_true", help="every row, also those of other cuts")

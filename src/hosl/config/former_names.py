@@ -13,8 +13,18 @@ FORMER_NAMES = {
 }
 """Dotted path of a former name -> the new name of its last part."""
 
-LEFT_OUT = {("zo", "guidance"): "none"}
-"""Removed settings -> the value that changed nothing; configs of older runs may still hold it."""
+LEFT_OUT: dict[tuple[str, str], tuple[Any, str]] = {
+    ("zo", "guidance"): (
+        "none", "is no more, because it gained nothing (docs/adr/0013-pruned-variants.md); leave it out",
+    ),
+    ("zo", "guided_blocks"): (1, "is called residual.blocks now"),
+}  # fmt: skip
+"""Removed settings -> the value that changed nothing, which configs of older runs may still hold, and what to do."""
+
+GONE = {
+    "hosl-guided": "is no more (docs/adr/0022-residual-feedback.md); take hosl-residual, which learns more",
+}
+"""Removed methods -> what to do."""
 
 
 def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
@@ -26,7 +36,7 @@ def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
         warn: whether to warn of former names; False for files that hosl itself wrote, in an earlier version.
 
     Raises:
-        ConfigError: if a setting is given by both names, or was removed.
+        ConfigError: if a setting is given by both names, or a setting or method was removed.
     """
     if not isinstance(settings, Mapping):
         return settings
@@ -35,14 +45,13 @@ def with_new_names(settings: Any, *, where: str, warn: bool = True) -> Any:
         section, _, former = path.partition(".")
         if isinstance(renamed.get(section), Mapping) and former in renamed[section]:
             renamed[section] = _replaced(renamed[section], former, new, f"{section}.", where, warn)
-    for (section, name), harmless in LEFT_OUT.items():
+    if (advice := GONE.get(str(renamed.get("method")))) is not None:
+        raise ConfigError(f"{where}: method: {renamed['method']} {advice}")
+    for (section, name), (harmless, advice) in LEFT_OUT.items():
         if isinstance(renamed.get(section), Mapping) and name in renamed[section]:
             value = renamed[section][name]
             if value != harmless:
-                raise ConfigError(
-                    f"{where}: {section}.{name}: {value} is no more, because it gained nothing "
-                    "(docs/adr/0013-pruned-variants.md); leave it out"
-                )
+                raise ConfigError(f"{where}: {section}.{name}: {value} {advice}")
             renamed[section] = {other: kept for other, kept in renamed[section].items() if other != name}
     return renamed
 

@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import msgspec
 
 from hosl.config.ranges import check_ranges
-from hosl.config.sections import ClientConfig, ClientsConfig, ModelConfig, ServerConfig, WireConfig, ZOConfig
+from hosl.config.sections import (
+    ClientConfig,
+    ClientsConfig,
+    ModelConfig,
+    ResidualConfig,
+    ServerConfig,
+    WireConfig,
+    ZOConfig,
+)
 from hosl.core.methods import METHODS, LearningRates, Method
 from hosl.errors import ConfigError
+from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.system.paths import expanded_folder
 from hosl.tasks import DocstringsConfig, TaskConfig
 
@@ -38,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model: ModelConfig = ModelConfig()
     task: TaskConfig = DocstringsConfig()
     zo: ZOConfig = ZOConfig()
+    residual: ResidualConfig = ResidualConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     wire: WireConfig = WireConfig()
@@ -118,6 +128,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.learning_rates.usual_for(self.client.trainable) if rate is None else rate
 
     @property
+    def trained_blocks(self) -> int:
+        """The number of last blocks whose output projections are trained, where these are."""
+        blocks = self.residual.blocks
+        return self.model.cut if blocks == "all" else blocks or self.method_row.usual_blocks(self.model.cut)
+
+    @property
     def server_rate(self) -> float:
         """eta_s, the learning rate of the server."""
         if self.server.learning_rate is not None:
@@ -150,11 +166,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "zo.derivative: forward-mode has no sides and no low-precision base, got zo.sides: "
                 f"{zo.sides}, client.dtype: {client.dtype}; leave these out"
             )
-        if method.needs_blocks and zo.guided_blocks > self.model.cut:
+        named = client.trainable == "output-projections" and method.trains != "nothing"
+        if (method.needs_blocks or named) and not 1 <= self.trained_blocks <= self.model.cut:
             raise ConfigError(
-                f"zo.guided_blocks: {zo.guided_blocks} wants as many blocks on the client, model.cut is "
+                f"residual.blocks: {max(self.trained_blocks, 1)} wants as many blocks on the client, model.cut is "
                 f"{self.model.cut}"
             )
+        self._check_residual()
         if client.dtype != "model" and method.trains != "nothing" and client.trainable != "lora":
             raise ConfigError(
                 f"client.dtype: {client.dtype} is for weights that stay as they are, but method {self.method} trains "
@@ -165,6 +183,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "client.dtype: bfloat16 does not go with wire.labels: client, whose head may share the embeddings; "
                 "use int8, which leaves embeddings as they are, or wire.labels: server"
+            )
+
+    def _check_residual(self) -> None:
+        """Refuse settings of the client that do not go with residual feedback."""
+        method, client = self.method_row, self.client
+        if not method.needs_blocks:
+            return
+        if client.trainable not in ("blocks", "output-projections", "lora"):
+            raise ConfigError(
+                f"client.trainable: {client.trainable} is not for method {self.method}, which trains output "
+                "projections of its last blocks: leave it out (their weights), or set lora (adapters on them); "
+                "residual.blocks says how many blocks"
+            )
+        if self.residual.slopes != "none" and (
+            client.trainable == "lora" or client.optimiser != OptimiserSpec()
+        ):
+            raise ConfigError(
+                f"residual.slopes: {self.residual.slopes} measures a step of plain SGD on whole weights, got "
+                f"client.trainable: {client.trainable}, client.optimiser: {client.optimiser.name}; leave these out, or "
+                "residual.slopes"
             )
 
     def _check_clients(self) -> None:
@@ -220,7 +258,7 @@ def _labels_of(task: TaskConfig) -> Literal["server", "client"]:
 def _default(path: str) -> Any:
     """The default of a setting in `GOVERNED`, by its dotted path."""
     section, name = path.split(".")
-    return getattr({"zo": ZOConfig, "client": ClientConfig}[section](), name)
+    return getattr({"zo": ZOConfig, "client": ClientConfig, "residual": ResidualConfig}[section](), name)
 
 
 def _methods_with(condition: Callable[[Method], bool]) -> str:

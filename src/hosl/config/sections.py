@@ -51,9 +51,6 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     derivative: Literal["difference", "forward-mode"] = "difference"
     """The derivative in hosl-gradient: by finite differences, or by forward-mode differentiation, which is exact and
     needs no epsilon."""
-    guided_blocks: int = 1
-    """The number of the client's last blocks whose output projections hosl-guided and hosl-node train. The guided
-    direction gets worse with every block further down."""
     clip: float | None = None
     """The limit of a coefficient, in multiples of the running median of |c|, such as 5.0; none by default."""
     row_clip: float | None = None
@@ -62,8 +59,6 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """spread: a step's coefficients are divided by their standard deviation (FZOO); needs another learning rate."""
 
     def __post_init__(self) -> None:
-        if self.guided_blocks < 1:
-            raise ConfigError(f"zo.guided_blocks must be >= 1, got {self.guided_blocks}")
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"zo.clip must be > 0, got {self.clip}; 5.0 is mild, null turns it off")
         if self.row_clip is not None and not self.row_clip > 0:
@@ -79,17 +74,42 @@ class ZOConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigError(f"zo.epsilon must lie between 0 and 1, got {self.epsilon}; 1.0e-3 is usual")
 
 
+class ResidualConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Residual feedback (hosl-residual): the returned gradient, used as it is by the client's last blocks."""
+
+    blocks: int | Literal["all"] | None = None
+    """The number of the client's last blocks whose output projections are trained, by hosl-residual, hosl-node and
+    client.trainable: output-projections. null: half of the client's blocks, in hosl-node one."""
+    slopes: Literal["none", "one", "per-block"] = "none"
+    """The measured correction of the step's length. none: the learning rate alone. one, per-block: by two evaluations
+    for all layers together, or for each block; the layers then move by their gradient's projection."""
+    decay: float = 1.0
+    """The factor of the learning rate for each block further down."""
+    kept: Literal["auto", "stream", "blocks", "inputs"] = "auto"
+    """What a step keeps of the clean pass until the gradient comes: the hidden state below the lowest trained block
+    (stream), the input of each trained block, or that of each trained layer, so that nothing is computed twice.
+    auto: blocks, where that takes little beside the weights, else stream. Not a bit of the update depends on it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, int) and self.blocks < 1:
+            raise ConfigError(f"residual.blocks must be >= 1, all or null, got {self.blocks}")
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"residual.decay must lie above 0 and up to 1, got {self.decay}; 1.0 is none")
+
+
 class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The half on the device."""
 
-    trainable: Literal["all", "blocks", "last-block", "lora"] = "blocks"
+    trainable: Literal["all", "blocks", "last-block", "output-projections", "lora"] = "blocks"
     """all: every weight. blocks: the embeddings stay as they are. last-block: every weight of the block before the cut.
+    output-projections: what hosl-residual trains, the layers of the last `residual.blocks` blocks that write to the
+    residual stream.
     lora: adapters only."""
     learning_rate: float | Literal["auto"] | None = None
     """eta_c of the client's update. null: the method's usual rate (`core.methods`). auto: a short sweep before the run
     finds it, in `hosl train` only."""
     optimiser: OptimiserSpec = OptimiserSpec()
-    """The optimiser of a first-order client. Zeroth-order clients and fo-recompute use plain SGD."""
+    """The optimiser of a first-order client and of hosl-residual. All others use plain SGD."""
     micro_batch_size: int | None = None
     """Rows of a batch that are evaluated at once; null: as many as take no more memory than the batch's forward pass.
     Not for fo-fo and fo-zo, whose graph spans the whole batch."""

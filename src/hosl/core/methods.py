@@ -62,11 +62,16 @@ class Method:
     """(setting, value, round): the round in place of `round` where the setting has this value."""
     backward: Literal["none", "graph", "blocks"] = "none"
     """Whether its client differentiates: not at all, a graph of the whole batch, or one block at a time."""
+    keeps_by_blocks: bool = False
+    """Whether what its client keeps between calls follows from the number of blocks, though it makes no graph."""
     client_state: Literal["none", "journal", "weights"] = "journal"
     """The part of its client that a checkpoint holds beside the base weights."""
     trains: Literal["nothing", "chosen", "last-blocks"] = "chosen"
-    """The trained weights of the client: none, those of `client.trainable`, or parts of its last blocks that the method
-    chooses by itself."""
+    """The trained weights of the client: none, those of `client.trainable`, or parts of its last `residual.blocks`
+    blocks that the method chooses by itself."""
+    usual_blocks: Callable[[int], int] = lambda cut: -(-cut // 2)
+    """cut -> the number of last blocks whose output projections it trains, where no number is set. By default the upper
+    half of the client's blocks: further down the returned gradient is hardly theirs (docs/results/smollm2.md)."""
     draws: frozenset[Literal["client", "server"]] = frozenset()
     """The halves that draw random directions, `zo.directions` of them per step."""
     wants_gradient: bool = False
@@ -150,9 +155,11 @@ def readable(value: Any) -> str:
 PROBES = frozenset({"zo.clip", "zo.normalise"})
 """The settings of coefficient control, for methods that measure coefficients along directions."""
 
+_RESIDUAL = ("residual.slopes", "residual.decay", "residual.kept")
+
 GOVERNED = (
     "zo.server_gradient_at", "zo.sides", "zo.derivative", "zo.row_clip", "zo.clip", "zo.normalise", "client.trainable",
-    "client.dtype", "client.optimiser", "client.micro_batch_size",
+    "client.dtype", "client.optimiser", "client.micro_batch_size", *_RESIDUAL,
 )  # fmt: skip
 """The settings that are refused where a method does not read them. The others, such as `zo.directions` and the learning
 rates, are shared by the methods of a comparison, whose configs differ in `method` alone."""
@@ -166,6 +173,7 @@ _BY_PROBES = LearningRates(
 )  # a random direction of d weights has length sqrt(d), so adapters, few weights, take larger rates
 _BY_GRADIENT = LearningRates(3e-3, _DESCENDED, usual_last_block=1e-2)
 _BY_ADAMW = LearningRates(3e-5, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), usual_lora=3e-4)
+
 
 _ROWS: tuple[Method, ...] = (
     Method(
@@ -198,16 +206,24 @@ _ROWS: tuple[Method, ...] = (
         draws=frozenset({"client"}), wants_gradient=True, learning_rates=_BY_PROBES,
     ),
     Method(
-        "hosl-guided", "The client's last blocks move along directions formed from the returned gradient.",
-        rounds.hosl_guided_round, reads=PROBES | {"client.micro_batch_size"},
-        client_state="weights", trains="last-blocks", wants_gradient=True, on_the_wire="hosl-gradient",
-        learning_rates=LearningRates(1e-2, _DESCENDED),
+        "hosl-residual", "The client's last blocks take the returned gradient for their own: no probes, no backprop.",
+        rounds.hosl_residual_round,
+        reads=frozenset({
+            "client.trainable", "client.dtype", "client.optimiser", "client.micro_batch_size", *_RESIDUAL,
+        }),
+        variants=(
+            ("residual.slopes", "one", rounds.hosl_residual_slopes_round),
+            ("residual.slopes", "per-block", rounds.hosl_residual_slopes_round),
+        ),
+        keeps_by_blocks=True, client_state="weights", trains="last-blocks", wants_gradient=True,
+        on_the_wire="hosl-gradient", learning_rates=LearningRates(3e-2, _DESCENDED),
+        learning_rates_adamw=_BY_ADAMW,
     ),
     Method(
-        "hosl-node", "As hosl-guided, and the last block's queries by node perturbation.", rounds.hosl_node_round,
-        reads=frozenset({"client.micro_batch_size"}),
-        client_state="weights", trains="last-blocks", draws=frozenset({"client"}), wants_gradient=True,
-        on_the_wire="hosl-gradient", learning_rates=LearningRates(1e-2, _DESCENDED),
+        "hosl-node", "The last block's output projections by measured slopes, its queries by node perturbation.",
+        rounds.hosl_node_round, reads=frozenset({"client.micro_batch_size"}),
+        client_state="weights", trains="last-blocks", usual_blocks=lambda cut: 1, draws=frozenset({"client"}),
+        wants_gradient=True, on_the_wire="hosl-gradient", learning_rates=LearningRates(1e-2, _DESCENDED),
     ),
     Method(
         "fo-zo", "The client by backprop, the server by probes.", rounds.fo_zo_round,

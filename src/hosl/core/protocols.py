@@ -60,15 +60,31 @@ class ZerothOrderClientSide(ClientSide, Protocol):
 
 
 @runtime_checkable
+class ResidualClientSide(ClientSide, Protocol):
+    """A client that is trained by forward passes, with dL/dh for the gradient at the output of its last blocks."""
+
+    def forward_keeping_inputs(self, batch: Batch) -> Activations:
+        """h = f_c(x; theta_c); keeps what `descend_by_feedback` needs of the inputs of blocks or layers."""
+        ...
+
+    def descend_by_feedback(self, gradient: Activations, learning_rate: float) -> None:
+        """W <- W - learning_rate * sum over tokens of gradient x^T, for each layer that writes to the residual stream.
+
+        `gradient` is dL/dh of the last `forward_keeping_inputs`, x what the layer read in it.
+        """
+        ...
+
+
+@runtime_checkable
 class GuidedClientSide(ClientSide, Protocol):
     """A client that is trained by forward passes, along directions that it forms from dL/dh and its own activations."""
 
-    def forward_for_guides(self, batch: Batch) -> Activations:
+    def forward_keeping_inputs(self, batch: Batch) -> Activations:
         """h = f_c(x; theta_c); keeps the block inputs that `guide` and `slope` need."""
         ...
 
     def guide(self, gradient: Activations) -> Sequence[str]:
-        """Form the directions u from dL/dh of the last `forward_for_guides`; returns the names of their tensors."""
+        """Form the directions u from dL/dh of the last `forward_keeping_inputs`; returns the names of their tensors."""
         ...
 
     def slope(self, name: str, gradient: Activations, epsilon: float) -> float:
@@ -87,7 +103,7 @@ class NodeClientSide(GuidedClientSide, Protocol):
     def node_slopes(
         self, clean: Activations, seeds: Sequence[int], epsilon: float, gradient: Activations
     ) -> Iterator[Float[np.ndarray, "rows seq"]]:
-        """<gradient, h+ - clean> / scale for each seed and token; `clean` is h of the last `forward_for_guides`."""
+        """<gradient, h+ - clean> / scale for each seed and token; `clean` is h of the last `forward_keeping_inputs`."""
         ...
 
     def descend_nodes(

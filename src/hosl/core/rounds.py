@@ -18,6 +18,7 @@ from hosl.core.protocols import (
     FirstOrderServerSide,
     GuidedClientSide,
     NodeClientSide,
+    ResidualClientSide,
     ZerothOrderClientSide,
     ZerothOrderServerSide,
 )
@@ -150,18 +151,32 @@ def hosl_gradient_forward_mode_round(
     return RoundResult(reply.loss, probes.measured, probes.rejected)
 
 
-def hosl_guided_round(
+def hosl_residual_round(
+    client: ResidualClientSide, server: FirstOrderServerSide, batch: Batch, step: StepInputs
+) -> RoundResult:
+    """One step of HOSL in which every output projection takes the returned gradient for its own; no directions.
+
+    One upload, one download, no slope. Biased: exact in the last layer, less so further down. Source: methods.md (o).
+    """
+    h = client.forward_keeping_inputs(batch)  # line 6
+    reply = server.step(h, batch.targets, step=step.number, want_gradient=True)  # line 7
+    del h  # or it would be held while layers are evaluated again
+    client.descend_by_feedback(reply.gradient, step.learning_rate)  # in place of lines 1 to 5 and 8
+    return RoundResult(reply.loss)
+
+
+def hosl_residual_slopes_round(
     client: GuidedClientSide, server: FirstOrderServerSide, batch: Batch, step: StepInputs
 ) -> RoundResult:
-    """One step of HOSL along directions formed from the returned gradient; one per tensor, no seeds.
+    """One step of `hosl_residual_round` whose length is measured: two evaluations for each group of layers.
 
-    Biased: a tensor moves by its gradient's projection on one direction. One upload, one download. methods.md (i).
+    A group moves by its gradient's projection on the direction that residual feedback gives it, so never uphill.
     """
-    h = client.forward_for_guides(batch)
+    h = client.forward_keeping_inputs(batch)
     reply = server.step(h, batch.targets, step=step.number, want_gradient=True)  # line 7
     names = client.guide(reply.gradient)  # in place of line 2: u from the data, not from a seed
     slopes = [client.slope(name, reply.gradient, step.epsilon) for name in names]  # lines 3 to 5
-    probes = step.control.judge(slopes)
+    probes = PLAIN.judge(slopes)
     client.descend_along(probes.of(names), probes.coefficients, step.learning_rate)  # line 8
     return RoundResult(reply.loss, probes.measured, probes.rejected)
 
@@ -169,11 +184,13 @@ def hosl_guided_round(
 def hosl_node_round(
     client: NodeClientSide, server: FirstOrderServerSide, batch: Batch, step: StepInputs
 ) -> RoundResult:
-    """One step of `hosl_guided_round`, and the last block's queries by node perturbation. Source: methods.md (i).
+    """One step along directions formed from the gradient, and the last block's queries by node perturbation.
+
+    A slope for each output projection, as in `hosl_residual_slopes_round` for a group. Source: methods.md (i).
 
     Its coefficients: the output projections' slopes, then for each seed the sum of its tokens' slopes.
     """
-    h = client.forward_for_guides(batch)
+    h = client.forward_keeping_inputs(batch)
     reply = server.step(h, batch.targets, step=step.number, want_gradient=True)  # line 7
     names = client.guide(reply.gradient)
     projections = PLAIN.judge([client.slope(name, reply.gradient, step.epsilon) for name in names])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from hosl.config import Config
@@ -14,13 +15,14 @@ from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.clients.guided import GuidedClient
 from hosl.parties.clients.node import NodeClient
 from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.memory import resident_bytes
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer, ZerothOrderServer
 from hosl.parties.servers.headed import HeadedServer, Trunk
 from hosl.parties.servers.synchronous import SynchronousServer
 from hosl.parties.servers.trunk import SynchronousTrunkServer, TrunkServer
-from hosl.split import ClientHalf, HeadHalf, TrunkHalf, add_lora, quantise_, set_trainable
+from hosl.split import ClientHalf, HeadHalf, LoraSpec, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSIFIER_HEADS = ("classifier", "pre_classifier", "score")
@@ -62,15 +64,35 @@ def make_client(config: Config, half: ClientHalf, *, low_precision: bool = True)
 
 def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: bool = True) -> None:
     """Prepare the half for the config, in place: low-precision base weights, adapters, choice of trained weights."""
-    trained = config.client.trainable if config.method_row.trains == "chosen" else "none"
+    chosen = config.method_row.trains == "chosen" or config.client.trainable == "lora"
+    trained = config.client.trainable if chosen and config.method_row.trains != "nothing" else "none"
     dtype = config.client.dtype
     if dtype != "model" and low_precision:
         quantise_(half, dtype)
     if trained == "lora":
         adapters = None if dtype == "model" else torch.float32
-        add_lora(half, config.client.lora, seed=config.seed, dtype=adapters)
+        add_lora(half, _adapter_spec(config, half), seed=config.seed, dtype=adapters)
     else:
-        set_trainable(half, trained)
+        set_trainable(half, trained, blocks=config.trained_blocks)
+
+
+def _adapter_spec(config: Config, half: ClientHalf) -> LoraSpec:
+    """The client's adapters; of a method of output projections, on these alone.
+
+    Raises:
+        ConfigError: if other layers are named for such a method.
+    """
+    spec = config.client.lora
+    if not config.method_row.needs_blocks:
+        return spec
+    layers = sorted({name.rpartition(".")[2] for name in half.output_projections})
+    others = sorted(set(spec.target_modules or ()) - set(layers))
+    if others:
+        raise ConfigError(
+            f"client.lora.target_modules: {', '.join(others)}: method {config.method} trains adapters of layers that "
+            f"write to the residual stream, in a {half.family} {', '.join(layers)}; leave the others out"
+        )
+    return msgspec.structs.replace(spec, target_modules=spec.target_modules or tuple(layers))
 
 
 def client_on(config: Config, half: ClientHalf) -> FrozenClient:
@@ -88,8 +110,22 @@ def _zeroth_order(config: Config) -> dict[str, Any]:
     return {"distribution": config.zo.distribution, **_common(config)}
 
 
-def _last_blocks(config: Config) -> dict[str, Any]:
-    return {"blocks": config.zo.guided_blocks, **_common(config)}
+def _residual(config: Config, half: ClientHalf) -> FrozenClient:
+    """The client of residual feedback, with measured slopes or without.
+
+    Raises:
+        ConfigError: if it shall keep nothing but the stream of a model with norms on the stream.
+    """
+    residual = config.residual
+    options = {"blocks": config.trained_blocks, "decay": residual.decay, **_common(config)}
+    if residual.slopes != "none":
+        return GuidedClient(half, slopes=residual.slopes, **options)
+    if half.norms_on_stream and residual.kept == "stream":
+        raise ConfigError(
+            f"residual.kept: stream does not go with a {half.family} whose norms stand on the residual stream "
+            "(post-LN): the gradient comes down through them, which needs the inputs of blocks; leave it out"
+        )
+    return ResidualClient(half, kept=residual.kept, optimiser=config.client.optimiser, **options)
 
 
 def _by_backprop(config: Config) -> dict[str, Any]:
@@ -101,8 +137,8 @@ _CLIENTS: dict[str, Callable[[Config, ClientHalf], FrozenClient]] = {
     "zo-zo": lambda config, half: ZerothOrderClient(half, **_zeroth_order(config)),
     "hosl": lambda config, half: ZerothOrderClient(half, **_zeroth_order(config)),
     "hosl-gradient": lambda config, half: ZerothOrderClient(half, **_zeroth_order(config)),
-    "hosl-guided": lambda config, half: GuidedClient(half, **_last_blocks(config)),
-    "hosl-node": lambda config, half: NodeClient(half, **_last_blocks(config)),
+    "hosl-residual": _residual,
+    "hosl-node": lambda config, half: NodeClient(half, blocks=config.trained_blocks, **_common(config)),
     "fo-zo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),
     "fo-recompute": lambda config, half: RecomputingClient(half, **_common(config)),
     "fo-fo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),

@@ -23,13 +23,14 @@ _SHARED = ("zo.clip", "zo.normalise", "zo.row_clip")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train a client: a method with settings of the sections zo, client and model."""
+    """One way to train a client: a method with settings of the sections zo, residual, client and model."""
 
     name: str
     method: str
     zo: Mapping[str, Any] = field(default_factory=dict)
     client: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    residual: Mapping[str, Any] = field(default_factory=dict)
     planned: bool = False
     """Whether `hosl plan` compares it by default."""
     choice: int | None = None
@@ -67,6 +68,7 @@ class Variant:
                 settings[section][name] = defaults[section][name]
         settings |= {"method": self.method, "profile": "paper"}
         settings["zo"] |= self.zo
+        settings["residual"] |= self.residual
         settings["model"] |= {"cut": cut, **self.model}
         settings["client"] |= self.client
         if "client.micro_batch_size" in reads:
@@ -93,7 +95,17 @@ VARIANTS = (
     Variant(
         "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
     ),
-    Variant("hosl-guided", "hosl-guided", choice=2),
+    Variant("hosl-residual", "hosl-residual", planned=True, choice=2),
+    Variant("hosl-residual, all blocks", "hosl-residual", residual={"blocks": "all"}),
+    Variant(
+        "hosl-residual, all blocks, inputs kept",
+        "hosl-residual",
+        residual={"blocks": "all", "kept": "inputs"},
+    ),
+    Variant("hosl-residual, one slope", "hosl-residual", residual={"slopes": "one"}),
+    Variant("hosl-residual, a slope per block", "hosl-residual", residual={"slopes": "per-block"}),
+    Variant("hosl-residual, AdamW", "hosl-residual", client={"optimiser": ADAMW}),
+    Variant("hosl-residual, LoRA", "hosl-residual", client=LORA),
     Variant("hosl-node", "hosl-node", planned=True, choice=1),
     Variant("zo-zo", "zo-zo"),
     Variant("hosl-gradient, LoRA", "hosl-gradient", client=LORA),

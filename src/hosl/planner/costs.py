@@ -100,7 +100,7 @@ def client_memory(
     costs = {} if costs is None else costs
 
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
-        if config.method_row.backward != "none":
+        if config.method_row.backward != "none" or config.method_row.keeps_by_blocks:
             cost = _memory_cost(config, shape, rows, tokens, costs)
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = weight_bytes(config, shape)
@@ -116,7 +116,9 @@ def beyond_weights(
 
     This memory is the same at every cut, so the lowest one is run; and the same with one direction as with many.
     """
-    assert config.method_row.backward == "none", f"{config.method} keeps something of every block"
+    row = config.method_row
+    assert row.backward == "none", f"{row.name} keeps a graph"
+    assert not row.keeps_by_blocks, f"{row.name} keeps something of every block"
     config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
     costs = {} if costs is None else costs
 
@@ -188,16 +190,16 @@ def with_cut(config: Config, cut: int) -> Config:
     return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, cut=cut))
 
 
-def lowest_cut(method: str, guided_blocks: int, trainable: str) -> int:
-    """The lowest cut at which a client has the blocks that it trains."""
-    if METHODS[method].needs_blocks:
-        return guided_blocks
+def lowest_cut(method: str, trained_blocks: int | str | None, trainable: str) -> int:
+    """The lowest cut at which a client has the blocks that it trains; without a number it takes them as they are."""
+    if METHODS[method].needs_blocks or trainable == "output-projections":
+        return trained_blocks if isinstance(trained_blocks, int) else 1
     return 1 if trainable == "last-block" else 0
 
 
 def lowest_with_block(config: Config) -> int:
     """The lowest cut at which a client has the blocks that it trains, and at least one block."""
-    return max(lowest_cut(config.method, config.zo.guided_blocks, config.client.trainable), 1)
+    return max(lowest_cut(config.method, config.residual.blocks, config.client.trainable), 1)
 
 
 def clean_pass(config: Config) -> Config:

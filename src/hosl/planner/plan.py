@@ -296,7 +296,7 @@ def _along(
     question: Question, row: Variant, cuts: Sequence[int], servers: _Servers, *, micro_batch_size: int | None
 ) -> list[PlanRow]:
     shape = question.shape
-    lowest = lowest_cut(row.method, question.base.zo.guided_blocks, row.client.get("trainable", ""))
+    lowest = lowest_cut(row.method, question.base.residual.blocks, row.client.get("trainable", ""))
     usable = [cut for cut in cuts if cut >= lowest]
     configs = {cut: row.applied(question.base, cut=cut, micro_batch_size=micro_batch_size) for cut in usable}
     traffics: list[Traffic] = []
@@ -309,8 +309,10 @@ def _along(
 
     if not usable:
         return []
-    sampled = _sampled(row, shape.blocks)
-    clients = along_cuts(at, sampled, usable)
+    by_blocks = METHODS[row.method].keeps_by_blocks  # and by thresholds, so that no cut follows from others
+    clients = (
+        {cut: at(cut) for cut in usable} if by_blocks else along_cuts(at, _sampled(row, shape.blocks), usable)
+    )
     return [
         _row(question, row.name, configs[cut], clients[cut], servers.at(configs[cut], cuts)[cut], traffics[0])
         for cut in usable
@@ -320,7 +322,7 @@ def _along(
 def _sampled(row: Variant, blocks: int) -> tuple[int, int]:
     """The two cuts from which all others follow.
 
-    Backprop treats the lowest block differently; adapters and guided blocks need a block on the client.
+    Backprop treats the lowest block differently; adapters and methods of the last blocks need a block on the client.
     """
     method = METHODS[row.method]
     if method.backward != "none":

@@ -11,7 +11,7 @@ from hosl.report.groups import Group
 _CALLS = {
     ("client", "probes"): "probes", ("client", "probe_with_dropout"): "first probe",
     ("server", "loss_with_dropout"): "loss of the first probe", ("server", "losses"): "losses of the probes",
-    ("client", "forward"): "forward", ("client", "forward_for_guides"): "forward, inputs of output projections kept",
+    ("client", "forward"): "forward", ("client", "forward_keeping_inputs"): "forward, inputs kept",
     ("client", "forward_for_backward"): "forward, kept for backward",
     ("server", "states"): "forward to the head", ("client", "head_loss"): "losses of the head",
     ("server", "states_for_step"): "forward to the head, kept for backward",
@@ -22,6 +22,7 @@ _CALLS = {
     ("server", "probe"): "probes", ("server", "descend"): "update",
     ("client", "projections"): "probes, projected", ("client", "one_sided_projections"): "one-sided probes",
     ("client", "tangents"): "forward-mode probes", ("client", "guide"): "directions from the gradient",
+    ("client", "descend_by_feedback"): "update by residual feedback",
     ("client", "slope"): "slopes of the output projections", ("client", "node_slopes"): "slopes of the tokens",
     ("client", "descend"): "update along directions", ("client", "descend_nodes"): "update of the queries",
     ("client", "descend_along"): "update of the output projections", ("client", "backward"): "backward, update",

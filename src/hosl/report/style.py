@@ -15,7 +15,7 @@ _COLOURS = {
     "client": ("#0f7d86", "#4cc3cb"), "server": ("#b0741a", "#e0b052"), "wire": ("#7d55c7", "#b79bf2"),
     "rest": ("#a3aeba", "#5d6a78"),
     "frozen": ("#76838f", "#98a5b3"), "zo-zo": ("#b83280", "#ef86c4"), "hosl": ("#d2691e", "#f29b55"),
-    "hosl-gradient": ("#16875a", "#4fc892"), "hosl-guided": ("#7d55c7", "#b79bf2"),
+    "hosl-gradient": ("#16875a", "#4fc892"), "hosl-residual": ("#7d55c7", "#b79bf2"),
     "hosl-node": ("#1f6fd1", "#6cb0ff"), "fo-zo": ("#83740f", "#cfc05a"), "fo-recompute": ("#b3352c", "#f27c71"),
     "fo-fo": ("#1b2530", "#e3e9f0"),
 }  # fmt: skip

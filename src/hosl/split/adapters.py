@@ -16,13 +16,25 @@ ADAPTER = "default"
 """The adapter's name inside peft's modules; peft's own default."""
 
 
-def set_trainable(half: Half, which: Literal["all", "blocks", "last-block", "none"]) -> None:
+def set_trainable(
+    half: Half,
+    which: Literal["all", "blocks", "last-block", "output-projections", "none"],
+    *,
+    blocks: int = 1,
+) -> None:
     """Choose a half's trained weights; `blocks` leaves embeddings (and their norms) and the head frozen.
 
     What both halves have (`Half.shared`) stays frozen always: two copies of one tensor could not be put together again.
 
-    `last-block` is for a client half: it trains block cut - 1, or nothing where there is no block.
+    `last-block` and `output-projections` are for a client half: block cut - 1, or of the last `blocks` blocks the
+    layers that write to the residual stream (`ClientHalf.output_projections`); nothing where there is no block.
     """
+    if which == "output-projections":
+        set_trainable(half, "none")
+        for block in list(half.model.get_submodule(half.blocks_name))[-blocks:]:
+            for name in half.output_projections:
+                block.get_submodule(name).requires_grad_(True)
+        return
     prefix = f"{half.blocks_name}." + (f"{half.cut - 1}." if which == "last-block" else "")
     shared = tuple(f"{name}." for name in half.shared)
     for name, p in half.named_parameters():

@@ -76,6 +76,23 @@ class Half:
         return self._family.output_projections
 
     @property
+    def norms_above(self) -> Mapping[str, tuple[str, ...]]:
+        """By output projection, the norms between it and the block's output, from the projection up."""
+        first = self._family.norms_first
+        return {} if first and getattr(self.config, first) else self._family.norms_above
+
+    @property
+    def norms_on_stream(self) -> bool:
+        """Whether the residual stream itself is normalised in a block (post-LN): a norm is above two projections."""
+        above = [name for names in self.norms_above.values() for name in names]
+        return len(above) > len(set(above))
+
+    @property
+    def output_scale(self) -> str:
+        """The attribute of a block by which outputs are multiplied before they join the residual stream, or ""."""
+        return self._family.output_scale
+
+    @property
     def query(self) -> str:
         """The layer of a block that computes the queries, by its name within the block; errors as above."""
         if self._family.query is None:

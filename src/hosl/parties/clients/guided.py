@@ -1,117 +1,110 @@
-"""A forward-only client whose directions come from the returned gradient, not from a seed.
+"""A forward-only client whose directions come from the returned gradient, and their lengths from measured slopes.
 
-An output projection is a layer whose output is added to the residual stream: y = W x + b. If the blocks above left the
-stream unchanged, the gradient of W would be g^T x: the outer product of the returned gradient g and the input x. So the
-direction is u = g^T x (and sum g for b), scaled to unit length. The assumption is then corrected by measurement: two
-evaluations give c = dL/du, and the layer moves by -eta c u, where c u is the exact gradient's projection on u. A bad u
-makes a small c, never a step uphill. Only the blocks from the lowest guided one on are evaluated again.
-Source: methods.md (i).
+Were the residual stream unchanged by the blocks above, the gradient of an output projection y = W x + b would be g^T x:
+the outer product of the returned gradient g and the input x. So the direction is u = g^T x (and sum g for b), scaled to
+unit length. The assumption is then corrected by measurement: two evaluations give c = dL/du, and the layers move by
+-eta c u, where c u is the exact gradient's projection on u. A bad u makes a small c, never a step uphill. Only the
+blocks from the lowest trained one on are evaluated again. Source: methods.md (i), (o).
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from hosl.core.targets import Batch
-from hosl.parties.clients.frozen import FrozenClient, in_one, row_slices
-from hosl.parties.engine.block_calls import BlockCall, recorded
-from hosl.parties.engine.perturbation import trained_parameters
+from hosl.parties.clients.frozen import row_slices
+from hosl.parties.clients.output_projections import OutputProjectionClient, inputs_read
 from hosl.split import ClientHalf
 
+SlopesOf: TypeAlias = Literal["one", "per-block", "per-layer"]
+"""The layers that one slope is measured for, together: all, those of a block, or each by itself."""
 
-class GuidedClient(FrozenClient):
-    """A `GuidedClientSide` that trains the output projections of the last blocks and nothing else.
 
-    Memory beside the weights: one block input [rows, seq, width] and a direction for each output projection. No
-    autograd.
+class GuidedClient(OutputProjectionClient):
+    """A `GuidedClientSide` that trains the output projections of the last blocks and nothing else. No autograd.
 
-    Requires: rows and blocks as `RecomputingClient` does.
+    Memory beside the weights: one block input [rows, seq, width] and a direction for each output projection.
     """
 
     def __init__(
-        self, half: ClientHalf, *, blocks: int = 1, micro_batch_size: int | None = None, device: str = "cpu"
+        self,
+        half: ClientHalf,
+        *,
+        blocks: int = 1,
+        slopes: SlopesOf = "per-layer",
+        decay: float = 1.0,
+        micro_batch_size: int | None = None,
+        device: str = "cpu",
     ) -> None:
-        """Train the output projections of the last `blocks` blocks; `requires_grad` of all weights is set anew.
+        """The arguments are those of `OutputProjectionClient`, whose rows are halved where blocks are evaluated again.
 
         Args:
-            half: the client half, with float weights.
-            blocks: at least 1, at most the half's cut.
-            micro_batch_size: the rows that are evaluated at once; None: chosen by memory (`row_slices`), half as many
-                where blocks are evaluated again.
-            device: a torch device.
+            half: as there, with float weights.
+            blocks: as there.
+            slopes: the layers that share a slope; their directions together have unit length.
+            decay: the factor of a layer's direction for each block further down, where layers share a slope.
+            micro_batch_size: as there.
+            device: as there.
         """
-        super().__init__(half, micro_batch_size=micro_batch_size, device=device)
-        all_blocks: Any = half.model.get_submodule(half.blocks_name)
-        assert 1 <= blocks <= len(all_blocks), f"{blocks} guided blocks of {len(all_blocks)}"
-        first = len(all_blocks) - blocks
-        self._blocks: list[nn.Module] = list(all_blocks)[first:]
-        self._projections: dict[str, nn.Module] = {
-            f"{half.blocks_name}.{first + i}.{name}": block.get_submodule(name)
-            for i, block in enumerate(self._blocks)
-            for name in half.output_projections
-        }
-        half.model.requires_grad_(False)
-        for projection in self._projections.values():
-            projection.requires_grad_(True)
-        self.trained = trained_parameters(half.model)
-        self._parts: list[_Part] = []
-        """The micro-batches of the last `forward_for_guides`."""
+        super().__init__(half, blocks=blocks, micro_batch_size=micro_batch_size, device=device)
+        self._decay = decay
+        self._groups: dict[str, list[str]] = {}
+        """The layers that share a slope, by the name of their group."""
+        for name in self._projections:
+            block = next(block for block in self._block_names if name.startswith(f"{block}."))
+            group = {"one": half.blocks_name, "per-block": block, "per-layer": name}[slopes]
+            self._groups.setdefault(group, []).append(name)
         self._guides: dict[str, _Guide] = {}
 
-    def forward_for_guides(self, batch: Batch) -> torch.Tensor:
-        """h [rows, seq, width]; the input of the lowest guided block stays here until `descend_along`."""
-        self._parts, self._guides = [], {}
-        ids, mask = self._inputs(batch)
-        return in_one(((rows, self._part(rows, ids, mask)) for rows in self._slices(ids)), len(ids))
-
     def guide(self, gradient: torch.Tensor) -> tuple[str, ...]:
-        """Form the directions from dL/dh [rows, seq, width]; returns the projections' names in block order."""
-        assert self._parts, "guide needs a forward_for_guides before it"
+        """Form the directions from dL/dh [rows, seq, width]; returns the names of what has a slope, in block order."""
+        assert self._parts, "guide needs a forward_keeping_inputs before it"
         gradient = gradient.to(self.device)
         self._guides = {name: _Guide(projection) for name, projection in self._projections.items()}
         with torch.no_grad():
             for rows in self._micro_batches():
-                with self._inputs_added(gradient[rows]):
+                part = gradient[rows]
+                with inputs_read(self._projections, lambda name, x, g=part: self._guides[name].add_(g, x)):
                     self._evaluate_again(rows)
-            for guide in self._guides.values():
-                guide.normalise_()
-        return tuple(self._guides)
+            for names in self._groups.values():
+                self._to_unit_length_(names)
+        return tuple(self._groups)
 
     def slope(self, name: str, gradient: torch.Tensor, epsilon: float) -> float:
-        """dL/du along the direction u of one projection: <gradient, h+ - h-> / (2 scale). Weights are only read.
+        """dL/du along the direction u of one group: <gradient, h+ - h-> / (2 scale). Weights are only read.
 
         `epsilon` means what it means for random directions: both shift a layer's output by about epsilon |x| per
-        feature, and so the scale of u, which has unit length, is epsilon sqrt(out_features).
+        feature, and so the scale of u, which has unit length, is epsilon sqrt(output features of the group).
         """
-        guide, gradient = self._guides[name], gradient.to(self.device)
-        scale = epsilon * math.sqrt(len(guide.weight))
+        group, gradient = self._groups[name], gradient.to(self.device)
+        scale = epsilon * math.sqrt(sum(len(self._guides[layer].weight) for layer in group))
         total = 0.0
         with torch.no_grad():
             for rows in self._micro_batches():
-                h_plus, h_minus = (self._shifted(name, rows, sign * scale) for sign in (+1, -1))
+                h_plus, h_minus = (self._shifted(group, rows, sign * scale) for sign in (+1, -1))
                 total += float(((h_plus - h_minus).to(torch.float64) * gradient[rows]).sum())
         return total / (2 * scale)
 
     def descend_along(self, names: Sequence[str], slopes: Sequence[float], learning_rate: float) -> None:
-        """W -= learning_rate slope u for each of these projections; then the directions are released."""
+        """W -= learning_rate slope u for each of these groups; then the directions are released."""
         with torch.no_grad():
             for name, slope in zip(names, slopes, strict=True):
-                self._guides[name].move_(self._projections[name], learning_rate * slope)
+                for layer in self._groups[name]:
+                    self._guides[layer].move_(self._projections[layer], learning_rate * slope)
         self._parts, self._guides = [], {}
 
-    def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """h of these rows; records the calls of the guided blocks, of which only the first keeps its hidden state."""
-        with torch.no_grad(), recorded(self._blocks) as calls:
-            h = self.half(ids[rows], mask[rows])
-        for call in calls[1:]:
-            call.args = (None, *call.args[1:])  # its hidden state is computed again from the first block's
-        self._parts.append(_Part(rows, calls))
-        return h
+    def _to_unit_length_(self, names: Sequence[str]) -> None:
+        """Scale the directions of a group to unit length together, each decayed by its depth first; zeros stay."""
+        depths = {block: i for i, block in enumerate(reversed(self._block_names))}
+        for name in names if self._decay != 1.0 else ():
+            depth = next(depth for block, depth in depths.items() if name.startswith(f"{block}."))
+            self._guides[name].scale_(self._decay**depth)
+        length = math.hypot(*(length for name in names for length in self._guides[name].lengths()))
+        for name in names if length > 0 else ():
+            self._guides[name].divide_(length)
 
     def _micro_batches(self) -> Iterator[slice]:
         """The rows that are evaluated again at once, each slice within one part."""
@@ -120,7 +113,7 @@ class GuidedClient(FrozenClient):
                 yield slice(part.rows.start + rows.start, part.rows.start + rows.stop)
 
     def _evaluate_again(self, rows: slice) -> torch.Tensor:
-        """The hidden state at the cut, by another call of the guided blocks for the rows of a micro-batch."""
+        """The hidden state at the cut, by another call of the trained blocks for the rows of a micro-batch."""
         part = next(p for p in self._parts if p.rows.start <= rows.start < p.rows.stop)
         within, total = part.within(rows), len(part.calls[0].args[0])
         hidden = part.calls[0].args[0][within]
@@ -129,25 +122,15 @@ class GuidedClient(FrozenClient):
             hidden = call.hidden(block(hidden, *args, **kwargs))
         return hidden
 
+    def _shifted(self, group: Sequence[str], rows: slice, scale: float) -> torch.Tensor:
+        """The hidden state at the cut with these output projections at W + scale u."""
+        with ExitStack() as hooks:
+            for name in group:
+                hooks.enter_context(self._shift(name, scale))
+            return self._evaluate_again(rows)
+
     @contextmanager
-    def _inputs_added(self, gradient: torch.Tensor) -> Iterator[None]:
-        """Context manager: the input of every output projection is added to its direction."""
-
-        def adding_to(guide: "_Guide") -> Any:
-            return lambda projection, args: guide.add_(gradient, args[0])
-
-        hooks = [
-            projection.register_forward_pre_hook(adding_to(self._guides[name]))
-            for name, projection in self._projections.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _shifted(self, name: str, rows: slice, scale: float) -> torch.Tensor:
-        """The hidden state at the cut with one output projection at W + scale u."""
+    def _shift(self, name: str, scale: float) -> Iterator[None]:
         guide = self._guides[name]
 
         def shift(projection: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
@@ -155,26 +138,13 @@ class GuidedClient(FrozenClient):
 
         hook = self._projections[name].register_forward_hook(shift)
         try:
-            return self._evaluate_again(rows)
+            yield
         finally:
             hook.remove()
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A micro-batch of the last forward pass."""
-
-    rows: slice
-    calls: list[BlockCall]
-    """The calls of the guided blocks for these rows."""
-
-    def within(self, rows: slice) -> slice:
-        """The slice of these rows that has the given rows of the batch."""
-        return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
-
-
 class _Guide:
-    """u of one projection, weight and bias together of unit length; the weight [out, in] for every kind of layer."""
+    """u of one output projection; the weight [out, in] for every kind of layer."""
 
     def __init__(self, projection: Any) -> None:
         weight = projection.weight
@@ -194,13 +164,23 @@ class _Guide:
         if self.bias is not None:
             self.bias += g.sum(0)
 
-    def normalise_(self) -> None:
-        """Scale u to unit length; zeros stay zeros."""
-        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
-        length = math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
-        if length > 0:
-            for part in parts:
-                part /= length
+    def lengths(self) -> list[float]:
+        """The lengths of the weight's and the bias's part."""
+        return [float(torch.linalg.vector_norm(part)) for part in self._parts]
+
+    def divide_(self, length: float) -> None:
+        """u /= length."""
+        for part in self._parts:
+            part /= length
+
+    def scale_(self, factor: float) -> None:
+        """u *= factor."""
+        for part in self._parts:
+            part *= factor
+
+    @property
+    def _parts(self) -> list[torch.Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def shifted(self, output: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
         """The projection's output at W + scale u: output + scale u x, computed in at least float32."""

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_KEEPING = ("forward_for_backward", "states_for_step", "head_gradient", "head_update")
+_KEEPING = (
+    "forward_for_backward",
+    "forward_keeping_inputs",
+    "states_for_step",
+    "head_gradient",
+    "head_update",
+)
 """Calls after which the party still holds what it allocated: graphs that wait for a gradient, a head's gradients."""
 
 

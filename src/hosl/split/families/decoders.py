@@ -11,6 +11,8 @@ def _llama_like(
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj"),
     norm: str = "model.norm",
     before: dict[str, StandIn] | None = None,
+    norms: tuple[str, ...] = (),
+    output_scale: str = "",
 ) -> Family:
     return Family(
         model_type,
@@ -19,6 +21,8 @@ def _llama_like(
         client_only={"model.embed_tokens": "none", **(before or {})},
         server_only={norm: "identity", "lm_head": "identity"},
         output_projections=writers,
+        norms_above={writer: (name,) for writer, name in zip(writers, norms, strict=False)},
+        output_scale=output_scale,
         query=query,
         query_place=query_place,
     )
@@ -58,6 +62,10 @@ DECODERS = (
             "lm_head": "identity",
         },
         output_projections=("self_attn.out_proj", "fc2"),
+        norms_above={
+            "self_attn.out_proj": ("self_attn_layer_norm", "final_layer_norm"), "fc2": ("final_layer_norm",),
+        },
+        norms_first="do_layer_norm_before",
         query="self_attn.q_proj",
     ),
     _gpt2_like("gpt2", "attn.c_attn", ("attn.c_proj", "mlp.c_proj"), "first"),
@@ -122,12 +130,16 @@ DECODERS = (
     *(
         _llama_like(m)
         for m in (
-            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3",
-            "cohere", "cohere2", "stablelm", "exaone4", "glm4",
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "cohere", "cohere2", "stablelm",
         )
     ),
+    *(
+        _llama_like(m, norms=("post_attention_layernorm", "post_feedforward_layernorm"))
+        for m in ("gemma2", "gemma3_text", "olmo2", "exaone4")
+    ),
+    _llama_like("glm4", norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     *(_llama_like(m, writers=_EXPERTS) for m in ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss")),
-    _llama_like("granite", before={"model.embedding_multiplier": "one"}),
+    _llama_like("granite", before={"model.embedding_multiplier": "one"}, output_scale="residual_multiplier"),
     _llama_like(
         "phi",
         before={"model.embed_dropout": "identity"},

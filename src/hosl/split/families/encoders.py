@@ -2,6 +2,10 @@
 
 from hosl.split.families.family import Family
 
+_POST_LN = {
+    "attention.output.dense": ("attention.output.LayerNorm", "output.LayerNorm"), "output.dense": ("output.LayerNorm",),
+}  # fmt: skip
+
 
 def _roberta_like(model_type: str) -> Family:
     return Family(
@@ -11,6 +15,7 @@ def _roberta_like(model_type: str) -> Family:
         client_only={"roberta.embeddings": "inputs_embeds"},
         server_only={"classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
+        norms_above=_POST_LN,
         query="attention.self.query",
     )
 
@@ -23,6 +28,7 @@ ENCODERS = (
         client_only={"bert.embeddings": "inputs_embeds"},
         server_only={"bert.pooler": "none", "classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
+        norms_above=_POST_LN,
         query="attention.self.query",
     ),
     *(_roberta_like(m) for m in ("roberta", "xlm-roberta", "camembert")),
@@ -33,6 +39,10 @@ ENCODERS = (
         client_only={"distilbert.embeddings": "inputs_embeds"},
         server_only={"pre_classifier": "identity", "classifier": "identity"},
         output_projections=("attention.out_lin", "ffn.lin2"),
+        norms_above={
+            "attention.out_lin": ("sa_layer_norm", "output_layer_norm"),
+            "ffn.lin2": ("output_layer_norm",),
+        },
         query="attention.q_lin",
     ),
     Family(
@@ -42,6 +52,7 @@ ENCODERS = (
         client_only={"electra.embeddings": "inputs_embeds", "electra.embeddings_project": "identity"},
         server_only={"classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
+        norms_above=_POST_LN,
         query="attention.self.query",
     ),
     Family(
@@ -61,6 +72,7 @@ ENCODERS = (
         client_only={"deberta.embeddings": "inputs_embeds"},
         server_only={"pooler": "identity", "classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
+        norms_above=_POST_LN,
         query=None,  # attention.self.query_proj also turns distances into queries, for all tokens at once
         blocks_return_tuples=True,
         needs_a_block=True,

@@ -31,6 +31,12 @@ class Family:
     output_projections: tuple[str, ...] = ()
     """The layers of a block whose outputs are added to the residual stream: attention's and the feed-forward's last.
     Without the latter where experts compute it. Empty: not known, so that no method can train by them."""
+    norms_above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The norms between an output projection and the block's output, from the projection up; none in a pre-LN block."""
+    norms_first: str = ""
+    """The flag of configs with which the norms stand before the layers, so that there are no `norms_above`."""
+    output_scale: str = ""
+    """The attribute of a block by which outputs are multiplied before they are added to the residual stream."""
     query: str | None = None
     """The layer of a block that computes the tokens' queries and nothing else; None: none is known."""
     query_place: QueryPlace = "all"

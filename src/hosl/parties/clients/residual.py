@@ -1,0 +1,278 @@
+"""A client that learns by forward passes alone: residual feedback, the returned gradient used as it is.
+
+In a pre-LN model the residual stream hands the gradient down: dL/dh_l = (I + J_l)^T dL/dh_{l+1}, with J_l small against
+I. So g, the gradient at the cut, stands for the gradient at the output of every block below, and an output projection
+y = W x, whose output is added to the stream, moves by W -= eta sum_tokens g x^T. No perturbation, no measured slope, no
+backprop; direct feedback alignment whose feedback matrix is the identity, because the architecture made it so.
+Biased: the deeper the block, the less g is its gradient. Source: methods.md (o); docs/concepts/residual-feedback.md.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from hosl.core.targets import Batch
+from hosl.parties.clients.output_projections import OutputProjectionClient, Part, forget_hidden_, inputs_read
+from hosl.parties.engine.block_calls import recorded
+from hosl.parties.engine.optimisers import OptimiserSpec, check_gradients, make_optimiser, optimiser_step
+from hosl.parties.engine.perturbation import trained_parameters
+from hosl.split import ClientHalf
+from hosl.split.adapters import ADAPTER
+
+Kept: TypeAlias = Literal["auto", "stream", "blocks", "inputs"]
+"""What of the clean pass is kept until the gradient comes: the hidden state below the lowest moved block, the input of
+each moved block, or that of each moved layer. auto: `blocks`, where it takes little (`AFFORDABLE`), else `stream`."""
+
+AFFORDABLE = 0.08
+"""The share of the half's own bytes that the kept inputs of blocks may take where `kept` is auto."""
+
+
+class ResidualClient(OutputProjectionClient):
+    """A `ResidualClientSide`: the output projections of the last blocks move along the returned gradient.
+
+    A step is one forward pass and, unless the inputs of layers were kept, most of another one through the moved blocks.
+    Memory beside the weights: what is kept, and one block's gradients where there are several micro-batches or an
+    optimiser with a state. Autograd is used for norms between a layer and the stream alone, one at a time; pre-LN
+    blocks have none.
+    """
+
+    def __init__(
+        self,
+        half: ClientHalf,
+        *,
+        blocks: int = 1,
+        decay: float = 1.0,
+        kept: Kept = "auto",
+        optimiser: OptimiserSpec | None = None,
+        micro_batch_size: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Train the output projections of the last `blocks` blocks, and norms between them and the stream.
+
+        Args:
+            half: the client half, with float weights, or with adapters on these layers, which are then trained alone.
+            blocks: at least 1, at most the half's cut.
+            decay: the factor of the learning rate for each block further down.
+            kept: see `Kept`; it changes memory and time, not a bit of the update. Not `stream` where norms stand on the
+                stream (post-LN), through which the gradient is carried from the cut down.
+            optimiser: None: plain SGD.
+            micro_batch_size: the rows that are evaluated at once; None: chosen by memory (`row_slices`).
+            device: a torch device.
+        """
+        super().__init__(half, blocks=blocks, micro_batch_size=micro_batch_size, device=device)
+        self._decay, self._norms_on_stream = decay, half.norms_on_stream
+        self._kept = "blocks" if kept == "auto" and self._norms_on_stream else kept
+        assert not (self._norms_on_stream and kept == "stream"), (
+            "norms on the stream need the inputs of blocks"
+        )
+        self._norms_above = {
+            f"{block}.{projection}": tuple(f"{block}.{norm}" for norm in half.norms_above.get(projection, ()))
+            for block in self._block_names
+            for projection in half.output_projections
+        }
+        norms = {name for names in self._norms_above.values() for name in names}
+        self._norms = {name: half.model.get_submodule(name) for name in sorted(norms)}
+        if not any("lora_" in name for name in self.trained):
+            for norm in self._norms.values():
+                norm.requires_grad_(True)
+            self.trained = trained_parameters(half.model)
+        spec = optimiser or OptimiserSpec()
+        plain = spec.name == "sgd" and not spec.momentum and not spec.weight_decay
+        self.optimiser = None if plain else make_optimiser(spec, self.trained.values())
+
+    def descend_by_feedback(self, gradient: torch.Tensor, learning_rate: float) -> None:
+        """W -= learning_rate sum_tokens g x^T for every moved layer, from dL/dh [rows, seq, width]; biases likewise.
+
+        Raises:
+            NonFiniteError: if the gradient is NaN, infinite or so large that its square is; nothing is changed then.
+        """
+        check_gradients([gradient])
+        for index, parts in self._blocks_with(gradient):
+            depth = len(self._blocks) - 1 - index
+            self._descend_block_(index, parts, learning_rate * self._decay**depth)
+
+    def feedback_gradients(self, batch: Batch, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By trained weight, the gradient that residual feedback takes for its own; no weight changes."""
+        self.forward_keeping_inputs(batch)
+        names = {p: name for name, p in self.trained.items()}
+        found: dict[str, torch.Tensor] = {}
+        for index, parts in self._blocks_with(gradient):
+            found |= {names[p]: total for p, total in self._sums(index, parts).items()}
+        return found
+
+    def _blocks_with(self, gradient: torch.Tensor) -> Iterator[tuple[int, list[Part]]]:
+        """The trained blocks by index, with the micro-batches and their gradients; without a graph.
+
+        From the cut down, or where only the stream was kept from the lowest up, as each is the next one's input.
+        """
+        assert self._parts, "residual feedback needs a forward_keeping_inputs before it"
+        parts, self._parts = self._parts, []
+        gradient = gradient.to(self.device)
+        for part in parts:
+            part.gradient = gradient[part.rows]
+        upwards = range(len(self._blocks))
+        with torch.no_grad():
+            for index in upwards if parts[0].stream_alone else reversed(upwards):
+                yield index, parts
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The trained output projections by their names in the half, in block order."""
+        return tuple(self._projections)
+
+    def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = self._kept if self._kept != "auto" else self._affordable(ids.shape)
+        reads: dict[str, torch.Tensor] = {}
+        everywhere = {**self._projections, **self._norms} if kept == "inputs" else {}
+        with torch.no_grad(), recorded(self._blocks) as calls, inputs_read(everywhere, reads.__setitem__):
+            h = self.half(ids[rows], mask[rows])
+        forget_hidden_(calls if kept == "inputs" else calls[1:] if kept == "stream" else [])
+        self._parts.append(Part(rows, calls, reads, stream_alone=kept == "stream"))
+        return h
+
+    def _affordable(self, shape: Sequence[int]) -> Kept:
+        """blocks or stream, for a batch [rows, seq]."""
+        width = self.half.config.get_text_config().hidden_size
+        size = next(p.dtype for p in self.half.parameters() if p.is_floating_point()).itemsize
+        held = sum(t.nbytes for t in (*self.half.model.parameters(), *self.half.model.buffers()))
+        inputs = len(self._blocks) * math.prod(shape) * width * size
+        return "blocks" if inputs <= AFFORDABLE * held else "stream"
+
+    def _descend_block_(self, index: int, parts: list[Part], rate: float) -> None:
+        """The update of one block from the micro-batches."""
+        if self.optimiser is not None:
+            for p, total in self._sums(index, parts).items():
+                p.grad = total.to(p.dtype)
+            optimiser_step(self.optimiser, rate)
+            return
+        if len(parts) == 1 and all(p.dtype == _exact(p.dtype) for p in self.trained.values()):
+            for term in self._terms(index, parts[0]):
+                term.add_to_(term.parameter, -rate)  # without a copy as large as the weights
+            return
+        for p, total in self._sums(index, parts).items():
+            p.copy_(p.to(total.dtype).sub_(total, alpha=rate))
+
+    def _sums(self, index: int, parts: list[Part]) -> dict[nn.Parameter, torch.Tensor]:
+        """The gradients of one block's weights over all micro-batches, in at least float32."""
+        sums: dict[nn.Parameter, torch.Tensor] = {}
+        for part in parts:
+            for term in self._terms(index, part):
+                p = term.parameter
+                if p not in sums:
+                    sums[p] = torch.zeros_like(p, dtype=_exact(p.dtype))
+                term.add_to_(sums[p], 1.0)
+        return sums
+
+    def _reads(self, index: int, part: Part) -> dict[str, torch.Tensor]:
+        """The inputs of one block's layers and norms for the rows of a part, kept or computed again."""
+        modules = self._of_block({**self._projections, **self._norms}, index)
+        if part.reads:
+            return {name: part.reads.pop(name) for name in modules}
+        call, above = part.calls[index], part.calls[index + 1 : index + 2] if part.stream_alone else []
+        reads: dict[str, torch.Tensor] = {}
+
+        def read(name: str, x: torch.Tensor) -> None:
+            reads[name] = x
+            if len(reads) == len(modules) and not above:
+                raise _AllRead
+
+        with inputs_read(modules, read):
+            try:
+                output = self._blocks[index](*call.args, **call.kwargs)
+            except _AllRead:
+                output = None
+        if above:
+            above[0].args = (call.hidden(output), *above[0].args[1:])
+        forget_hidden_([call])
+        return reads
+
+    def _terms(self, index: int, part: Part) -> list["_Term"]:
+        """The gradients of one block's weights over the rows of a part, all formed before a weight may move.
+
+        The gradient at the block's output is carried down to each layer, through the multipliers and norms above it,
+        and through norms on the stream to the block below.
+        """
+        assert part.gradient is not None
+        scale = getattr(self._blocks[index], self.half.output_scale) if self.half.output_scale else 1.0
+        at: dict[tuple[str, ...], torch.Tensor] = {
+            (): part.gradient if scale == 1.0 else part.gradient * scale
+        }
+        reads, terms = self._reads(index, part), list[_Term]()
+        for name, projection in self._of_block(self._projections, index).items():
+            norms = self._norms_above[name]
+            for i in reversed(range(len(norms))):
+                if norms[i:] not in at:
+                    norm = self._norms[norms[i]]
+                    at[norms[i:]], of_norm = _through_norm(norm, reads[norms[i]], at[norms[i + 1 :]])
+                    terms += of_norm
+            terms += _of_layer(projection, at[norms], reads[name])
+        if self._norms_on_stream:
+            part.gradient = at[max(at, key=len)]
+        return terms
+
+    def _of_block(self, modules: Mapping[str, nn.Module], index: int) -> dict[str, nn.Module]:
+        """Those of these modules that are in a trained block."""
+        prefix = f"{self._block_names[index]}."
+        return {name: module for name, module in modules.items() if name.startswith(prefix)}
+
+
+class _AllRead(Exception):  # noqa: N818  (control flow: it ends a block's evaluation and is always caught)
+    """The inputs of all layers have been read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """A gradient as the product left^T right, or the sum of left's rows where there is no right."""
+
+    parameter: nn.Parameter
+    left: torch.Tensor
+    right: torch.Tensor | None = None
+
+    def add_to_(self, target: torch.Tensor, factor: float) -> None:
+        """target += factor x the gradient."""
+        if self.right is None:
+            target.add_(self.left.sum(0), alpha=factor)
+        else:
+            target.addmm_(self.left.T, self.right, alpha=factor)
+
+
+def _of_layer(layer: Any, gradient: torch.Tensor, x: torch.Tensor) -> list[_Term]:
+    """The terms of a layer's trained weights from dL/dy [rows, seq, out] and its input x [..., in].
+
+    With adapters, y = W x + s B A x, they are those of A and B.
+    """
+    adapters = hasattr(layer, "lora_A")
+    exact = _exact((layer.lora_A[ADAPTER] if adapters else layer).weight.dtype)
+    g = gradient.reshape(-1, gradient.shape[-1]).to(exact)
+    x = x.reshape(len(g), -1).to(exact)
+    if adapters:
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        g = g * layer.scaling[ADAPTER]
+        return [_Term(b, g, x @ a.to(exact).T), _Term(a, g @ b.to(exact), x)]
+    transposed = not isinstance(layer, nn.Linear)  # GPT-2's Conv1D keeps [in, out]
+    weight: nn.Parameter = layer.weight
+    term = _Term(weight, x, g) if transposed else _Term(weight, g, x)
+    return [term] if layer.bias is None else [term, _Term(layer.bias, g)]
+
+
+def _through_norm(
+    norm: nn.Module, x: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, list[_Term]]:
+    """The gradient at a norm's input from that at its output, exactly; and the terms of its trained weights."""
+    trained = [p for p in norm.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        output = norm(leaf)
+        at_output = gradient.reshape(output.shape).to(output.dtype)
+        below, *own = torch.autograd.grad(output, [leaf, *trained], at_output)
+    terms = [_Term(p, total.to(_exact(p.dtype))[None]) for p, total in zip(trained, own, strict=True)]
+    return below.reshape(gradient.shape), terms
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients of weights: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
