@@ -147,7 +147,9 @@ def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, caps
     capsys.readouterr()
     assert main(words) == 0
     fields = {row["field"]: row for row in json.loads(capsys.readouterr().out)["fields"]}
-    assert set(fields) == {"activations", "mask", "labels", "hello"}
+    assert set(fields) == {"activations", "mask", "labels", "half", "hello"}
+    assert fields["half"]["sent"] == "never, unless joined with --give-half: once, at the end"
+    assert not any(b"journal" in m for m in sent)  # this one was not asked to give it
     chunks = sum(len(u.chunk) for m in sent if (u := _decoded(m)) is not None and isinstance(u, pb.Upload))
     evaluated = sum(
         4 * q.activations.shape[0] * q.activations.shape[1] * q.activations.shape[2]

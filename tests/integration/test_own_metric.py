@@ -71,6 +71,8 @@ def test_the_figures_are_those_of_the_answers_that_predict_writes(config, tmp_pa
     assert kept == {"rows": len(judged), "figures": {"length": summary["own_length"], "rows": len(judged)}}
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"length of the answers to {len(judged)} rows" in page
+    assert "Loss and tokens right" in page  # where texts are learned nothing is called accuracy
+    assert "accuracy" not in page.lower().partition("make it again")[0].partition("<body")[2]
     again, _ = answers(capsys, "eval", tmp_path / "run", "--split", "test")
     assert again["own_length"] == summary["own_length"]
 

@@ -20,6 +20,7 @@ LEARNS = {
     "positions": "where the scored tokens stand, and so how long each prompt and each answer is",
     "gradient at the states": "often the labels, and of a public language model the learned tokens (SECURITY.md)",
     "update": "K numbers per step that depend on this device's data, relayed to the other devices",
+    "half": "all that this half has learned: who has the base model can build the tuned half",
     "hello": "model, settings, software version; whether a guessed list of class names is this device's",
 }
 
@@ -60,6 +61,9 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
     if config.clients.halves == "shared":
         entry = config.zo.directions * 12
         fields.append(_row("update", "1 a step", f"{config.zo.directions} seeds and scales", float(entry)))
+    given = "the journal, 16 bytes a direction" if method.client_state == "journal" else "the trained tensors"
+    if method.trains != "nothing":
+        fields.append(_row("half", "never, unless joined with --give-half: once, at the end", given, 0.0))
     fields.append(_row("hello", "1 a connection", "settings and digests", 0.0))
     return fields
 

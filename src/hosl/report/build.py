@@ -120,7 +120,8 @@ def _run_page(run: Run, planner: Planner | None) -> str:
     return rendered(
         "run.html.jinja", title=f"{run.method} on {run.task_name}", over=str(run.folder),
         sentence=text.run_sentence(run), cards=text.run_cards(group, planned), can_draw=figures.can_draw(),
-        curves=curves and figures.inline(curves, "curves", "Loss and dev accuracy over steps", page_looks),
+        curves=curves and figures.inline(curves, "curves", f"Loss and {text.reached(part)} over steps", page_looks),
+        reached=text.reached(part),
         costs=_costs(part, planned, page_looks, "memory"), measured=text.MEASURED,
         evaluations=tables.evaluations([group]), classes=tables.classes(run), answers=run.answers,
         commands=[("", command) for command in text.again(run)],
@@ -177,6 +178,7 @@ def _part(
     stepped = draws and any(run.steps for group in groups for run in group.runs)
     curves = figures.curves(groups, page_looks) if stepped else None
     return {
+        "reached": text.reached(part),
         "table": tables.compared(comparison, page_looks, "way to train"), "note": " ".join(filter(None, note)),
         "scatter": scatter and figures.inline(
             scatter, f"pareto{name}", "Test accuracy against client memory", page_looks

@@ -81,6 +81,11 @@ def headings(parts: Sequence[TaskGroups]) -> list[str]:
     ]
 
 
+def reached(part: TaskGroups) -> str:
+    """What is reached beside a loss, for headings: accuracy; where texts are learned, tokens right."""
+    return "tokens right" if learns_texts(part.groups[0].runs[0].settings) else "accuracy"
+
+
 def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, str]]:
     """Cards of a single run, what it reached and cost: (number, what it is)."""
     run, costs, cards = group.runs[0], group.arm.costs, list[tuple[str, str]]()
@@ -88,6 +93,7 @@ def run_cards(group: Group, planned: Sequence[PlannedLine]) -> list[tuple[str, s
         rows, loss = readable_count(run.test["examples"], "row"), f"{run.test['loss_nats']:.4f} nats"
         share = f"{100 * run.test['accuracy']:.2f} %"
         if learns_texts(run.settings):
+            loss = f"{run.test['loss_nats']:.3f} nats"
             more = f"perplexity {run.test['perplexity']:.4g}, {share} of tokens right"
             cards.append((loss, f"test loss, {rows}; {more}"))
         else:
