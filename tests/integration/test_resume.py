@@ -4,13 +4,15 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from hosl.cli import main
 from hosl.training.local_session import load_run
 from hosl.training.loop import carry_on
 from tests.integration.forked import Forked
-from tests.integration.network import ENVIRONMENT, HOSL
+from tests.integration.network import ENVIRONMENT, HOSL, newest
 
 _EXACT = ("metrics.jsonl", "model/model.safetensors")
 
@@ -64,6 +66,29 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, zo, d
     _finished(_train(config, "--output-dir", tmp_path / "whole"))
     _kill_and_resume(config, tmp_path / "killed", [delay])
     assert _exact_bytes(tmp_path / "killed") == _exact_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        {"optimiser": {"name": "adamw"}, "learning_rate": 1e-3},
+        {"optimiser": {"momentum": 0.9}, "learning_rate": 1e-3},
+        {"trainable": "lora", "learning_rate": 1e-2},
+    ],
+    ids=["adamw", "momentum", "lora"],
+)
+def test_residual_feedback_goes_on_with_what_it_has_beside_weights(tiny_run, tmp_path, client):
+    """Stopped at half, with a state of the optimiser or adapters: the bits of the whole run."""
+    config = tiny_run(method="hosl-residual", max_steps=8, save_steps=4, client=client)
+    assert main(["train", str(config), "--output-dir", str(tmp_path / "whole")]) == 0
+    assert main(["train", str(config), "--output-dir", str(tmp_path / "half"), "--max-steps", "4"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "half"), "--max-steps", "8"]) == 0
+    whole, half = (
+        load_file(newest(tmp_path / name / "checkpoints") / "client" / "trained.safetensors")
+        for name in ("whole", "half")
+    )
+    assert whole.keys() == half.keys()
+    assert all(np.array_equal(whole[name], half[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
+from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer
 from hosl.parties.servers.headed import HeadedServer
@@ -43,8 +44,8 @@ def put_client(
             checkpoint.linked = ("client/trained.safetensors",)
     elif client.trained:
         checkpoint.tensors["client/trained"] = dict(client.trained)
-    if isinstance(client, FirstOrderClient) and optimiser:
-        checkpoint.tensors["client/optimiser"] = _optimiser_tensors(client.optimiser, client.trained)
+    if optimiser and (own := _optimiser_of(client)) is not None:
+        checkpoint.tensors["client/optimiser"] = _optimiser_tensors(own, client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
 
@@ -62,11 +63,16 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
         snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
     if snapshot_step or (client.trained and not journaled):
         restore_weights_(client.trained, tensors["client/trained"])
-    if isinstance(client, FirstOrderClient):
-        _restore_optimiser_(client.optimiser, client.trained, tensors.get("client/optimiser", {}))
+    if (own := _optimiser_of(client)) is not None:
+        _restore_optimiser_(own, client.trained, tensors.get("client/optimiser", {}))
     if journaled:
         client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
     return snapshot_step
+
+
+def _optimiser_of(client: FrozenClient) -> torch.optim.Optimizer | None:
+    """The optimiser of a client that descends gradients; None: it has plain updates, without a state."""
+    return client.optimiser if isinstance(client, FirstOrderClient | ResidualClient) else None
 
 
 def put_head(checkpoint: Checkpoint, server: HeadedServer, *, optimiser: bool = True) -> None:
