@@ -14,7 +14,7 @@ from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
 from hosl.training import local_session
-from tests.integration.languages import language_model
+from tests.integration.languages import language_model, tuning
 from tests.integration.network import Server, anew, finished, join, split
 
 pytestmark = pytest.mark.usefixtures(
@@ -273,3 +273,27 @@ def test_the_pair_in_the_readme_runs_as_it_is_printed(capsys, tmp_path, monkeypa
     assert commands[1] == ["train", "my.yaml"]
     assert main([*commands[1], "--max-steps", "1", "--zo.directions", "1"]) == 0
     assert Path("runs/my/report.html").is_file()
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_a_probe_says_how_far_residual_feedback_is_right(tmp_path, capsys, monkeypatch, labels):
+    monkeypatch.setattr("hosl.planner.request._with_machine", lambda question, work: question)  # ten seconds
+    path = tuning(
+        tmp_path, language_model(tmp_path / "model", "llama"), method="hosl-residual", zo={}, model_cut=None,
+        wire={"labels": labels}, residual={"blocks": 2},
+    )  # fmt: skip
+    settings = yaml.safe_load(path.read_text())
+    del settings["model_cut"], settings["zo"]
+    settings["model"]["cut"] = 2
+    path.write_text(yaml.safe_dump(settings))
+    rows = planned(capsys, str(path), "--probe")["alignment"]
+    layers = [f"model.layers.{i}.{name}" for i in (1, 0) for name in ("mlp.down_proj", "self_attn.o_proj")]
+    assert [row["layer"] for row in rows] == layers
+    assert rows[0]["cosine"] == pytest.approx(1.0, abs=1e-4)  # nothing stands above the last layer
+    assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert all(-1 <= row["cosine"] < 0.999 for row in rows[1:])
+    assert main(["plan", str(path), "--probe"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [layers[0], "1.00", "1.00"] in lines
+    assert not (tmp_path / "run").exists()
+    assert "alignment" not in planned(capsys, str(path), "--probe", "--method", "frozen")
