@@ -95,6 +95,7 @@ def test_no_more_rows_are_answered_than_metric_rows(config, capsys):
             "no_such_module cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
         ),
         ("metrics_here:f", "has no function f; write one of two lists of texts"),
+        ("sys:nothing", "task.metric: sys:nothing: sys has no function nothing"),
     ],
 )
 def test_a_metric_that_is_not_there_is_refused_before_the_run(config, tmp_path, capsys, metric, said):
@@ -113,12 +114,12 @@ def test_a_metric_that_is_not_there_is_refused_before_the_run(config, tmp_path, 
 )
 def test_a_metric_that_fails_costs_the_figure_and_not_the_run(config, tmp_path, capsys, metric, said):
     assert main(["train", str(config(f"metrics_here:{metric}"))]) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "finished: True" in out
     assert said in err
     assert "Traceback" not in err
     assert (tmp_path / "run" / "report.html").is_file()
     assert not (tmp_path / "run" / "own_metric.json").exists()
-    assert main(["eval", str(tmp_path / "run")]) == 1
 
 
 def test_texts_have_no_answers_to_judge(config, tmp_path, capsys):

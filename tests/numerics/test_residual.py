@@ -15,7 +15,7 @@ from torch import nn
 from hosl.config import parse_config
 from hosl.core.rounds import StepInputs, hosl_residual_round, hosl_residual_slopes_round
 from hosl.core.targets import Batch, ClassTargets
-from hosl.errors import NonFiniteError, SplitError
+from hosl.errors import ConfigError, NonFiniteError, SplitError
 from hosl.methods.torch_parties import make_client
 from hosl.parties.clients.guided import GuidedClient
 from hosl.parties.clients.residual import ResidualClient
@@ -240,8 +240,10 @@ def test_a_family_without_a_row_is_refused(tiny):
         ResidualClient(half)
 
 
-@pytest.mark.parametrize("blocks", [None, 1, 3])
-def test_backprop_can_train_the_same_matrices(tiny, blocks):
+@pytest.mark.parametrize(
+    ("family", "blocks"), [("llama", None), ("llama", 1), ("llama", 3), ("gemma2", 2), ("bert", 2)]
+)
+def test_backprop_can_train_the_same_matrices(tiny, family, blocks):
     """The ceiling of residual feedback in tables: exact gradients of these layers, `trainable: output-projections`."""
     trained = []
     for method, trainable in (("hosl-residual", "blocks"), ("fo-recompute", "output-projections")):
@@ -252,17 +254,39 @@ def test_backprop_can_train_the_same_matrices(tiny, blocks):
             },
             where="x",
         )  # fmt: skip
-        trained.append(set(make_client(config, split_model(tiny("llama"), BLOCKS)[0]).trained))
+        trained.append(set(make_client(config, split_model(tiny(family), BLOCKS)[0]).trained))
     assert trained[0] == trained[1]
-    assert len(trained[0]) == 2 * (blocks or 2)  # half of the three blocks, rounded up
+    if family == "llama":
+        assert len(trained[0]) == 2 * (blocks or 2)  # half of the three blocks, rounded up
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "bfloat16"])
+def test_adapters_on_some_of_the_layers_are_all_that_is_trained(tiny, dtype):
+    lora = {"trainable": "lora", "dtype": dtype, "lora": {"target_modules": ["down_proj"]}}
+    settings = {
+        "method": "hosl-residual",
+        "model": {"cut": BLOCKS},
+        "residual": {"blocks": 2},
+        "client": lora,
+    }
+    client = make_client(parse_config(settings, where="x"), split_model(tiny("llama"), BLOCKS)[0])
+    assert len(client.trained) == 2 * 2
+    assert all(".down_proj.lora_" in name for name in client.trained)
+
+
+def test_slopes_are_refused_where_norms_stand_above_the_layers(tiny):
+    config = parse_config({"method": "hosl-residual", "residual": {"slopes": "one"}}, where="x")
+    with pytest.raises(ConfigError, match=r"residual\.slopes: one measures steps along g"):
+        make_client(config, split_model(tiny("gemma2"), BLOCKS)[0])
 
 
 @pytest.mark.parametrize(("slopes", "count"), [("one", 1), ("per-block", 2)])
 def test_measured_slopes_project_the_exact_gradient_on_the_update(tiny, padded, slopes, count):
     """W moves by -eta (gradient . D / D . D) D, with D what residual feedback would take, of the layers together."""
     model, batch = tiny("llama", torch.float64), _batch(padded)
-    plain, half = _client(model, decay=0.5), split_model(deepcopy(model), BLOCKS)[0]
-    client = GuidedClient(half, blocks=2, slopes=slopes, decay=0.5)
+    decay = 0.5 if slopes == "one" else 1.0
+    plain, half = _client(model, decay=decay), split_model(deepcopy(model), BLOCKS)[0]
+    client = GuidedClient(half, blocks=2, slopes=slopes, decay=decay)
     g = _gradient(client, batch)
     (
         client.half(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets.mask).long()) * g

@@ -526,7 +526,7 @@ def test_prompts_say_what_they_lose_and_take_auto(tmp_path):
         load_task(PromptsConfig(name="RTE", folder=str(tmp_path), max_tokens=m), Words(), seed=0)
         for m in (24, "auto")
     )
-    assert any("max_tokens: 24 cuts 36 of 36 rows" in note for note in cut.notes)
+    assert any("max_tokens: 24 cuts 18 of 18 rows" in note for note in cut.notes)
     assert not any("max_tokens" in note for note in whole.notes)
     assert {len(e.rows[0]) for e in whole.test} == {40 + 4 + 2 + 5 + 1}
 

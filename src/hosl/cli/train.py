@@ -14,7 +14,7 @@ from hosl.cli.run_argument import RUN_HELP, named_run
 from hosl.config import Config, load_config
 from hosl.config.files import number_as_yaml
 from hosl.config.former_names import FORMER_NAMES
-from hosl.errors import ConfigError
+from hosl.errors import ConfigError, FailureError
 from hosl.tasks import TaskConfig
 
 _FRAME = r"[╭╮╰╯│─]|^\+- |\+?-{3,}\+?|^\||\|$"
@@ -74,24 +74,30 @@ def run(arguments: list[str]) -> int:
         assert config is not None, "one of the two was given"
         summary = start(config)
     if metric is not None and summary["finished"]:
-        summary |= judged(Path(summary["run"]), settings, metric)
+        summary |= judged(summary, settings, metric, as_json=options.json)
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130
 
 
-def judged(run: Path, config: Config, metric: Any) -> dict[str, float]:
+def judged(summary: dict[str, Any], config: Config, metric: Any, *, as_json: bool) -> dict[str, float]:
     """The user's own metric over the answers of a finished run, kept in its folder; figures of the summary by name.
 
     Raises:
-        FailureError: if the metric fails; the run is whole all the same.
+        FailureError: if the metric fails; the run is whole all the same, and its summary has been said.
     """
+    run = Path(summary["run"])
     from hosl.inference.own_metric import answered_rows, keep, measure
     from hosl.report.build import write_report
     from hosl.report.planned import planned_lines
     from hosl.system.progress import open_view
 
     with open_view("answers", 0, answered_rows(config), unit="row") as view:
-        figures = measure(run, config, metric, done=lambda count: view.step(count, {}))
+        try:
+            figures = measure(run, config, metric, done=lambda count: view.step(count, {}))
+        except FailureError:
+            if not as_json:  # there, the failure is the one object
+                answer(summary, as_json=False)
+            raise
     keep(run, config, figures)
     write_report(run, planner=planned_lines)
     return {f"own_{name}": value for name, value in figures.items()}

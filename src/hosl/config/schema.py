@@ -196,6 +196,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "projections of its last blocks: leave it out (their weights), or set lora (adapters on them); "
                 "residual.blocks says how many blocks"
             )
+        slopes, kept = self.residual.slopes, self.residual.kept
+        if slopes != "none" and kept != "auto":
+            raise ConfigError(
+                f"residual.kept: {kept} is for residual.slopes: none, got {slopes}, which evaluates blocks from the "
+                "lowest one up; leave residual.kept out"
+            )
+        if slopes == "per-block" and self.residual.decay != 1.0:
+            raise ConfigError(
+                f"residual.decay: {self.residual.decay} changes nothing with residual.slopes: per-block, which "
+                "measures the step of each block by itself; leave it out"
+            )
         if self.residual.slopes != "none" and (
             client.trainable == "lora" or client.optimiser != OptimiserSpec()
         ):

@@ -71,7 +71,7 @@ class Method:
     blocks that the method chooses by itself."""
     usual_blocks: Callable[[int], int] = lambda cut: -(-cut // 2)
     """cut -> the number of last blocks whose output projections it trains, where no number is set. By default the upper
-    half of the client's blocks: further down the returned gradient is hardly theirs (docs/results/smollm2.md)."""
+    half of the client's blocks: further down the returned gradient is hardly theirs."""
     draws: frozenset[Literal["client", "server"]] = frozenset()
     """The halves that draw random directions, `zo.directions` of them per step."""
     wants_gradient: bool = False

@@ -37,13 +37,12 @@ def own_metric(config: Config) -> Metric | None:
     """
     if not isinstance(config.task, SftConfig) or config.task.metric is None:
         return None
-    held_out_questions(config.task, seed=config.seed, part="test")
     module_name, _, name = config.task.metric.partition(":")
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except Exception as cause:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as cause:  # whatever the user's module does when it is imported
         raise ConfigError(
             f"task.metric: {config.task.metric}: {module_name} cannot be imported: {_of(cause)}; it is looked for in "
             f"{Path.cwd()} and on PYTHONPATH"
@@ -53,9 +52,10 @@ def own_metric(config: Config) -> Metric | None:
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(
-            f"task.metric: {config.task.metric}: {module.__file__} has no function {name}; write one of two lists of "
-            "texts, the answers and the references"
+            f"task.metric: {config.task.metric}: {getattr(module, '__file__', None) or module_name} has no function "
+            f"{name}; write one of two lists of texts, the answers and the references"
         )
+    held_out_questions(config.task, seed=config.seed, part="test")
     return function
 
 
@@ -103,7 +103,7 @@ def measure(
         done(number + 1)
     try:
         found = metric(answers, [question.wanted or "" for question in questions])
-    except Exception as cause:  # the user's function may raise anything
+    except (Exception, SystemExit) as cause:  # the user's function may raise anything
         raise FailureError(
             f"task.metric: {task.metric} failed on {len(answers)} answers: {_of(cause)}"
         ) from cause
@@ -129,7 +129,7 @@ def _figures(found: Any, name: str) -> Mapping[Any, Any]:
 
 
 def _number(value: Any, task: SftConfig) -> float:
-    number = float(value) if isinstance(value, Real) else math.nan
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number):
         raise FailureError(
             f"task.metric: {task.metric} returned {value!r:.60}; it must be a number, or a mapping of names to numbers"
@@ -137,6 +137,6 @@ def _number(value: Any, task: SftConfig) -> float:
     return number
 
 
-def _of(cause: Exception) -> str:
+def _of(cause: BaseException) -> str:
     """An exception of the user's code in one line."""
     return f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"

@@ -118,6 +118,11 @@ def _residual(config: Config, half: ClientHalf) -> FrozenClient:
     """
     residual = config.residual
     options = {"blocks": config.trained_blocks, "decay": residual.decay, **_common(config)}
+    if residual.slopes != "none" and half.norms_above:
+        raise ConfigError(
+            f"residual.slopes: {residual.slopes} measures steps along g^T x, which a {half.family} with norms between "
+            "its layers and the residual stream does not have; leave it out"
+        )
     if residual.slopes != "none":
         return GuidedClient(half, slopes=residual.slopes, **options)
     if half.norms_on_stream and residual.kept == "stream":

@@ -95,7 +95,7 @@ VARIANTS = (
     Variant(
         "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
     ),
-    Variant("hosl-residual", "hosl-residual", planned=True, choice=2),
+    Variant("hosl-residual", "hosl-residual", planned=True),
     Variant("hosl-residual, all blocks", "hosl-residual", residual={"blocks": "all"}),
     Variant(
         "hosl-residual, all blocks, inputs kept",

@@ -118,7 +118,10 @@ def _demands(
             return base + max(peak, loading)
 
         def evaluation() -> float:  # forward passes, beside the memory that training holds between its steps
-            held = step()[0] if tried.method_row.backward != "none" else weight_bytes(tried, shape)[0]
+            row = tried.method_row  # one that descends gradients may have an optimiser with a state
+            held = (
+                step()[0] if row.backward != "none" or row.keeps_by_blocks else weight_bytes(tried, shape)[0]
+            )
             return base + held + beyond_weights(clean_pass(tried), shape, costs)(eval_rows, longest)
 
         return [Demand(rows, training), Demand(eval_rows, evaluation)]

@@ -84,7 +84,10 @@ def _in_micro_batches(
     if config.wire.labels == "client":  # its head takes the whole batch
         return run(rows)
     together = config.client.micro_batch_size or max(TOKENS_AT_ONCE // tokens, 1)
-    if config.method_row.backward == "graph" or rows <= 4 * together:
+    by_threshold = (
+        config.method_row.keeps_by_blocks and config.residual.kept == "auto"
+    )  # of the whole batch's size
+    if config.method_row.backward == "graph" or by_threshold or rows <= 4 * together:
         return run(rows)
     two, three = run(2 * together), run(3 * together)
     return _extrapolated(two, three, (rows - 2 * together) / together)

@@ -33,7 +33,8 @@ def set_trainable(
         set_trainable(half, "none")
         for block in list(half.model.get_submodule(half.blocks_name))[-blocks:]:
             for name in half.output_projections:
-                block.get_submodule(name).requires_grad_(True)
+                for layer in (name, *half.norms_above.get(name, ())):
+                    block.get_submodule(layer).requires_grad_(True)
         return
     prefix = f"{half.blocks_name}." + (f"{half.cut - 1}." if which == "last-block" else "")
     shared = tuple(f"{name}." for name in half.shared)

@@ -18,6 +18,7 @@ from hosl.parties.clients.frozen import FrozenClient, in_one
 from hosl.parties.engine.block_calls import BlockCall, recorded
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.split import ClientHalf
+from hosl.split.adapters import lora_layers
 
 
 @dataclass(slots=True)
@@ -68,6 +69,10 @@ class OutputProjectionClient(FrozenClient):
             for projection in half.output_projections
         }
         """The trained layers by their names in the half, in block order."""
+        if lora_layers(half):  # adapters alone are trained, on the layers that have some
+            self._projections = {
+                n: layer for n, layer in self._projections.items() if hasattr(layer, "lora_A")
+            }
         half.model.requires_grad_(False)
         for projection in self._projections.values():
             adapters = [p for name, p in projection.named_parameters() if "lora_" in name]

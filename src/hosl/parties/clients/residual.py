@@ -88,7 +88,8 @@ class ResidualClient(OutputProjectionClient):
         """W -= learning_rate sum_tokens g x^T for every moved layer, from dL/dh [rows, seq, width]; biases likewise.
 
         Raises:
-            NonFiniteError: if the gradient is NaN, infinite or so large that its square is; nothing is changed then.
+            NonFiniteError: if the gradient is NaN, infinite or so large that its square is; nothing is changed then. Or
+                if an optimiser refuses the gradients of a block; the blocks that were before it have moved.
         """
         check_gradients([gradient])
         for index, parts in self._blocks_with(gradient):
