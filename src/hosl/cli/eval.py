@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from hosl.evaluation import by_class, evaluate
-    from hosl.inference.own_metric import measure, own_metric
+    from hosl.inference.own_metric import own_metric
     from hosl.training.local_session import load_run
 
     run_folder = named_run(options.run)
@@ -35,9 +35,9 @@ def run(arguments: list[str]) -> int:
         rows_per_batch=session.config.per_device_eval_batch_size,
     )  # fmt: skip
     result = {"run": str(run_folder), "step": session.step, "split": options.split, **evaluation.numbers()}
-    metric = own_metric(session.config)
+    metric = own_metric(session.config, options.split)
     if metric is not None:
-        figures = measure(run_folder, session.config, metric, part=options.split, best=options.best)
+        figures = metric.of_run(run_folder, best=options.best)
         result |= {f"own_{name}": value for name, value in figures.items()}
     if evaluation.confusion is not None:
         labels, confusion = session.task.labels, evaluation.confusion.tolist()

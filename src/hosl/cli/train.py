@@ -60,13 +60,13 @@ def run(arguments: list[str]) -> int:
     if options.config is not None:
         config = overridden(load_config(options.config), [*steps, *overrides])
 
-    from hosl.inference.own_metric import metric_note, own_metric  # torch and transformers, only now
+    from hosl.inference.own_metric import own_metric  # torch and transformers, only now
     from hosl.training.train import resume, run_config, start
 
     settings = run_config(named_run(str(options.resume))) if config is None else config
     metric = own_metric(settings)  # refused now, not after the run
     if metric is not None:
-        sys.stderr.write(f"hosl: {metric_note(settings.task)}\n")  # pyright: ignore[reportArgumentType]
+        sys.stderr.write(f"hosl: {metric.note}\n")
     if options.resume is not None:
         more = overridden(Config(), steps).max_steps if steps else None
         summary = resume(named_run(options.resume), max_steps=more)
@@ -74,31 +74,30 @@ def run(arguments: list[str]) -> int:
         assert config is not None, "one of the two was given"
         summary = start(config)
     if metric is not None and summary["finished"]:
-        summary |= judged(summary, settings, metric, as_json=options.json)
+        summary |= judged(summary, metric, as_json=options.json)
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130
 
 
-def judged(summary: dict[str, Any], config: Config, metric: Any, *, as_json: bool) -> dict[str, float]:
+def judged(summary: dict[str, Any], metric: Any, *, as_json: bool) -> dict[str, float]:
     """The user's own metric over the answers of a finished run, kept in its folder; figures of the summary by name.
 
     Raises:
         FailureError: if the metric fails; the run is whole all the same, and its summary has been said.
     """
-    run = Path(summary["run"])
-    from hosl.inference.own_metric import answered_rows, keep, measure
     from hosl.report.build import write_report
     from hosl.report.planned import planned_lines
     from hosl.system.progress import open_view
 
-    with open_view("answers", 0, answered_rows(config), unit="row") as view:
+    run = Path(summary["run"])
+    with open_view("answers", 0, len(metric.questions), unit="row") as view:
         try:
-            figures = measure(run, config, metric, done=lambda count: view.step(count, {}))
+            figures = metric.of_run(run, done=lambda count: view.step(count, {}))
         except FailureError:
             if not as_json:  # there, the failure is the one object
                 answer(summary, as_json=False)
             raise
-    keep(run, config, figures)
+    metric.keep(run, figures)
     write_report(run, planner=planned_lines)
     return {f"own_{name}": value for name, value in figures.items()}
 

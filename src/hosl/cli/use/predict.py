@@ -72,13 +72,9 @@ def _answers(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     from hosl.inference.text_model import TextModel
     from hosl.system.atomic import whole_lines
     from hosl.system.progress import open_view
-    from hosl.tasks import TextTokenizer
-    from hosl.tasks.rows import expanded_path
+    from hosl.tasks import TextTokenizer, own_chat_template
 
-    task = config.task
-    assert isinstance(task, SftConfig), "checked by the caller"
-    template = None if task.chat_template is None else expanded_path(task.chat_template)
-    wanted = wanted_answers(options, chat_template=template)
+    wanted = wanted_answers(options, chat_template=own_chat_template(config.task))
     asked = asked_rows(options.rows, options.split)
     with whole_lines(Path(options.out)) as out, _text_model(options, config) as (ready, read):
         speaker = TextModel(ready.model, TextTokenizer.load(ready.folder, read), ready.folder, wanted)
