@@ -19,10 +19,10 @@ from hosl.errors import ConfigError, NonFiniteError, SplitError
 from hosl.methods.torch_parties import make_client
 from hosl.parties.clients.guided import GuidedClient
 from hosl.parties.clients.residual import ResidualClient
-from hosl.parties.engine.alignment import alignment
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.split import LoraSpec, add_lora, load_model, split_model
+from hosl.training.alignment import alignment
 from tests.conftest import BLOCKS, MODELS, build
 from tests.families import MORE_MODELS
 from tests.numerics.test_guided import _batch, _gradient, _Linear, _weights
@@ -194,10 +194,20 @@ def test_a_deeper_block_takes_a_decayed_step(tiny, padded):
         torch.testing.assert_close(moved[0.5][name], 0.5**depth * moved[1.0][name], rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
-def test_adapters_on_output_projections_get_pefts_gradients(tiny, padded, family):
+@pytest.mark.parametrize(
+    ("family", "alone"),
+    [
+        ("llama", None),
+        ("gpt2", None),
+        ("opt", None),
+        ("gemma2", None),
+        ("distilbert", "lin2"),
+        ("gemma2", "o_proj"),
+    ],
+)
+def test_adapters_on_output_projections_get_pefts_gradients(tiny, padded, family, alone):
     half, _ = split_model(tiny(family, torch.float64), BLOCKS)
-    leaves = tuple({name.rpartition(".")[2] for name in half.output_projections})
+    leaves = (alone,) if alone else tuple({name.rpartition(".")[2] for name in half.output_projections})
     add_lora(half, LoraSpec(r=3, alpha=6, target_modules=leaves), seed=1)
     with torch.no_grad():
         for name, p in half.named_parameters():
@@ -206,7 +216,7 @@ def test_adapters_on_output_projections_get_pefts_gradients(tiny, padded, family
     client, batch = ResidualClient(half, blocks=2), _batch(padded)
     assert isinstance(next(iter(client._projections.values())), peft.tuners.lora.LoraLayer)
     assert all(".lora_" in name for name in client.trained)
-    assert len(client.trained) == 2 * 2 * 2
+    assert len(client.trained) == 2 * 2 * (1 if alone else 2)
     g = _gradient(client, batch)
     expected, before = _by_stream(client, batch, g), _weights(client)
     _step(client, batch, g)

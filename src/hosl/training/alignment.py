@@ -1,19 +1,61 @@
 """A check of residual feedback before a run: how far the returned gradient is that of the blocks below the cut.
 
-One batch of the task, both halves in this process, autograd on the client's blocks; nothing is kept or written.
+The cosine of each layer's update with its true gradient on one batch, with both halves in this process. Needs autograd
+and a graph of the trained blocks, so it is for a machine with memory to spare: `hosl plan --probe` and tests. Nothing
+is kept or written. Source: methods.md (o).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hosl.config import Config
+from hosl.core.targets import Batch
 from hosl.methods.schedule import batch_of_step
 from hosl.parties.clients.residual import ResidualClient
-from hosl.parties.engine.alignment import Alignment, alignment
 from hosl.training.local_session import new_session
 
 ENOUGH = 0.3
 """The cosine below which a block learns hardly anything by residual feedback (docs/concepts/residual-feedback.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """One layer's update by residual feedback beside its true gradient."""
+
+    layer: str
+    """The layer's name in the half."""
+    cosine: float
+    """1: the same direction; 0: none of it."""
+    ratio: float
+    """|true gradient| / |update at rate 1|."""
+
+
+def alignment(client: ResidualClient, batch: Batch, gradient: torch.Tensor) -> list[Alignment]:
+    """The alignment of every layer that a `ResidualClient` trains, from the cut down. No weight changes.
+
+    Args:
+        client: the client, with whole weights trained; decay and optimiser do not count.
+        batch: a batch of the task.
+        gradient: dL/dh [rows, seq, width] of this batch.
+    """
+    updates = client.feedback_gradients(batch, gradient)
+    ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets.mask).to(torch.int64)
+    with torch.enable_grad():
+        h = client.half(ids.to(client.device), mask.to(client.device))
+        names = [f"{layer}.weight" for layer in reversed(client.layers)]
+        true = torch.autograd.grad(h, [client.trained[name] for name in names], gradient.to(h))
+    rows = []
+    for name, exact in zip(names, true, strict=True):
+        a, b = exact.double().flatten(), updates[name].double().flatten()
+        lengths = float(a.norm()), float(b.norm())
+        cosine = float(a @ b) / (lengths[0] * lengths[1]) if all(lengths) else 0.0
+        rows.append(
+            Alignment(name.removesuffix(".weight"), cosine, lengths[0] / lengths[1] if lengths[1] else 0.0)
+        )
+    return rows
 
 
 def first_batch_alignment(config: Config) -> list[Alignment]:

@@ -49,14 +49,13 @@ class GuidedClient(OutputProjectionClient):
             micro_batch_size: as there.
             device: as there.
         """
-        super().__init__(half, blocks=blocks, micro_batch_size=micro_batch_size, device=device)
-        self._decay = decay
+        super().__init__(half, blocks=blocks, decay=decay, micro_batch_size=micro_batch_size, device=device)
         self._groups: dict[str, list[str]] = {}
         """The layers that share a slope, by the name of their group."""
-        for name in self._projections:
-            block = next(block for block in self._block_names if name.startswith(f"{block}."))
-            group = {"one": half.blocks_name, "per-block": block, "per-layer": name}[slopes]
-            self._groups.setdefault(group, []).append(name)
+        for block, layers in zip(self._block_names, self._of_block, strict=True):
+            for name in layers:
+                group = {"one": half.blocks_name, "per-block": block, "per-layer": name}[slopes]
+                self._groups.setdefault(group, []).append(name)
         self._guides: dict[str, _Guide] = {}
 
     def guide(self, gradient: torch.Tensor) -> tuple[str, ...]:
@@ -69,6 +68,9 @@ class GuidedClient(OutputProjectionClient):
                 part = gradient[rows]
                 with inputs_read(self._projections, lambda name, x, g=part: self._guides[name].add_(g, x)):
                     self._evaluate_again(rows)
+            for block, layers in enumerate(self._of_block if self._decay != 1.0 else ()):
+                for name in layers:
+                    self._guides[name].scale_(self._decayed(block))
             for names in self._groups.values():
                 self._to_unit_length_(names)
         return tuple(self._groups)
@@ -97,11 +99,7 @@ class GuidedClient(OutputProjectionClient):
         self._parts, self._guides = [], {}
 
     def _to_unit_length_(self, names: Sequence[str]) -> None:
-        """Scale the directions of a group to unit length together, each decayed by its depth first; zeros stay."""
-        depths = {block: i for i, block in enumerate(reversed(self._block_names))}
-        for name in names if self._decay != 1.0 else ():
-            depth = next(depth for block, depth in depths.items() if name.startswith(f"{block}."))
-            self._guides[name].scale_(self._decay**depth)
+        """Scale the directions of a group to unit length together; zeros stay."""
         length = math.hypot(*(length for name in names for length in self._guides[name].lengths()))
         for name in names if length > 0 else ():
             self._guides[name].divide_(length)

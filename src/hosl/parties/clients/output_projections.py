@@ -47,13 +47,20 @@ class OutputProjectionClient(FrozenClient):
     """
 
     def __init__(
-        self, half: ClientHalf, *, blocks: int = 1, micro_batch_size: int | None = None, device: str = "cpu"
+        self,
+        half: ClientHalf,
+        *,
+        blocks: int = 1,
+        decay: float = 1.0,
+        micro_batch_size: int | None = None,
+        device: str = "cpu",
     ) -> None:
         """Train the output projections of the last `blocks` blocks; `requires_grad` of all weights is set anew.
 
         Args:
             half: the client half, with float weights, or with adapters on these layers, which are then trained alone.
             blocks: at least 1, at most the half's cut.
+            decay: the factor of the step for each block further down.
             micro_batch_size: the rows that are evaluated at once; None: chosen by memory (`row_slices`).
             device: a torch device.
         """
@@ -61,18 +68,21 @@ class OutputProjectionClient(FrozenClient):
         all_blocks: Any = half.model.get_submodule(half.blocks_name)
         assert 1 <= blocks <= len(all_blocks), f"{blocks} trained blocks of {len(all_blocks)}"
         first = len(all_blocks) - blocks
+        self._decay = decay
+        adapted = bool(lora_layers(half))  # then adapters alone are trained, on the layers that have some
         self._blocks: list[nn.Module] = list(all_blocks)[first:]
         self._block_names = [f"{half.blocks_name}.{first + i}" for i in range(blocks)]
-        self._projections: dict[str, nn.Module] = {
-            f"{name}.{projection}": block.get_submodule(projection)
-            for name, block in zip(self._block_names, self._blocks, strict=True)
-            for projection in half.output_projections
-        }
-        """The trained layers by their names in the half, in block order."""
-        if lora_layers(half):  # adapters alone are trained, on the layers that have some
-            self._projections = {
-                n: layer for n, layer in self._projections.items() if hasattr(layer, "lora_A")
+        self._of_block: list[dict[str, nn.Module]] = [
+            {
+                f"{name}.{projection}": layer
+                for projection in half.output_projections
+                if hasattr(layer := block.get_submodule(projection), "lora_A") or not adapted
             }
+            for name, block in zip(self._block_names, self._blocks, strict=True)
+        ]
+        """The trained layers of each of these blocks, by their names in the half."""
+        self._projections = {name: layer for layers in self._of_block for name, layer in layers.items()}
+        """All of them, in block order."""
         half.model.requires_grad_(False)
         for projection in self._projections.values():
             adapters = [p for name, p in projection.named_parameters() if "lora_" in name]
@@ -87,6 +97,10 @@ class OutputProjectionClient(FrozenClient):
         self._parts = []  # of a forward pass whose gradient never came
         ids, mask = self._inputs(batch)
         return in_one(((rows, self._part(rows, ids, mask)) for rows in self._slices(ids)), len(ids))
+
+    def _decayed(self, block: int) -> float:
+        """The factor of the step of a trained block: decay, as often as there are trained blocks above it."""
+        return self._decay ** (len(self._blocks) - 1 - block)
 
     def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """h of these rows; records the calls of the trained blocks, of which only the first keeps its hidden state."""

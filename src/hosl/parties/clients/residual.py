@@ -8,7 +8,7 @@ Biased: the deeper the block, the less g is its gradient. Source: methods.md (o)
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +21,7 @@ from hosl.parties.engine.block_calls import recorded
 from hosl.parties.engine.optimisers import OptimiserSpec, check_gradients, make_optimiser, optimiser_step
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.split import ClientHalf
-from hosl.split.adapters import ADAPTER
+from hosl.split.adapters import ADAPTER, lora_layers, set_trainable
 
 Kept: TypeAlias = Literal["auto", "stream", "blocks", "inputs"]
 """What of the clean pass is kept until the gradient comes: the hidden state below the lowest moved block, the input of
@@ -63,8 +63,8 @@ class ResidualClient(OutputProjectionClient):
             micro_batch_size: the rows that are evaluated at once; None: chosen by memory (`row_slices`).
             device: a torch device.
         """
-        super().__init__(half, blocks=blocks, micro_batch_size=micro_batch_size, device=device)
-        self._decay, self._norms_on_stream = decay, half.norms_on_stream
+        super().__init__(half, blocks=blocks, decay=decay, micro_batch_size=micro_batch_size, device=device)
+        self._norms_on_stream = half.norms_on_stream
         self._kept = "blocks" if kept == "auto" and self._norms_on_stream else kept
         assert not (self._norms_on_stream and kept == "stream"), (
             "norms on the stream need the inputs of blocks"
@@ -74,11 +74,16 @@ class ResidualClient(OutputProjectionClient):
             for block in self._block_names
             for projection in half.output_projections
         }
-        norms = {name for names in self._norms_above.values() for name in names}
-        self._norms = {name: half.model.get_submodule(name) for name in sorted(norms)}
-        if not any("lora_" in name for name in self.trained):
-            for norm in self._norms.values():
-                norm.requires_grad_(True)
+        self._norms_of_block = [
+            {
+                f"{name}.{norm}": block.get_submodule(norm)
+                for norms in half.norms_above.values()
+                for norm in norms
+            }
+            for name, block in zip(self._block_names, self._blocks, strict=True)
+        ]
+        if not lora_layers(half):
+            set_trainable(half, "output-projections", blocks=blocks)  # the norms, too
             self.trained = trained_parameters(half.model)
         spec = optimiser or OptimiserSpec()
         plain = spec.name == "sgd" and not spec.momentum and not spec.weight_decay
@@ -93,8 +98,7 @@ class ResidualClient(OutputProjectionClient):
         """
         check_gradients([gradient])
         for index, parts in self._blocks_with(gradient):
-            depth = len(self._blocks) - 1 - index
-            self._descend_block_(index, parts, learning_rate * self._decay**depth)
+            self._descend_block_(index, parts, learning_rate * self._decayed(index))
 
     def feedback_gradients(self, batch: Batch, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
         """By trained weight, the gradient that residual feedback takes for its own; no weight changes."""
@@ -128,8 +132,9 @@ class ResidualClient(OutputProjectionClient):
     def _part(self, rows: slice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         kept = self._kept if self._kept != "auto" else self._affordable(ids.shape)
         reads: dict[str, torch.Tensor] = {}
-        everywhere = {**self._projections, **self._norms} if kept == "inputs" else {}
-        with torch.no_grad(), recorded(self._blocks) as calls, inputs_read(everywhere, reads.__setitem__):
+        everywhere = range(len(self._blocks)) if kept == "inputs" else ()
+        modules = {name: module for index in everywhere for name, module in self._read_in(index).items()}
+        with torch.no_grad(), recorded(self._blocks) as calls, inputs_read(modules, reads.__setitem__):
             h = self.half(ids[rows], mask[rows])
         forget_hidden_(calls if kept == "inputs" else calls[1:] if kept == "stream" else [])
         self._parts.append(Part(rows, calls, reads, stream_alone=kept == "stream"))
@@ -170,7 +175,7 @@ class ResidualClient(OutputProjectionClient):
 
     def _reads(self, index: int, part: Part) -> dict[str, torch.Tensor]:
         """The inputs of one block's layers and norms for the rows of a part, kept or computed again."""
-        modules = self._of_block({**self._projections, **self._norms}, index)
+        modules = self._read_in(index)
         if part.reads:
             return {name: part.reads.pop(name) for name in modules}
         call, above = part.calls[index], part.calls[index + 1 : index + 2] if part.stream_alone else []
@@ -203,22 +208,24 @@ class ResidualClient(OutputProjectionClient):
             (): part.gradient if scale == 1.0 else part.gradient * scale
         }
         reads, terms = self._reads(index, part), list[_Term]()
-        for name, projection in self._of_block(self._projections, index).items():
-            norms = self._norms_above[name]
+        for projection in self.half.output_projections:
+            name = f"{self._block_names[index]}.{projection}"
+            layer = self._of_block[index].get(name)  # None: without adapters, where others have some
+            norms = self._norms_above[name] if layer is not None or self._norms_on_stream else ()
             for i in reversed(range(len(norms))):
                 if norms[i:] not in at:
-                    norm = self._norms[norms[i]]
+                    norm = self._norms_of_block[index][norms[i]]
                     at[norms[i:]], of_norm = _through_norm(norm, reads[norms[i]], at[norms[i + 1 :]])
                     terms += of_norm
-            terms += _of_layer(projection, at[norms], reads[name])
+            if layer is not None:
+                terms += _of_layer(layer, at[norms], reads[name])
         if self._norms_on_stream:
             part.gradient = at[max(at, key=len)]
         return terms
 
-    def _of_block(self, modules: Mapping[str, nn.Module], index: int) -> dict[str, nn.Module]:
-        """Those of these modules that are in a trained block."""
-        prefix = f"{self._block_names[index]}."
-        return {name: module for name, module in modules.items() if name.startswith(prefix)}
+    def _read_in(self, index: int) -> dict[str, nn.Module]:
+        """The modules of a trained block whose inputs are needed."""
+        return {**self._of_block[index], **self._norms_of_block[index]}
 
 
 class _AllRead(Exception):  # noqa: N818  (control flow: it ends a block's evaluation and is always caught)
