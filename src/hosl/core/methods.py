@@ -92,6 +92,11 @@ class Method:
         object.__setattr__(self, "on_the_wire", self.on_the_wire or self.name)
 
     @property
+    def memory_by_cut(self) -> bool:
+        """Whether what its client holds beside the weights depends on the cut, so that no cut stands for another."""
+        return self.backward != "none" or self.keeps_by_blocks
+
+    @property
     def needs_blocks(self) -> bool:
         """Whether it trains parts of the client's last blocks, so that the client must have that many."""
         return self.trains == "last-blocks"

@@ -118,10 +118,8 @@ def _demands(
             return base + max(peak, loading)
 
         def evaluation() -> float:  # forward passes, beside the memory that training holds between its steps
-            row = tried.method_row  # one that descends gradients may have an optimiser with a state
-            held = (
-                step()[0] if row.backward != "none" or row.keeps_by_blocks else weight_bytes(tried, shape)[0]
-            )
+            # a client that descends gradients may hold an optimiser's state, too
+            held = step()[0] if tried.method_row.memory_by_cut else weight_bytes(tried, shape)[0]
             return base + held + beyond_weights(clean_pass(tried), shape, costs)(eval_rows, longest)
 
         return [Demand(rows, training), Demand(eval_rows, evaluation)]

@@ -103,7 +103,7 @@ def client_memory(
     costs = {} if costs is None else costs
 
     def at(rows: int, tokens: int) -> tuple[float, float, float]:
-        if config.method_row.backward != "none" or config.method_row.keeps_by_blocks:
+        if config.method_row.memory_by_cut:
             cost = _memory_cost(config, shape, rows, tokens, costs)
             return cost.static_bytes, cost.peak_bytes, cost.loading_bytes
         static, loading = weight_bytes(config, shape)
@@ -119,9 +119,7 @@ def beyond_weights(
 
     This memory is the same at every cut, so the lowest one is run; and the same with one direction as with many.
     """
-    row = config.method_row
-    assert row.backward == "none", f"{row.name} keeps a graph"
-    assert not row.keeps_by_blocks, f"{row.name} keeps something of every block"
+    assert not config.method_row.memory_by_cut, f"{config.method} keeps something of every block"
     config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
     costs = {} if costs is None else costs
 

@@ -165,7 +165,7 @@ def _part(
     of_study: ReferenceRuns | None,
 ) -> dict[str, Any]:
     """Everything about one task and one model; figures of several groups only where there are several."""
-    groups, draws = part.groups, figures.can_draw()
+    groups, draws, reached = part.groups, figures.can_draw(), text.reached(part)
     comparison = part.comparison(of_study)
     timed_on = tables.machine([run for group in groups for run in group.runs])
     note = [
@@ -178,13 +178,13 @@ def _part(
     stepped = draws and any(run.steps for group in groups for run in group.runs)
     curves = figures.curves(groups, page_looks) if stepped else None
     return {
-        "reached": text.reached(part),
+        "reached": reached,
         "table": tables.compared(comparison, page_looks, "way to train"), "note": " ".join(filter(None, note)),
         "scatter": scatter and figures.inline(
-            scatter, f"pareto{name}", "Test accuracy against client memory", page_looks
+            scatter, f"pareto{name}", f"Test {reached} against client memory", page_looks
         ),
         "curves": curves and figures.inline(
-            curves, f"curves{name}", "Training loss, dev loss and dev accuracy over steps", page_looks
+            curves, f"curves{name}", f"Training loss, dev loss and dev {reached} over steps", page_looks
         ),
         "ways": {way: page_looks[way] for way in part.methods}, "cuts": len(part.cuts),
         "several_seeds": any(len(group.runs) > 1 for group in groups),
