@@ -150,6 +150,13 @@ def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, caps
     assert set(fields) == {"activations", "mask", "labels", "half", "hello"}
     assert fields["half"]["sent"] == "never, unless joined with --give-half: once, at the end"
     assert not any(b"journal" in m for m in sent)  # this one was not asked to give it
+    assert fields["half"]["shape"] == "the journal, 16 bytes a direction"
+    shared = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    shared["clients"] = {"count": 2, "halves": "shared"}
+    (tmp_path / "shared.yaml").write_text(yaml.safe_dump(shared))
+    assert main([*words[:2], "--config", str(tmp_path / "shared.yaml"), "--json"]) == 0
+    rows = {row["field"]: row for row in json.loads(capsys.readouterr().out)["fields"]}
+    assert rows["half"]["shape"] == "a digest"  # the server has the journal already
     chunks = sum(len(u.chunk) for m in sent if (u := _decoded(m)) is not None and isinstance(u, pb.Upload))
     evaluated = sum(
         4 * q.activations.shape[0] * q.activations.shape[1] * q.activations.shape[2]

@@ -88,6 +88,13 @@ METHODS = {
     },
     "weights": {"method": "fo-fo", "client": {"learning_rate": 1e-2}},
     "weights of the last blocks": {"method": "hosl-node", "client": {"learning_rate": 1e-2}},
+    "output projections by a journal": {
+        "method": "hosl", "client": {"learning_rate": 1e-3, "trainable": "output-projections"},
+        "residual": {"blocks": 1},
+    },
+    "adapters on output projections": {
+        "method": "hosl-residual", "client": {"learning_rate": 1e-1, "trainable": "lora"}, "server": LORA,
+    },
     "nothing": {"method": "frozen"},
     "adapters by a journal, on an int8 base": {
         "method": "hosl", "client": LORA | {"learning_rate": 1e-1, "dtype": "int8"},

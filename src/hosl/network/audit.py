@@ -61,9 +61,19 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
     if config.clients.halves == "shared":
         entry = config.zo.directions * 12
         fields.append(_row("update", "1 a step", f"{config.zo.directions} seeds and scales", float(entry)))
-    given = "the journal, 16 bytes a direction" if method.client_state == "journal" else "the trained tensors"
     if method.trains != "nothing":
-        fields.append(_row("half", "never, unless joined with --give-half: once, at the end", given, 0.0))
+        given = (
+            "the journal, 16 bytes a direction" if method.client_state == "journal" else "the trained tensors"
+        )
+        shared = config.clients.halves == "shared"  # the server has the journal of its updates
+        fields.append(
+            _row(
+                "half",
+                "never, unless joined with --give-half: once, at the end",
+                "a digest" if shared else given,
+                0.0,
+            )
+        )
     fields.append(_row("hello", "1 a connection", "settings and digests", 0.0))
     return fields
 

@@ -117,20 +117,26 @@ def given_message(
 
     Shared halves are rebuilt from the server's own journal, so no tensor is sent.
     """
-    shared, lora = config.clients.halves == "shared", config.client.lora
+    lora, trainable = config.client.lora, config.client.trainable
     given = pb.Given(
-        run=run, weights=to_enum(pb.Given.Weights, config.client.trainable),
+        run=run, weights=to_enum(pb.Given.Weights, trainable),
         lora=pb.Lora(r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules or ()),
         low_precision=config.client.dtype != "model", digest=bytes.fromhex(record["client_digest"]),
         updates=record.get("journal_updates", 0),
+        blocks=config.trained_blocks if trainable == "output-projections" else 0,
     )  # fmt: skip
-    if shared:
+    if config.clients.halves == "shared":
         return given, []
     journal, tensors = checkpoint / "client" / "journal.bin", list[StoredTensor]()
     for name, place in (("trained", "trained"), ("head", "head")):
         file = checkpoint / "client" / f"{name}.safetensors"
         if file.is_file() and not (name == "trained" and journal.is_file()):
             tensors += stored_tensors(file, place).values()
+    if (
+        not lora.target_modules
+    ):  # the server's own choice may be another one, as where a method adapts its own layers
+        adapted = {t.name.partition(".lora_")[0].rpartition(".")[2] for t in tensors if ".lora_" in t.name}
+        given.lora.target_modules.extend(sorted(adapted))
     return given, [*tensors, *(stored_journal(journal) if journal.is_file() else [])]
 
 

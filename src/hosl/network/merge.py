@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from google.protobuf.json_format import ParseDict
 
-from hosl.config import ClientConfig, Config, ModelConfig, load_begun_config
+from hosl.config import ClientConfig, Config, ModelConfig, ResidualConfig, load_begun_config
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError, ConfigError, FolderError, HandshakeError, WireError
 from hosl.methods.torch_parties import DTYPES, check_device, make_client, prepare_server_half_
@@ -345,7 +345,8 @@ def _with_client(config: Config, given: pb.Given) -> Config:
     )
     weights: Any = from_enum(pb.Given.Weights, given.weights)
     client = ClientConfig(trainable=weights, lora=lora, dtype="int8" if given.low_precision else "model")
-    return msgspec.structs.replace(config, client=client)
+    residual = ResidualConfig(blocks=given.blocks or None)
+    return msgspec.structs.replace(config, client=client, residual=residual)
 
 
 def _given_client(

@@ -640,7 +640,7 @@ class GiveRequest(_message.Message):
     def __init__(self, given: _Optional[_Union[Given, _Mapping]] = ..., list: _Optional[_Union[HalfList, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class Given(_message.Message):
-    __slots__ = ("run", "weights", "lora", "low_precision", "digest", "updates")
+    __slots__ = ("run", "weights", "lora", "low_precision", "digest", "updates", "blocks")
     class Weights(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         WEIGHTS_UNSPECIFIED: _ClassVar[Given.Weights]
@@ -648,24 +648,28 @@ class Given(_message.Message):
         BLOCKS: _ClassVar[Given.Weights]
         LAST_BLOCK: _ClassVar[Given.Weights]
         LORA: _ClassVar[Given.Weights]
+        OUTPUT_PROJECTIONS: _ClassVar[Given.Weights]
     WEIGHTS_UNSPECIFIED: Given.Weights
     ALL: Given.Weights
     BLOCKS: Given.Weights
     LAST_BLOCK: Given.Weights
     LORA: Given.Weights
+    OUTPUT_PROJECTIONS: Given.Weights
     RUN_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     LOW_PRECISION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     run: str
     weights: Given.Weights
     lora: Lora
     low_precision: bool
     digest: bytes
     updates: int
-    def __init__(self, run: _Optional[str] = ..., weights: _Optional[_Union[Given.Weights, str]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., low_precision: _Optional[bool] = ..., digest: _Optional[bytes] = ..., updates: _Optional[int] = ...) -> None: ...
+    blocks: int
+    def __init__(self, run: _Optional[str] = ..., weights: _Optional[_Union[Given.Weights, str]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., low_precision: _Optional[bool] = ..., digest: _Optional[bytes] = ..., updates: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class GiveReply(_message.Message):
     __slots__ = ("have", "complete")
