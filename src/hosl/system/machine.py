@@ -9,7 +9,16 @@ from pathlib import Path
 def versions() -> dict[str, str]:
     """The versions of the packages that a run's numbers depend on ("absent": not installed), and the machine."""
     facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in ("hosl", "torch", "transformers", "numpy", "safetensors", "tokenizers", "peft"):
+    for package in (
+        "hosl",
+        "torch",
+        "transformers",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "peft",
+        "onnxruntime",
+    ):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
