@@ -9,7 +9,7 @@
 The folder is written under another name, flushed to the disk and renamed, so every `step-*` is complete. One that a
 disk has damaged since is told by its digests, and the one before it is taken (`newest_intact`, docs/adr/0015).
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
-torch is imported only when there are tensors to write or read, so that a device without it can import this module.
+Tensors are torch's or numpy's, the files the same; torch is imported only where there are its own to write or read.
 """
 
 import json
@@ -20,10 +20,16 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from hosl.errors import CheckpointError, FailureError
 from hosl.system.atomic import whole_folder
+from hosl.system.safetensors_file import read_arrays, write_arrays
+
+Arrays: TypeAlias = Literal["torch", "numpy"]
+"""What the tensors of a checkpoint are read as; bfloat16 is float32 in numpy."""
 
 _FORMAT = 2
 """Format that is written; 1, without a digest of state.json, is read too."""
@@ -162,26 +168,28 @@ def _intact(
         ) from damaged[0]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, arrays: Arrays = "torch") -> Checkpoint:
     """Read a checkpoint back and check every file against its digest.
 
     A damaged snapshot is left out where there is a journal, which rebuilds the same weights from the base weights.
 
+    Args:
+        path: the checkpoint's folder.
+        arrays: what its tensors are read as.
+
     Raises:
         CheckpointError: if a file is missing or is not the one that was written.
     """
-    return _read(path, _checked(path))
+    return _read(path, _checked(path), arrays)
 
 
-def _read(path: Path, state: dict[str, Any]) -> Checkpoint:
+def _read(path: Path, state: dict[str, Any], arrays: Arrays = "torch") -> Checkpoint:
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
     for name in state["digests"]:
         if name == _JOURNAL:
             checkpoint.journal = (path / name).read_bytes()
         else:
-            import safetensors.torch
-
-            checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
+            checkpoint.tensors[name.removesuffix(".safetensors")] = _read_tensors(path / name, arrays)
     return checkpoint
 
 
@@ -252,7 +260,18 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
+def _read_tensors(file: Path, arrays: Arrays) -> dict[str, Any]:
+    if arrays == "numpy":
+        return read_arrays(file)
+    import safetensors.torch
+
+    return safetensors.torch.load_file(file)
+
+
 def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        write_arrays(file, tensors)
+        return
     import safetensors.torch
 
     on_cpu = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}
