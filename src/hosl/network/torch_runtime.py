@@ -34,12 +34,21 @@ from hosl.training.checkpointing import (
     restore_head_weights_,
 )
 
+NAME, ARRAYS = "torch", "torch"
+"""The runtime's name, and what the tensors of its checkpoints are read as."""
+
 __all__ = [
-    "check_before_data", "check_before_run", "check_device", "from_wire", "head_elements",
+    "ARRAYS", "NAME",
+    "check_before_data", "check_before_run", "check_device", "engine", "from_wire", "head_elements",
     "memory_meter", "open_client", "open_head", "open_text_half",
     "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip
+
+
+def engine() -> str:
+    """The engine and its version, for a run's record."""
+    return f"torch {torch.__version__}"
 
 
 def open_client(config: Config, folder: Path) -> FrozenClient:

@@ -1,5 +1,8 @@
 """The parts of a checkpoint that belong to parties on PyTorch: weights, optimiser state, journal."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 
 from hosl.core.journal import Journal
@@ -51,16 +54,17 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
         CheckpointError: if the checkpoint trains other tensors.
         JournalError: if its journal is damaged.
     """
-    replay = None
+    replay: Callable[[Journal, int], None] | None = None
     if isinstance(client, ZerothOrderClient):
-
-        def replay(journal: Journal, after: int) -> None:
-            client.replay(journal, after=after)
-
+        replay = partial(_replay_, client)
     snapshot_step = restore_trained_(checkpoint, client.trained, replay, restore_weights_)
     if (own := _optimiser_of(client)) is not None:
         _restore_optimiser_(own, client.trained, checkpoint.tensors.get("client/optimiser", {}))
     return snapshot_step
+
+
+def _replay_(client: ZerothOrderClient, journal: Journal, after: int) -> None:
+    client.replay(journal, after=after)
 
 
 def _optimiser_of(client: FrozenClient) -> torch.optim.Optimizer | None:
@@ -138,7 +142,7 @@ def _restore_optimiser_(
         optimiser.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
 
 
-def restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+def restore_weights_(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
     """Set the trained weights, in place.
 
     Raises:
