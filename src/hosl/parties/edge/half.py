@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -44,6 +44,7 @@ Extras = Mapping[str, np.ndarray]
 """What blocks are given beside the hidden state, by the prelude's outputs: masks, rotary angles."""
 
 
+@runtime_checkable
 class Reads(Protocol):
     """A source of a half's weights: the half itself, or one that perturbs them."""
 

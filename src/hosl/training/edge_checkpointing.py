@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that belong to a client on the engine; the twin of `hosl.training.checkpointing`.
+"""The parts of a checkpoint that belong to a client on the engine; the twin of `checkpointing`.
 
 Names and files are the same, so that either runtime, `hosl export` and `hosl merge` read them.
 """
