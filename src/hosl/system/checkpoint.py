@@ -9,7 +9,7 @@
 The folder is written under another name, flushed to the disk and renamed, so every `step-*` is complete. One that a
 disk has damaged since is told by its digests, and the one before it is taken (`newest_intact`, docs/adr/0015).
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
-Tensors are torch's or numpy's, the files the same; torch is imported only where there are its own to write or read.
+Tensors are torch's, or numpy's arrays on a device without it; the files are the same.
 """
 
 import json
@@ -20,16 +20,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from hosl.errors import CheckpointError, FailureError
 from hosl.system.atomic import whole_folder
 from hosl.system.safetensors_file import read_arrays, write_arrays
-
-Arrays: TypeAlias = Literal["torch", "numpy"]
-"""What the tensors of a checkpoint are read as; bfloat16 is float32 in numpy."""
 
 _FORMAT = 2
 """Format that is written; 1, without a digest of state.json, is read too."""
@@ -168,29 +165,39 @@ def _intact(
         ) from damaged[0]
 
 
-def read_checkpoint(path: Path, arrays: Arrays = "torch") -> Checkpoint:
+def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
     """Read a checkpoint back and check every file against its digest.
 
     A damaged snapshot is left out where there is a journal, which rebuilds the same weights from the base weights.
 
     Args:
         path: the checkpoint's folder.
-        arrays: what its tensors are read as.
+        arrays: whether its tensors are read as numpy's arrays (bfloat16 as float32), although torch is installed.
 
     Raises:
         CheckpointError: if a file is missing or is not the one that was written.
     """
-    return _read(path, _checked(path), arrays)
+    return _read(path, _checked(path), arrays=arrays)
 
 
-def _read(path: Path, state: dict[str, Any], arrays: Arrays = "torch") -> Checkpoint:
+def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpoint:
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
     for name in state["digests"]:
         if name == _JOURNAL:
             checkpoint.journal = (path / name).read_bytes()
         else:
-            checkpoint.tensors[name.removesuffix(".safetensors")] = _read_tensors(path / name, arrays)
+            tensors = read_arrays(path / name) if arrays else _torch_tensors(path / name)
+            checkpoint.tensors[name.removesuffix(".safetensors")] = tensors
     return checkpoint
+
+
+def _torch_tensors(file: Path) -> dict[str, Any]:
+    """The tensors of a file, torch's; where torch is not installed, numpy's arrays."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        return read_arrays(file)
+    return safetensors.torch.load_file(file)
 
 
 def _checked(path: Path, *, weights_only: bool = False) -> dict[str, Any]:
@@ -258,14 +265,6 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     state = {"format": _FORMAT, "step": checkpoint.step, "facts": checkpoint.state, "digests": digests}
     state["digest"] = _state_digest(json.loads(json.dumps(state)))  # as it will be read
     (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-
-
-def _read_tensors(file: Path, arrays: Arrays) -> dict[str, Any]:
-    if arrays == "numpy":
-        return read_arrays(file)
-    import safetensors.torch
-
-    return safetensors.torch.load_file(file)
 
 
 def _save_tensors(tensors: dict[str, Any], file: Path) -> None:

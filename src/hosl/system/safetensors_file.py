@@ -159,4 +159,4 @@ def file_digest(tensors: Mapping[str, Stored], read: Callable[[int, int], bytes]
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -71,7 +71,7 @@ class MappedWeights:
         width = stored.shape[1] * stored.numpy_dtype.itemsize
         found = np.empty((len(indices), stored.shape[1]), stored.numpy_dtype)
         for row, index in zip(found, indices, strict=True):
-            os.preadv(self._descriptor, [row], stored.start + int(index) * width)
+            os.preadv(self._descriptor, [row.view(np.uint8).data], stored.start + int(index) * width)
         return widened(found) if stored.dtype in ("BF16", "F16") else found
 
     def release(self, names: Sequence[str]) -> None:
