@@ -135,5 +135,7 @@ def newest_here(run: Path, runtime: Any) -> Checkpoint | None:
     """The newest intact checkpoint of this device's part of a run, as the runtime reads it; None: there is none yet."""
     step = next(intact_steps(run / "checkpoints", lambda text: None), None)
     return (
-        None if step is None else read_checkpoint(checkpoint_path(run / "checkpoints", step), runtime.ARRAYS)
+        None
+        if step is None
+        else read_checkpoint(checkpoint_path(run / "checkpoints", step), arrays=runtime.ARRAYS)
     )

@@ -34,8 +34,9 @@ from hosl.training.checkpointing import (
     restore_head_weights_,
 )
 
-NAME, ARRAYS = "torch", "torch"
-"""The runtime's name, and what the tensors of its checkpoints are read as."""
+NAME = "torch"
+ARRAYS = False
+"""Whether the tensors of its checkpoints are read as numpy's arrays."""
 
 __all__ = [
     "ARRAYS", "NAME",
