@@ -77,6 +77,8 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     checkpoint = None if config is None or use.base else newest_here(use.path, runtime)
     if config is not None:
         runtime.check_device(config.client.device, "client.device")
+    if remark := runtime.remark(folder):
+        say(remark)
     half = runtime.open_text_half(None if use.base else config, folder, checkpoint)
     wire = (config or Config()).wire
     patience = Patience(connect_s=wire.connect_s, idle_s=wire.idle_s)

@@ -100,6 +100,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
+    if remark := runtime.remark(options.half):
+        say(remark)
     tokenizer, names = TextTokenizer.load(options.half), model_labels(options.half)
     task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
     config = with_steps(config, task)

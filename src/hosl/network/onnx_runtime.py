@@ -32,7 +32,7 @@ __all__ = [
     "ARRAYS", "NAME",
     "check_before_data", "check_before_run", "check_device", "engine", "from_wire", "head_elements",
     "memory_meter", "open_client", "open_head", "open_text_half",
-    "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
+    "put_client", "put_head", "remark", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip
 
@@ -40,6 +40,17 @@ __all__ = [
 def engine() -> str:
     """The engine and its version, for a run's record."""
     return f"onnxruntime {engine_version()}"
+
+
+def remark(folder: Path) -> str | None:
+    """A line about graphs that were checked with another version of the engine; None: with this one."""
+    checked = read_runtime_json(folder).versions.get("onnxruntime")
+    if checked == engine_version():
+        return None
+    return (
+        f"the graphs in {folder} were checked with onnxruntime {checked}, {engine_version()} is installed: what they "
+        "compute may differ in its last digits"
+    )
 
 
 def check_device(name: str, setting: str) -> None:

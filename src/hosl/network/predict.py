@@ -85,6 +85,8 @@ def scorer_across(
     runtime.check_device(here.config.client.device, "client.device")
     tokenizer = TextTokenizer.load(here.folder)
     labels = here.labels or known_labels(here.config, tokenizer, here.folder)
+    if remark := runtime.remark(here.folder):
+        say(remark)
     client = runtime.open_client(here.config, here.folder)
     if here.checkpoint is not None:
         runtime.restore_client_(client, here.checkpoint)
