@@ -97,8 +97,10 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
 
 
 def open_client(config: Config, folder: Path) -> FrozenEdgeClient:
-    """The client party of a run at its base weights, from the half's folder."""
-    return make_edge_client(config, folder)
+    """The client party of a run at its base weights, from the half's folder; its graphs can be used."""
+    client = make_edge_client(config, folder)
+    client.half.open_graphs()
+    return client
 
 
 def trained_elements(client: FrozenEdgeClient) -> int:
