@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from hosl.parties.clients.frozen import row_slices
-from hosl.parties.clients.output_projections import OutputProjectionClient, inputs_read
+from hosl.parties.clients.output_projections import OutputProjectionClient
 from hosl.split import ClientHalf
+from hosl.split.residual_feedback import inputs_read
 
 SlopesOf: TypeAlias = Literal["one", "per-block", "per-layer"]
 """The layers that one slope is measured for, together: all, those of a block, or each by itself."""
