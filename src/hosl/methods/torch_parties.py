@@ -18,8 +18,9 @@ from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.memory import resident_bytes
+from hosl.parties.headed import Trunk
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer, ZerothOrderServer
-from hosl.parties.servers.headed import HeadedServer, Trunk
+from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.synchronous import SynchronousServer
 from hosl.parties.servers.trunk import SynchronousTrunkServer, TrunkServer
 from hosl.split import ClientHalf, HeadHalf, LoraSpec, TrunkHalf, add_lora, quantise_, set_trainable

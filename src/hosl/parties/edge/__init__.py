@@ -1,0 +1,1 @@
+"""Clients on an inference engine, in numpy: the second runtime of a device. No torch."""
