@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hosl.core.array_types import Float, Int
-from hosl.core.targets import ClassTargets, OptionTargets, Targets, scored_positions, scored_tokens
+from hosl.core.targets import ClassTargets, Targets, scored_positions, scored_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,11 @@ def scores_of(
         return (logits - _log_sums(logits)[:, None]).astype(np.float32)
     rows = len(targets.mask)
     counts = np.bincount(of.texts, minlength=rows)
-    columns = [-np.bincount(of.texts, _losses(logits, of), minlength=rows) / counts]
-    if isinstance(targets, OptionTargets) and targets.mean_over == "tokens":
-        right = (logits.argmax(axis=1) == of.tokens).astype(np.float64)
-        columns.append(np.bincount(of.texts, right, minlength=rows))
-    return np.stack(columns, axis=1).astype(np.float32)
+    means = -np.bincount(of.texts, _losses(logits, of), minlength=rows) / counts
+    if targets.mean_over == "rows":
+        return means[:, None].astype(np.float32)
+    right = np.bincount(of.texts, logits.argmax(axis=1) == of.tokens, minlength=rows)
+    return np.stack([means, right], axis=1).astype(np.float32)
 
 
 def _losses(logits: Float[np.ndarray, "scored vocabulary"], of: Scored) -> Float[np.ndarray, " scored"]:
