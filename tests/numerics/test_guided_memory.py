@@ -49,7 +49,7 @@ def test_a_large_batch_goes_forward_in_parts_and_moves_the_weights_as_a_whole(
     batch = Batch(ids, ClassTargets(np.ones(ids.shape, np.int8), np.zeros(9, np.int64)))
     moved = []
     for tokens in (8 * 4, 8 * 64):  # four rows at once, or all
-        monkeypatch.setattr("hosl.parties.clients.frozen.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("hosl.parties.micro_batches.TOKENS_AT_ONCE", tokens)
         half, _ = split_model(tiny("opt", torch.float64), 3)
         client = kind(half)
         server = _Linear(_gradient(client, batch))

@@ -13,9 +13,9 @@ from hosl.core.rounds import (
 )
 from hosl.core.targets import Batch, ClassTargets
 from hosl.errors import NonFiniteError
-from hosl.parties.clients.frozen import TOKENS_AT_ONCE, row_slices
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.memory import TorchMemory, resident_bytes
+from hosl.parties.micro_batches import TOKENS_AT_ONCE, row_slices
 from hosl.split import set_trainable, split_model
 from tests.conftest import BLOCKS
 from tests.numerics.slopes import slope

@@ -25,8 +25,8 @@ from hosl.methods.torch_parties import (
     make_server,
     prepare_client_half_,
 )
-from hosl.parties.clients.frozen import TOKENS_AT_ONCE
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
+from hosl.parties.micro_batches import TOKENS_AT_ONCE
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.planner.dry_run import Work, as_if_computed, empty_, storage_bytes, without_data, work_of
 from hosl.planner.fakes import CountingServer, InOnePart, Traffic, Unformed, without_updates

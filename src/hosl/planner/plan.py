@@ -13,7 +13,7 @@ from hosl.config import Config
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, SplitError
 from hosl.methods.variants import VARIANTS, Variant
-from hosl.parties.clients.frozen import TOKENS_AT_ONCE
+from hosl.parties.micro_batches import TOKENS_AT_ONCE
 from hosl.planner.costs import (
     PartyCost,
     Traffic,

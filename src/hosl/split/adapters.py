@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hosl.errors import ConfigError, SplitError
 from hosl.split.halves import Half
-from hosl.split.reading.weights import seeded_generator
+from hosl.split.reading.seeded import seeded_generator
 from hosl.split.specs import LoraSpec
 
 ADAPTER = "default"

@@ -9,7 +9,7 @@
 The folder is written under another name, flushed to the disk and renamed, so every `step-*` is complete. One that a
 disk has damaged since is told by its digests, and the one before it is taken (`newest_intact`, docs/adr/0015).
 Base weights are not copied: they are the model's own, recognised by their digest (`hosl.training.local_session`).
-torch is imported only when there are tensors to write or read, so that a device without it can import this module.
+Tensors are torch's, or numpy's arrays on a device without it; the files are the same.
 """
 
 import json
@@ -22,8 +22,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hosl.errors import CheckpointError, FailureError
 from hosl.system.atomic import whole_folder
+from hosl.system.safetensors_file import read_arrays, write_arrays
 
 _FORMAT = 2
 """Format that is written; 1, without a digest of state.json, is read too."""
@@ -162,27 +165,39 @@ def _intact(
         ) from damaged[0]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
     """Read a checkpoint back and check every file against its digest.
 
     A damaged snapshot is left out where there is a journal, which rebuilds the same weights from the base weights.
 
+    Args:
+        path: the checkpoint's folder.
+        arrays: whether its tensors are read as numpy's arrays (bfloat16 as float32), although torch is installed.
+
     Raises:
         CheckpointError: if a file is missing or is not the one that was written.
     """
-    return _read(path, _checked(path))
+    return _read(path, _checked(path), arrays=arrays)
 
 
-def _read(path: Path, state: dict[str, Any]) -> Checkpoint:
+def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpoint:
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
     for name in state["digests"]:
         if name == _JOURNAL:
             checkpoint.journal = (path / name).read_bytes()
         else:
-            import safetensors.torch
-
-            checkpoint.tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
+            tensors = read_arrays(path / name) if arrays else _torch_tensors(path / name)
+            checkpoint.tensors[name.removesuffix(".safetensors")] = tensors
     return checkpoint
+
+
+def _torch_tensors(file: Path) -> dict[str, Any]:
+    """The tensors of a file, torch's; where torch is not installed, numpy's arrays."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        return read_arrays(file)
+    return safetensors.torch.load_file(file)
 
 
 def _checked(path: Path, *, weights_only: bool = False) -> dict[str, Any]:
@@ -253,6 +268,9 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
 
 
 def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        write_arrays(file, tensors)
+        return
     import safetensors.torch
 
     on_cpu = {key: t.detach().contiguous().cpu() for key, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""Paths as people write them in settings: `~` and environment variables are filled in."""
+"""Paths as people write them in settings, `~` and environment variables filled in, and the user's own cache folder."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,14 @@ def expanded_folder(text: str, setting: str) -> str:
     if Path(path).name in ("", "..") or "\0" in path:
         raise ConfigError(f"{setting}: {text!r} names no folder that could be made; give one such as runs/my")
     return path
+
+
+def cache_folder() -> Path | None:
+    """The user's folder for what can be made again, but not quickly; it may not exist yet.
+
+    $XDG_CACHE_HOME/hosl, else ~/.cache/hosl; None: this user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hosl")
+    except RuntimeError:
+        return None

@@ -26,8 +26,8 @@ import msgspec
 
 from hosl.errors import TaskError
 from hosl.system.atomic import whole_file
-from hosl.system.cache_folder import cache_folder
 from hosl.system.gc_paused import gc_paused
+from hosl.system.paths import cache_folder
 from hosl.tasks.base import content_order
 from hosl.tasks.classification import ClassificationTask, LabelledText, carve, classification_task
 from hosl.tasks.configs import DocstringsConfig

@@ -3,15 +3,13 @@
 Requires: a half with dropout off (L+ and L- must be one function, paper.md I4) and caches off, as from `hosl.split`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from hosl.core.targets import Batch
+from hosl.parties.micro_batches import row_slices
 from hosl.split import ClientHalf
-
-TOKENS_AT_ONCE = 4096
-"""The most tokens that a client evaluates at once by default; `micro_batch_size` takes precedence."""
 
 
 class FrozenClient:
@@ -46,18 +44,6 @@ class FrozenClient:
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.from_numpy(batch.input_ids).to(self.device)
         return ids, torch.from_numpy(batch.targets.mask).to(self.device, torch.int64)
-
-
-def row_slices(shape: Sequence[int], evaluations: int, micro_batch_size: int | None = None) -> list[slice]:
-    """The micro-batches of a batch [rows, seq] whose rows are evaluated `evaluations` times at once.
-
-    By default the evaluations of a micro-batch have no more rows than the batch, so that a step needs no more memory
-    than the forward pass of its batch, and no more than `TOKENS_AT_ONCE` tokens.
-    """
-    rows, seq = shape
-    by_memory = min(-(-rows // evaluations), TOKENS_AT_ONCE // (seq * evaluations))
-    at_once = max(micro_batch_size or by_memory, 1)
-    return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
 
 def in_one(parts: Iterable[tuple[slice, torch.Tensor]], rows: int) -> torch.Tensor:

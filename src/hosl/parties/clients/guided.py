@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from hosl.parties.clients.frozen import row_slices
 from hosl.parties.clients.output_projections import OutputProjectionClient, inputs_read
+from hosl.parties.micro_batches import row_slices
 from hosl.split import ClientHalf
 
 SlopesOf: TypeAlias = Literal["one", "per-block", "per-layer"]

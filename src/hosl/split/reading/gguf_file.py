@@ -28,7 +28,7 @@ from hosl.errors import FailureError, HoslError, ModelError
 from hosl.split.reading.config_json import quiet_transformers
 from hosl.split.reading.skeleton import skeleton
 from hosl.system.atomic import whole_folder
-from hosl.system.cache_folder import cache_folder
+from hosl.system.paths import cache_folder
 from hosl.system.readable import one_line, readable_bytes, readable_count
 
 _FORMAT = 1

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers.core_model_loading import (
 
 from hosl.errors import ConfigError, ModelError
 from hosl.split.families import Family
+from hosl.split.reading.seeded import seeded_generator
 from hosl.split.reading.skeleton import tied_names
 from hosl.split.reading.tensors import DTYPES, Source
 from hosl.split.reading.weight_files import weights_files
@@ -102,12 +102,6 @@ def find_weights(folder: Path, name: str, model: Any, family: Family, seed: int)
     for key in new:
         sources[key] = _drawn(key, tuple(expected[key].shape), model.config, seed)
     return Weights(sources, tuple(sorted(new)), tuple(notes), untied)
-
-
-def seeded_generator(seed: int, name: str) -> np.random.Generator:
-    """A random generator that depends on the seed and the tensor's name alone."""
-    key = np.frombuffer(blake2b(f"hosl/init/{seed}/{name}".encode(), digest_size=16).digest(), dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=key))
 
 
 @dataclass(frozen=True, slots=True)

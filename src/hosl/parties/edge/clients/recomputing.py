@@ -1,0 +1,75 @@
+"""A client on the engine trained by exact gradients, one block at a time: recomputation, micro-batches, fused updates.
+
+The gradients are those of backprop through the half. Between the two calls only each block's input is kept; each
+block's graph of gradients computes the block again, and the block moves before the one below it is reached.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hosl.core.array_types import Float
+from hosl.core.targets import Batch
+from hosl.parties.edge.clients.frozen import FrozenEdgeClient
+from hosl.parties.edge.gradients import Kept, block_gradients, trained_by_block
+from hosl.parties.edge.half import EdgeHalf
+from hosl.parties.edge.update import descend_gradient_
+from hosl.parties.micro_batches import row_slices
+
+EVALUATIONS = 4
+"""The forward passes whose activations a block's gradients need at once, about: `row_slices` then keeps a step's memory
+near that of the forward pass of its batch."""
+
+
+class RecomputingEdgeClient(FrozenEdgeClient):
+    """A client trained by backprop in little memory; the twin of `RecomputingClient`. Plain SGD.
+
+    Requires: trained parameters in blocks. The weights after a step depend on the micro-batches by rounding.
+    """
+
+    def __init__(
+        self, half: EdgeHalf, trained: Sequence[str], *, micro_batch_size: int | None = None
+    ) -> None:
+        """Train parameters of blocks, or adapters.
+
+        Args:
+            half: the client half.
+            trained: the parameters by their names in the half.
+            micro_batch_size: the rows that are evaluated and recomputed at once; None: chosen by memory.
+
+        Raises:
+            ConfigError: if one of them is before block 0, or the half was split without graphs of gradients.
+        """
+        super().__init__(half, trained, micro_batch_size=micro_batch_size)
+        self._of_block = trained_by_block(half, self.trained, "gradient")
+        """The trained parameters of each block."""
+        self._lowest = min((i for i, names in enumerate(self._of_block) if names), default=half.cut)
+        self._kept: Kept | None = None
+
+    def forward_for_backward(self, batch: Batch) -> Float[np.ndarray, "rows seq width"]:
+        """h; the inputs of the blocks from the lowest trained one on stay here until `backward`."""
+        self._kept = None  # of a forward pass whose gradient never came
+        slices = row_slices(batch.input_ids.shape, EVALUATIONS, self.micro_batch_size)
+        hidden, extras = self._before_blocks(batch, slices)
+        hidden = self._through(range(self._lowest), hidden, slices, extras)
+        kept = Kept(slices, extras)
+        for index in range(self._lowest, self.half.cut):
+            kept.inputs.append(hidden)
+            hidden = self._through([index], hidden, slices, extras)
+        self._kept = kept
+        return hidden
+
+    def backward(self, gradient: Float[np.ndarray, "rows seq width"], learning_rate: float) -> None:
+        """theta_c -= learning_rate dL/dtheta_c, block by block, from dL/dh of the last `forward_for_backward`."""
+        assert self._kept is not None, "backward needs a forward_for_backward before it"
+        kept, self._kept = self._kept, None
+        at_output = np.ascontiguousarray(gradient, np.float32)
+        for index in reversed(range(self._lowest, self.half.cut)):
+            sums, below = block_gradients(
+                self.half, index, "gradient", kept, kept.inputs.pop(), at_output,
+                wanted=self._of_block[index], to_input=index > self._lowest,
+            )  # fmt: skip
+            while sums:  # each is released once its weights have moved
+                name, total = sums.popitem()
+                descend_gradient_(self.trained[name], total, learning_rate)
+            at_output = at_output if below is None else below

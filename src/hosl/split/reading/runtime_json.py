@@ -1,0 +1,176 @@
+"""The content of onnx/runtime.json: the graphs of a client half, their inputs and digests. No torch, no engine.
+
+    OUT/client/onnx/   runtime.json  prelude.onnx  block-KIND.onnx  block-KIND-gradient.onnx  ...
+
+The graphs hold no weights: those are inputs, and come from the half's own file (`MappedWeights`). What each graph takes
+and gives is in `hosl.split.onnx_export`, which writes this folder.
+"""
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from hosl.errors import ModelError
+from hosl.split.reading.half_json import half_facts
+
+FOLDER = "onnx"
+"""The name of the graphs' folder in the client's."""
+FILE = "runtime.json"
+INT8_FILE = "base-int8.safetensors"
+"""The frozen matrices of an int8 base, in the graphs' folder: NAME.weight int8 [out, in], NAME.weight.scale float32
+[out, 1], by their names in the half."""
+HIDDEN, HIDDEN_OUT, GRADIENT, D_HIDDEN = "hidden", "hidden_out", "gradient", "d.hidden"
+"""The names, in all block graphs, of the block's input and output, dL/d output and dL/d input: [rows, seq, width]."""
+TABLE, ROWS_OF_IDS = "table", "rows_of_ids"
+"""The prelude's inputs of tokens: distinct rows of the token table [n, width], int64 [rows, seq] into them."""
+LORA_SCALE = "lora_scale"
+"""The input of graphs with adapters that multiplies them: alpha / r, float32 without dimensions."""
+FORMAT = 1
+
+Variant: TypeAlias = str
+"""block, gradient, feedback; lora, lora-gradient, lora-feedback; int8, lora-int8, lora-int8-gradient, ..."""
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int8"]
+
+
+class BlockGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph of a kind of block. It takes `hidden`, the kind's extras, `weights`, and what the variant adds."""
+
+    file: str
+    weights: tuple[str, ...]
+    """The names within the block of the weights that the graph takes; of int8 matrices their scales, too."""
+    gradients: tuple[str, ...] = ()
+    """The names within the block of the weights whose gradients, `d.NAME`, it gives after `d.hidden`, in this order."""
+
+
+class PreludeGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """The graph of what stands before the blocks: embeddings, mask, rotary angles."""
+
+    file: str
+    inputs: tuple[str, ...]
+    """Those of `input_ids`, `attention_mask` (int64 [rows, seq]), `rows_of_ids` and `table` that it takes."""
+    weights: dict[str, str]
+    """By input of the graph, the name of a parameter in the half; without the token table."""
+    outputs: tuple[str, ...]
+    """`hidden`, and what blocks are given beside it: `extra.0`, ..."""
+    table: str | None
+    """The name in the half of the token table, of which the graph is given the batch's rows."""
+
+
+class BlockPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """One block of the half."""
+
+    kind: str
+    prefix: str
+    """Its name in the half, such as model.layers.3."""
+    extras: dict[str, str]
+    """By input of its kind's graphs, the output of the prelude that it is given."""
+
+
+class LoraTargets(msgspec.Struct, frozen=True, kw_only=True):
+    """The layers that the graphs with adapters adapt."""
+
+    targets: tuple[str, ...]
+    """The last parts of their names, such as q_proj."""
+
+
+class RuntimeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of runtime.json."""
+
+    format: int
+    opset: int
+    minimum_onnxruntime: str
+    versions: dict[str, str]
+    """The versions of hosl, torch, transformers, onnx and onnxruntime with which the graphs were made and checked."""
+    client_digest: str
+    """That of half.json: the weights that the graphs are for."""
+    width: int
+    """The last dimension of hidden states."""
+    prelude: PreludeGraph
+    kinds: dict[str, dict[Variant, BlockGraph]]
+    blocks: tuple[BlockPlace, ...]
+    lora: LoraTargets | None = None
+    dtype: Dtype = "float32"
+    """That of the blocks' matrices: as stored in the half's file, or int8, from `INT8_FILE`."""
+    files: dict[str, str]
+    """By name of a file of the folder, its SHA-256."""
+
+
+def read_runtime_json(folder: Path) -> RuntimeFacts:
+    """The content of onnx/runtime.json of a client half's folder, after the digests of all files that it names.
+
+    Raises:
+        ModelError: if it is missing or damaged, of another version, for the weights of another split, or if a file that
+            it names is not the one that was written.
+        FolderError: if the folder is the server's half.
+    """
+    file = folder / FOLDER / FILE
+    try:
+        facts = msgspec.json.decode(file.read_bytes(), type=RuntimeFacts)
+    except FileNotFoundError as cause:
+        raise ModelError(
+            f"{folder} has no graphs for an inference engine ({FOLDER}/{FILE}); `hosl split MODEL --cut K OUT "
+            "--runtime onnx` makes them"
+        ) from cause
+    except (msgspec.DecodeError, OSError, RecursionError) as cause:
+        raise ModelError(
+            f"{file} is damaged, or was made by another version: {cause}; split the model again"
+        ) from cause
+    if facts.format != FORMAT:
+        raise ModelError(
+            f"{file} has format {facts.format}, this version reads {FORMAT}; split the model again"
+        )
+    half = half_facts(folder, "client")
+    if facts.client_digest != half["client_digest"]:
+        raise ModelError(
+            f"{file} is of the client half {facts.client_digest[:12]}, half.json beside it of "
+            f"{half['client_digest'][:12]}: graphs and weights are of different splits; copy the whole client "
+            "folder again"
+        )
+    _check_whole(file, facts, half["cut"])
+    for name, digest in facts.files.items():
+        _check_file(file.parent, name, digest)
+    return facts
+
+
+def _check_whole(file: Path, facts: RuntimeFacts, cut: int) -> None:
+    """Refuse parts that do not fit each other."""
+    graphs = [facts.prelude, *(graph for variants in facts.kinds.values() for graph in variants.values())]
+    wrong = [f"no digest of {graph.file}" for graph in graphs if graph.file not in facts.files]
+    wrong += [
+        f"{name!r} is no file's name" for name in facts.files if name != Path(name).name or name in ("", "..")
+    ]
+    if len(facts.blocks) != cut:
+        wrong.append(f"{len(facts.blocks)} blocks, and half.json has {cut}")
+    for block in facts.blocks:
+        if "block" not in facts.kinds.get(block.kind, {}):
+            wrong.append(f"no graph of kind {block.kind!r}")
+        wrong += [
+            f"the prelude has no {name!r}"
+            for name in block.extras.values()
+            if name not in facts.prelude.outputs
+        ]
+    if facts.prelude.outputs[:1] != (HIDDEN,):
+        wrong.append(f"the prelude does not give {HIDDEN!r} first")
+    if facts.dtype == "int8" and INT8_FILE not in facts.files:
+        wrong.append(f"no digest of {INT8_FILE}")
+    if wrong:
+        raise ModelError(f"{file} is damaged: {wrong[0]}; split the model again")
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    found = sha256()
+    try:
+        with (folder / name).open("rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+    except OSError as cause:
+        raise ModelError(
+            f"{folder / name} cannot be read: {cause.strerror}; copy the whole client folder again"
+        ) from cause
+    if found.hexdigest() != digest:
+        raise ModelError(
+            f"{folder / name} has the digest {found.hexdigest()[:12]}, {FILE} says {digest[:12]}: cut short, or of "
+            "another split; copy the whole client folder again"
+        )

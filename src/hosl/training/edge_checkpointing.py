@@ -1,0 +1,93 @@
+"""The parts of a checkpoint that belong to a client on the engine; the twin of `checkpointing`.
+
+Names and files are the same, so that either runtime, `hosl export` and `hosl merge` read them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hosl.core.journal import Journal
+from hosl.errors import CheckpointError
+from hosl.parties.edge.clients.frozen import FrozenEdgeClient
+from hosl.parties.edge.clients.residual import ResidualEdgeClient
+from hosl.parties.edge.clients.zeroth_order import ZerothOrderEdgeClient
+from hosl.parties.edge.optimisers import EdgeOptimiser
+from hosl.system.checkpoint import Checkpoint
+from hosl.system.safetensors_file import arrays_digest
+
+
+def put_client(
+    checkpoint: Checkpoint,
+    client: FrozenEdgeClient,
+    *,
+    snapshot_step: int,
+    snapshot_steps: int,
+    optimiser: bool = True,
+) -> int:
+    """Add the client's part to a checkpoint; returns the step of the snapshot that the part depends on.
+
+    Args:
+        checkpoint: is extended in place; write it before the client moves, whose weights are not copied.
+        client: the client after the checkpoint's step.
+        snapshot_step: the step of the newest snapshot; 0 is the base weights.
+        snapshot_steps: the steps between two snapshots.
+        optimiser: whether the state of its optimiser is part of it.
+    """
+    if isinstance(client, ZerothOrderEdgeClient):
+        checkpoint.journal = client.journal.to_bytes()
+        if checkpoint.step - snapshot_step >= snapshot_steps:
+            checkpoint.tensors["client/trained"] = dict(client.trained)
+            snapshot_step = checkpoint.step
+        elif snapshot_step:
+            checkpoint.linked = ("client/trained.safetensors",)
+    elif client.trained:
+        checkpoint.tensors["client/trained"] = dict(client.trained)
+    if optimiser and (own := _optimiser_of(client)) is not None:
+        checkpoint.tensors["client/optimiser"] = {
+            f"{name}/{entry}": value for name, state in own.state.items() for entry, value in state.items()
+        }
+    checkpoint.state["snapshot_step"] = snapshot_step
+    return snapshot_step
+
+
+def restore_client_(client: FrozenEdgeClient, checkpoint: Checkpoint) -> int:
+    """Bring a client at its base weights to a checkpoint; returns the step of the snapshot that it depends on.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+        JournalError: if its journal is damaged.
+    """
+    tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
+    journaled = isinstance(client, ZerothOrderEdgeClient)
+    if journaled and "client/trained" not in tensors:
+        snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
+    if snapshot_step or (client.trained and not journaled):
+        _restore_weights_(client.trained, tensors["client/trained"])
+    if (own := _optimiser_of(client)) is not None:
+        for key, value in tensors.get("client/optimiser", {}).items():
+            name, entry = key.rsplit("/", 1)
+            own.state.setdefault(name, {})[entry] = np.array(value, np.float32)
+    if journaled:
+        client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
+    return snapshot_step
+
+
+def trained_digest(client: FrozenEdgeClient) -> str:
+    """The SHA-256 digest of a client's trained weights, by name: that of a torch client with equal weights."""
+    return arrays_digest(client.trained)
+
+
+def _optimiser_of(client: FrozenEdgeClient) -> EdgeOptimiser | None:
+    return client.optimiser if isinstance(client, ResidualEdgeClient) else None
+
+
+def _restore_weights_(trained: Mapping[str, np.ndarray], tensors: Mapping[str, Any]) -> None:
+    if trained.keys() != tensors.keys():
+        wrong = sorted(trained.keys() ^ tensors.keys())
+        raise CheckpointError(
+            f"the checkpoint trains {len(tensors)} tensors, this run {len(trained)}; {wrong[0]} is on one side only"
+        )
+    for name, weight in trained.items():
+        weight[:] = np.asarray(tensors[name])
