@@ -7,12 +7,13 @@ weight of each in the loss. So one formula serves classes, options and texts:
     d loss / d z_iv = weight_i (softmax(z_i)_v - [v = token_i])
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from hosl.core.array_types import Float, Int
-from hosl.core.targets import ClassTargets, Targets, scored_positions, scored_tokens
+from hosl.core.targets import ClassTargets, OptionTargets, Targets, scored_positions, scored_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,10 @@ class Scored:
     """The weight of each in the loss, float64; they sum to 1."""
     texts: Int[np.ndarray, " scored"]
     """The batch's row of each, int64."""
+
+    def some(self, places: slice) -> "Scored":
+        """Those at these places; their weights are still those among all."""
+        return Scored(*(getattr(self, field.name)[places] for field in fields(self)))
 
 
 def scored(targets: Targets) -> Scored:
@@ -71,22 +76,28 @@ def loss_and_gradient_(logits: Float[np.ndarray, "scored vocabulary"], of: Score
     return float(of.weights @ losses)
 
 
-def scores_of(
-    logits: Float[np.ndarray, "scored vocabulary"], targets: Targets, of: Scored
+def class_scores(logits: Float[np.ndarray, "rows classes"]) -> Float[np.ndarray, "rows classes"]:
+    """Log-probabilities per class, float32."""
+    return (logits - _log_sums(logits)[:, None]).astype(np.float32)
+
+
+def token_scores(
+    logits: Iterable[Float[np.ndarray, "some vocabulary"]], targets: OptionTargets, of: Scored
 ) -> Float[np.ndarray, "rows scores"]:
-    """Log-probabilities per class [rows, classes], or of each row's option, mean per token [rows, 1]; float32.
+    """Log-probabilities of each row's option, mean per token [rows, 1], float32, from logits in pieces.
 
     Where the mean is over tokens [rows, 2]: the second score is the number of tokens that the model ranks first.
     """
-    if isinstance(targets, ClassTargets):
-        return (logits - _log_sums(logits)[:, None]).astype(np.float32)
+    losses, right, done = np.empty(len(of.tokens)), np.empty(len(of.tokens)), 0
+    for piece in logits:
+        places = slice(done, done := done + len(piece))
+        losses[places] = _losses(piece, of.some(places))
+        right[places] = piece.argmax(axis=1) == of.tokens[places]
     rows = len(targets.mask)
-    counts = np.bincount(of.texts, minlength=rows)
-    means = -np.bincount(of.texts, _losses(logits, of), minlength=rows) / counts
+    means = -np.bincount(of.texts, losses, minlength=rows) / np.bincount(of.texts, minlength=rows)
     if targets.mean_over == "rows":
         return means[:, None].astype(np.float32)
-    right = np.bincount(of.texts, logits.argmax(axis=1) == of.tokens, minlength=rows)
-    return np.stack([means, right], axis=1).astype(np.float32)
+    return np.stack([means, np.bincount(of.texts, right, minlength=rows)], axis=1).astype(np.float32)
 
 
 def _losses(logits: Float[np.ndarray, "scored vocabulary"], of: Scored) -> Float[np.ndarray, " scored"]:
