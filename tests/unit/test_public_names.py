@@ -127,7 +127,7 @@ sys.exit(main(json.loads(sys.argv[1])))
 def test_join_says_which_engine_it_lacks(tmp_path, absent, runtime, says):
     (tmp_path / "half.json").write_text(json.dumps(HALF))
     (tmp_path / "config.yaml").write_text(
-        f"max_steps: 1\nmodel: {{cut: 2}}\noutput_dir: {tmp_path / 'run'}\n"
+        f"method: hosl\nmax_steps: 1\nmodel: {{cut: 2}}\noutput_dir: {tmp_path / 'run'}\n"
     )
     words = ["join", str(tmp_path), "--to", LINE, "--config", str(tmp_path / "config.yaml")]
     words += [] if runtime is None else ["--runtime", runtime]
