@@ -1,12 +1,16 @@
 """`hosl split MODEL --cut K OUT`: one checkpoint becomes OUT/client and OUT/server."""
 
 import sys
+from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from hosl.cli.answers import answer, command_parser
+from hosl.cli.answers import Parser, answer, command_parser
 from hosl.config import load_config
 from hosl.errors import ConfigError
+from hosl.split.reading.runtime_json import read_runtime_json
+from hosl.split.specs import GraphSpec
 
 LabelsAt: TypeAlias = Literal["server", "client"]
 
@@ -37,7 +41,9 @@ def run(arguments: list[str]) -> int:
         "else client for a causal model, which learns text, and server for a classifier",
     )
     parser.add_argument("--config", help="the run's YAML file, for wire.labels")
+    _add_graphs(parser)
     options = parser.parse_args(arguments)
+    graphs = _graphs(options)
 
     labels, why = _labels_at(options.labels_at, options.config, options.head)
 
@@ -45,13 +51,61 @@ def run(arguments: list[str]) -> int:
 
     info = split_folder(
         options.model, options.cut, Path(options.out), head=options.head, num_labels=options.num_labels,
-        seed=options.seed, labels=labels,
+        seed=options.seed, labels=labels, graphs=graphs,
     )  # fmt: skip
     for note in info.notes:
         sys.stderr.write(f"hosl: model {options.model}: {note}\n")
     sys.stderr.write(f"hosl: {why}\n")
-    answer({"out": options.out, "cut": options.cut, **info.facts()}, as_json=options.json)
+    facts = {"out": options.out, "cut": options.cut, **info.facts()}
+    if graphs is not None:
+        runtime = read_runtime_json(Path(options.out) / "client")
+        facts["graphs"] = sum(name.endswith(".onnx") for name in runtime.files)
+        facts["operators"] = runtime.operators if options.json else ", ".join(runtime.operators)
+    answer(facts, as_json=options.json)
     return 0
+
+
+def _add_graphs(parser: Parser) -> None:
+    """Add the arguments about graphs for an inference engine."""
+    parser.add_argument(
+        "--runtime",
+        choices=("onnx",),
+        help="make OUT/client/onnx too: graphs for a device that has ONNX Runtime and no torch",
+    )
+    parser.add_argument(
+        "--lora-targets",
+        metavar="q_proj,v_proj",
+        help="the layers that the device may adapt (trainable: lora), by the last parts of their names; with --runtime",
+    )
+    parser.add_argument(
+        "--client-dtype",
+        choices=("int8",),
+        help="make int8 matrices of the client's blocks too, for client.dtype: int8; with --runtime",
+    )
+
+
+def _graphs(options: Namespace) -> GraphSpec | None:
+    """What the arguments say about graphs; None: make none.
+
+    Raises:
+        ConfigError: if they are asked for in part.
+        ModuleNotFoundError: if what makes them is not installed.
+    """
+    if options.runtime is None:
+        for name in ("lora_targets", "client_dtype"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(options, name)} is about the graphs of a device without "
+                    "torch; add --runtime onnx, or leave it out"
+                )
+        return None
+    targets = tuple(filter(None, (options.lora_targets or "").split(",")))
+    if options.lora_targets is not None and not targets:
+        raise ConfigError("--lora-targets names no layer; such as --lora-targets q_proj,v_proj")
+
+    import_module("hosl.split.onnx_export")  # before minutes of work, of which it would be the last
+
+    return GraphSpec(lora_targets=targets, int8=options.client_dtype == "int8")
 
 
 def _labels_at(asked: LabelsAt | None, config: str | None, head: str) -> tuple[LabelsAt, str]:

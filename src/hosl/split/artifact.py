@@ -1,6 +1,7 @@
 """A split folder: client/ and server/, each with only its own tensors, read and written one tensor at a time.
 
     OUT/client/   config.json  half.json  model.safetensors  tokenizer  (head.safetensors: labels at the client)
+                  (onnx/: graphs for a device without torch, `hosl.split.onnx_export`)
     OUT/server/   config.json  half.json  model.safetensors
 
 half.json names the side, family, cut, head and classes, where the labels stay, the digests of the whole checkpoint and
@@ -29,6 +30,7 @@ from hosl.split.reading.skeleton import fill_, skeleton, tied_names
 from hosl.split.reading.tensors import tensors_digest, write_tensors
 from hosl.split.reading.tokenizer import transformers_tokenizer
 from hosl.split.reading.weight_files import checkpoint_digest
+from hosl.split.specs import GraphSpec
 from hosl.split.u_shape import HeadHalf, TrunkHalf, cut_to_head_, cut_to_trunk_
 from hosl.system.atomic import whole_folder
 
@@ -69,6 +71,7 @@ def split_folder(
     num_labels: int | None = None,
     seed: int = 0,
     labels: LabelsAt = "server",
+    graphs: GraphSpec | None = None,
 ) -> SplitInfo:
     """Cut a checkpoint on disk into `out`/client and `out`/server, never holding more than one half.
 
@@ -81,9 +84,10 @@ def split_folder(
         seed: the seed of weights that the checkpoint does not hold, such as a new head.
         labels: the side where the labels stay; `client` also puts final norm and head there, as
             OUT/client/head.safetensors.
+        graphs: make OUT/client/onnx too, for a device without torch; None: do not.
 
     Raises:
-        SplitError: if the family is unknown, or the cut outside 0..n.
+        SplitError: if the family is unknown, or the cut outside 0..n, or no graphs can be made.
         FolderError: if `out` exists and is not an empty folder.
         ModelError, ConfigError: if the model cannot be read, as in `load_model`, or a device cannot read the tokenizer.
     """
@@ -113,11 +117,25 @@ def split_folder(
                 **{f"{piece}_digest": digest for piece, digest in digests.items()}, "new_weights": list(weights.new),
             } | ({"classes": config.num_labels} if head == "classification" else {})  # fmt: skip
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        copy_companions(folder, partial / "client")
-        if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
-            transformers_tokenizer(folder).save(str(partial / "client" / "tokenizer.json"))
+        _add_companions(folder, partial / "client")
+        if graphs is not None:
+            _export_graphs(partial / "client", graphs)
     client_bytes = sizes["client"] + sizes.get("head", 0)
     return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], notes)
+
+
+def _add_companions(folder: Path, client: Path) -> None:
+    copy_companions(folder, client)
+    if (folder / "tokenizer.json").is_file():  # its overrides applied, for a device without transformers
+        transformers_tokenizer(folder).save(str(client / "tokenizer.json"))
+
+
+def _export_graphs(folder: Path, graphs: GraphSpec) -> None:
+    from hosl.split.onnx_export import export_graphs  # its packages are an extra of their own
+
+    half = load_half(folder)
+    assert isinstance(half, ClientHalf)
+    export_graphs(half, folder, graphs)
 
 
 def load_half(folder: str | Path, dtype: torch.dtype | None = None) -> ClientHalf | ServerHalf | TrunkHalf:

@@ -23,3 +23,12 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ConfigError(f"lora.{name} must lie in 1..{most:,}, got {shown}")
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("lora.target_modules is empty; name at least one module, or leave it out")
+
+
+class GraphSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The graphs of a client half that are made for an inference engine, beside those of plain weights."""
+
+    lora_targets: tuple[str, ...] = ()
+    """The last parts of the names of layers to adapt, such as q_proj; empty: no graphs with adapters."""
+    int8: bool = False
+    """Whether to make int8 matrices of the blocks, and graphs for them, too."""

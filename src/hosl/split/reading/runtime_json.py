@@ -93,6 +93,8 @@ class RuntimeFacts(msgspec.Struct, frozen=True, kw_only=True):
     lora: LoraTargets | None = None
     dtype: Dtype = "float32"
     """That of the blocks' matrices: as stored in the half's file, or int8, from `INT8_FILE`."""
+    operators: dict[str, int]
+    """How often each operator stands in the graphs: what an accelerator must know to run them."""
     files: dict[str, str]
     """By name of a file of the folder, its SHA-256."""
 

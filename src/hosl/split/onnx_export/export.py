@@ -1,0 +1,215 @@
+"""The graphs of a client half for an inference engine: prelude, and every kind of block with its gradient.
+
+Files and runtime.json: `hosl.split.reading.runtime_json`. The graphs are made of shapes and constants alone; weights
+are their inputs, and stay in the half's own file.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from hosl.errors import SplitError
+from hosl.split.halves import ClientHalf
+from hosl.split.onnx_export.block_functions import BlockFunction
+from hosl.split.onnx_export.graph_files import OPSET, onnx_model, operators, write_graph
+from hosl.split.onnx_export.kinds import kinds_of
+from hosl.split.onnx_export.recording import (
+    IDS,
+    MASK,
+    before_blocks,
+    outputs,
+    prelude,
+    record,
+    token_table,
+)
+from hosl.split.onnx_export.tracing import Tensors, sizes_beside, traced, without_unused_
+from hosl.split.reading.half_json import half_facts
+from hosl.split.reading.runtime_json import (
+    FILE,
+    FOLDER,
+    FORMAT,
+    GRADIENT,
+    HIDDEN,
+    LORA_SCALE,
+    ROWS_OF_IDS,
+    TABLE,
+    BlockGraph,
+    BlockPlace,
+    LoraTargets,
+    PreludeGraph,
+    RuntimeFacts,
+    Variant,
+)
+from hosl.split.specs import GraphSpec
+from hosl.system.readable import one_line
+
+_MINIMUM_ONNXRUNTIME = "1.18"
+"""The first that reads the graphs' opset and format."""
+_VERSIONS = ("hosl", "torch", "transformers", "onnx", "onnxruntime")
+
+
+def export_graphs(half: ClientHalf, folder: Path, spec: GraphSpec) -> RuntimeFacts:
+    """Write `folder`/onnx: the graphs of a client half, and runtime.json; returns its content.
+
+    Args:
+        half: the half of `folder`, in any float dtype; its weights are not read.
+        folder: a client's half, with half.json; without graphs.
+        spec: the graphs to make beside those of plain weights.
+
+    Raises:
+        SplitError: if the family cannot be exported, saying why, or if no layer has a target's name.
+    """
+    graphs = folder / FOLDER
+    graphs.mkdir()
+    try:
+        with torch.no_grad():
+            made = _Graphs(half, graphs, spec).write()
+    except SplitError as refusal:
+        raise SplitError(f"no graphs of this {half.family}: {refusal}") from refusal.__cause__
+    except Exception as cause:  # tracing may raise any error about what a model's forward does
+        raise SplitError(
+            f"no graphs of this {half.family}: its forward pass cannot be traced "
+            f"({one_line(f'{type(cause).__name__}: {cause}')}); run this client on torch"
+        ) from cause
+    facts = RuntimeFacts(
+        format=FORMAT,
+        opset=OPSET,
+        minimum_onnxruntime=_MINIMUM_ONNXRUNTIME,
+        versions={package: version(package) for package in _VERSIONS},
+        client_digest=half_facts(folder, "client")["client_digest"],
+        width=made.width,
+        prelude=made.prelude,
+        kinds=made.kinds,
+        blocks=made.blocks,
+        lora=LoraTargets(targets=tuple(sorted(spec.lora_targets))) if spec.lora_targets else None,
+        operators=dict(sorted(operators(graphs).items())),
+        files={file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(graphs.iterdir())},
+    )
+    (graphs / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
+    return facts
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What runtime.json says of the graphs."""
+
+    width: int
+    prelude: PreludeGraph
+    kinds: dict[str, dict[Variant, BlockGraph]]
+    blocks: tuple[BlockPlace, ...]
+
+
+class _Graphs:
+    """The graphs of one half, and the folder that they are written to."""
+
+    def __init__(self, half: ClientHalf, folder: Path, spec: GraphSpec) -> None:
+        self._half, self._folder, self._spec = half, folder, spec
+        self._sizes = sizes_beside(_taken(half))
+        ids = torch.zeros(self._sizes.rows, self._sizes.seq, dtype=torch.int64)
+        mask = torch.ones_like(ids)
+        mask[1, :2], mask[2, -2:] = 0, 0  # so that no mask is left out because all tokens are seen
+        self._batch = {IDS: ids, MASK: mask}
+        self._recording = record(half, ids, mask)
+        self._width = self._recording.hidden.shape[-1]
+
+    def write(self) -> _Made:
+        """Write all graphs."""
+        blocks: Any = self._half.model.get_submodule(self._half.blocks_name)
+        functions = [
+            BlockFunction(block, call) for block, call in zip(blocks, self._recording.calls, strict=False)
+        ]
+        kinds = kinds_of(functions, self._sizes, self._width)
+        made: dict[str, dict[Variant, BlockGraph]] = {}
+        extras: dict[str, tuple[str, ...]] = {}
+        for kind, function in zip(kinds, functions, strict=True):
+            if kind not in made:
+                made[kind], extras[kind] = self._kind(kind, function)
+        names = {id(tensor): name for name, tensor in outputs(self._recording).items()}
+        places = tuple(
+            BlockPlace(
+                kind=kind,
+                prefix=f"{self._half.blocks_name}.{index}",
+                extras={
+                    name: names[id(tensor)]
+                    for name, tensor in zip(function.extras, function.call.tensors, strict=True)
+                    if name in extras[kind]
+                },
+            )
+            for index, (kind, function) in enumerate(zip(kinds, functions, strict=True))
+        )
+        given = {name for place in places for name in place.extras.values()}
+        front = self._prelude(tuple(name for name in names.values() if name == HIDDEN or name in given))
+        return _Made(self._width, front, made, places)
+
+    def _kind(self, kind: str, function: BlockFunction) -> tuple[dict[Variant, BlockGraph], tuple[str, ...]]:
+        """Write the graphs of one kind of block; the graphs, and the extras that all of them take."""
+        variants: dict[Variant, tuple[BlockFunction, Callable[[Tensors], Tensors]]] = {
+            "block": (function, function.forward),
+            "gradient": (function, function.gradient),
+        }
+        found: dict[Variant, BlockGraph] = {}
+        kept = [HIDDEN, GRADIENT, LORA_SCALE]
+        for variant, (of, compute) in variants.items():
+            examples = of.examples(self._sizes, self._width)
+            if variant.endswith(("gradient", "feedback")):
+                examples[GRADIENT] = torch.zeros_like(examples[HIDDEN])
+            name = f"block-{kind}.onnx" if variant == "block" else f"block-{kind}-{variant}.onnx"
+            taken, given = self._write(name, compute, examples, kept)
+            if variant == "block":
+                kept += [extra for extra in of.extras if extra in taken]
+            found[variant] = BlockGraph(
+                file=name,
+                weights=tuple(w for w in of.weights if w in taken),
+                gradients=tuple(d.removeprefix("d.") for d in given[1:]),
+            )
+        return found, tuple(kept)
+
+    def _prelude(self, wanted: tuple[str, ...]) -> PreludeGraph:
+        """Write the graph of what stands before the blocks, with these outputs."""
+        weights = before_blocks(self._half)
+        table = token_table(self._half)
+        parameters = dict(self._half.named_parameters())
+        sizes = (self._sizes.distinct, parameters[table].shape[1])
+        examples = self._batch | {ROWS_OF_IDS: self._batch[IDS].clone(), TABLE: torch.zeros(sizes)}
+        inputs = tuple(examples)
+        examples |= {name: torch.zeros(parameters[name].shape) for name in weights}
+
+        def compute(tensors: Tensors) -> Tensors:
+            found = outputs(prelude(self._half, weights, tensors))
+            return {name: found[name] for name in wanted}
+
+        taken, given = self._write("prelude.onnx", compute, examples)
+        return PreludeGraph(
+            file="prelude.onnx",
+            inputs=tuple(name for name in inputs if name in taken),
+            weights={name: name for name in weights if name in taken},
+            outputs=given,
+            table=table,
+        )
+
+    def _write(
+        self,
+        name: str,
+        compute: Callable[[Tensors], Tensors],
+        examples: Tensors,
+        keep: Collection[str] = (),
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Write one graph; returns the names of its inputs, unused ones only if they are to `keep`, and outputs."""
+        graph, given = traced(compute, examples)
+        taken = without_unused_(graph, examples, keep)
+        model = onnx_model(graph, {name: examples[name] for name in taken}, given, self._sizes)
+        write_graph(self._folder / name, model)
+        return taken, given
+
+
+def _taken(half: ClientHalf) -> set[int]:
+    """The sizes that occur in a half, and the numbers of its config, such as heads and groups."""
+    tensors = (*half.model.parameters(), *half.model.buffers())
+    numbers = half.config.get_text_config().to_dict().values()
+    return {size for t in tensors for size in t.shape} | {n for n in numbers if type(n) is int}
