@@ -13,24 +13,30 @@ from tests.integration.network import split
 WORDS = ["red", "green", "blue", "round", "flat", "long", "warm", "cold", "old", "new"]
 
 
+def write_classifier(folder):
+    """Write `folder`/model-in, a tiny classifier with its tokenizer, and `folder`/data.csv, rows to train it on."""
+    model = folder / "model-in"
+    build("bert").save_pretrained(model)
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with (folder / "data.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        for a in WORDS:
+            for b in WORDS:
+                rows.writerow([f"{a} {b}", "colour" if a in WORDS[:3] else "other"])
+
+
 @pytest.fixture
-def tiny_run(tmp_path, tiny):
+def tiny_run(tmp_path):
     """`tiny_run(**settings)` writes model, data and config.yaml; returns the config's path. zo: adds to its own."""
 
     def make(**settings):
         model = tmp_path / "model-in"
-        tiny("bert").save_pretrained(model)
-        vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer.save(str(model / "tokenizer.json"))
-        (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-        with (tmp_path / "data.csv").open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["text", "label"])
-            for a in WORDS:
-                for b in WORDS:
-                    rows.writerow([f"{a} {b}", "colour" if a in WORDS[:3] else "other"])
+        write_classifier(tmp_path)
         config = {
             "output_dir": str(tmp_path / "run"),
             "method": "hosl",

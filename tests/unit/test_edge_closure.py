@@ -4,34 +4,55 @@ import json
 import subprocess
 import sys
 
-_BUDGET_MIB = 64
-_NETWORK_MIB = 48
-"""What speaking to a server may add to that."""
+_JOIN_MIB = 64
+"""What everything that a device imports to train, generate and predict may take, without an inference engine."""
+_ENGINE_MIB = 90
+"""The same with ONNX Runtime."""
 
 _SCRIPT = """
 import importlib, json, pkgutil, sys
-import hosl
-for package in ("hosl.core", "hosl.tasks"):
+from importlib.abc import MetaPathFinder
+
+class OnlyOfTests(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"jaxtyping", "beartype", "grpc_tools"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, OnlyOfTests())
+for module in json.loads(sys.argv[1]):
+    importlib.import_module(module)
+for package in json.loads(sys.argv[2]):
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
         importlib.import_module(module.name)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-before_mib = int(status["VmRSS"].split()[0]) / 1024
-import hosl.network.generate, hosl.network.join
-heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "pandas", "pyarrow", "jinja2", "scipy", "matplotlib"}
-heavy &= set(sys.modules)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-rss_mib = int(status["VmRSS"].split()[0]) / 1024
-print(json.dumps({"heavy": sorted(heavy), "rss_mib": before_mib, "network_mib": rss_mib - before_mib}))
+print(json.dumps({"loaded": sorted({name.partition(".")[0] for name in sys.modules}),
+                  "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
 """
+_COMMANDS = ["hosl.cli.join", "hosl.network.join", "hosl.network.generate", "hosl.network.predict"]
+_HEAVY = {
+    "torch", "transformers", "peft", "datasets", "pydantic", "pandas", "pyarrow", "jinja2", "scipy", "matplotlib",
+    "tyro", "rich", "onnx",
+}  # fmt: skip
 
 
-def test_the_edge_closure_is_light():
-    ran = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
+def loaded(modules, packages=()):
+    """The top-level modules that are loaded beside these, and the peak memory of such a process, MiB."""
+    command = [sys.executable, "-c", _SCRIPT, json.dumps(modules), json.dumps(packages)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(ran.stdout)
-    print(f"edge closure: {found['rss_mib']:.1f} MiB resident, join adds {found['network_mib']:.1f}")
-    assert found["heavy"] == []
-    assert found["rss_mib"] <= _BUDGET_MIB
-    assert found["network_mib"] <= _NETWORK_MIB
+    return set(found["loaded"]), found["peak_mib"]
+
+
+def test_the_closure_of_the_devices_commands_is_light():
+    names, peak_mib = loaded(_COMMANDS)
+    print(f"join, generate and predict: {peak_mib:.1f} MiB at the peak")
+    assert names & (_HEAVY | {"onnxruntime"}) == set()
+    assert peak_mib <= _JOIN_MIB
+
+
+def test_what_a_device_may_import_has_neither_torch_nor_pages():
+    names, _ = loaded(_COMMANDS, ["hosl.core", "hosl.tasks", "hosl.transport", "hosl.wire"])
+    assert names & _HEAVY == set()
 
 
 def test_the_config_schema_needs_no_torch():

@@ -112,7 +112,7 @@ def test_a_bare_install_brings_all_that_a_device_imports():
     script = (
         "import json, pkgutil, importlib\n"
         "import hosl.network.join, hosl.network.audit, hosl.cli.join, hosl.cli.clients, grpc.aio\n"
-        "from hosl.config import Config\nfrom hosl.cli.train import overridden\noverridden(Config(), [])\n"
+        "from hosl.config import Config\nfrom hosl.cli.train import overridden\noverridden(Config(), ['--seed', '1'])\n"
         "for package in ('hosl.core', 'hosl.tasks', 'hosl.wire', 'hosl.transport', 'hosl.system', 'hosl.config'):\n"
         "    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + '.'):\n"
         "        importlib.import_module(module.name)\n"

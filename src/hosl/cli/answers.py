@@ -103,6 +103,28 @@ def add_connection(parser: Parser, *, required: bool) -> None:
     parser.add_argument("--plaintext", action="store_true", help="no TLS; to a loopback address only")
 
 
+def add_runtime(parser: Parser) -> None:
+    """Add the option of a command in which this device computes its half with a server."""
+    parser.add_argument(
+        "--runtime",
+        choices=("torch", "onnx"),
+        help="what computes this device's half: PyTorch, or ONNX Runtime with the graphs of `hosl split ... --runtime "
+        "onnx`; default: that of the run so far, else PyTorch where it is installed",
+    )
+
+
+def check_across(options: argparse.Namespace) -> None:
+    """Refuse a runtime where both halves are on this machine.
+
+    Raises:
+        ConfigError: if --runtime stands without --to.
+    """
+    if options.runtime is not None and options.to is None:
+        raise ConfigError(
+            "--runtime is for a half whose other half is on a server; give --to too, or leave it out"
+        )
+
+
 def connection(options: argparse.Namespace) -> "tuple[JoinLine, Proof]":
     """The server of a command's arguments, and how the two sides prove who they are.
 

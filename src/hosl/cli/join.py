@@ -3,7 +3,14 @@
 import sys
 from pathlib import Path
 
-from hosl.cli.answers import add_connection, answer, command_parser, connection, options_and_settings
+from hosl.cli.answers import (
+    add_connection,
+    add_runtime,
+    answer,
+    command_parser,
+    connection,
+    options_and_settings,
+)
 from hosl.cli.train import overridden
 from hosl.config import load_config
 from hosl.errors import ConfigError
@@ -32,6 +39,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--go-back", action="store_true", help="go on, or begin, where one side has lost its checkpoints"
     )
+    add_runtime(parser)
     options, overrides = options_and_settings(parser, arguments, "half")
     if any("hosl://" in word for word in overrides):  # an error about it would show the token
         raise ConfigError("a join line stands where none is read; it goes behind --to, in quotes")
@@ -43,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
     target = JoinOptions(
         half=Path(options.half), line=line, proof=proof, give_half=options.give_half,
-        may_go_back=options.go_back,
+        may_go_back=options.go_back, runtime=options.runtime,
     )  # fmt: skip
     summary = join(config, target, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
     answer(summary, as_json=options.json)

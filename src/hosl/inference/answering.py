@@ -65,7 +65,7 @@ def answer(
     prompt: Sequence[int],
     ending: Ending,
     sampling: Sampling,
-    random: np.random.Generator,
+    random: "np.random.Generator",
     decode: Callable[[int], str],
 ) -> Answer:
     """The answer to a prompt, generated while its pieces are read.

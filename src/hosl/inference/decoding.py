@@ -46,7 +46,7 @@ class Sampling:
         """The number of most probable tokens that the choice needs; 0: all."""
         return 1 if self.temperature == 0 else self.top_k
 
-    def random(self, text: int) -> np.random.Generator:
+    def random(self, text: int) -> "np.random.Generator":
         """The generator of the draws of one text, by its number; one draw a token."""
         return np.random.Generator(np.random.Philox(key=[self.seed % 2**64, text]))
 
@@ -97,7 +97,7 @@ def distribution(
     return candidates.tokens[kept][:count], probabilities[:count] / probabilities[:count].sum()
 
 
-def choose(candidates: Candidates, sampling: Sampling, random: np.random.Generator) -> int:
+def choose(candidates: Candidates, sampling: Sampling, random: "np.random.Generator") -> int:
     """The next token; makes one draw unless the temperature is 0."""
     if sampling.temperature == 0:
         return int(candidates.tokens[0])

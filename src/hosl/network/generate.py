@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hosl.config import Config, load_config
 from hosl.errors import ConfigError, FolderError
 from hosl.inference.remote import SplitModel
 from hosl.network.handshake import model_message
+from hosl.network.runtime import RuntimeName, open_runtime
 from hosl.split.reading.half_json import half_facts
 from hosl.system.allocator import return_freed_memory
 from hosl.system.checkpoint import Checkpoint, checkpoint_path, intact_steps, read_checkpoint
@@ -36,6 +36,8 @@ class SplitUse:
     """The run on the server; empty: that of `path`, or the newest one."""
     base: bool = False
     """Whether both halves are as they were split."""
+    runtime: RuntimeName | None = None
+    """The runtime of this device's half; None: see `open_runtime`."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,13 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     facts = half_facts(folder, "client")
     if facts["head"] != "causal":
         raise ConfigError(f"{use.path} is the half of a classifier: it has no text to say")
-    checkpoint = None if config is None or use.base else newest_here(use.path)
-    runtime: Any = import_module("hosl.network.torch_runtime")
+    record = {} if config is None else read_record(use.path) or {}
+    runtime = open_runtime(use.runtime, folder, record)
+    checkpoint = None if config is None or use.base else newest_here(use.path, runtime)
     if config is not None:
         runtime.check_device(config.client.device, "client.device")
+    if remark := runtime.remark(folder):
+        say(remark)
     half = runtime.open_text_half(None if use.base else config, folder, checkpoint)
     wire = (config or Config()).wire
     patience = Patience(connect_s=wire.connect_s, idle_s=wire.idle_s)
@@ -128,7 +133,11 @@ def joined_place(path: Path) -> tuple[Config | None, Path, str]:
     return load_config(path / "config.yaml"), folder, record["run_id"]
 
 
-def newest_here(run: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of this device's part of a run; None: there is none yet."""
+def newest_here(run: Path, runtime: Any) -> Checkpoint | None:
+    """The newest intact checkpoint of this device's part of a run, as the runtime reads it; None: there is none yet."""
     step = next(intact_steps(run / "checkpoints", lambda text: None), None)
-    return None if step is None else read_checkpoint(checkpoint_path(run / "checkpoints", step))
+    return (
+        None
+        if step is None
+        else read_checkpoint(checkpoint_path(run / "checkpoints", step), arrays=runtime.ARRAYS)
+    )

@@ -1,4 +1,4 @@
-"""`hosl join`: a device trains its half with a server across a network. Torch comes only with the client's runtime.
+"""`hosl join`: a device trains its half with a server across a network. An engine comes only with the client's runtime.
 
 The same steps, metrics and checkpoints as `hosl train`. Server and client settle at every Hello from which state the
 run goes on: with one client, from the newest checkpoint that both sides have.
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from os.path import expanduser, expandvars
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from hosl.methods.schedule import with_steps
 from hosl.network.half_transfer import give_finished
 from hosl.network.handshake import model_message, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
+from hosl.network.runtime import RuntimeName, open_runtime, what_differs
 from hosl.network.tensor_limit import check_tensor_limit
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
@@ -69,6 +69,8 @@ class JoinOptions:
     """Whether the server gets this device's half at the end."""
     may_go_back: bool = False
     """Whether the first Hello may undo work of one side that the other has lost."""
+    runtime: RuntimeName | None = None
+    """The runtime of this device's half; None: see `open_runtime`."""
 
 
 def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
@@ -92,11 +94,14 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     _check_served(config)
     return_freed_memory()
     facts = half_facts(options.half, "client")
-    runtime: Any = import_module("hosl.network.torch_runtime")
+    begun = begun_run(config)
+    runtime = open_runtime(options.runtime, options.half, {} if begun is None else read_record(begun) or {})
     _check_model(config, options, facts, say)
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
     runtime.check_before_data(as_split, str(options.half), head=facts["head"], alone=True)
+    if remark := runtime.remark(options.half):
+        say(remark)
     tokenizer, names = TextTokenizer.load(options.half), model_labels(options.half)
     task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
     config = with_steps(config, task)
@@ -113,7 +118,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         return summary
     with RunLock(run.folder):
         try:
-            session, metrics_bytes = _joined(config, options, facts, task, run, say)
+            session, metrics_bytes = _joined(config, options, facts, task, run, runtime, say)
         except BaseException:
             _clear(run.folder)
             raise
@@ -214,13 +219,16 @@ def _joined(
     facts: dict[str, Any],
     task: Task,
     run: "_JoinedRun",
+    runtime: Any,
     say: Callable[[str], None],
 ) -> tuple[JoinedSession, int | None]:
     """Connect, greet, and bring the client to the state from which both sides go on.
 
     Returns the session, and the bytes of metrics.jsonl that belong to this state; None: every line up to its step.
     """
-    runtime: Any = import_module("hosl.network.torch_runtime")
+    record = read_record(run.folder) or {}
+    if differs := what_differs(record, runtime):
+        say(differs)
     patience = Patience(connect_s=config.wire.connect_s, idle_s=config.wire.idle_s)
     channel = connect(options.line, patience=patience, proof=options.proof, known=run.under_way, say=say)
 
@@ -257,8 +265,9 @@ def _joined(
     session.facts["trained_parameters"] = {"client": runtime.trained_elements(session.client)}
     if config.wire.labels == "client":
         session.facts["trained_parameters"]["head"] = runtime.head_elements(session.server)
-    record = (read_record(run.folder) or {}) | {"versions": versions(), "machine": machine(), **session.facts}
-    write_record(run.folder, record)
+    of_runtime = {"runtime": {"name": runtime.NAME, "engine": runtime.engine()}}
+    facts_now = {"versions": versions(), "machine": machine(), **of_runtime, **session.facts}
+    write_record(run.folder, record | facts_now)
     return session, None if checkpoint_facts is None else checkpoint_facts.get("metrics_bytes", 0)
 
 

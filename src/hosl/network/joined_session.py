@@ -151,7 +151,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         facts: dict[str, Any] = {}
         if mine:
             path = checkpoint_path(run / "checkpoints", mine)
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, arrays=self.runtime.ARRAYS)
             self._check_task(checkpoint, path)
             self.snapshot_step = self.runtime.restore_client_(self.client, checkpoint)
             if self._labels_stay:

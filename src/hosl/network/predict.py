@@ -8,7 +8,6 @@ where they stand). Labels that the rows may have do not.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hosl.inference.predicting import Scorer, known_labels
 from hosl.network.generate import joined_place, newest_here
 from hosl.network.handshake import model_message
 from hosl.network.join import begun_run
+from hosl.network.runtime import RuntimeName, open_runtime
 from hosl.parties.remote.server import RemoteServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
@@ -41,6 +41,8 @@ class PredictOptions:
     """The folder of a run that `hosl join` made, or of a client half."""
     line: JoinLine
     proof: Proof = field(default_factory=Proof)
+    runtime: RuntimeName | None = None
+    """The runtime of this device's half; None: see `open_runtime`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class _Half:
     config: Config
     folder: Path
     """The folder of the client half."""
+    runtime: Any
+    """The module of the runtime that computes it."""
     run: str
     """The run's name on the server; empty: both halves are as they were split."""
     labels: list[str] | None
@@ -75,12 +79,14 @@ def scorer_across(
         LinkError, AccessError: if the server cannot be reached or trusted.
     """
     return_freed_memory()
-    here = _half_here(options.path, config)
-    facts, runtime = half_facts(here.folder, "client"), _runtime()
+    here = _half_here(options, config)
+    facts, runtime = half_facts(here.folder, "client"), here.runtime
     _check(here, facts)
     runtime.check_device(here.config.client.device, "client.device")
     tokenizer = TextTokenizer.load(here.folder)
     labels = here.labels or known_labels(here.config, tokenizer, here.folder)
+    if remark := runtime.remark(here.folder):
+        say(remark)
     client = runtime.open_client(here.config, here.folder)
     if here.checkpoint is not None:
         runtime.restore_client_(client, here.checkpoint)
@@ -114,13 +120,9 @@ def scorer_across(
         remote.close()
 
 
-def _runtime() -> Any:
-    return import_module("hosl.network.torch_runtime")
-
-
-def _half_here(path: Path, config: Config | None) -> _Half:
+def _half_here(options: PredictOptions, config: Config | None) -> _Half:
     """The half of a run, or one as it was split if its config has no run yet."""
-    run = path
+    run = path = options.path
     if (path / "half.json").is_file():
         if config is None:
             raise ConfigError(
@@ -129,16 +131,17 @@ def _half_here(path: Path, config: Config | None) -> _Half:
         begun = begun_run(config)
         if begun is None:
             says = f"this half: as it was split, since {config.output_dir} holds no run of this config"
-            return _Half(config, path, "", None, None, says)
+            return _Half(config, path, open_runtime(options.runtime, path, {}), "", None, None, says)
         run = begun
     elif config is not None:
         raise ConfigError(f"{path} is a run and has its own config; leave --config out")
     of_run, folder, name = joined_place(run)
     assert of_run is not None, "a run has a config"
-    checkpoint = newest_here(run)
-    labels = (read_record(run) or {}).get("task", {}).get("labels")
+    record = read_record(run) or {}
+    runtime = open_runtime(options.runtime, folder, record)
+    checkpoint, labels = newest_here(run, runtime), record.get("task", {}).get("labels")
     says = f"this half: {run} after step {0 if checkpoint is None else checkpoint.step}"
-    return _Half(of_run, folder, name, labels, checkpoint, says)
+    return _Half(of_run, folder, runtime, name, labels, checkpoint, says)
 
 
 def _check(here: _Half, facts: dict[str, Any]) -> None:

@@ -34,12 +34,27 @@ from hosl.training.checkpointing import (
     restore_head_weights_,
 )
 
+NAME = "torch"
+ARRAYS = False
+"""Whether the tensors of its checkpoints are read as numpy's arrays."""
+
 __all__ = [
-    "check_before_data", "check_before_run", "check_device", "from_wire", "head_elements",
+    "ARRAYS", "NAME",
+    "check_before_data", "check_before_run", "check_device", "engine", "from_wire", "head_elements",
     "memory_meter", "open_client", "open_head", "open_text_half",
-    "put_client", "put_head", "restore_client_", "restore_head_", "to_wire", "trained_digest",
+    "put_client", "put_head", "remark", "restore_client_", "restore_head_", "to_wire", "trained_digest",
     "trained_elements",
 ]  # fmt: skip
+
+
+def engine() -> str:
+    """The engine and its version, for a run's record."""
+    return f"torch {torch.__version__}"
+
+
+def remark(folder: Path) -> str | None:
+    """A line about a half that this engine may compute otherwise than it was made for; here none."""
+    return None
 
 
 def open_client(config: Config, folder: Path) -> FrozenClient:

@@ -5,11 +5,23 @@ import os
 import platform
 from pathlib import Path
 
+_EARLIER_PEAK_BYTES = [0]
+"""The most memory before the system's count began anew: one number, which changes as the system's count does."""
+
 
 def versions() -> dict[str, str]:
     """The versions of the packages that a run's numbers depend on ("absent": not installed), and the machine."""
     facts = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in ("hosl", "torch", "transformers", "numpy", "safetensors", "tokenizers", "peft"):
+    for package in (
+        "hosl",
+        "torch",
+        "transformers",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "peft",
+        "onnxruntime",
+    ):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -51,6 +63,21 @@ def cores() -> int:
 
 def process_peak_bytes() -> int:
     """The most memory this process has had resident since it started (VmHWM); 0 where the system does not say."""
+    return max(_status_bytes("VmHWM"), _EARLIER_PEAK_BYTES[0])
+
+
+def begin_peak() -> None:
+    """Let the system's own count of the most memory begin anew; `process_peak_bytes` remembers what was before."""
+    _EARLIER_PEAK_BYTES[0] = process_peak_bytes()
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as control:
+            control.write("5")
+    except OSError:  # not Linux, or not allowed: peaks are then those of the whole process
+        pass
+
+
+def peak_since_begin_bytes() -> int:
+    """The most memory this process has had resident since `begin_peak`."""
     return _status_bytes("VmHWM")
 
 

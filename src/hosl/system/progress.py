@@ -6,19 +6,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.text import Text
-
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -71,23 +58,24 @@ class Pace:
         return max(each_s * (self._total - self._done) - under_way_s, 0.0)
 
 
-class _TimeLeft(ProgressColumn):
-    """The column of the time left; empty while it is not known."""
+class _TimeLeft:
+    """The time left as hours, minutes and seconds, whenever it is drawn; empty while it is not known."""
 
     def __init__(self, pace: Pace) -> None:
-        super().__init__()
         self._pace = pace
 
-    def render(self, task: Task) -> Text:
-        """The time left as hours, minutes and seconds."""
+    def __str__(self) -> str:
         left_s = self._pace.left_s()
-        return Text("" if left_s is None else f"left {timedelta(seconds=round(left_s))}")
+        return "" if left_s is None else f"left {timedelta(seconds=round(left_s))}"
 
 
 class Bar:
     """A rich progress bar with the newest figures; for terminals."""
 
     def __init__(self, title: str, done: int, total: int) -> None:
+        from rich.console import Console  # 3 MiB that a device without a terminal does not need
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         self._pace = Pace(done, total)
         # no markup: a folder may be called [a]
         self._progress = Progress(
@@ -96,10 +84,12 @@ class Bar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
-            _TimeLeft(self._pace),
+            TextColumn("{task.fields[left]}", style="none", markup=False),
             console=Console(stderr=True),
         )
-        self._task: TaskID = self._progress.add_task(title, total=total, completed=done, shown="")
+        self._task = self._progress.add_task(
+            title, total=total, completed=done, shown="", left=_TimeLeft(self._pace)
+        )
 
     def __enter__(self) -> "Bar":
         self._progress.start()

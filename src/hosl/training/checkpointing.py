@@ -1,9 +1,11 @@
 """The parts of a checkpoint that belong to parties on PyTorch: weights, optimiser state, journal."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 
 from hosl.core.journal import Journal
-from hosl.errors import CheckpointError
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.clients.residual import ResidualClient
@@ -13,6 +15,7 @@ from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import HeadHalf
 from hosl.system.checkpoint import Checkpoint
+from hosl.training.client_part import check_same_names, put_trained, restore_trained_
 
 
 def put_client(
@@ -35,18 +38,12 @@ def put_client(
         snapshot_steps: the steps between two snapshots.
         optimiser: whether the state of its optimiser is part of it.
     """
-    if isinstance(client, ZerothOrderClient):
-        checkpoint.journal = client.journal.to_bytes()
-        if checkpoint.step - snapshot_step >= snapshot_steps:
-            checkpoint.tensors["client/trained"] = dict(client.trained)
-            snapshot_step = checkpoint.step
-        elif snapshot_step:
-            checkpoint.linked = ("client/trained.safetensors",)
-    elif client.trained:
-        checkpoint.tensors["client/trained"] = dict(client.trained)
+    snapshot_step = put_trained(
+        checkpoint, client.trained, client.journal if isinstance(client, ZerothOrderClient) else None,
+        snapshot_step=snapshot_step, snapshot_steps=snapshot_steps,
+    )  # fmt: skip
     if optimiser and (own := _optimiser_of(client)) is not None:
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(own, client.trained)
-    checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
 
 
@@ -57,17 +54,17 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
         CheckpointError: if the checkpoint trains other tensors.
         JournalError: if its journal is damaged.
     """
-    tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    journaled = isinstance(client, ZerothOrderClient)
-    if journaled and "client/trained" not in tensors:
-        snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
-    if snapshot_step or (client.trained and not journaled):
-        restore_weights_(client.trained, tensors["client/trained"])
+    replay: Callable[[Journal, int], None] | None = None
+    if isinstance(client, ZerothOrderClient):
+        replay = partial(_replay_, client)
+    snapshot_step = restore_trained_(checkpoint, client.trained, replay, restore_weights_)
     if (own := _optimiser_of(client)) is not None:
-        _restore_optimiser_(own, client.trained, tensors.get("client/optimiser", {}))
-    if journaled:
-        client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
+        _restore_optimiser_(own, client.trained, checkpoint.tensors.get("client/optimiser", {}))
     return snapshot_step
+
+
+def _replay_(client: ZerothOrderClient, journal: Journal, after: int) -> None:
+    client.replay(journal, after=after)
 
 
 def _optimiser_of(client: FrozenClient) -> torch.optim.Optimizer | None:
@@ -145,17 +142,13 @@ def _restore_optimiser_(
         optimiser.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
 
 
-def restore_weights_(trained: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+def restore_weights_(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
     """Set the trained weights, in place.
 
     Raises:
         CheckpointError: if the checkpoint trains other tensors.
     """
-    if trained.keys() != tensors.keys():
-        wrong = sorted(trained.keys() ^ tensors.keys())
-        raise CheckpointError(
-            f"the checkpoint trains {len(tensors)} tensors, this run {len(trained)}; {wrong[0]} is on one side only"
-        )
+    check_same_names(trained, tensors)
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(tensors[name])

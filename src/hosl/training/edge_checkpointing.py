@@ -3,19 +3,20 @@
 Names and files are the same, so that either runtime, `hosl export` and `hosl merge` read them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hosl.core.journal import Journal
-from hosl.errors import CheckpointError
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.clients.residual import ResidualEdgeClient
 from hosl.parties.edge.clients.zeroth_order import ZerothOrderEdgeClient
 from hosl.parties.edge.optimisers import EdgeOptimiser
 from hosl.system.checkpoint import Checkpoint
 from hosl.system.safetensors_file import arrays_digest
+from hosl.training.client_part import put_trained, restore_trained_
 
 
 def put_client(
@@ -35,20 +36,14 @@ def put_client(
         snapshot_steps: the steps between two snapshots.
         optimiser: whether the state of its optimiser is part of it.
     """
-    if isinstance(client, ZerothOrderEdgeClient):
-        checkpoint.journal = client.journal.to_bytes()
-        if checkpoint.step - snapshot_step >= snapshot_steps:
-            checkpoint.tensors["client/trained"] = dict(client.trained)
-            snapshot_step = checkpoint.step
-        elif snapshot_step:
-            checkpoint.linked = ("client/trained.safetensors",)
-    elif client.trained:
-        checkpoint.tensors["client/trained"] = dict(client.trained)
+    snapshot_step = put_trained(
+        checkpoint, client.trained, client.journal if isinstance(client, ZerothOrderEdgeClient) else None,
+        snapshot_step=snapshot_step, snapshot_steps=snapshot_steps,
+    )  # fmt: skip
     if optimiser and (own := _optimiser_of(client)) is not None:
         checkpoint.tensors["client/optimiser"] = {
             f"{name}/{entry}": value for name, state in own.state.items() for entry, value in state.items()
         }
-    checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
 
 
@@ -59,18 +54,14 @@ def restore_client_(client: FrozenEdgeClient, checkpoint: Checkpoint) -> int:
         CheckpointError: if the checkpoint trains other tensors.
         JournalError: if its journal is damaged.
     """
-    tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    journaled = isinstance(client, ZerothOrderEdgeClient)
-    if journaled and "client/trained" not in tensors:
-        snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
-    if snapshot_step or (client.trained and not journaled):
-        _restore_weights_(client.trained, tensors["client/trained"])
+    replay: Callable[[Journal, int], None] | None = None
+    if isinstance(client, ZerothOrderEdgeClient):
+        replay = partial(_replay_, client)
+    snapshot_step = restore_trained_(checkpoint, client.trained, replay, _restore_weights_)
     if (own := _optimiser_of(client)) is not None:
-        for key, value in tensors.get("client/optimiser", {}).items():
+        for key, value in checkpoint.tensors.get("client/optimiser", {}).items():
             name, entry = key.rsplit("/", 1)
             own.state.setdefault(name, {})[entry] = np.array(value, np.float32)
-    if journaled:
-        client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
     return snapshot_step
 
 
@@ -79,15 +70,14 @@ def trained_digest(client: FrozenEdgeClient) -> str:
     return arrays_digest(client.trained)
 
 
+def _replay_(client: ZerothOrderEdgeClient, journal: Journal, after: int) -> None:
+    client.replay(journal, after=after)
+
+
 def _optimiser_of(client: FrozenEdgeClient) -> EdgeOptimiser | None:
     return client.optimiser if isinstance(client, ResidualEdgeClient) else None
 
 
 def _restore_weights_(trained: Mapping[str, np.ndarray], tensors: Mapping[str, Any]) -> None:
-    if trained.keys() != tensors.keys():
-        wrong = sorted(trained.keys() ^ tensors.keys())
-        raise CheckpointError(
-            f"the checkpoint trains {len(tensors)} tensors, this run {len(trained)}; {wrong[0]} is on one side only"
-        )
     for name, weight in trained.items():
         weight[:] = np.asarray(tensors[name])

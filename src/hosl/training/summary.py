@@ -78,4 +78,5 @@ def farewell(summary: dict[str, Any], run: Path) -> str:
             f"test loss {summary['test_loss_nats']:.4f} nats, perplexity {summary['test_perplexity']:.4g}, "
             f"{summary['test_accuracy']:.2%} of tokens right (dev loss {summary['dev_loss_nats']:.4f})"
         )
-    return f"done: {reached}; {run}/report.html shows the run{model}{shared}"
+    page = f"{run}/report.html shows the run" if (run / "report.html").is_file() else f"{run} holds the run"
+    return f"done: {reached}; {page}{model}{shared}"

@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import Parser, add_connection, answer, command_parser, connection
+from hosl.cli.answers import (
+    Parser,
+    add_connection,
+    add_runtime,
+    answer,
+    check_across,
+    command_parser,
+    connection,
+)
 from hosl.cli.run_argument import BEST_HELP, named_run
 from hosl.cli.use.choice import add_choice, wanted_answers
 from hosl.cli.use.prompts import Prompt, read_prompts
@@ -41,6 +49,7 @@ def run(arguments: list[str]) -> int:
         "--keep", action="store_true", help="keep the answers in the run's folder; its report.html shows them"
     )
     add_connection(parser, required=False)
+    add_runtime(parser)
     parser.add_argument(
         "--run",
         default="",
@@ -119,7 +128,7 @@ def _models_across(options: argparse.Namespace) -> tuple[_Models, None]:
 
     from hosl.network.generate import SplitUse, split_model_for_use
 
-    use = SplitUse(path=Path(options.model), line=line, proof=proof, run=options.run)
+    use = SplitUse(path=Path(options.model), line=line, proof=proof, run=options.run, runtime=options.runtime)
     models: _Models = {"now": lambda: split_model_for_use(use, _say)}
     if options.before:
         models["before"] = lambda: split_model_for_use(replace(use, base=True), _say)
@@ -130,6 +139,7 @@ def _models_here(options: argparse.Namespace) -> tuple[_Models, Callable[[Path],
     """The models of this machine that are asked for, and how their tokenizer is read."""
     if options.run:
         raise ConfigError("--run names a run on a server; give --to too, or leave it out")
+    check_across(options)
 
     from hosl.inference.local import check_has_before, model_before, ready_model
     from hosl.split import transformers_tokenizer

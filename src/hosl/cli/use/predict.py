@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import add_connection, answer, command_parser, connection
+from hosl.cli.answers import add_connection, add_runtime, answer, check_across, command_parser, connection
 from hosl.cli.run_argument import BEST_HELP, named_run
 from hosl.cli.use.choice import add_choice, given_choice, wanted_answers
 from hosl.config import Config, load_config
@@ -43,8 +43,10 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
     add_connection(parser, required=False)
+    add_runtime(parser)
     add_choice(parser)
     options = parser.parse_args(arguments)
+    check_across(options)
     if Path(options.model).exists():
         options.model = str(named_run(options.model))
     config = _task_config(options)
@@ -116,7 +118,9 @@ def _text_model(options: argparse.Namespace, config: Config) -> Iterator[tuple[A
         path, base = begun or path, begun is None
     elif options.config is not None:
         raise ConfigError(f"{path} is a run and has its own config; leave --config out")
-    with split_model_for_use(SplitUse(path=path, line=line, proof=proof, base=base), _say) as ready:
+    with split_model_for_use(
+        SplitUse(path=path, line=line, proof=proof, base=base, runtime=options.runtime), _say
+    ) as ready:
         yield ready, None
 
 
@@ -167,7 +171,9 @@ def _scorer(options: argparse.Namespace) -> Iterator[Any]:
     from hosl.network.predict import PredictOptions, scorer_across
 
     with scorer_across(
-        PredictOptions(path=Path(options.model), line=line, proof=proof), config, _say
+        PredictOptions(path=Path(options.model), line=line, proof=proof, runtime=options.runtime),
+        config,
+        _say,
     ) as scorer:
         yield scorer
 

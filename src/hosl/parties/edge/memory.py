@@ -1,10 +1,9 @@
 """The memory of a client on the engine: pages of the process, as the system counts them."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-from hosl.system.machine import process_bytes, process_peak_bytes
+from hosl.system.machine import begin_peak, peak_since_begin_bytes, process_bytes
 
 
 class ProcessMemory:
@@ -19,14 +18,8 @@ class ProcessMemory:
 
     def watch(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one call and take the largest resident size during it."""
-        _reset_peak()
+        begin_peak()
         result = call(*args, **kwargs)
-        self.peak_bytes = max(self.peak_bytes, process_peak_bytes())
+        self.peak_bytes = max(self.peak_bytes, peak_since_begin_bytes())
         self.static_bytes = process_bytes()
         return result
-
-
-def _reset_peak() -> None:
-    """Make the system count this process's peak anew (proc(5), clear_refs)."""
-    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")

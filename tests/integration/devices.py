@@ -1,0 +1,67 @@
+"""Halves with graphs for ONNX Runtime, and `hosl` in processes that have no torch, for the tests of such a device."""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.integration.network import ENVIRONMENT, HOSL, anew, finished
+
+HERE = Path(__file__).parent
+WITHOUT_TORCH = [sys.executable, str(HERE / "without_torch.py")]
+
+
+def split_with_graphs(model, out, *words):
+    """`hosl split --runtime onnx`, in a process where annotations are not verified: what is traced is no value."""
+    command = [*HOSL, "split", model, out, "--runtime", "onnx", "--json", *words]
+    finished(anew(list(map(str, command)), env=ENVIRONMENT))
+    return out
+
+
+def device(*words, program=()):
+    """`hosl` in a process of its own that has no torch; `program`: another Python program and its arguments before."""
+    return anew([*WITHOUT_TORCH, *map(str, [*program, *words])], env=ENVIRONMENT)
+
+
+def joining(halves, line, config, run, *words, program=()):
+    """`hosl join` on such a device."""
+    command = [
+        "join",
+        halves / "client",
+        "--to",
+        line,
+        "--config",
+        config,
+        "--json",
+        "--output-dir",
+        run,
+        *words,
+    ]
+    return device(*command, program=program)
+
+
+def lines(run):
+    """The lines of metrics.jsonl of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    """The losses of a run's steps, then those of its evaluations."""
+    found = lines(run)
+    return [row["loss_nats"] for row in found if "split" not in row] + [
+        row["loss_nats"] for row in found if "split" in row
+    ]
+
+
+def write_config(path, folder, **settings):
+    """A config over the data of `write_classifier` in `folder`."""
+    config = {
+        "output_dir": str(path.parent / "run"), "method": "hosl", "model": {"cut": 2},
+        "task": {"kind": "files", "train": str(folder / "data.csv")},
+        "zo": {"directions": 2, "distribution": "gaussian"}, "client": {"learning_rate": 1e-3},
+        "server": {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}},
+        "max_steps": 6, "per_device_train_batch_size": 8, "eval_steps": 3, "save_steps": 2, "snapshot_steps": 4,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(config | settings))
+    return path
