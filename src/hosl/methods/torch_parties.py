@@ -9,6 +9,7 @@ import torch
 from hosl.config import Config
 from hosl.errors import ConfigError
 from hosl.methods.schedule import learning_rate
+from hosl.methods.trained_head import beside_adapters, trained_at_client
 from hosl.parties.authors_head import NoisyFirstOrderServer, NoisyZerothOrderClient
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
@@ -18,15 +19,14 @@ from hosl.parties.clients.recomputing import RecomputingClient
 from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.memory import resident_bytes
+from hosl.parties.headed import Trunk
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer, ZerothOrderServer
-from hosl.parties.servers.headed import HeadedServer, Trunk
+from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.synchronous import SynchronousServer
 from hosl.parties.servers.trunk import SynchronousTrunkServer, TrunkServer
 from hosl.split import ClientHalf, HeadHalf, LoraSpec, TrunkHalf, add_lora, quantise_, set_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CLASSIFIER_HEADS = ("classifier", "pre_classifier", "score")
-"""The modules that are a classifier's head: LoRA trains them whole, as peft does for such a task."""
 
 
 def check_device(name: str, setting: str) -> None:
@@ -182,15 +182,10 @@ def prepare_server_half_(config: Config, half: Any, new_weights: Sequence[str]) 
     if config.server.trainable == "lora":
         add_lora(half, config.server.lora, seed=config.seed)
         for name, p in half.named_parameters():
-            if _beside_adapters(name, new_weights):
+            if beside_adapters(name, new_weights):
                 p.requires_grad_(True)
     else:
         set_trainable(half, "all")
-
-
-def _beside_adapters(name: str, new_weights: Sequence[str]) -> bool:
-    """Whether a weight is trained where adapters are: it is new, or a classifier's head."""
-    return name in new_weights or name.partition(".")[0] in CLASSIFIER_HEADS
 
 
 def make_head(
@@ -198,14 +193,12 @@ def make_head(
 ) -> HeadedServer:
     """The head on the client's device, over the trunk, with its trained weights chosen.
 
-    Trained is what the server would train of it, except a weight tied to the client half, which is trained there alone.
-    Where devices share a client half nothing is: each would train a head of its own.
+    A weight tied to the client half is trained there alone; of others see `trained_at_client`.
     """
     tied = {id(p) for p in client_half.parameters()}
     for name, p in half.named_parameters():
         if id(p) not in tied:
-            whole = config.server.trainable == "all" or _beside_adapters(name, new_weights)
-            p.requires_grad_(whole and config.clients.halves == "personal")
+            p.requires_grad_(trained_at_client(config, name, new_weights))
     return HeadedServer(
         trunk, half, learning_rate=learning_rate(config, config.server_rate),
         optimiser=config.server.optimiser, device=config.client.device, without=tied,

@@ -1,27 +1,38 @@
 """The client's runtime on ONNX Runtime: the functions that `hosl.network.join` and its session call on a runtime.
 
-No torch, here and below. The head of labels that stay with the client is not here: such runs are refused by name.
+No torch, here and below.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from hosl.config import Config
 from hosl.errors import ConfigError
-from hosl.inference.decoding import Candidates
+from hosl.inference.decoding import Candidates, most_probable
+from hosl.methods.schedule import learning_rate
+from hosl.methods.trained_head import trained_at_client
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.engine import engine_version
 from hosl.parties.edge.half import EdgeHalf, check_engine
+from hosl.parties.edge.head import EdgeHalfHead, EdgeHeadedServer
 from hosl.parties.edge.make import check_config, make_edge_client
 from hosl.parties.edge.memory import ProcessMemory
+from hosl.parties.headed import Trunk
 from hosl.split.reading.half_json import half_facts
 from hosl.split.reading.runtime_json import read_runtime_json
 from hosl.system.checkpoint import Checkpoint
 from hosl.tasks import Task
-from hosl.training.edge_checkpointing import put_client, restore_client_, trained_digest
+from hosl.training.edge_checkpointing import (
+    put_client,
+    put_head,
+    restore_client_,
+    restore_head_,
+    restore_head_weights_,
+    trained_digest,
+)
 from hosl.wire.tensors import WireArray
 
 NAME = "onnx"
@@ -78,7 +89,6 @@ def check_before_data(config: Config, model: str, *, head: Any = None, alone: bo
         ConfigError: naming the setting. ModelError: naming the graph, or the engine that it needs.
     """
     check_config(config)
-    _check_labels(Path(model))
     check_engine(read_runtime_json(Path(model)).minimum_onnxruntime)
 
 
@@ -97,8 +107,10 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
 
 
 def open_client(config: Config, folder: Path) -> FrozenEdgeClient:
-    """The client party of a run at its base weights, from the half's folder."""
-    return make_edge_client(config, folder)
+    """The client party of a run at its base weights, from the half's folder; its graphs can be used."""
+    client = make_edge_client(config, folder)
+    client.half.open_graphs()
+    return client
 
 
 def trained_elements(client: FrozenEdgeClient) -> int:
@@ -128,24 +140,22 @@ def open_text_half(config: Config | None, folder: Path, checkpoint: Checkpoint |
         config: the settings of the run; None: there is none.
         folder: the folder of the client half.
         checkpoint: of the run; None: the base weights.
-
-    Raises:
-        ConfigError: if its labels stay with the client.
     """
-    _check_labels(folder)
-    if config is None:
-        return EdgeTextHalf(EdgeHalf(folder))
-    client = open_client(config, folder)
-    if checkpoint is not None:
+    client = None if config is None else open_client(config, folder)
+    half = EdgeHalf(folder) if client is None else client.half
+    head = EdgeHalfHead(half) if half_facts(folder, "client").get("labels") == "client" else None
+    if client is not None and checkpoint is not None:
         restore_client_(client, checkpoint)
-    return EdgeTextHalf(client.half)
+        if head is not None:
+            restore_head_weights_(head, checkpoint)
+    return EdgeTextHalf(half, head)
 
 
 class EdgeTextHalf:
     """The half of a device that generates with a server's. It keeps no cache: every token computes the text again."""
 
-    def __init__(self, half: EdgeHalf) -> None:
-        self._half = half
+    def __init__(self, half: EdgeHalf, head: EdgeHalfHead | None = None) -> None:
+        self._half, self._head = half, head
 
     def new_text(self) -> Callable[[Sequence[int]], WireArray]:
         """See `hosl.inference.remote.DeviceHalf`."""
@@ -160,37 +170,20 @@ class EdgeTextHalf:
         return go_on
 
     def candidates(self, state: WireArray, count: int) -> Candidates:
-        """Not here: a half whose labels stay with the client is refused before."""
-        _refuse_head()
+        """See `hosl.inference.remote.DeviceHalf`."""
+        assert self._head is not None, "a half without a head is answered with candidates"
+        return most_probable(self._head.logits(from_wire(state))[-1], count)
 
 
-def open_head(config: Config, folder: Path, client: Any, trunk: Any) -> NoReturn:
-    """Not here; `check_before_data` refuses such runs first."""
-    _refuse_head()
+def open_head(config: Config, folder: Path, client: FrozenEdgeClient, trunk: Trunk) -> EdgeHeadedServer:
+    """The head at its base weights, for a client whose labels stay; rounds call it in place of the server."""
+    head, new = EdgeHalfHead(client.half), half_facts(folder, "client").get("new_weights", ())
+    return EdgeHeadedServer(
+        trunk, head, [name for name in head.facts.weights if trained_at_client(config, name, new)],
+        learning_rate=learning_rate(config, config.server_rate), optimiser=config.server.optimiser,
+    )  # fmt: skip
 
 
-def put_head(checkpoint: Checkpoint, server: Any) -> NoReturn:
-    """Not here; see `open_head`."""
-    _refuse_head()
-
-
-def restore_head_(server: Any, checkpoint: Checkpoint) -> NoReturn:
-    """Not here; see `open_head`."""
-    _refuse_head()
-
-
-def head_elements(head: Any) -> NoReturn:
-    """Not here; see `open_head`."""
-    _refuse_head()
-
-
-def _check_labels(folder: Path) -> None:
-    if half_facts(folder, "client").get("labels") == "client":
-        _refuse_head()
-
-
-def _refuse_head() -> NoReturn:
-    raise ConfigError(
-        "wire.labels: client keeps the model's head on the device, which the onnx runtime has not: split with "
-        "--labels-at server and set wire.labels: server, or take the torch runtime"
-    )
+def head_elements(head: EdgeHeadedServer) -> int:
+    """The number of weight elements that the head on this device trains."""
+    return sum(weight.size for weight in head.trained.values())

@@ -135,7 +135,19 @@ def _export_graphs(folder: Path, graphs: GraphSpec) -> None:
 
     half = load_half(folder)
     assert isinstance(half, ClientHalf)
-    export_graphs(half, folder, graphs)
+    export_graphs(half, folder, graphs, _head_function(folder, half))
+
+
+def _head_function(folder: Path, client_half: ClientHalf) -> Any:
+    """The head of a client's folder as a function for graphs; None: the labels are at the server."""
+    from hosl.split.onnx_export.head_functions import HeadFunction
+
+    facts = _facts(folder)
+    if facts["labels"] != "client":
+        return None
+    head = load_head(folder, client_half)
+    tied = tied_names(head.model, read_config(folder, str(folder))) if facts["tied_head"] else {}
+    return HeadFunction(head, tied)
 
 
 def load_half(folder: str | Path, dtype: torch.dtype | None = None) -> ClientHalf | ServerHalf | TrunkHalf:

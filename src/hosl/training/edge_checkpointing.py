@@ -13,6 +13,7 @@ from hosl.core.journal import Journal
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.clients.residual import ResidualEdgeClient
 from hosl.parties.edge.clients.zeroth_order import ZerothOrderEdgeClient
+from hosl.parties.edge.head import EdgeHalfHead, EdgeHeadedServer
 from hosl.parties.edge.optimisers import EdgeOptimiser
 from hosl.system.checkpoint import Checkpoint
 from hosl.system.safetensors_file import arrays_digest
@@ -41,9 +42,7 @@ def put_client(
         snapshot_step=snapshot_step, snapshot_steps=snapshot_steps,
     )  # fmt: skip
     if optimiser and (own := _optimiser_of(client)) is not None:
-        checkpoint.tensors["client/optimiser"] = {
-            f"{name}/{entry}": value for name, state in own.state.items() for entry, value in state.items()
-        }
+        checkpoint.tensors["client/optimiser"] = _optimiser_tensors(own)
     return snapshot_step
 
 
@@ -65,6 +64,34 @@ def restore_client_(client: FrozenEdgeClient, checkpoint: Checkpoint) -> int:
     return snapshot_step
 
 
+def put_head(checkpoint: Checkpoint, server: EdgeHeadedServer) -> None:
+    """Add the head's part to a client's checkpoint, with the state of its optimiser."""
+    checkpoint.tensors["client/head"] = dict(server.trained)
+    if server.trained:
+        checkpoint.tensors["client/head-optimiser"] = _optimiser_tensors(server.optimiser)
+
+
+def restore_head_(server: EdgeHeadedServer, checkpoint: Checkpoint) -> None:
+    """Bring a head at its base weights to a checkpoint.
+
+    Raises:
+        CheckpointError: if the checkpoint trains other tensors.
+    """
+    _restore_weights_(server.trained, checkpoint.tensors["client/head"])
+    _restore_optimiser_(server.optimiser, checkpoint.tensors.get("client/head-optimiser", {}))
+
+
+def restore_head_weights_(head: EdgeHalfHead, checkpoint: Checkpoint) -> None:
+    """Bring a head that is only used to a checkpoint; what it shares with the client half is the client's part.
+
+    Raises:
+        CheckpointError: if the checkpoint trains tensors that the head does not have.
+    """
+    trained = checkpoint.tensors["client/head"]
+    own = [name for name in trained if name in head.weights.stored]
+    _restore_weights_({name: head.weights.trained_(name) for name in own}, trained)
+
+
 def trained_digest(client: FrozenEdgeClient) -> str:
     """The SHA-256 digest of a client's trained weights, by name: that of a torch client with equal weights."""
     return arrays_digest(client.trained)
@@ -76,6 +103,19 @@ def _replay_(client: ZerothOrderEdgeClient, journal: Journal, after: int) -> Non
 
 def _optimiser_of(client: FrozenEdgeClient) -> EdgeOptimiser | None:
     return client.optimiser if isinstance(client, ResidualEdgeClient) else None
+
+
+def _optimiser_tensors(optimiser: EdgeOptimiser) -> dict[str, np.ndarray]:
+    """An optimiser's state as tensors named `parameter/entry`, as torch's is written."""
+    return {
+        f"{name}/{entry}": value for name, state in optimiser.state.items() for entry, value in state.items()
+    }
+
+
+def _restore_optimiser_(optimiser: EdgeOptimiser, tensors: Mapping[str, Any]) -> None:
+    for key, value in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        optimiser.state.setdefault(name, {})[entry] = np.array(value, np.float32)
 
 
 def _restore_weights_(trained: Mapping[str, np.ndarray], tensors: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from hosl.wire.tensors import Compression, Packed, Unpacking, pack
 
 
 class LocalTrunk(Packing):
-    """The `Trunk` of `servers.headed` in one process; activations are packed as those that cross a network."""
+    """The `Trunk` of `parties.headed` in one process; activations are packed as those that cross a network."""
 
     def __init__(
         self, server: Any, arrays: Arrays, *, compression: Compression = "none", seed: int = 0

@@ -14,7 +14,7 @@ from hosl.wire.tensors import pack
 
 
 class RemoteTrunk(RemoteServer):
-    """The `Trunk` of `servers.headed` across a network. Of the targets only mask and positions are sent."""
+    """The `Trunk` of `parties.headed` across a network. Of the targets only mask and positions are sent."""
 
     def states(
         self, activations: Sequence[Activations], targets: AskedPositions, *, at_rest: bool = False

@@ -1,63 +1,21 @@
-"""The server as seen by a client that keeps its labels: the trunk gives the states, norm, head and loss are here.
+"""The head of a client that keeps its labels, on PyTorch: its loss, its scores and its own training."""
 
-The traffic: activations and scored positions up, states down; in a step the gradient at these states up. The label
-values stay here. What a curious server could infer from the gradient: SECURITY.md. The head's own weights, one norm and
-one layer, are trained by backprop here; a tied head is the client's embedding. Several devices have a head each.
-"""
-
-import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 
 from hosl.core.array_types import Float
-from hosl.core.targets import (
-    Activations,
-    AskedPositions,
-    OptionTargets,
-    StepReply,
-    Targets,
-    positions_of,
-)
+from hosl.core.targets import OptionTargets, Targets
 from hosl.errors import NonFiniteError
 from hosl.parties.engine.loss import mean_loss, mean_loss_of_scored, row_scores, row_scores_of_scored
-from hosl.parties.engine.optimisers import (
-    OptimiserSpec,
-    check_gradients,
-    make_optimiser,
-    optimiser_step,
-)
-from hosl.parties.metered import Meter
+from hosl.parties.engine.optimisers import OptimiserSpec, check_gradients, make_optimiser, optimiser_step
+from hosl.parties.headed import Headed, Trunk
 from hosl.split import HeadHalf
 
 
-@runtime_checkable
-class Trunk(Protocol):
-    """A server without a head; `RemoteTrunk` across a network, `LocalTrunk` in one process."""
-
-    def states(
-        self, activations: Sequence[Activations], targets: AskedPositions, *, at_rest: bool = False
-    ) -> list[Any]:
-        """The last block's states at the scored positions; nothing changes. `at_rest`: they belong to no step."""
-        ...
-
-    def step_states(
-        self,
-        activations: Activations,
-        targets: AskedPositions,
-        answer: Callable[[Any], Any],
-        *,
-        step: int,
-        want_gradient: bool,
-    ) -> StepReply:
-        """One update; `answer` maps the states to the gradient of the loss at them, and may be called twice."""
-        ...
-
-
-class HeadedServer:
-    """A `FirstOrderServerSide` over a trunk and the head on the client's device."""
+class HeadedServer(Headed):
+    """A `FirstOrderServerSide` over a trunk and a `HeadHalf` on the client's device."""
 
     def __init__(
         self,
@@ -70,7 +28,8 @@ class HeadedServer:
         without: Collection[int] = (),
     ) -> None:
         """Train the head's tensors except those with `id` in `without`, such as a weight tied to the client half."""
-        self.trunk, self.head, self.device = trunk, head, torch.device(device)
+        super().__init__(trunk)
+        self.head, self.device = head, torch.device(device)
         self.learning_rate = learning_rate
         head.to(self.device)
         head.eval()
@@ -80,43 +39,10 @@ class HeadedServer:
         self.optimiser = (
             make_optimiser(optimiser or OptimiserSpec(), self.trained.values()) if self.trained else None
         )
-        self.meter = Meter()
-        """The meter of what is computed here: the client's, once a session has put it there."""
 
-    def losses(self, activations: Sequence[Activations], targets: Targets) -> list[float]:
-        """The mean loss of each activation, in nats; NaN without a call where an activation is NaN or infinite."""
-        if not all(bool(torch.isfinite(h).all()) for h in activations):
-            return [math.nan for _ in activations]
-        states = self.trunk.states(activations, positions_of(targets))
-        return [self.meter.call(self.head_loss, s, targets) for s in states]
-
-    def scores(self, activations: Activations, targets: Targets) -> Float[np.ndarray, "rows scores"]:
-        """Log-probabilities per class, or of the scored tokens of each row (`engine.loss.row_scores`)."""
-        (states,) = self.trunk.states([activations], positions_of(targets), at_rest=True)
-        return self.meter.call(self.head_scores, states, targets)
-
-    def step(
-        self, activations: Activations, targets: Targets, *, step: int, want_gradient: bool = False
-    ) -> StepReply:
-        """One update of trunk and head; the reply's loss and dL/dh are those before it.
-
-        Raises:
-            NonFiniteError: if the loss or a gradient is NaN or infinite; nothing is updated then.
-        """
-        losses: list[float] = []
-
-        def states_gradient(states: torch.Tensor) -> torch.Tensor:
-            loss, gradient = self.meter.call(self.head_gradient, states, targets, step)
-            losses.append(loss)
-            return gradient
-
-        reply = self.trunk.step_states(
-            activations, positions_of(targets), states_gradient, step=step, want_gradient=want_gradient
-        )
-        self.meter.call(self.head_update, step)
-        return StepReply(loss=losses[-1], gradient=reply.gradient)
-
-    # ---- what is computed on the device ----
+    def finite(self, activations: torch.Tensor) -> bool:
+        """Whether every number is."""
+        return bool(torch.isfinite(activations).all())
 
     def head_loss(self, states: torch.Tensor, targets: Targets) -> float:
         """The mean loss at these states, nats."""

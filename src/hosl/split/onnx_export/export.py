@@ -18,6 +18,7 @@ from hosl.errors import SplitError
 from hosl.split.halves import ClientHalf
 from hosl.split.onnx_export.block_functions import BlockFunction, layers_named, layers_of
 from hosl.split.onnx_export.graph_files import OPSET, onnx_model, operators, write_graph
+from hosl.split.onnx_export.head_functions import HeadFunction
 from hosl.split.onnx_export.int8_matrices import write_int8
 from hosl.split.onnx_export.kinds import kinds_of
 from hosl.split.onnx_export.recording import (
@@ -37,12 +38,14 @@ from hosl.split.reading.runtime_json import (
     FORMAT,
     GRADIENT,
     HIDDEN,
+    LOGITS,
     LORA_SCALE,
     ROWS_OF_IDS,
     TABLE,
     BlockGraph,
     BlockPlace,
     Dtype,
+    HeadGraph,
     LoraTargets,
     PreludeGraph,
     RuntimeFacts,
@@ -56,13 +59,16 @@ _MINIMUM_ONNXRUNTIME = "1.18"
 _VERSIONS = ("hosl", "torch", "transformers", "onnx", "onnxruntime")
 
 
-def export_graphs(half: ClientHalf, folder: Path, spec: GraphSpec) -> RuntimeFacts:
+def export_graphs(
+    half: ClientHalf, folder: Path, spec: GraphSpec, head: HeadFunction | None = None
+) -> RuntimeFacts:
     """Write `folder`/onnx: the graphs of a client half, and runtime.json; returns its content.
 
     Args:
         half: the half of `folder`, in any float dtype; its weights are not read.
         folder: a client's half, with half.json; without graphs.
         spec: the graphs to make beside those of plain weights.
+        head: the head of a client that keeps its labels; None: it is at the server.
 
     Raises:
         SplitError: if the family cannot be exported, saying why, or if no layer has a target's name.
@@ -74,7 +80,9 @@ def export_graphs(half: ClientHalf, folder: Path, spec: GraphSpec) -> RuntimeFac
         write_int8(graphs, half)
     try:
         with torch.no_grad():
-            made = _Graphs(half, graphs, spec).write()
+            graphs_of_half = _Graphs(half, graphs, spec)
+            made = graphs_of_half.write()
+            of_head = None if head is None else graphs_of_half.write_head(head)
     except OSError:
         raise  # of the disk
     except SplitError as refusal:
@@ -94,6 +102,7 @@ def export_graphs(half: ClientHalf, folder: Path, spec: GraphSpec) -> RuntimeFac
         prelude=made.prelude,
         kinds=made.kinds,
         blocks=made.blocks,
+        head=of_head,
         lora=LoraTargets(targets=tuple(sorted(spec.lora_targets))) if spec.lora_targets else None,
         dtype="int8" if spec.int8 else _stored(half),
         operators=dict(sorted(operators(graphs).items())),
@@ -165,6 +174,21 @@ class _Graphs:
         given = {name for place in places for name in place.extras.values()}
         front = self._prelude(tuple(name for name in names.values() if name == HIDDEN or name in given))
         return _Made(self._width, front, made, places)
+
+    def write_head(self, function: HeadFunction) -> HeadGraph:
+        """Write the graphs of the head, and of its gradient."""
+        examples = function.examples(self._sizes, self._width)
+        taken, _ = self._write("head.onnx", function.forward, examples)
+        examples[GRADIENT] = torch.zeros_like(function.forward(examples)[LOGITS])
+        _, given = self._write("head-gradient.onnx", function.gradient, examples, taken)
+        weights = [name for name in function.weights if name in taken]
+        return HeadGraph(
+            file="head.onnx",
+            gradient_file="head-gradient.onnx",
+            weights=tuple(name for name in weights if name not in function.tied),
+            tied={name: function.tied[name] for name in weights if name in function.tied},
+            gradients=tuple(d.removeprefix("d.") for d in given[1:]),
+        )
 
     def _kind(self, kind: str, function: BlockFunction) -> tuple[dict[Variant, BlockGraph], tuple[str, ...]]:
         """Write the graphs of one kind of block; the graphs, and the extras that all of them take."""

@@ -158,7 +158,7 @@ def _silu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _slice_backward(
-    gradient: torch.Tensor, sizes: Any, dim: int, start: int, end: int, step: int
+    gradient: torch.Tensor, sizes: Any, dim: int, start: Any, end: Any, step: int
 ) -> torch.Tensor:
     """Zeros around the gradient; torch's own would write it into a tensor of zeros, which engines do slowly."""
     size = sizes[dim]

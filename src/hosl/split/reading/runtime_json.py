@@ -25,6 +25,8 @@ HIDDEN, HIDDEN_OUT, GRADIENT, D_HIDDEN = "hidden", "hidden_out", "gradient", "d.
 """The names, in all block graphs, of the block's input and output, dL/d output and dL/d input: [rows, seq, width]."""
 TABLE, ROWS_OF_IDS = "table", "rows_of_ids"
 """The prelude's inputs of tokens: distinct rows of the token table [n, width], int64 [rows, seq] into them."""
+STATES, LOGITS, D_STATES = "states", "logits", "d.states"
+"""The head's input [scored, 1, width] and output [scored, vocabulary or classes], and dL/d input."""
 LORA_SCALE = "lora_scale"
 """The input of graphs with adapters that multiplies them: alpha / r, float32 without dimensions."""
 FORMAT = 1
@@ -68,6 +70,20 @@ class BlockPlace(msgspec.Struct, frozen=True, kw_only=True):
     """By input of its kind's graphs, the output of the prelude that it is given."""
 
 
+class HeadGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """The graphs of the head of a client that keeps its labels."""
+
+    file: str
+    gradient_file: str
+    """It takes `gradient`, dL/d logits, besides, and gives `d.states`, then `gradients`."""
+    weights: tuple[str, ...]
+    """The names of the weights that both take, by their names in the head's file."""
+    tied: dict[str, str]
+    """By input of the graphs, the parameter of the client half that is this weight, too."""
+    gradients: tuple[str, ...]
+    """The names of the weights whose gradients, `d.NAME`, it gives, in this order; not of tied ones."""
+
+
 class LoraTargets(msgspec.Struct, frozen=True, kw_only=True):
     """The layers that the graphs with adapters adapt."""
 
@@ -90,6 +106,8 @@ class RuntimeFacts(msgspec.Struct, frozen=True, kw_only=True):
     prelude: PreludeGraph
     kinds: dict[str, dict[Variant, BlockGraph]]
     blocks: tuple[BlockPlace, ...]
+    head: HeadGraph | None = None
+    """None: the labels are at the server."""
     lora: LoraTargets | None = None
     dtype: Dtype = "float32"
     """That of the blocks' matrices: as stored in the half's file, or int8, from `INT8_FILE`."""
@@ -139,7 +157,9 @@ def read_runtime_json(folder: Path) -> RuntimeFacts:
 def _check_whole(file: Path, facts: RuntimeFacts, cut: int) -> None:
     """Refuse parts that do not fit each other."""
     graphs = [facts.prelude, *(graph for variants in facts.kinds.values() for graph in variants.values())]
-    wrong = [f"no digest of {graph.file}" for graph in graphs if graph.file not in facts.files]
+    files = [graph.file for graph in graphs]
+    files += [facts.head.file, facts.head.gradient_file] if facts.head else []
+    wrong = [f"no digest of {name}" for name in files if name not in facts.files]
     wrong += [
         f"{name!r} is no file's name" for name in facts.files if name != Path(name).name or name in ("", "..")
     ]
