@@ -22,7 +22,9 @@ from hosl.parties.engine import perturbation
 from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
 from hosl.parties.metered import MemoryMeter
 from hosl.split import load_half
+from hosl.split.reading.runtime_json import read_runtime_json
 from hosl.split.reading.tensors import tensors_digest
+from hosl.split.specs import GraphSpec
 from hosl.system.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hosl.training import checkpointing, edge_checkpointing
 from hosl.training.edge_checkpointing import trained_digest
@@ -36,6 +38,8 @@ AS_FAR = 3
 
 USUAL = ("llama", "bert")
 """Pre-LN and post-LN; other families are in the slow product, whose graphs take an hour to make."""
+TARGETS = {"llama": ("o_proj", "down_proj"), "bert": ("dense",), "gpt2": ("c_proj",)}
+"""Layers with adapters: those that residual feedback trains, too."""
 MANY = (
     "opt", "opt-post-ln", "opt-projections", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2",
     "gemma3", "phi3", "bert", "roberta", "distilbert",
@@ -49,7 +53,19 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(params=USUAL)
 def folder(request):
     """A client half with graphs, of each usual family."""
-    return client_folder(request.config, request.param)
+    return _folder(request.config, request.param)
+
+
+def _folder(config, name, cut=CUT):
+    return client_folder(
+        config, name, cut, GraphSpec(lora_targets=TARGETS.get(name, ()), int8=name in TARGETS)
+    )
+
+
+def _lora(folder, r=3):
+    """The section of adapters on the layers that a folder's graphs adapt."""
+    facts = read_runtime_json(folder)
+    return {"trainable": "lora", "lora": {"r": r, "alpha": 5, "target_modules": list(facts.lora.targets)}}
 
 
 def _batch(padded, side="right", rows=ROWS, width=11):
@@ -99,6 +115,30 @@ def _relative(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
+def _move_adapters_(*parties):
+    """Adapters away from their start, where B is zero and A has no gradient; they start alike."""
+    for party in parties:
+        for name, weight in party.trained.items():
+            if ".lora_" in name:
+                other = np.array(
+                    parties[0].trained[name].detach() if isinstance(weight, torch.Tensor) else weight
+                )
+                assert (
+                    other == np.array(weight.detach() if isinstance(weight, torch.Tensor) else weight)
+                ).all()
+    for party in parties:
+        for name, weight in party.trained.items():
+            if ".lora_" in name:
+                values = (
+                    np.random.Generator(np.random.Philox(len(name))).standard_normal(tuple(weight.shape))
+                    * 0.1
+                )
+                if isinstance(weight, torch.Tensor):
+                    weight.data.copy_(torch.from_numpy(values.astype(np.float32)))
+                else:
+                    weight[:] = values.astype(np.float32)
+
+
 def _exact_step(client, batch, gradient, rate=ETA):
     """h and the updates of one step of exact gradients, or of residual feedback."""
     before = _weights(client)
@@ -115,6 +155,7 @@ def _exact_step(client, batch, gradient, rate=ETA):
 def _check_step(folder, config, batch):
     """One step on the engine is torch's, or not much farther from float64 than torch's in float32."""
     edge, client = _twins(folder, config)
+    _move_adapters_(edge, client)
     gradient = _gradient(client.forward(batch).shape)
     asked = gradient.copy()
     h, updates = _exact_step(client, batch, gradient)
@@ -122,7 +163,9 @@ def _check_step(folder, config, batch):
     np.testing.assert_array_equal(gradient, asked)  # it is the server's, which may give it again
     assert _relative(edge_h, h) <= OF_H
     if _off(edge_updates, updates) > OF_UPDATE:
-        _, exact = _exact_step(_twins(folder, config, torch.float64)[1], batch, gradient.astype(np.float64))
+        _, exact_client = _twins(folder, config, torch.float64)
+        _move_adapters_(exact_client)
+        _, exact = _exact_step(exact_client, batch, gradient.astype(np.float64))
         assert _off(edge_updates, exact) <= AS_FAR * _off(updates, exact)
 
 
@@ -162,6 +205,68 @@ def test_a_frozen_client_gives_torchs_activations(folder, side, padded):
 @pytest.mark.parametrize("trainable", ["blocks", "last-block", "output-projections"])
 def test_an_exact_step_is_torchs(folder, trainable, side, padded):
     _check_step(folder, _config(client={"trainable": trainable}), _batch(padded, side))
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8"])
+@pytest.mark.parametrize("method", ["fo-recompute", "hosl-residual"])
+def test_adapters_step_as_torchs_over_float_and_int8_weights(method, dtype, folder, padded):
+    config = _config(method, client={**_lora(folder), "dtype": dtype}, residual={"blocks": 2})
+    _check_step(folder, config, _batch(padded))
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8"])
+def test_probes_of_adapters_are_torchs(dtype, folder, padded):
+    _check_probes(folder, _config("hosl", client={**_lora(folder), "dtype": dtype}), _batch(padded))
+
+
+def test_a_frozen_int8_client_gives_torchs_activations(folder, padded):
+    edge, client = _twins(folder, _config("frozen", client={"dtype": "int8"}))
+    assert _relative(edge.forward(_batch(padded)), client.forward(_batch(padded)).numpy()) <= OF_H
+
+
+@pytest.mark.parametrize("kept", ["auto", "stream", "blocks"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_residual_feedback_is_torchs(blocks, kept, folder, padded):
+    config = _config("hosl-residual", residual={"blocks": blocks, "kept": kept, "decay": 0.5})
+    if kept == "stream" and "bert" in str(folder):
+        with pytest.raises(ConfigError, match=r"residual\.kept: stream"):
+            make_edge_client(config, folder)
+        return
+    _check_step(folder, config, _batch(padded))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_residual_feedback_goes_on_from_its_optimisers_state(name, folder, padded, tmp_path):
+    optimiser = {"name": name, "weight_decay": 0.01} | ({"momentum": 0.9} if name == "sgd" else {})
+    config, batch = _config("hosl-residual", client={"optimiser": optimiser}), _batch(padded)
+    edge, client = _twins(folder, config)
+    g = _gradient(client.forward(batch).shape)
+    before = _weights(client)
+    for party in (edge, client):
+        for step in range(2):
+            _exact_step(party, batch, g * (1 + step), 0.01)
+    checkpoint = Checkpoint(step=2)
+    edge_checkpointing.put_client(checkpoint, edge, snapshot_step=0, snapshot_steps=100)
+    path = write_checkpoint(tmp_path, checkpoint)
+    on_torch, again = make_client(config, load_half(folder, torch.float32)), make_edge_client(config, folder)
+    checkpointing.restore_client_(on_torch, read_checkpoint(path))
+    edge_checkpointing.restore_client_(again, read_checkpoint(path, arrays=True))
+    for party in (edge, client, on_torch, again):
+        _exact_step(party, batch, g, 0.01)
+    assert trained_digest(again) == trained_digest(edge)
+    expected = _moved(client, before)
+    for party in (edge, on_torch):
+        assert _off(_moved(party, before), expected) <= (OF_UPDATE if name == "sgd" else 1e-3)
+
+
+def test_feedback_that_is_no_number_changes_nothing(folder, padded):
+    edge = make_edge_client(_config("hosl-residual"), folder)
+    before, batch = trained_digest(edge), _batch(padded)
+    for wrong in (np.nan, np.inf, 1e30):
+        h = edge.forward_keeping_inputs(batch)
+        with pytest.raises(NonFiniteError):
+            edge.descend_by_feedback(np.full_like(h, wrong), 0.1)
+    assert trained_digest(edge) == before
 
 
 def test_micro_batches_change_rounding_alone(folder, padded):
@@ -311,7 +416,11 @@ def test_importing_the_clients_imports_neither_torch_nor_an_engine():
         ({"method": "frozen", "model": {"cut": CUT, "dtype": "bfloat16"}}, "model.dtype: bfloat16"),
         ({"method": "fo-recompute", "client": {"trainable": "all"}}, "client.trainable: all"),
         ({"method": "fo-recompute", "client": {"device": "cuda"}}, "client.device: cuda"),
-        ({"method": "fo-recompute", "client": {"dtype": "int8", "trainable": "lora"}}, "client.dtype: int8"),
+        (
+            {"method": "fo-recompute", "client": {"dtype": "bfloat16", "trainable": "lora"}},
+            "client.dtype: bfloat16",
+        ),
+        ({"method": "fo-recompute", "client": {"trainable": "lora"}}, "client.lora.target_modules: null"),
         (
             {
                 "method": "fo-recompute",
@@ -322,7 +431,7 @@ def test_importing_the_clients_imports_neither_torch_nor_an_engine():
     ],
 )
 def test_what_the_engine_has_not_is_refused_by_name(sections, named, request):
-    folder = client_folder(request.config, "llama")
+    folder = _folder(request.config, "llama")
     with pytest.raises(ConfigError) as refusal:
         make_edge_client(_config(**sections), folder)
     assert named in str(refusal.value)
@@ -334,7 +443,8 @@ def test_what_the_engine_has_not_is_refused_by_name(sections, named, request):
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("name", MANY)
 def test_every_family_at_every_cut(name, cut, side, padded, request, unchecked):
-    folder, batch = client_folder(request.config, name, cut), _batch(padded, side)
+    folder, batch = _folder(request.config, name, cut), _batch(padded, side)
+    _check_step(folder, _config("hosl-residual", cut=cut, residual={"blocks": "all"}), batch)
     _check_step(folder, _config(cut=cut), batch)
     _check_step(folder, _config(cut=cut, client={"trainable": "last-block"}), batch)
     for distribution in DISTRIBUTIONS:
