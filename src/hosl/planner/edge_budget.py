@@ -1,6 +1,6 @@
-"""client.memory_budget against the plan of a client on the engine, before a run; `planner.budget` is its twin. No torch.
+"""client.memory_budget against the plan of a client on the engine, before a run. No torch.
 
-At every step of a run: `training.memory_budget`.
+On torch: `planner.budget`. At every step of a run: `training.memory_budget`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from hosl.core.methods import FROZEN
 from hosl.errors import BudgetError
 from hosl.methods.schedule import longest_batch
 from hosl.parties.micro_batches import TOKENS_AT_ONCE
-from hosl.planner.edge_memory import PlannedMemory, planned_process_bytes
+from hosl.planner.edge_memory import EDGE_BASE_BYTES, PlannedMemory, planned_process_bytes
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.readable import readable_bytes
 from hosl.tasks import Task
@@ -47,16 +47,20 @@ def check_edge_budget(config: Config, folder: Path, task: Task) -> None:
     planned = most(config)
     if planned.process_bytes <= limit:
         return
-    fits = next((tried for tried in _smaller(config, max(tokens, longest)) if most(tried).process_bytes <= limit), None)
+    fits = next(
+        (tried for tried in _smaller(config, max(tokens, longest)) if most(tried).process_bytes <= limit),
+        None,
+    )
     advice = (
         f"no micro-batch brings method {config.method} below it; raise the budget, split at a lower cut, or train less "
         "(client.trainable: last-block or lora)"
         if fits is None
         else f"the nearest setting that fits: client.micro_batch_size: {fits.client.micro_batch_size}"
     )
+    taken, base = readable_bytes(planned.process_bytes), readable_bytes(EDGE_BASE_BYTES)
     raise BudgetError(
-        f"client.memory_budget is {readable_bytes(limit)}, but the client would take "
-        f"{readable_bytes(planned.process_bytes)} ({readable_bytes(planned.base_bytes)} of it before any weight); {advice}"
+        f"client.memory_budget is {readable_bytes(limit)}, but the client would take {taken} ({base} of it before any "
+        f"weight); {advice}"
     )
 
 
