@@ -37,11 +37,13 @@ def check_edge_budget(config: Config, folder: Path, task: Task) -> None:
     limit = float(parse_bytes(config.client.memory_budget))
     rows, tokens = longest_batch(task, config)
     longest = max(len(row) for example in (*task.dev, *task.test) for row in example.rows)
+    each = task.rows_per_example()
+    scored = min(max(config.per_device_eval_batch_size // each, 1), max(len(task.dev), len(task.test))) * each
 
     @cache
     def most(tried: Config) -> PlannedMemory:
         training = planned_process_bytes(tried, folder, rows, tokens)
-        evaluation = planned_process_bytes(_clean(tried), folder, tried.per_device_eval_batch_size, longest)
+        evaluation = planned_process_bytes(_clean(tried), folder, scored, longest)
         return max(training, evaluation, key=lambda planned: planned.process_bytes)
 
     planned = most(config)
