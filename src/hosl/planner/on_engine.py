@@ -77,15 +77,16 @@ def recommended_on_engine(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow
     Raises:
         ConfigError: if nothing fits.
     """
-    for name in _BY_CHOICE:
-        same = [row for row in rows if row.fits and row.name == name and row.cut <= cut]
-        if same:
-            row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
-            lower = "" if row.cut == cut else f"; cut {cut} does not fit"
-            reason = (
-                "is all that fits"
-                if name == "frozen"
-                else "has exact gradients, of the ways that fit for most"
-            )
-            return row, f"{name} {reason}{lower}"
-    raise nothing_fits(rows)
+    fitting = [row for row in rows if row.fits and row.cut <= cut and row.name in _BY_CHOICE]
+    if not fitting:
+        raise nothing_fits(rows)
+
+    def rank(row: PlanRow) -> tuple[bool, int, int, bool]:
+        together = row.config.client.micro_batch_size is None
+        return row.name != "frozen", row.cut, -_BY_CHOICE.index(row.name), together
+
+    best = max(fitting, key=rank)
+    lower = "" if best.cut == cut else f"; at cut {cut} no such way fits"
+    if best.name == "frozen":
+        return best, f"of the ways with exact gradients none fits{lower}"
+    return best, f"of the ways with exact gradients that fit, {best.name} trains most{lower}"
