@@ -1,5 +1,7 @@
 """Clients on the inference engine against their torch twins and float64: activations, probes, updates, checkpoints."""
 
+import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -12,7 +14,7 @@ from hosl.config import parse_config
 from hosl.core.directions import DISTRIBUTIONS
 from hosl.core.journal import Journal
 from hosl.core.targets import Batch, ClassTargets
-from hosl.errors import ConfigError, NonFiniteError
+from hosl.errors import ConfigError, ModelError, NonFiniteError
 from hosl.methods.torch_parties import make_client
 from hosl.parties.edge.make import make_edge_client
 from hosl.parties.edge.memory import ProcessMemory
@@ -436,6 +438,28 @@ def test_what_the_engine_has_not_is_refused_by_name(sections, named, request):
         make_edge_client(_config(**sections), folder)
     assert named in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_folder_is_refused_in_one_line(request, tmp_path):
+    folder, config = _folder(request.config, "llama"), _config()
+    for name in ("model.safetensors", "onnx/block-0.onnx", "onnx/prelude.onnx", "onnx/base-int8.safetensors"):
+        other = tmp_path / name.replace("/", "-")
+        shutil.copytree(folder, other)
+        content = (other / name).read_bytes()
+        for damaged in (content[:-5], content[:-1] + bytes([content[-1] ^ 1]), b""):
+            (other / name).write_bytes(damaged)
+            with pytest.raises(ModelError) as refusal:
+                make_edge_client(config, other)
+            assert "\n" not in str(refusal.value)
+    facts = json.loads((folder / "onnx" / "runtime.json").read_text())
+    changes = {"minimum_onnxruntime": "999.0", "client_digest": "0" * 64, "format": 99, "kinds": {}}
+    for number, (key, value) in enumerate(changes.items()):
+        other = tmp_path / str(number)
+        shutil.copytree(folder, other)
+        (other / "onnx" / "runtime.json").write_text(json.dumps(facts | {key: value}))
+        with pytest.raises(ModelError) as refusal:
+            make_edge_client(config, other)
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.slow
