@@ -104,6 +104,10 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     Raises:
         BudgetError: naming the nearest setting that fits.
     """
+    if config.client.memory_budget is not None:  # imports only now: a run without a budget needs no planner
+        from hosl.planner.edge_budget import check_edge_budget
+
+        check_edge_budget(config, Path(model), task)
 
 
 def open_client(config: Config, folder: Path) -> FrozenEdgeClient:
@@ -119,8 +123,8 @@ def trained_elements(client: FrozenEdgeClient) -> int:
 
 
 def memory_meter(client: FrozenEdgeClient, head: Any = None) -> ProcessMemory:
-    """A meter of the memory of this client's calls: that of the whole process."""
-    return ProcessMemory()
+    """A meter of the memory of this client's calls: that of the process, beyond what it had before the half."""
+    return ProcessMemory(client.half.before_bytes)
 
 
 def to_wire(array: np.ndarray) -> WireArray:
