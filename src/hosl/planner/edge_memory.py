@@ -20,7 +20,7 @@ of the moments feed-forward, attention and end counts. Held against the process 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class PlannedMemory:
     """Beside the base, pages of the process's own: trained weights, activations, gradients, scratch."""
     read_bytes: float
     """Pages of the half's files: weights that are only read."""
+
+    @property
+    def base_bytes(self) -> float:
+        """Python, the modules of `hosl join` and the engine, before any weight."""
+        return EDGE_BASE_BYTES
 
     @property
     def tensor_bytes(self) -> float:
@@ -104,6 +109,10 @@ class EdgeShape:
     """The parameters before block 0, the token table among them."""
     projections: tuple[str, ...] = ()
     """The names in a block of the layers, and of the norms above them, that residual feedback trains."""
+
+    def of_blocks(self, count: int) -> "EdgeShape":
+        """The same half with its first blocks only."""
+        return replace(self, blocks=self.blocks[:count])
 
     @property
     def bytes(self) -> int:
