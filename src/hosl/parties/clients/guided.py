@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from hosl.parties.clients.output_projections import OutputProjectionClient, inputs_read
+from hosl.parties.clients.output_projections import OutputProjectionClient
 from hosl.parties.micro_batches import row_slices
 from hosl.split import ClientHalf
+from hosl.split.residual_feedback import inputs_read
 
 SlopesOf: TypeAlias = Literal["one", "per-block", "per-layer"]
 """The layers that one slope is measured for, together: all, those of a block, or each by itself."""

@@ -5,8 +5,6 @@ goes on beside the layers, so the gradient returned at the cut stands for the gr
 How far that is true, and what each subclass makes of it: methods.md (i), (o), docs/concepts/residual-feedback.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,20 +113,3 @@ def forget_hidden_(calls: list[BlockCall]) -> None:
     """Release the hidden states that these calls were given."""
     for call in calls:
         call.args = (None, *call.args[1:])
-
-
-@contextmanager
-def inputs_read(
-    modules: Mapping[str, nn.Module], read: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Context manager: `read(name, x)` is called with the input of each of these modules before it is used."""
-
-    def reader(name: str) -> Any:
-        return lambda module, args: read(name, args[0])
-
-    hooks = [module.register_forward_pre_hook(reader(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

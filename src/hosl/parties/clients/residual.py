@@ -9,19 +9,18 @@ Biased: the deeper the block, the less g is its gradient. Source: methods.md (o)
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from torch import nn
 
 from hosl.core.targets import Batch
-from hosl.parties.clients.output_projections import OutputProjectionClient, Part, forget_hidden_, inputs_read
+from hosl.parties.clients.output_projections import OutputProjectionClient, Part, forget_hidden_
 from hosl.parties.engine.block_calls import recorded
 from hosl.parties.engine.optimisers import OptimiserSpec, check_gradients, make_optimiser, optimiser_step
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.split import ClientHalf
-from hosl.split.adapters import ADAPTER, lora_layers, set_trainable
+from hosl.split.adapters import lora_layers, set_trainable
+from hosl.split.residual_feedback import BlockLayers, Term, exact, feedback_terms, inputs_read, layer_terms
 
 Kept: TypeAlias = Literal["auto", "stream", "blocks", "inputs"]
 """What of the clean pass is kept until the gradient comes: the hidden state below the lowest moved block, the input of
@@ -64,30 +63,36 @@ class ResidualClient(OutputProjectionClient):
             device: a torch device.
         """
         super().__init__(half, blocks=blocks, decay=decay, micro_batch_size=micro_batch_size, device=device)
-        self._norms_on_stream = half.norms_on_stream
-        self._kept = "blocks" if kept == "auto" and self._norms_on_stream else kept
-        assert not (self._norms_on_stream and kept == "stream"), (
+        self._kept = "blocks" if kept == "auto" and half.norms_on_stream else kept
+        assert not (half.norms_on_stream and kept == "stream"), (
             "norms on the stream need the inputs of blocks"
         )
-        self._norms_above = {
-            f"{block}.{projection}": tuple(f"{block}.{norm}" for norm in half.norms_above.get(projection, ()))
-            for block in self._block_names
-            for projection in half.output_projections
-        }
-        self._norms_of_block = [
-            {
-                f"{name}.{norm}": block.get_submodule(norm)
-                for norms in half.norms_above.values()
-                for norm in norms
-            }
-            for name, block in zip(self._block_names, self._blocks, strict=True)
-        ]
+        self._layers_of = [self._layers_in(index) for index in range(blocks)]
+        """The layers of each trained block, by their names in the half."""
         if not lora_layers(half):
             set_trainable(half, "output-projections", blocks=blocks)  # the norms, too
             self.trained = trained_parameters(half.model)
         spec = optimiser or OptimiserSpec()
         plain = spec.name == "sgd" and not spec.momentum and not spec.weight_decay
         self.optimiser = None if plain else make_optimiser(spec, self.trained.values())
+
+    def _layers_in(self, index: int) -> BlockLayers:
+        half, block, prefix = self.half, self._blocks[index], self._block_names[index]
+        projections, above = half.output_projections, half.norms_above
+        return BlockLayers(
+            projections={  # None: without adapters, where others have some
+                f"{prefix}.{name}": self._of_block[index].get(f"{prefix}.{name}") for name in projections
+            },
+            norms_above={
+                f"{prefix}.{name}": tuple(f"{prefix}.{norm}" for norm in above.get(name, ()))
+                for name in projections
+            },
+            norms={
+                f"{prefix}.{norm}": block.get_submodule(norm) for norms in above.values() for norm in norms
+            },
+            norms_on_stream=half.norms_on_stream,
+            scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
+        )
 
     def descend_by_feedback(self, gradient: torch.Tensor, learning_rate: float) -> None:
         """W -= learning_rate sum_tokens g x^T for every moved layer, from dL/dh [rows, seq, width]; biases likewise.
@@ -103,7 +108,7 @@ class ResidualClient(OutputProjectionClient):
     def feedback_gradients(self, batch: Batch, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
         """By trained weight, the gradient that residual feedback takes for its own; no weight changes."""
         self.forward_keeping_inputs(batch)
-        names = {p: name for name, p in self.trained.items()}
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.trained.items()}
         found: dict[str, torch.Tensor] = {}
         for index, parts in self._blocks_with(gradient):
             found |= {names[p]: total for p, total in self._sums(index, parts).items()}
@@ -133,7 +138,9 @@ class ResidualClient(OutputProjectionClient):
         kept = self._kept if self._kept != "auto" else self._affordable(ids.shape)
         reads: dict[str, torch.Tensor] = {}
         everywhere = range(len(self._blocks)) if kept == "inputs" else ()
-        modules = {name: module for index in everywhere for name, module in self._read_in(index).items()}
+        modules = {
+            name: module for index in everywhere for name, module in self._layers_of[index].read.items()
+        }
         with torch.no_grad(), recorded(self._blocks) as calls, inputs_read(modules, reads.__setitem__):
             h = self.half(ids[rows], mask[rows])
         forget_hidden_(calls if kept == "inputs" else calls[1:] if kept == "stream" else [])
@@ -155,27 +162,27 @@ class ResidualClient(OutputProjectionClient):
                 p.grad = total.to(p.dtype)
             optimiser_step(self.optimiser, rate)
             return
-        if len(parts) == 1 and all(p.dtype == _exact(p.dtype) for p in self.trained.values()):
+        if len(parts) == 1 and all(p.dtype == exact(p.dtype) for p in self.trained.values()):
             for term in self._terms(index, parts[0]):
                 term.add_to_(term.parameter, -rate)  # without a copy as large as the weights
             return
         for p, total in self._sums(index, parts).items():
             p.copy_(p.to(total.dtype).sub_(total, alpha=rate))
 
-    def _sums(self, index: int, parts: list[Part]) -> dict[nn.Parameter, torch.Tensor]:
+    def _sums(self, index: int, parts: list[Part]) -> dict[torch.Tensor, torch.Tensor]:
         """The gradients of one block's weights over all micro-batches, in at least float32."""
-        sums: dict[nn.Parameter, torch.Tensor] = {}
+        sums: dict[torch.Tensor, torch.Tensor] = {}
         for part in parts:
             for term in self._terms(index, part):
                 p = term.parameter
                 if p not in sums:
-                    sums[p] = torch.zeros_like(p, dtype=_exact(p.dtype))
+                    sums[p] = torch.zeros_like(p, dtype=exact(p.dtype))
                 term.add_to_(sums[p], 1.0)
         return sums
 
     def _reads(self, index: int, part: Part) -> dict[str, torch.Tensor]:
         """The inputs of one block's layers and norms for the rows of a part, kept or computed again."""
-        modules = self._read_in(index)
+        modules = self._layers_of[index].read
         if part.reads:
             return {name: part.reads.pop(name) for name in modules}
         call, above = part.calls[index], part.calls[index + 1 : index + 2] if part.stream_alone else []
@@ -196,91 +203,17 @@ class ResidualClient(OutputProjectionClient):
         forget_hidden_([call])
         return reads
 
-    def _terms(self, index: int, part: Part) -> list["_Term"]:
+    def _terms(self, index: int, part: Part) -> list[Term]:
         """The gradients of one block's weights over the rows of a part, all formed before a weight may move.
 
         The gradient at the block's output is carried down to each layer, through the multipliers and norms above it,
         and through norms on the stream to the block below.
         """
         assert part.gradient is not None
-        scale = getattr(self._blocks[index], self.half.output_scale) if self.half.output_scale else 1.0
-        at: dict[tuple[str, ...], torch.Tensor] = {
-            (): part.gradient if scale == 1.0 else part.gradient * scale
-        }
-        reads, terms = self._reads(index, part), list[_Term]()
-        for projection in self.half.output_projections:
-            name = f"{self._block_names[index]}.{projection}"
-            layer = self._of_block[index].get(name)  # None: without adapters, where others have some
-            norms = self._norms_above[name] if layer is not None or self._norms_on_stream else ()
-            for i in reversed(range(len(norms))):
-                if norms[i:] not in at:
-                    norm = self._norms_of_block[index][norms[i]]
-                    at[norms[i:]], of_norm = _through_norm(norm, reads[norms[i]], at[norms[i + 1 :]])
-                    terms += of_norm
-            if layer is not None:
-                terms += _of_layer(layer, at[norms], reads[name])
-        if self._norms_on_stream:
-            part.gradient = at[max(at, key=len)]
+        reads = self._reads(index, part)
+        terms, part.gradient = feedback_terms(self._layers_of[index], reads, part.gradient, layer_terms)
         return terms
-
-    def _read_in(self, index: int) -> dict[str, nn.Module]:
-        """The modules of a trained block whose inputs are needed."""
-        return {**self._of_block[index], **self._norms_of_block[index]}
 
 
 class _AllRead(Exception):  # noqa: N818  (control flow: it ends a block's evaluation and is always caught)
     """The inputs of all layers have been read."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Term:
-    """A gradient as the product left^T right, or the sum of left's rows where there is no right."""
-
-    parameter: nn.Parameter
-    left: torch.Tensor
-    right: torch.Tensor | None = None
-
-    def add_to_(self, target: torch.Tensor, factor: float) -> None:
-        """target += factor x the gradient."""
-        if self.right is None:
-            target.add_(self.left.sum(0), alpha=factor)
-        else:
-            target.addmm_(self.left.T, self.right, alpha=factor)
-
-
-def _of_layer(layer: Any, gradient: torch.Tensor, x: torch.Tensor) -> list[_Term]:
-    """The terms of a layer's trained weights from dL/dy [rows, seq, out] and its input x [..., in].
-
-    With adapters, y = W x + s B A x, they are those of A and B.
-    """
-    adapters = hasattr(layer, "lora_A")
-    exact = _exact((layer.lora_A[ADAPTER] if adapters else layer).weight.dtype)
-    g = gradient.reshape(-1, gradient.shape[-1]).to(exact)
-    x = x.reshape(len(g), -1).to(exact)
-    if adapters:
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        g = g * layer.scaling[ADAPTER]
-        return [_Term(b, g, x @ a.to(exact).T), _Term(a, g @ b.to(exact), x)]
-    transposed = not isinstance(layer, nn.Linear)  # GPT-2's Conv1D keeps [in, out]
-    weight: nn.Parameter = layer.weight
-    term = _Term(weight, x, g) if transposed else _Term(weight, g, x)
-    return [term] if layer.bias is None else [term, _Term(layer.bias, g)]
-
-
-def _through_norm(
-    norm: nn.Module, x: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, list[_Term]]:
-    """The gradient at a norm's input from that at its output, exactly; and the terms of its trained weights."""
-    trained = [p for p in norm.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        output = norm(leaf)
-        at_output = gradient.reshape(output.shape).to(output.dtype)
-        below, *own = torch.autograd.grad(output, [leaf, *trained], at_output)
-    terms = [_Term(p, total.to(_exact(p.dtype))[None]) for p, total in zip(trained, own, strict=True)]
-    return below.reshape(gradient.shape), terms
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gradients of weights: at least float32."""
-    return torch.promote_types(dtype, torch.float32)

@@ -5,16 +5,27 @@ With adapters: y = W x + b + s B (A x) for the target layers, A and B as inputs.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hosl.errors import SplitError
+from hosl.split.halves import ClientHalf
 from hosl.split.onnx_export.recording import Call
 from hosl.split.onnx_export.tracing import Sizes, Tensors, given
 from hosl.split.reading.runtime_json import D_HIDDEN, GRADIENT, HIDDEN, HIDDEN_OUT, LORA_SCALE
+from hosl.split.residual_feedback import (
+    BlockLayers,
+    Term,
+    TermsOf,
+    adapter_terms,
+    feedback_terms,
+    inputs_read,
+    layer_terms,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +38,8 @@ class BlockFunction:
     """The layers with adapters, by their names in the block."""
     quantised: tuple[str, ...] = ()
     """The layers whose matrices are int8."""
+    layers: BlockLayers | None = None
+    """Those that residual feedback trains, without regard to adapters; None: not known of the family."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -84,6 +97,47 @@ class BlockFunction:
         found = zip(leaves, gradients, strict=True)
         return {D_HIDDEN if name == HIDDEN else f"d.{name}": g for name, g in found if g is not None}
 
+    def feedback(self, tensors: Tensors) -> Tensors:
+        """`d.hidden` for the block below, and `d.NAME` for what `ResidualClient` trains of the block.
+
+        With adapters it trains those on output projections alone.
+        """
+        assert self.layers is not None
+        reads: Tensors = {}
+        trained = self.fed_back
+        given = tensors | {name: tensors[name].detach().requires_grad_() for name in trained}
+        layers = self._fed_layers()
+        with self._weights_given(given):
+            with inputs_read(layers.read, reads.__setitem__):
+                self._output(tensors[HIDDEN], tensors)
+            terms, below = feedback_terms(layers, reads, tensors[GRADIENT], self._terms_of(given))
+        names = {id(given[name]): name for name in trained}
+        return {D_HIDDEN: below} | {f"d.{names[id(term.parameter)]}": term.total for term in terms}
+
+    @property
+    def fed_back(self) -> tuple[str, ...]:
+        """The names of the weights that residual feedback trains: output projections and norms, or their adapters."""
+        if self.layers is None:
+            return ()
+        if self.adapted:
+            return tuple(n for n in self.adapters if n.rpartition(".lora_")[0] in self.layers.projections)
+        inside = tuple(f"{name}." for name in (*self.layers.projections, *self.layers.norms))
+        return tuple(name for name, _ in self.block.named_parameters() if name.startswith(inside))
+
+    def _fed_layers(self) -> BlockLayers:
+        assert self.layers is not None
+        if not self.adapted:
+            return self.layers
+        own = {n: m if n in self.adapted else None for n, m in self.layers.projections.items()}
+        return replace(self.layers, projections=own)
+
+    def _terms_of(self, tensors: Tensors) -> TermsOf:
+        def of_adapters(name: str, layer: Any, gradient: torch.Tensor, x: torch.Tensor) -> list[Term]:
+            a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+            return adapter_terms(a, b, tensors[LORA_SCALE], gradient, x)
+
+        return of_adapters if self.adapted else layer_terms
+
     def _output(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         args, kwargs = self.call.arguments([tensors[name] for name in self.extras])
         output = self.block(hidden, *args, **kwargs)
@@ -96,7 +150,7 @@ class BlockFunction:
         plain = {n: tensors[n] for n, _ in self.block.named_parameters() if n not in matrices}
         with ExitStack() as stack:
             stack.enter_context(given(self.block, plain))
-            for layer in {*self.quantised, *self.adapted}:
+            for layer in dict.fromkeys((*self.quantised, *self.adapted)):
                 module: Any = self.block.get_submodule(layer)
                 compute: Callable[[torch.Tensor], torch.Tensor] = module.forward
                 if layer in self.quantised:
@@ -110,6 +164,26 @@ class BlockFunction:
 def rows_of(layer: Any) -> torch.Tensor:
     """The weight [out, in] of a linear layer, GPT-2's transposed ones too."""
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def layers_named(block: nn.Module) -> tuple[str, ...]:
+    """The names of a block's linear layers, GPT-2's transposed ones too."""
+    return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
+
+
+def layers_of(half: ClientHalf, block: nn.Module) -> BlockLayers | None:
+    """The layers of a block that write to the residual stream, by their names in it; None: not known of the family."""
+    try:
+        projections, above = half.output_projections, half.norms_above
+    except SplitError:
+        return None
+    return BlockLayers(
+        projections={name: block.get_submodule(name) for name in projections},
+        norms_above={name: above.get(name, ()) for name in projections},
+        norms={norm: block.get_submodule(norm) for norms in above.values() for norm in norms},
+        norms_on_stream=half.norms_on_stream,
+        scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
+    )
 
 
 @contextmanager

@@ -4,21 +4,22 @@ Files and runtime.json: `hosl.split.reading.runtime_json`. The graphs are made o
 are their inputs, and stay in the half's own file.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import msgspec
 import torch
 
 from hosl.errors import SplitError
 from hosl.split.halves import ClientHalf
-from hosl.split.onnx_export.block_functions import BlockFunction
+from hosl.split.onnx_export.block_functions import BlockFunction, layers_named, layers_of
 from hosl.split.onnx_export.graph_files import OPSET, onnx_model, operators, write_graph
 from hosl.split.onnx_export.head_functions import HeadFunction
+from hosl.split.onnx_export.int8_matrices import write_int8
 from hosl.split.onnx_export.kinds import kinds_of
 from hosl.split.onnx_export.recording import (
     IDS,
@@ -43,6 +44,7 @@ from hosl.split.reading.runtime_json import (
     TABLE,
     BlockGraph,
     BlockPlace,
+    Dtype,
     HeadGraph,
     LoraTargets,
     PreludeGraph,
@@ -70,14 +72,19 @@ def export_graphs(
 
     Raises:
         SplitError: if the family cannot be exported, saying why, or if no layer has a target's name.
+        ModelError: if a weight is NaN or infinite, for which int8 has no scale.
     """
     graphs = folder / FOLDER
     graphs.mkdir()
+    if spec.int8:
+        write_int8(graphs, half)
     try:
         with torch.no_grad():
             graphs_of_half = _Graphs(half, graphs, spec)
             made = graphs_of_half.write()
             of_head = None if head is None else graphs_of_half.write_head(head)
+    except OSError:
+        raise  # of the disk
     except SplitError as refusal:
         raise SplitError(f"no graphs of this {half.family}: {refusal}") from refusal.__cause__
     except Exception as cause:  # tracing may raise any error about what a model's forward does
@@ -97,11 +104,22 @@ def export_graphs(
         blocks=made.blocks,
         head=of_head,
         lora=LoraTargets(targets=tuple(sorted(spec.lora_targets))) if spec.lora_targets else None,
+        dtype="int8" if spec.int8 else _stored(half),
         operators=dict(sorted(operators(graphs).items())),
         files={file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(graphs.iterdir())},
     )
     (graphs / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
     return facts
+
+
+def _stored(half: ClientHalf) -> Dtype:
+    """The dtype of the first matrix of the blocks, else of the half."""
+    inside = half.model.get_submodule(half.blocks_name).parameters()
+    weight = next((p for p in inside if p.dim() == 2), next(half.model.parameters()))
+    name = str(weight.dtype).removeprefix("torch.")
+    if name not in get_args(Dtype):
+        raise SplitError(f"its weights are stored as {name}; convert them to float32 or bfloat16")
+    return cast(Dtype, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +149,8 @@ class _Graphs:
         """Write all graphs."""
         blocks: Any = self._half.model.get_submodule(self._half.blocks_name)
         functions = [
-            BlockFunction(block, call) for block, call in zip(blocks, self._recording.calls, strict=False)
+            BlockFunction(block, call, layers=layers_of(self._half, block))
+            for block, call in zip(blocks, self._recording.calls, strict=False)
         ]
         kinds = kinds_of(functions, self._sizes, self._width)
         made: dict[str, dict[Variant, BlockGraph]] = {}
@@ -173,13 +192,9 @@ class _Graphs:
 
     def _kind(self, kind: str, function: BlockFunction) -> tuple[dict[Variant, BlockGraph], tuple[str, ...]]:
         """Write the graphs of one kind of block; the graphs, and the extras that all of them take."""
-        variants: dict[Variant, tuple[BlockFunction, Callable[[Tensors], Tensors]]] = {
-            "block": (function, function.forward),
-            "gradient": (function, function.gradient),
-        }
         found: dict[Variant, BlockGraph] = {}
         kept = [HIDDEN, GRADIENT, LORA_SCALE]
-        for variant, (of, compute) in variants.items():
+        for variant, of, compute in self._variants(function):
             examples = of.examples(self._sizes, self._width)
             if variant.endswith(("gradient", "feedback")):
                 examples[GRADIENT] = torch.zeros_like(examples[HIDDEN])
@@ -193,6 +208,43 @@ class _Graphs:
                 gradients=tuple(d.removeprefix("d.") for d in given[1:]),
             )
         return found, tuple(kept)
+
+    def _variants(
+        self, plain: BlockFunction
+    ) -> Iterator[tuple[Variant, BlockFunction, Callable[[Tensors], Tensors]]]:
+        """The functions of a block that get a graph."""
+        linear = layers_named(plain.block)
+        yield "block", plain, plain.forward
+        bases = {"": plain} | ({"int8": replace(plain, quantised=linear)} if self._spec.int8 else {})
+        for base, function in bases.items():
+            if base:
+                yield base, function, function.forward
+            else:
+                yield "gradient", function, function.gradient
+                if function.fed_back:
+                    yield "feedback", function, function.feedback
+            if not self._spec.lora_targets:
+                continue
+            adapted = replace(function, adapted=self._adapted(linear))
+            name = f"lora-{base}" if base else "lora"
+            yield name, adapted, adapted.forward
+            yield f"{name}-gradient", adapted, adapted.gradient
+            if adapted.fed_back:
+                yield f"{name}-feedback", adapted, adapted.feedback
+
+    def _adapted(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of a block's layers that are targets.
+
+        Raises:
+            SplitError: if there is none.
+        """
+        found = tuple(name for name in layers if name.rpartition(".")[2] in self._spec.lora_targets)
+        if not found:
+            raise SplitError(
+                f"--lora-targets {','.join(self._spec.lora_targets)}: a block has no such layer; there are "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in layers}))}"
+            )
+        return found
 
     def _prelude(self, wanted: tuple[str, ...]) -> PreludeGraph:
         """Write the graph of what stands before the blocks, with these outputs."""

@@ -12,6 +12,7 @@ import onnxscript  # noqa: F401  (torch's exporter imports it late; its absence 
 import torch
 
 from hosl.errors import SplitError
+from hosl.split.onnx_export.int8_matrices import dequantise_
 from hosl.split.onnx_export.tracing import Sizes, Tensors
 from hosl.system.readable import one_line
 
@@ -50,6 +51,7 @@ def onnx_model(
     finally:
         logger.setLevel(level)
     model = _plain(program.model_proto, examples, sizes)
+    dequantise_(model.graph)
     foreign = {node.domain for node in model.graph.node} - {""}
     if foreign or model.functions:
         raise SplitError(

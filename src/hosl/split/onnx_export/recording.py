@@ -66,8 +66,28 @@ def record(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> Recording
     """What the blocks of `half` are called with for a batch [rows, seq], int64.
 
     Raises:
-        SplitError: if anything is computed between or after the blocks, or from them.
+        SplitError: if anything else is computed between or after the blocks.
     """
+    recording, loop = _run(half, ids, mask)
+    first = recording.hidden
+    if any(state.data_ptr() != first.data_ptr() or state.shape != first.shape for state in loop):
+        raise SplitError(
+            "its forward pass computes something between or after its blocks, which a loop of blocks would leave out; "
+            "run this client on torch"
+        )
+    if len(recording.calls) != half.cut:
+        raise SplitError(
+            f"its forward pass calls {len(recording.calls)} times {half.cut} blocks; run this client on torch"
+        )
+    if any(tensor is first for call in recording.calls for tensor in call.tensors):
+        raise SplitError(
+            "its blocks are given the embeddings beside the hidden state; run this client on torch"
+        )
+    return recording
+
+
+def _run(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Recording, list[torch.Tensor]]:
+    """The recording, and the hidden states that blocks and the caller were given: all one, if nothing is between."""
     calls: list[tuple[torch.Tensor, Call]] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,19 +103,8 @@ def record(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> Recording
         stand_in.register_forward_pre_hook(keep, with_kwargs=True)
     with _instead(half.model, half.blocks_name, nn.ModuleList(stand_ins or list(blocks))):
         last = half(ids, mask)
-    if not calls:
-        return Recording(last, [])
-    first = calls[0][0]
-    if len(calls) != half.cut or any(hidden is not first for hidden, _ in calls) or last is not first:
-        raise SplitError(
-            f"{half.family}: its forward pass computes something between or after its blocks, and a graph of one block "
-            "in a loop would leave that out; run this client on torch"
-        )
-    if any(tensor is first for _, call in calls for tensor in call.tensors):
-        raise SplitError(
-            f"{half.family}: its blocks are given the embeddings beside the hidden state; run this client on torch"
-        )
-    return Recording(first, [call for _, call in calls])
+    states = [*(hidden for hidden, _ in calls), last]
+    return Recording(states[0], [call for _, call in calls]), states
 
 
 def prelude(half: ClientHalf, weights: tuple[str, ...], tensors: Tensors) -> Recording:
@@ -109,7 +118,7 @@ def prelude(half: ClientHalf, weights: tuple[str, ...], tensors: Tensors) -> Rec
         embeddings.forward = lambda *_, **__: whole(tensors[ROWS_OF_IDS])
         embeddings.padding_idx = None  # which must be a row of the table; it has to do with gradients alone
         try:
-            return record(half, tensors[IDS], tensors[MASK])
+            return _run(half, tensors[IDS], tensors[MASK])[0]
         finally:
             del embeddings.forward
             embeddings.padding_idx = padding
@@ -124,9 +133,7 @@ def token_table(half: ClientHalf) -> str:
     table = half.model.get_input_embeddings()
     found = [name for name, module in half.model.named_modules() if module is table]
     if not found or not isinstance(table, nn.Embedding):
-        raise SplitError(
-            f"{half.family}: its token embeddings are no plain table of rows; run this client on torch"
-        )
+        raise SplitError("its token embeddings are no plain table of rows; run this client on torch")
     return f"{found[0]}.weight"
 
 
