@@ -21,7 +21,7 @@ class Graph:
     """An opened graph: named arrays in, named arrays out."""
 
     def __init__(self, session: Any, path: Path, engine: Any) -> None:
-        self._session, self._path = session, path
+        self._session, self._path, self._engine = session, path, engine
         self._run_options = engine.RunOptions()
         self._run_options.only_execute_path_to_fetches = True
         self.inputs: dict[str, tuple[int | None, ...]] = {
@@ -33,22 +33,52 @@ class Graph:
         """The names of the outputs, in the order of the file."""
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Sequence[str] | None = None,
+        *,
+        into: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
-        """The outputs by name; None: all. Inputs are read where they lie, C-contiguous ones without a copy.
+        """The outputs by name. Inputs are read where they lie, C-contiguous ones without a copy.
 
-        What only leads to other outputs is not computed. Requires: inputs that nothing writes meanwhile.
+        What only leads to other outputs is not computed. Requires: inputs that nothing writes meanwhile, but for sums
+        that are inputs and outputs of one node.
+
+        Args:
+            inputs: by name; those that the graph does not take are passed over.
+            outputs: their names; None: all.
+            into: by output, the C-contiguous array that it is written to, in place of a new one.
 
         Raises:
             FailureError: if the engine refuses the inputs or fails.
         """
-        names = list(self.outputs if outputs is None else outputs)
+        into = into or {}
+        names = [name for name in (self.outputs if outputs is None else outputs) if name not in into]
         feeds = {name: array for name, array in inputs.items() if name in self.inputs}
         try:
-            found = self._session.run(names, feeds, self._run_options)
+            found = (
+                self._bound(feeds, names, into)
+                if into
+                else self._session.run(names, feeds, self._run_options)
+            )
         except Exception as cause:  # the engine has a dozen kinds without a root of their own
             raise FailureError(f"the graph {self._path} failed: {_one_line(cause)}") from cause
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, found, strict=True)) | dict(into)
+
+    def _bound(
+        self, feeds: Mapping[str, np.ndarray], names: Sequence[str], into: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        binding, value_of = self._session.io_binding(), self._engine.OrtValue.ortvalue_from_numpy
+        values = [value_of(np.ascontiguousarray(array)) for array in feeds.values()]
+        for name, value in zip(feeds, values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name)
+        for name, array in into.items():
+            assert array.flags.c_contiguous, f"{name} would be written beside its array"
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding, self._run_options)
+        return [value.numpy() for value in binding.get_outputs()[: len(names)]]
 
 
 def open_graph(path: Path, *, threads: int = 1) -> Graph:

@@ -45,19 +45,21 @@ def block_gradients(
         to_input: whether the gradient at the block's input is wanted.
     """
     weights = half.block_weights(index, variant)
-    sums: dict[str, np.ndarray] = {}
+    sums = half.sums(index, variant, wanted)
+    found_sums, variant = dict(sums), f"{variant}-sums" if sums else variant
     at_input: np.ndarray | None = None
     for rows, extras in zip(kept.slices, kept.extras, strict=True):
         below, found = half.differentiated(
-            index, variant, hidden[rows], extras, weights, at_output[rows], wanted=wanted, to_input=to_input
-        )
-        _add_(sums, found)
+            index, variant, hidden[rows], extras, weights, at_output[rows],
+            wanted=wanted, to_input=to_input, sums=sums,
+        )  # fmt: skip
+        _add_(found_sums, found)
         if below is not None and len(kept.slices) == 1:
             at_input = below
         elif below is not None:
             at_input = hidden
             at_input[rows] = below
-    return sums, at_input
+    return found_sums, at_input
 
 
 def trained_by_block(half: EdgeHalf, trained: Mapping[str, np.ndarray], variant: str) -> list[list[str]]:

@@ -28,6 +28,7 @@ from hosl.split.reading.runtime_json import (
     INT8_FILE,
     LORA_SCALE,
     ROWS_OF_IDS,
+    SUM,
     TABLE,
     BlockGraph,
     read_runtime_json,
@@ -203,21 +204,24 @@ class EdgeHalf:
         *,
         wanted: Collection[str],
         to_input: bool,
+        sums: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
         """The gradients of one block from that at its output [rows, seq, width]; the block is computed again.
 
         Args:
             index: the block.
-            variant: `gradient` for exact gradients, or `feedback` for those of residual feedback.
+            variant: `gradient` for exact gradients, `gradient-sums` if they are to be added to `sums`, or `feedback`
+                for those of residual feedback.
             hidden: the block's input.
             extras: as the prelude gave them for these rows.
             weights: of `block_weights`, for this variant.
             gradient: dL/d output.
             wanted: the parameters whose gradients are wanted, by their names in the half.
             to_input: whether the gradient at the block's input is wanted.
+            sums: by parameter, the sum that its gradient is added to in place; all of the graph's `sums`.
 
         Returns:
-            The gradient at the input, or None; and those of the parameters.
+            The gradient at the input, or None; and those of the parameters without sums.
         """
         facts = self.graph_facts(index, variant)
         names = {self.parameter(index, name): f"d.{name}" for name in facts.gradients}
@@ -226,8 +230,10 @@ class EdgeHalf:
         if not outputs:
             return None, {}
         inputs = {HIDDEN: hidden, GRADIENT: gradient, **self._extras(index, extras), **weights}
-        found = self._graph(facts.file)(inputs, outputs)
-        return found.get(D_HIDDEN), {name: found[output] for name, output in asked.items()}
+        into = {names[name]: total for name, total in (sums or {}).items()}
+        inputs |= {f"{SUM}{output.removeprefix('d.')}": total for output, total in into.items()}
+        found = self._graph(facts.file)(inputs, outputs, into=into)
+        return found.get(D_HIDDEN), {n: found[output] for n, output in asked.items() if output not in into}
 
     def block_weights(
         self, index: int, variant: str = "", read: Reads | None = None
@@ -264,6 +270,18 @@ class EdgeHalf:
                 "the model again with what this run needs (--lora-targets, --client-dtype), or leave that out"
             )
         return variants[name or "block"]
+
+    def sums(self, index: int, variant: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
+        """Zeros for the parameters whose gradients the graph `variant-sums` adds up; none if it is not to be used.
+
+        It is where the half was split with it, and all that it adds up is wanted.
+        """
+        variants = self.facts.kinds[self.facts.blocks[index].kind]
+        facts = variants.get(f"{variant}-sums") if not self._adapted and self.base is None else None
+        names = [self.parameter(index, name) for name in facts.sums] if facts else []
+        if not names or not set(names) <= set(wanted):
+            return {}
+        return {name: np.zeros(self.weights.shape(name), np.float32) for name in names}
 
     def release(self, index: int) -> None:
         """Let go of the pages of one block's weights that the file can give again."""

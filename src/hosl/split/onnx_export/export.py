@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import msgspec
+import onnx
 import torch
 
 from hosl.errors import SplitError
@@ -30,6 +31,7 @@ from hosl.split.onnx_export.recording import (
     record,
     token_table,
 )
+from hosl.split.onnx_export.sums import with_sums_
 from hosl.split.onnx_export.tracing import Tensors, sizes_beside, traced, without_unused_
 from hosl.split.reading.half_json import half_facts
 from hosl.split.reading.runtime_json import (
@@ -207,7 +209,17 @@ class _Graphs:
                 weights=tuple(w for w in of.weights if w in taken),
                 gradients=tuple(d.removeprefix("d.") for d in given[1:]),
             )
+            if variant == "gradient":
+                found[f"{variant}-sums"] = self._summing(found[variant])
         return found, tuple(kept)
+
+    def _summing(self, plain: BlockGraph) -> BlockGraph:
+        """Write the graph that adds the gradients of matrices to what it is given."""
+        model = onnx.load(self._folder / plain.file)
+        sums, file = with_sums_(model.graph), plain.file.replace(".onnx", "-sums.onnx")
+        onnx.checker.check_model(model)
+        write_graph(self._folder / file, model)
+        return msgspec.structs.replace(plain, file=file, sums=sums)
 
     def _variants(
         self, plain: BlockFunction

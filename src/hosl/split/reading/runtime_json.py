@@ -27,12 +27,14 @@ TABLE, ROWS_OF_IDS = "table", "rows_of_ids"
 """The prelude's inputs of tokens: distinct rows of the token table [n, width], int64 [rows, seq] into them."""
 STATES, LOGITS, D_STATES = "states", "logits", "d.states"
 """The head's input [scored, 1, width] and output [scored, vocabulary or classes], and dL/d input."""
+SUM = "sum."
+"""What stands before a weight's name in inputs to whose value a graph adds that weight's gradient."""
 LORA_SCALE = "lora_scale"
 """The input of graphs with adapters that multiplies them: alpha / r, float32 without dimensions."""
 FORMAT = 1
 
 Variant: TypeAlias = str
-"""block, gradient, feedback; lora, lora-gradient, lora-feedback; int8, lora-int8, lora-int8-gradient, ..."""
+"""block, gradient, gradient-sums, feedback; lora, lora-gradient, lora-feedback; int8, lora-int8, ..."""
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int8"]
 
 
@@ -44,6 +46,8 @@ class BlockGraph(msgspec.Struct, frozen=True, kw_only=True):
     """The names within the block of the weights that the graph takes; of int8 matrices their scales, too."""
     gradients: tuple[str, ...] = ()
     """The names within the block of the weights whose gradients, `d.NAME`, it gives after `d.hidden`, in this order."""
+    sums: tuple[str, ...] = ()
+    """Those of them that it adds to inputs `sum.NAME`: `d.NAME` may be written over these."""
 
 
 class PreludeGraph(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,6 +62,7 @@ class FrozenEdgeClient:
         """The hidden state after some blocks, all rows through one before the next."""
         for index in blocks:
             hidden = self._through_block(index, hidden, slices, extras, self.half.block_weights(index))
+            self.half.release(index)
         return hidden
 
     def _through_block(

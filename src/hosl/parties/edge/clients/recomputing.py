@@ -16,9 +16,9 @@ from hosl.parties.edge.half import EdgeHalf
 from hosl.parties.edge.update import descend_gradient_
 from hosl.parties.micro_batches import row_slices
 
-EVALUATIONS = 4
-"""The forward passes whose activations a block's gradients need at once, about: `row_slices` then keeps a step's memory
-near that of the forward pass of its batch."""
+EVALUATIONS = 8
+"""The share of a batch's rows that are evaluated and recomputed at once: a block's gradients hold the activations of
+about four forward passes, beside a set of gradients. Half as many rows take a tenth longer (docs/log.md)."""
 
 
 class RecomputingEdgeClient(FrozenEdgeClient):

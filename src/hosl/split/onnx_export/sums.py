@@ -1,0 +1,42 @@
+"""Graphs that add gradients of matrices to sums that they are given, in place of giving them by themselves.
+
+A device that goes through a batch in micro-batches then holds one set of gradients: an engine that is told to write an
+output over the sum that came in does the addition inside the product.
+"""
+
+import onnx
+from onnx import helper
+
+from hosl.split.reading.runtime_json import SUM
+
+
+def with_sums_(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Every gradient `d.NAME` that is a product A^T B becomes A^T B + `sum.NAME`, a new input; returns these names."""
+    made = {output: node for node in graph.node for output in node.output}
+    found = list[str]()
+    for output in graph.output:
+        product = made[output.name]
+        left = made.get(product.input[0]) if output.name.startswith("d.") else None
+        if product.op_type != "MatMul" or left is None or not _transposes(left):
+            continue
+        name = output.name.removeprefix("d.")
+        product.op_type = "Gemm"
+        product.input[:] = [left.input[0], product.input[1], f"{SUM}{name}"]
+        product.attribute.append(helper.make_attribute("transA", 1))
+        place = graph.input.add()
+        place.CopyFrom(output)
+        place.name = f"{SUM}{name}"
+        found.append(name)
+    _drop_unread_transposes_(graph)
+    return tuple(found)
+
+
+def _transposes(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute] == [[1, 0]]
+
+
+def _drop_unread_transposes_(graph: onnx.GraphProto) -> None:
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in list(graph.node):
+        if node.op_type == "Transpose" and node.output[0] not in read:
+            graph.node.remove(node)
