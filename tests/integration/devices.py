@@ -15,7 +15,7 @@ WITHOUT_TORCH = [sys.executable, str(HERE / "without_torch.py")]
 def split_with_graphs(model, out, *words):
     """`hosl split --runtime onnx`, in a process where annotations are not verified: what is traced is no value."""
     command = [*HOSL, "split", model, out, "--runtime", "onnx", "--json", *words]
-    finished(anew(list(map(str, command)), env=ENVIRONMENT))
+    finished(anew(list(map(str, command)), env=ENVIRONMENT), wait_s=1200)
     return out
 
 

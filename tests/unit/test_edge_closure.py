@@ -50,6 +50,14 @@ def test_the_closure_of_the_devices_commands_is_light():
     assert peak_mib <= _JOIN_MIB
 
 
+def test_the_closure_with_the_engine_is_light():
+    modules = [*_COMMANDS, "hosl.network.onnx_runtime", "hosl.planner.edge_budget", "onnxruntime"]
+    names, peak_mib = loaded(modules, ["hosl.parties.edge", "hosl.parties.edge.clients"])
+    print(f"with ONNX Runtime: {peak_mib:.1f} MiB at the peak")
+    assert names & _HEAVY == set()
+    assert peak_mib <= _ENGINE_MIB
+
+
 def test_what_a_device_may_import_has_neither_torch_nor_pages():
     names, _ = loaded(_COMMANDS, ["hosl.core", "hosl.tasks", "hosl.transport", "hosl.wire"])
     assert names & _HEAVY == set()

@@ -49,18 +49,20 @@ def test_type_checkers_and_python_know_the_same_names():
 
 WITHOUT = """
 import sys
+ABSENT = {"torch", "transformers", "peft", "jaxtyping", "beartype", "grpc_tools"}
 from importlib.abc import MetaPathFinder
 class Absent(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "transformers", "peft", "jaxtyping", "beartype", "grpc_tools"}:
+        if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 """
 
 
-def without_torch(script, *words):
+def without_torch(script, *words, absent=()):
     """A script in a process that finds neither torch nor transformers nor peft, nor what only tests have."""
-    command = [sys.executable, "-c", WITHOUT + script, *map(str, words)]
+    more = f"ABSENT |= set({sorted(absent)})\n"
+    command = [sys.executable, "-c", WITHOUT + more + script, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -69,7 +71,8 @@ NEED_TORCH = {
     "train": ["CONFIG"], "train --resume": ["RUN"], "eval": ["RUN"], "export": ["RUN", "OUT"],
     "split": ["MODEL", "OUT", "--cut", "2"], "serve": ["HALF"], "plan": ["CONFIG"], "plan of a model": ["opt-125m"],
     "bench step": [], "bench memory": [], "bench plan": [], "bench link": [], "study": ["STUDY"],
-    "join": ["HALF", "--to", LINE, "--config", "CONFIG"],
+    "generate": ["RUN", "--prompt", "a"], "predict": ["RUN", "ROWS", "-o", "OUT"],
+    "merge": ["JOINED", "--to", LINE, "-o", "OUT"],
 }  # fmt: skip
 HALF = {"format": 1, "side": "client", "family": "bert", "head": "classification", "cut": 2} | dict.fromkeys(
     ("base_digest", "digest", "client_digest", "server_digest"), ""
@@ -81,6 +84,9 @@ def test_every_verb_that_needs_torch_says_so_in_one_line_where_there_is_none(tmp
     (tmp_path / "half" / "half.json").write_text(json.dumps(HALF))
     (tmp_path / "config.yaml").write_text("max_steps: 1\n")
     names = {"CONFIG": tmp_path / "config.yaml", "HALF": tmp_path / "half", "RUN": tmp_path / "run"}
+    (tmp_path / "joined").mkdir()
+    (tmp_path / "joined" / "record.json").write_text("{}")
+    names |= {"JOINED": tmp_path / "joined", "ROWS": tmp_path / "rows.csv"}
     names |= {"OUT": tmp_path / "out", "STUDY": ROOT / "examples" / "studies" / "quick.yaml"}
     verbs = {verb: [verb.partition(" of ")[0].split(), words] for verb, words in NEED_TORCH.items()}
     asked = [[*verb, *(str(names.get(word, word)) for word in words)] for verb, words in verbs.values()]
@@ -99,6 +105,37 @@ def test_every_verb_that_needs_torch_says_so_in_one_line_where_there_is_none(tmp
         command = verb.split()[0]
         assert json.loads(line) == [2, f"hosl: hosl {command} {said}"], verb
     assert not (tmp_path / "out").exists()
+
+
+NO_ENGINE = """
+import json
+from hosl.cli import main
+sys.exit(main(json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("absent", "runtime", "says"),
+    [
+        (set(), None, "has no graphs for ONNX Runtime, and PyTorch is not installed here: split the model again"),
+        ({"onnxruntime"}, None, "needs an engine, and none is installed: `pip install 'hosl[edge]'` brings ONNX"),
+        (set(), "torch", "hosl join needs torch, which is not installed here: `pip install 'hosl[torch]'`"),
+        ({"onnxruntime"}, "onnx", "hosl join needs onnxruntime, which is not installed here: `pip install 'hosl[ed"),
+        (set(), "onnx", "has no graphs for an inference engine"),
+    ],
+)  # fmt: skip
+def test_join_says_which_engine_it_lacks(tmp_path, absent, runtime, says):
+    (tmp_path / "half.json").write_text(json.dumps(HALF))
+    (tmp_path / "config.yaml").write_text(
+        f"method: hosl\nmax_steps: 1\nmodel: {{cut: 2}}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    words = ["join", str(tmp_path), "--to", LINE, "--config", str(tmp_path / "config.yaml")]
+    words += [] if runtime is None else ["--runtime", runtime]
+    ran = without_torch(NO_ENGINE, json.dumps(words), absent=absent)
+    (line,) = ran.stderr.splitlines()
+    assert says in line
+    assert ran.returncode == (1 if "inference engine" in says else 2)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["join", "--help"], ["--version"]])

@@ -122,6 +122,11 @@ def scale_table(distribution: Distribution, norm: float, scale: float, dtype: ty
     return table
 
 
+def forget_tables() -> None:
+    """Let go of `scale_table`'s values, 256 KiB for each direction of an update: the next one has other scales."""
+    scale_table.cache_clear()
+
+
 class _Entries:
     """Distributions with a number per element, read out of a table by the element's bits."""
 

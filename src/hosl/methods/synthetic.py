@@ -10,13 +10,17 @@ from hosl.core.targets import Batch, OptionTargets, StepReply, Targets
 
 
 def fixed_batch(client: Any, rows: int, tokens: int, *, scored: int = 0) -> Batch:
+    """`synthetic_batch` in the vocabulary of a torch client's half."""
+    return synthetic_batch(client.half.config.get_text_config().vocab_size, rows, tokens, scored=scored)
+
+
+def synthetic_batch(vocabulary: int, rows: int, tokens: int, *, scored: int = 0) -> Batch:
     """The batch of every measured and planned step: the longest there is, one scored token per row.
 
     One position is padding: without any, attention would run without a mask, which is rare for batches of text.
     `scored`: so many of a row's last tokens are learned, and the loss is the mean over all of them.
     """
     generator = np.random.Generator(np.random.Philox(key=0))
-    vocabulary = client.half.config.get_text_config().vocab_size
     ids = generator.integers(3, vocabulary, (rows, tokens))
     last = np.full((rows, 1), tokens - 2, np.int32)
     mask = np.ones(ids.shape, np.int8)

@@ -104,11 +104,17 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
     Raises:
         BudgetError: naming the nearest setting that fits.
     """
+    if config.client.memory_budget is not None:  # imports only now: a run without a budget needs no planner
+        from hosl.planner.edge_budget import check_edge_budget
+
+        check_edge_budget(config, Path(model), task)
 
 
 def open_client(config: Config, folder: Path) -> FrozenEdgeClient:
-    """The client party of a run at its base weights, from the half's folder."""
-    return make_edge_client(config, folder)
+    """The client party of a run at its base weights, from the half's folder; its graphs can be used."""
+    client = make_edge_client(config, folder)
+    client.half.open_graphs()
+    return client
 
 
 def trained_elements(client: FrozenEdgeClient) -> int:

@@ -86,6 +86,11 @@ def process_bytes() -> int:
     return _status_bytes("VmRSS")
 
 
+def process_pages() -> tuple[int, int]:
+    """The resident bytes of this process's own pages (RssAnon), and of files' (RssFile), which the system may drop."""
+    return _status_bytes("RssAnon"), _status_bytes("RssFile")
+
+
 def _status_bytes(field: str) -> int:
     """A field of /proc/self/status, which holds KiB, in bytes; 0 where there is none."""
     try:

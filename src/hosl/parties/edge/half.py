@@ -122,6 +122,16 @@ class EdgeHalf:
             self._add_adapters(adapters, seed)
             self._lora_scale = np.array(adapters.alpha / adapters.r, np.float32)
 
+    def open_graphs(self) -> None:
+        """Open the graphs of a forward pass now: a run that cannot have them is then refused before it begins.
+
+        Raises:
+            ConfigError, ModelError: as in `graph_facts` and `open_graph`.
+        """
+        self._graph(self.facts.prelude.file)
+        for index in range(self.cut):
+            self._graph(self.graph_facts(index).file)
+
     @property
     def norms_above(self) -> Mapping[str, tuple[str, ...]]:
         """By output projection, the norms between it and the block's output, from the projection up."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hosl.core.directions import Distribution, direction_sum
+from hosl.core.directions import Distribution, direction_sum, forget_tables
 
 
 def descend_(
@@ -28,6 +28,7 @@ def descend_(
             name, weight.shape, seeds, scales, distribution, weight.dtype.type
         ):
             flat[start:stop] -= total
+    forget_tables()
 
 
 def descend_gradient_(weight: np.ndarray, gradient: np.ndarray, rate: float) -> None:

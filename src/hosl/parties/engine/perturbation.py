@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from hosl.core.directions import Distribution, Drawn, direction_rows, direction_sum, drawn, low_rank_factors
+from hosl.core.directions import (
+    Distribution,
+    Drawn,
+    direction_rows,
+    direction_sum,
+    drawn,
+    forget_tables,
+    low_rank_factors,
+)
 from hosl.parties.engine.block_calls import of_rows
 
 SCRATCH_ELEMENTS = 1 << 22
@@ -137,6 +145,7 @@ def descend_(
                     tile.sub_(shift)
                 else:
                     tile.copy_(tile.to(shift.dtype) - shift)
+    forget_tables()
 
 
 def _perturbed_forward(

@@ -1,0 +1,361 @@
+"""The memory of a client on the inference engine, predicted from shapes alone. No torch: a device checks its budget.
+
+A process takes a base, pages of the half's files, and pages of its own. With u one hidden state [rows, seq, width] in
+float32, f as much of a feed-forward layer, s a micro-batch's attention scores [rows, heads, seq, seq], m its mask
+[rows, 1, seq, seq], W one block's weights and dW their gradients:
+
+    files      the weights of one block that are only read: they are let go of once it was computed
+    own        W of every trained block, and the largest of
+               frozen           u + F
+               probes           3u + F + one block's shifted W and their random bits; with a gradient 4u
+               gradients        a kept u per block from the lowest trained one on, 2u (h and dL/dh), and B; with several
+                                micro-batches the sum of dW beside it
+    F (block)  max(2u + f or, but for ReLU, u + 2f, where layers are gated u + 3f;  u + 3s + m)
+    B (block)  max(7u + 3f, but for ReLU 3.5f, gated 7.5f, + s + dW / 3;  12u + 3s + m + 2 dW / 3;  14u + dW)
+
+F and B are what ONNX Runtime 1.32 holds at once for the graphs of `hosl.split.onnx_export`, fitted to the peaks of
+four families at 16 to 1,024 tokens a row (docs/log.md, 2026-11-29): products and softmax are not in place, the largest
+of the moments feed-forward, attention and end counts. Held against the process by `hosl bench memory --runtime onnx`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from hosl.config import Config
+from hosl.parties.edge.clients import recomputing, residual
+from hosl.parties.micro_batches import row_slices
+from hosl.split.families import FAMILIES
+from hosl.split.reading.half_json import half_facts
+from hosl.split.reading.runtime_json import read_runtime_json
+from hosl.system.safetensors_file import stored_tensors
+
+_BASE_OWN_BYTES, _BASE_FILE_BYTES = 45.0 * 2**20, 60.0 * 2**20
+EDGE_BASE_BYTES = _BASE_OWN_BYTES + _BASE_FILE_BYTES
+"""Python, the modules of `hosl join`, ONNX Runtime with opened graphs, before any weight: measured on x86-64 with
+Python 3.11 and onnxruntime 1.32."""
+_FLOAT = 4
+"""Bytes of a number that the engine computes with."""
+_BITS = {"gaussian": 2.0, "sphere": 2.0, "rademacher": 1 / 8, "low-rank": 0.0}
+"""Bytes of random bits per element, drawn once for both signs of a probe (`hosl.core.directions.drawn`)."""
+_USUALLY_ADAPTED = 2
+"""Square matrices of a block with adapters, where the layers are peft's choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMemory:
+    """The largest resident size of a client's process, by kind of page."""
+
+    own_bytes: float
+    """Beside the base, pages of the process's own: trained weights, activations, gradients, scratch."""
+    read_bytes: float
+    """Pages of the half's files: weights that are only read."""
+
+    @property
+    def tensor_bytes(self) -> float:
+        """All but the base."""
+        return self.own_bytes + self.read_bytes
+
+    @property
+    def anonymous_bytes(self) -> float:
+        """Pages of the process's own (RssAnon)."""
+        return _BASE_OWN_BYTES + self.own_bytes
+
+    @property
+    def file_bytes(self) -> float:
+        """Pages of files, the code among them (RssFile). The system may drop them and read them again."""
+        return _BASE_FILE_BYTES + self.read_bytes
+
+    @property
+    def process_bytes(self) -> float:
+        """The peak of the process (VmHWM)."""
+        return EDGE_BASE_BYTES + self.tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredShape:
+    """The shape of a weight, and the bytes of its numbers in the half's file."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def numbers(self) -> int:
+        """The number of its elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeShape:
+    """A client half as its memory depends on it."""
+
+    width: int
+    """Of hidden states."""
+    heads: int
+    """Of attention."""
+    relu: bool
+    """Whether the feed-forward layers are computed in place: their activation is ReLU."""
+    blocks: tuple[Mapping[str, StoredShape], ...]
+    """The parameters of each block by their names in it."""
+    before: Mapping[str, StoredShape]
+    """The parameters before block 0, the token table among them."""
+    projections: tuple[str, ...] = ()
+    """The names in a block of the layers, and of the norms above them, that residual feedback trains."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of all parameters in the file."""
+        return sum(p.numbers * p.itemsize for part in (*self.blocks, self.before) for p in part.values())
+
+
+def planned_process_bytes(config: Config, folder: Path, rows: int, tokens: int) -> PlannedMemory:
+    """The memory that a client of `make_edge_client(config, folder)` takes for a step on a batch [rows, tokens].
+
+    Args:
+        config: method, trainable set, dtype, micro-batch and distribution are read. For an evaluation: method frozen.
+        folder: OUT/client of `hosl split --runtime onnx`; only runtime.json and the headers of its files are read.
+        rows: rows of the batch; a candidate answer is a row.
+        tokens: tokens per row of the longest batch.
+
+    Raises:
+        ModelError: as in `read_runtime_json`.
+        FolderError: if the folder is the server's half.
+    """
+    return planned_memory(config, shape_in(folder), rows, tokens)
+
+
+def shape_in(folder: Path) -> EdgeShape:
+    """The shape of the half in a folder; raises as `planned_process_bytes`."""
+    facts, half = read_runtime_json(folder), half_facts(folder, "client")
+    stored = {
+        name: StoredShape(tensor.shape, tensor.numpy_dtype.itemsize)
+        for name, tensor in stored_tensors(folder / "model.safetensors").items()
+    }
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return edge_shape(
+        stored, [block.prefix for block in facts.blocks], content, facts.width, (half["family"], half["head"])
+    )
+
+
+def edge_shape(
+    parameters: Mapping[str, StoredShape],
+    prefixes: Sequence[str],
+    content: Mapping[str, Any],
+    width: int,
+    family: tuple[str, Any],
+) -> EdgeShape:
+    """The shape of a half.
+
+    Args:
+        parameters: all of the half, by name.
+        prefixes: the name of each block in the half.
+        content: that of config.json.
+        width: of hidden states.
+        family: model type and head.
+    """
+    nested = content.get("text_config")
+    content = nested if isinstance(nested, dict) else content
+    heads = (content.get(name) for name in ("num_attention_heads", "n_head", "n_heads", "num_heads"))
+    activations = (content.get(name) for name in ("activation_function", "hidden_act", "activation"))
+    row = FAMILIES.get(family)
+    norms = [norm for above in row.norms_above.values() for norm in above] if row else []
+    blocks = tuple(
+        {n.removeprefix(f"{prefix}."): p for n, p in parameters.items() if n.startswith(f"{prefix}.")}
+        for prefix in prefixes
+    )
+    inside = tuple(f"{prefix}." for prefix in prefixes)
+    return EdgeShape(
+        width=width,
+        heads=next((number for number in heads if isinstance(number, int)), max(width // 64, 1)),
+        relu="relu" in activations,
+        blocks=blocks,
+        before={name: p for name, p in parameters.items() if not (inside and name.startswith(inside))},
+        projections=(*row.output_projections, *norms) if row else (),
+    )
+
+
+def planned_memory(config: Config, half: EdgeShape, rows: int, tokens: int) -> PlannedMemory:
+    """`planned_process_bytes` of a half whose shape is known."""
+    trained = [_trained_bytes(config, half, index) for index in range(len(half.blocks))]
+    before = 0.0
+    if config.method_row.trains == "chosen" and config.client.trainable == "all":
+        before = float(sum(p.numbers for p in half.before.values())) * _FLOAT
+    state = 2 if config.method_row.keeps_by_blocks and config.client.optimiser.name == "adamw" else 0
+    held = (before + sum(trained)) * (1 + state)
+    worst = max(_Step(config, half, rows, tokens, trained, before).moments(), key=lambda moment: moment.bytes)
+    return PlannedMemory(
+        own_bytes=held + worst.own_bytes, read_bytes=worst.read_bytes + _front_bytes(half, tokens)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """What one moment of a step takes beside trained weights and their optimiser's state."""
+
+    own_bytes: float
+    read_bytes: float
+
+    @property
+    def bytes(self) -> float:
+        """Both kinds of pages."""
+        return self.own_bytes + self.read_bytes
+
+
+class _Step:
+    """The activations, gradients and scratch of one step; see the head of this file."""
+
+    def __init__(
+        self,
+        config: Config,
+        half: EdgeShape,
+        rows: int,
+        tokens: int,
+        trained: Sequence[float],
+        before: float,
+    ) -> None:
+        self._config, self._half, self._rows, self._tokens = config, half, rows, tokens
+        self._trained, self._before = trained, before
+        self._lowest = next((index for index, moved in enumerate(trained) if moved), len(trained))
+        self._u = float(rows * tokens * half.width * _FLOAT)
+
+    def moments(self) -> list[_Moment]:
+        """The moments of the step that may be its worst."""
+        method = self._config.method_row
+        if method.backward == "blocks" or method.keeps_by_blocks:
+            return self._of_gradients()
+        clean = self._with_weights(self._u + self._forward(*self._slices(1)), range(len(self._trained)))
+        return [clean, self._of_probes()] if method.trains == "chosen" else [clean]
+
+    def _with_weights(self, own: float, blocks: Iterable[int]) -> _Moment:
+        """A moment at the worst of some blocks: with its weights that are only read, and their float32 copies."""
+        weights = [_read_bytes(self._config, self._half, index, self._trained[index]) for index in blocks]
+        widened, read = max(weights, key=sum, default=(0.0, 0.0))
+        return _Moment(own + widened, read)
+
+    def _of_probes(self) -> _Moment:
+        scratch = max(*self._trained, self._before, 0.0)
+        bits = scratch / _FLOAT * _BITS[self._config.zo.distribution]
+        held = 4 if self._config.method_row.wants_gradient else 3
+        passes = max(self._forward(*self._slices(1)), 3 * self._u if held == 4 else 0)
+        return self._with_weights(held * self._u + passes + scratch + bits, range(len(self._trained)))
+
+    def _of_gradients(self) -> list[_Moment]:
+        feedback, blocks = self._config.method_row.keeps_by_blocks, range(len(self._trained))
+        at_once, parts = self._slices(residual.EVALUATIONS if feedback else recomputing.EVALUATIONS)
+        moved = max(self._trained, default=0.0)
+        kept = len(blocks) - self._lowest
+        inputs = 1 if feedback and kept and self._stream_alone(kept) else kept
+        forward = (inputs + 1) * self._u + self._forward(at_once, parts)
+        backward = (inputs + (1 if feedback else 2)) * self._u + self._backward(at_once, moved)
+        backward += moved if parts > 1 else 0.0
+        return [
+            self._with_weights(forward, blocks),
+            self._with_weights(backward, blocks[self._lowest :]),
+        ]
+
+    def _stream_alone(self, kept: int) -> bool:
+        chosen = self._config.residual.kept
+        if chosen != "auto":
+            return chosen == "stream"
+        return kept * self._u > residual.AFFORDABLE * self._half.bytes
+
+    def _slices(self, evaluations: int) -> tuple[int, int]:
+        """The rows of a micro-batch, and the number of them."""
+        found = row_slices((self._rows, self._tokens), evaluations, self._config.client.micro_batch_size)
+        return found[0].stop - found[0].start, len(found)
+
+    def _forward(self, at_once: int, parts: int) -> float:
+        """F, and the output of the whole batch beside it where there are several micro-batches."""
+        u, f, s, m = self._sizes(at_once)
+        _, gates = _feed_forward(self._half)
+        layers = u + 3 * f if gates else (2 * u + f if self._half.relu else u + 2 * f)
+        return max(layers, u + 3 * s + m) + (self._u if parts > 1 else 0.0)
+
+    def _backward(self, at_once: int, gradients: float) -> float:
+        """B."""
+        u, f, s, m = self._sizes(at_once)
+        _, gates = _feed_forward(self._half)
+        wide = (7.5 if gates else 3.0 if self._half.relu else 3.5) * f
+        return max(
+            7 * u + wide + s + gradients / 3,
+            12 * u + 3 * s + m + 2 * gradients / 3,
+            14 * u + gradients,
+        )
+
+    def _sizes(self, at_once: int) -> tuple[float, float, float, float]:
+        """u, f, s and m of one micro-batch."""
+        seq = self._tokens
+        u = float(at_once * seq * self._half.width * _FLOAT)
+        f = float(at_once * seq * _feed_forward(self._half)[0] * _FLOAT)
+        m = float(at_once * seq * seq * _FLOAT)
+        return u, f, m * self._half.heads, m
+
+
+def _feed_forward(half: EdgeShape) -> tuple[int, bool]:
+    """The width of the feed-forward layers, and whether they are gated.
+
+    They are the matrices between the width of hidden states and the largest number that two of them have; a gate and
+    the layer beside it may be one matrix of twice as many rows.
+    """
+    others = [
+        max(p.shape) for block in half.blocks[:1] for p in block.values() if len(p.shape) == 2
+    ]  # fmt: skip
+    widest = [n for n in others if others.count(n) > 1 or 2 * n in others]
+    if not widest:
+        return 4 * half.width, False
+    f = max(n for n in widest if 2 * n in others or 2 * n not in widest)
+    return f, others.count(f) > 2 or 2 * f in others
+
+
+def _trained_bytes(config: Config, half: EdgeShape, index: int) -> float:
+    """The bytes of one block's trained numbers, which have pages of the process's own."""
+    method, block, which = config.method_row, half.blocks[index], config.client.trainable
+    last = index >= len(half.blocks) - config.trained_blocks if method.needs_blocks else True
+    if method.trains == "nothing" or not last:
+        return 0.0
+    if which == "lora":
+        return float(_adapter_numbers(config, block)) * _FLOAT
+    projections = tuple(f"{name}." for name in half.projections)
+    if method.needs_blocks or which == "output-projections":
+        chosen: Iterable[StoredShape] = [p for name, p in block.items() if name.startswith(projections)]
+    elif which == "last-block" and index < len(half.blocks) - 1:
+        chosen = []
+    else:
+        chosen = block.values()
+    return float(sum(p.numbers for p in chosen)) * _FLOAT
+
+
+def _adapter_numbers(config: Config, block: Mapping[str, StoredShape]) -> int:
+    targets = config.client.lora.target_modules
+    matrices = {name.removesuffix(".weight"): p.shape for name, p in block.items() if len(p.shape) == 2}
+    if targets is None:
+        return (
+            sum(2 * min(shape) for shape in list(matrices.values())[:_USUALLY_ADAPTED]) * config.client.lora.r
+        )
+    adapted = [shape for name, shape in matrices.items() if name.rpartition(".")[2] in targets]
+    return sum(map(sum, adapted)) * config.client.lora.r
+
+
+def _read_bytes(config: Config, half: EdgeShape, index: int, trained: float) -> tuple[float, float]:
+    """The bytes of one block's weights that are only read: of their float32 copies, and of the pages of their file.
+
+    There is a copy of what is stored in 16 bits, and of an int8 base one matrix after the other.
+    """
+    block = half.blocks[index]
+    if config.client.dtype == "int8":
+        matrices = [p.numbers for p in block.values() if len(p.shape) == 2]
+        others = sum(p.numbers * p.itemsize for p in block.values() if len(p.shape) != 2)
+        return float(max(matrices, default=0)) * _FLOAT, float(sum(matrices) + others)
+    if config.client.trainable == "lora":  # beside the block's own weights
+        trained = 0.0
+    narrow = float(sum(p.numbers for p in block.values() if p.itemsize < _FLOAT)) * _FLOAT
+    whole = float(sum(p.numbers * p.itemsize for p in block.values()))
+    return max(narrow - trained, 0.0), max(whole - trained, 0.0)
+
+
+def _front_bytes(half: EdgeShape, tokens: int) -> float:
+    """The bytes of what stands before the blocks: of tables only the rows that are read, the token table's by copy."""
+    return float(sum(min(p.numbers, tokens * half.width) * p.itemsize for p in half.before.values()))

@@ -1,0 +1,121 @@
+"""A virtual environment with nothing but `hosl[edge]`: no torch on its disk. It trains, and survives being killed."""
+
+import json
+import random
+import signal
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.conftest import write_classifier
+from tests.integration.devices import HERE, losses, split_with_graphs, write_config
+from tests.integration.network import ENVIRONMENT, Server, anew, finished, join
+
+ROOT = Path(__file__).parents[2]
+ALONE = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+"""The environment of a device: it does not see the checkout's sources, nor what else is on a path."""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The folder of the environment's programs."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=True)
+    install = [folder / "bin" / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    ran = subprocess.run([*map(str, install), f"{ROOT}[edge]"], capture_output=True, text=True, env=ALONE)
+    assert ran.returncode == 0, ran.stderr
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    there = {path.name for path in site.iterdir()}
+    assert {"onnxruntime", "grpc", "hosl"} <= there
+    assert there & {"torch", "transformers", "peft", "onnx", "onnxscript"} == set()
+    return folder / "bin"
+
+
+def joining(bare, half, line, config, run, program=()):
+    """`hosl join` in the environment; `program`: a program of the tests and its arguments before."""
+    start = [bare / "python", *program] if program else [bare / "hosl"]
+    command = [*start, "join", half, "--to", line, "--config", config, "--json", "--output-dir", run]
+    return anew([str(word) for word in command], env=ALONE, cwd=bare)
+
+
+@pytest.mark.slow
+@pytest.mark.network  # pip takes the packages from its index
+def test_an_environment_without_torch_trains_as_torch_does(bare, tmp_path):
+    imported = subprocess.run(
+        [bare / "python", "-c", "import torch"], capture_output=True, text=True, env=ALONE
+    )
+    assert "No module named 'torch'" in imported.stderr
+    write_classifier(tmp_path)
+    words = ["--cut", 2, "--head", "classification", "--labels", 2]
+    halves = split_with_graphs(tmp_path / "model-in", tmp_path / "halves", *words)
+    client = {"trainable": "blocks", "learning_rate": 0.1}
+    config = write_config(tmp_path / "config.yaml", tmp_path, method="fo-recompute", client=client)
+    with Server(halves / "server", tmp_path / "service") as server:
+        summary = finished(joining(bare, halves / "client", server.line, config, tmp_path / "onnx"))
+        finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "torch"))
+    assert summary["finished"]
+    assert losses(tmp_path / "onnx") == pytest.approx(losses(tmp_path / "torch"), abs=1e-5)
+    record = json.loads((tmp_path / "onnx" / "record.json").read_text())
+    assert (record["runtime"]["name"], record["versions"]["torch"]) == ("onnx", "absent")
+
+
+CALLS = {
+    "hosl": ("Hello", "Losses", "Step", "Save", "Scores"),
+    "fo-recompute": ("Hello", "Step", "Save", "Scores"),
+}
+MODELS = {
+    "all-MiniLM-L6-v2": {
+        "split": ["--cut", 3, "--head", "classification", "--labels", 20],
+        "task": {"kind": "docstrings", "train_rows": 64},
+    },
+    "SmolLM2-135M": {
+        "split": ["--cut", 4, "--labels-at", "server"],
+        "task": {"kind": "sft", "train": "python-docstrings", "max_tokens": 64, "train_rows": 16, "dev_rows": 4},
+    },
+}  # fmt: skip
+KILLS = 10
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def real(request, tmp_path_factory):
+    """The name of an embedded model and the folder of its halves."""
+    halves = tmp_path_factory.mktemp("real") / "halves"
+    return request.param, split_with_graphs(request.param, halves, *MODELS[request.param]["split"])
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("method", CALLS)
+def test_ten_kills_at_random_messages_change_nothing(bare, real, tmp_path, method):
+    name, halves = real
+    config = tmp_path / "config.yaml"
+    client = {"learning_rate": 1e-3} | ({} if method == "hosl" else {"trainable": "blocks"})
+    settings = {
+        "method": method, "task": MODELS[name]["task"], "client": client, "wire": {"labels": "server"},
+        "zo": {"directions": 2}, "server": {"learning_rate": 1e-3, "optimiser": {"name": "sgd"}},
+        "max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 3, "save_steps": 2, "snapshot_steps": 4,
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(settings))
+    chance = random.Random(f"{name} {method}")
+    with Server(halves / "server", tmp_path / "service") as server:
+        half, line = halves / "client", server.line
+        whole = finished(joining(bare, half, line, config, tmp_path / "whole"), wait_s=1200)
+        kills = runs = 0
+        while kills < KILLS:  # over as many runs as it takes
+            runs += 1
+            run, done = tmp_path / f"killed-{runs}", None
+            while done is None:
+                call, when = chance.choice(CALLS[method]), chance.choice(("before", "after"))
+                number = 1 if call in ("Hello", "Save") else chance.randint(1, 3)
+                program = [HERE / "dying_client.py", call, number, when] if kills < KILLS else ()
+                process = joining(bare, half, line, config, run, program=program)
+                out, err = process.communicate(timeout=1200)
+                assert process.returncode in (0, -signal.SIGKILL), err
+                kills += process.returncode != 0
+                done = json.loads(out.splitlines()[-1]) if process.returncode == 0 else None
+            assert done["client_digest"] == whole["client_digest"]
+            assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
