@@ -13,7 +13,9 @@ from hosl.config import Config, parse_config
 from hosl.errors import FailureError
 
 
-def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int = 1) -> dict[str, Any]:
+def client_alone(
+    config: Config, half: Path, rows: int, tokens: int, steps: int = 1, *, joining: bool = False
+) -> dict[str, Any]:
     """Memory and time of the client's steps, measured in a fresh process that loads no network code.
 
     Args:
@@ -23,6 +25,7 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
         tokens: tokens per row.
         steps: steps before the one whose tensors are followed. With 0 that step is the only one: half the time, but the
             peak of the process then includes the profiler's records.
+        joining: whether the process holds all that `hosl join` imports, the network's code too.
 
     Returns:
         process_peak_bytes: the largest resident size of the process, loading included. tensor_peak_bytes: the peak of
@@ -34,7 +37,7 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
         FailureError: if the process fails; too little memory looks the same.
     """
     settings = msgspec.json.encode(config).decode()
-    numbers = [str(number) for number in (rows, tokens, steps)]
+    numbers = [str(number) for number in (rows, tokens, steps, int(joining))]
     command = [sys.executable, "-m", "hosl.bench.isolated_client", settings, str(half), *numbers]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
@@ -46,7 +49,12 @@ def client_alone(config: Config, half: Path, rows: int, tokens: int, steps: int 
     return json.loads(process.stdout)
 
 
-def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> dict[str, Any]:
+def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int, joining: int) -> dict[str, Any]:
+    if joining:
+        import hosl.network.join
+        import hosl.network.torch_runtime
+
+        assert hosl.network.torch_runtime, "a device holds its imports"
     from hosl.methods.step import method_round
     from hosl.methods.synthetic import NoServer, fixed_batch
     from hosl.methods.torch_parties import DTYPES, make_client, party_bytes
@@ -71,7 +79,7 @@ def _measure(config: Config, half: Path, rows: int, tokens: int, steps: int) -> 
     forward, step_memory = TorchMemory(weights), TorchMemory(held)
     forward.watch(client.forward, batch)
     step_memory.watch(method_round, config, client, server, batch, steps + 1)
-    assert "grpc" not in sys.modules, "what is measured is a client without a network"
+    assert joining or "grpc" not in sys.modules, "what is measured is a client without a network"
     return {
         "process_peak_bytes": process_peak if steps else process_peak_bytes(),
         "held_bytes": held,

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hosl.errors import FailureError
+from hosl.split.specs import GraphSpec
 
 _PROGRAM = (
-    "import sys; from pathlib import Path; from hosl.split import split_folder; "
-    "from hosl.split.shapes import save_random_model; folder = Path(sys.argv[1]); "
-    "save_random_model(sys.argv[2], folder / 'model'); "
-    "split_folder(folder / 'model', int(sys.argv[3]), folder / 'halves')"
+    "import sys, msgspec; from pathlib import Path; from hosl.split import split_folder; "
+    "from hosl.split.shapes import save_random_model; from hosl.split.specs import GraphSpec; "
+    "folder = Path(sys.argv[1]); save_random_model(sys.argv[2], folder / 'model'); "
+    "graphs = msgspec.json.decode(sys.argv[4], type=GraphSpec | None); "
+    "split_folder(folder / 'model', int(sys.argv[3]), folder / 'halves', graphs=graphs)"
 )
 
 
@@ -34,15 +38,17 @@ class BenchSizes:
         return {"shape": self.shape, "cut": self.cut, "rows": self.rows, "tokens": self.tokens}
 
 
-def random_halves(sizes: BenchSizes, folder: Path) -> Path:
+def random_halves(sizes: BenchSizes, folder: Path, graphs: GraphSpec | None = None) -> Path:
     """Make both halves below `folder`; returns the folder with `client` and `server` in it.
 
-    Another process makes them, so that the memory of this process stays its own.
+    Another process makes them, so that the memory of this process stays its own. `graphs`: those to make for an
+    inference engine; None: no graphs.
 
     Raises:
         FailureError: if the shape is unknown, has no such cut, or there is no room.
     """
-    command = [sys.executable, "-c", _PROGRAM, str(folder), sizes.shape, str(sizes.cut)]
+    spec = msgspec.json.encode(graphs).decode()
+    command = [sys.executable, "-c", _PROGRAM, str(folder), sizes.shape, str(sizes.cut), spec]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         reason = " ".join(process.stderr.strip().splitlines()[-1:])

@@ -86,7 +86,7 @@ def _times(
     bench: StepBench, half: Path, configs: dict[str, Config], say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     base: Any = load_half(half)
-    clients = {name: make_client(config, _sharing(base, config)) for name, config in configs.items()}
+    clients = {name: make_client(config, sharing(base, config)) for name, config in configs.items()}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     begin = time.perf_counter()
     for number in range(bench.repeats + 1):  # round 0 warms up
@@ -97,23 +97,26 @@ def _times(
         spent_s = time.perf_counter() - begin
         left_s = spent_s / (number + 1) * (bench.repeats - number)
         say(f"time, round {number} of {bench.repeats} of {len(clients)} methods; {left_s:.0f} s left")
-    return {name: _medians(of_method) for name, of_method in rounds.items()}
+    return {name: medians(of_method) for name, of_method in rounds.items()}
 
 
 def _timed(config: Config, client: Any, batch: Batch, step: int) -> dict[str, Any]:
-    """Seconds and bytes of one plain forward pass and one step of one method."""
+    """`timed_step`, and the seconds that its directions take."""
+    return timed_step(config, client, batch, step) | {"directions_s": _drawing_s(config, client, step)}
+
+
+def timed_step(config: Config, client: Any, batch: Batch, step: int) -> dict[str, Any]:
+    """Seconds and bytes of one plain forward pass and one step of one method, by a client of any runtime."""
     begin = time.perf_counter()
     client.forward(batch)
     plain_s = time.perf_counter() - begin
     meter, server_meter = Meter(), Meter()
     method_round(config, metered(client, meter), metered(NoServer(), server_meter), batch, step)
     phases = {phase: sum(meter.by_call.get(call, 0.0) for call in calls) for phase, calls in PHASES.items()}
-    directions_s = _drawing_s(config, client, step)
     probes = 2 * config.zo.directions
     return {
         "client_s": meter.seconds,
         **phases,
-        "directions_s": directions_s,
         "plain_forward_s": plain_s,
         "forwards": meter.seconds / plain_s,
         "over_2q_plus_1_forwards": meter.seconds / ((probes + 1) * plain_s),
@@ -153,12 +156,12 @@ def _memory(
         for index, (name, config) in enumerate(configs.items(), start=1):
             say(f"memory, round {number} of {bench.memory_repeats}, {index} of {len(configs)}: {name}")
             rounds[name].append(client_alone(config, half, bench.sizes.rows, bench.sizes.tokens))
-    figures = {name: _medians(of_method) for name, of_method in rounds.items()}
+    figures = {name: medians(of_method) for name, of_method in rounds.items()}
     plain = figures.get(FORWARD.name)
     return {name: memory_row(of_method, plain) for name, of_method in figures.items()}
 
 
-def _sharing(base: Any, config: Config) -> Any:
+def sharing(base: Any, config: Config) -> Any:
     """A half of its own for one client, whose weights are those of `base` as long as nothing converts them."""
     shared = {
         id(p): torch.nn.Parameter(p.data, requires_grad=p.requires_grad) for p in base.model.parameters()
@@ -167,5 +170,6 @@ def _sharing(base: Any, config: Config) -> Any:
     return half.convert(DTYPES[config.model.dtype])
 
 
-def _medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of every figure over rounds that have the same ones."""
     return {key: median(figures[key] for figures in rounds) for key in rounds[0]}

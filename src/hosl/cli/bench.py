@@ -38,10 +38,17 @@ def _step(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of every step, after one that warms up")
     parser.add_argument("--memory-repeats", type=int, default=1, help="each in a process of its own; 0: none")
     options = parser.parse_args(arguments)
+    need_torch()
 
     from hosl.bench.step import StepBench, bench_step
-    from hosl.methods.variants import variants_called
+    from hosl.methods.variants import ON_ENGINE, variants_called
 
+    if options.runtime == "onnx":
+        from hosl.bench.edge_step import bench_edge_step
+
+        chosen = variants_called(options.methods, ON_ENGINE)
+        result = bench_edge_step(_sizes(options), options.directions, options.repeats, chosen, _say)
+        return _show(result, options.json)
     bench = StepBench(_sizes(options), options.directions, options.repeats, options.memory_repeats)
     return _show(bench_step(bench, variants_called(options.methods), _say), options.json)
 
@@ -60,8 +67,13 @@ def _memory(arguments: list[str]) -> int:
     need_torch()
 
     from hosl.bench.memory import bench_memory
-    from hosl.methods.variants import variants_called
+    from hosl.methods.variants import ON_ENGINE, variants_called
 
+    if options.runtime == "onnx":
+        from hosl.bench.edge_memory import bench_edge_memory
+
+        chosen = variants_called(options.methods, ON_ENGINE)
+        return _show(bench_edge_memory(_sizes(options), options.directions, chosen, _say), options.json)
     sizes, variants = _sizes(options), variants_called(options.methods)
     result = bench_memory(sizes, options.directions, variants, _say, steps=0 if options.once else 1)
     return _show(result, options.json)
@@ -130,6 +142,12 @@ def _sizes(options: Namespace) -> "BenchSizes":
 def _add_methods(parser: Parser) -> None:
     parser.add_argument("--directions", type=int, default=10, help="Q")
     parser.add_argument("--methods", help="rows of the table, separated by semicolons; default: all")
+    parser.add_argument(
+        "--runtime",
+        choices=("torch", "onnx"),
+        default="torch",
+        help="onnx: of clients without torch, on an inference engine, with torch's figures beside them",
+    )
 
 
 def _say(text: str) -> None:

@@ -87,6 +87,7 @@ VARIANTS = (
     Variant("hosl", "hosl", planned=True, choice=5),
     Variant("hosl, gaussian", "hosl", {"distribution": "gaussian"}),
     Variant("hosl, low-rank", "hosl", {"distribution": "low-rank"}),
+    Variant("hosl, LoRA", "hosl", client=LORA),
     Variant("hosl, first-plus", "hosl", {"server_gradient_at": "first-plus"}),
     Variant("hosl-gradient", "hosl-gradient", planned=True, choice=3),
     Variant("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
@@ -123,17 +124,30 @@ VARIANTS = (
     Variant("fo-fo, LoRA", "fo-fo", client={"optimiser": SGD, **LORA}),
     Variant("fo-recompute", "fo-recompute", planned=True),
     Variant("fo-recompute, last block", "fo-recompute", client={"trainable": "last-block"}, planned=True),
+    Variant("fo-recompute, LoRA", "fo-recompute", client=LORA),
+    Variant("fo-recompute, int8 + LoRA", "fo-recompute", client={**LORA, "dtype": "int8"}),
 )
 
+ON_ENGINE = tuple(
+    variant
+    for variant in VARIANTS
+    if variant.name
+    in {
+        "frozen", "hosl", "hosl, low-rank", "hosl, LoRA", "hosl-gradient", "hosl-residual", "fo-recompute",
+        "fo-recompute, last block", "fo-recompute, LoRA", "fo-recompute, int8 + LoRA",
+    }
+)  # fmt: skip
+"""The variants that are compared on the inference engine (the onnx runtime) by default."""
 
-def variants_called(names: str | None) -> tuple[Variant, ...]:
-    """The variants with these names, separated by semicolons; None: all.
+
+def variants_called(names: str | None, usual: tuple[Variant, ...] = VARIANTS) -> tuple[Variant, ...]:
+    """The variants with these names, separated by semicolons; None: the usual ones.
 
     Raises:
         ConfigError: if there is no such variant.
     """
     if names is None:
-        return VARIANTS
+        return usual
     by_name = {variant.name: variant for variant in VARIANTS}
     chosen = [name.strip() for name in names.split(";")]
     for name in chosen:

@@ -55,6 +55,11 @@ class PlannedMemory:
     """Pages of the half's files: weights that are only read."""
 
     @property
+    def base_bytes(self) -> float:
+        """Python, the modules of `hosl join` and the engine, before any weight."""
+        return EDGE_BASE_BYTES
+
+    @property
     def tensor_bytes(self) -> float:
         """All but the base."""
         return self.own_bytes + self.read_bytes
