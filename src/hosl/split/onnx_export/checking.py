@@ -46,7 +46,7 @@ def check_graph(path: Path, compute: Callable[[Tensors], Tensors], tensors: Tens
         raise SplitError(
             f"{path.name} runs on no other number of rows and tokens than it was made with; run this client on torch"
         ) from cause
-    scale = max(float(t.abs().max()) for t in expected.values() if t.numel())
+    scale = max(float(t.double().abs().max()) for t in expected.values())
     for (name, tensor), array in zip(expected.items(), found, strict=True):
         wanted = tensor.detach().numpy().astype(np.float64)
         if wanted.shape != array.shape or np.abs(wanted - array).max() > _ALLOWED * scale:
