@@ -32,13 +32,13 @@ def said(process):
 
 def test_a_device_without_torch_says_token_for_token_what_a_torch_device_says(language, tmp_path):
     folder, labels = language
-    config = tuning(tmp_path, folder / "model", wire={"labels": labels}, model={"cut": 2})
+    config = tuning(tmp_path, folder / "model", wire={"labels": labels})
     half = folder / "halves" / "client"
     with Server(folder / "halves" / "server", tmp_path / "service") as server:
         ask = ["--to", server.line, *ASKED, "--max-new-tokens", TOKENS, "--json"]
         base = said(device("generate", half, *ask))
         assert base == said(torch_device("generate", half, *ask))
-        finished(joining(folder / "halves", server.line, config, tmp_path / "run"))
+        finished(joining(folder / "halves", server.line, config, tmp_path / "run", "--model.cut", 2))
         tuned = said(device("generate", tmp_path / "run", *ask))
         assert tuned == said(torch_device("generate", tmp_path / "run", *ask, "--runtime", "torch"))
         before = finished(device("generate", tmp_path / "run", *ask, "--before"))["answers"]
