@@ -51,7 +51,7 @@ class GraphRunner:
 
     def __init__(self, folder: Path, weights, lora_scale=1.0):
         self.facts = read_runtime_json(folder)
-        self.weights, self._scale = dict(weights), np.float32(lora_scale)
+        self.weights, self._scale = dict(weights), np.asarray(lora_scale, np.float32)
         if self.facts.dtype == "int8":
             self.int8 = safetensors.numpy.load_file(folder / FOLDER / INT8_FILE)
         self._folder, self._sessions = folder / FOLDER, {}

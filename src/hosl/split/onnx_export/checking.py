@@ -20,13 +20,14 @@ def random_like(examples: Tensors, sizes: Sizes, other: Sizes, given: Mapping[st
     instead = dict(zip(sizes.names, other.names, strict=True))
     generator = torch.Generator().manual_seed(0)
 
-    def value(tensor: torch.Tensor) -> torch.Tensor:
+    def value(name: str, tensor: torch.Tensor) -> torch.Tensor:
         shape = [instead.get(size, size) for size in tensor.shape]
         if tensor.dtype == torch.int8:
             return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-        return torch.randn(shape, generator=generator) * 0.1
+        # scales: so that int8 matrices are as large as float ones, and no softmax saturates
+        return torch.randn(shape, generator=generator) * (1e-3 if name.endswith(".weight.scale") else 0.1)
 
-    return {name: given[name] if name in given else value(t) for name, t in examples.items()}
+    return {name: given[name] if name in given else value(name, t) for name, t in examples.items()}
 
 
 def check_graph(path: Path, compute: Callable[[Tensors], Tensors], tensors: Tensors) -> None:

@@ -305,9 +305,9 @@ class _Graphs:
         """
         graph, given = traced(compute, examples)
         taken = without_unused_(graph, examples, keep)
-        model = onnx_model(graph, {name: examples[name] for name in taken}, given, self._sizes)
-        write_graph(self._folder / name, model)
         values = random_like(examples, self._sizes, self._others, checked)
+        inputs = {name: examples[name] for name in taken}
+        write_graph(self._folder / name, onnx_model(graph, inputs, values, given, self._sizes))
         check_graph(self._folder / name, compute, values)
         return taken, given
 
