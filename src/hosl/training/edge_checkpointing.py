@@ -58,9 +58,7 @@ def restore_client_(client: FrozenEdgeClient, checkpoint: Checkpoint) -> int:
         replay = partial(_replay_, client)
     snapshot_step = restore_trained_(checkpoint, client.trained, replay, _restore_weights_)
     if (own := _optimiser_of(client)) is not None:
-        for key, value in checkpoint.tensors.get("client/optimiser", {}).items():
-            name, entry = key.rsplit("/", 1)
-            own.state.setdefault(name, {})[entry] = np.array(value, np.float32)
+        _restore_optimiser_(own, checkpoint.tensors.get("client/optimiser", {}))
     return snapshot_step
 
 
