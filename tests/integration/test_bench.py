@@ -1,11 +1,14 @@
 """`hosl bench step` and `hosl bench memory`: every method is in the table, and its figures mean what they say."""
 
 import json
+import sys
 
 import pytest
 
+from hosl.bench import edge_memory, edge_step
 from hosl.cli import main
-from hosl.methods.variants import VARIANTS, variants_called
+from hosl.methods.variants import ON_ENGINE, VARIANTS, variants_called
+from tests.exported import client_folder
 
 SIZES = ["--shape", "tiny", "--cut", "3", "--batch", "4", "--tokens", "16", "--directions", "2"]
 FLOAT32 = 4
@@ -90,3 +93,69 @@ def test_what_cannot_be_measured_is_one_line(capsys, words, said):
 def test_rows_are_chosen_by_name():
     assert [row.name for row in variants_called("frozen; fo-fo")] == ["frozen", "fo-fo"]
     assert variants_called(None) == VARIANTS
+
+
+@pytest.fixture
+def with_graphs(request, monkeypatch):
+    """Benchmarks take a tiny half that has its graphs already; making them takes a minute."""
+    halves = client_folder(request.config, "opt", 2, edge_memory.GRAPHS).parent
+    for module in (edge_memory, edge_step):
+        monkeypatch.setattr(module, "random_halves", lambda *arguments: halves)
+    return ["--runtime", "onnx", *SIZES, "--cut", "2"]
+
+
+def _on_engine(capsys, benchmark, words):
+    assert main(["bench", benchmark, *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    return found, {line["name"]: line for line in found["methods"]}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_process_on_the_engine_is_measured_beside_torchs_and_the_plans(capsys, with_graphs):
+    rows = "frozen;fo-recompute;fo-recompute, int8 + LoRA"
+    found, lines = _on_engine(capsys, "memory", [*with_graphs, "--methods", rows])
+    assert list(lines) == rows.split(";")
+    assert found["onnxruntime"]
+    for line in lines.values():
+        pages = line["own_pages_mib"] + line["file_pages_mib"]
+        assert 0 < pages <= line["onnx_process_mib"] + 1  # many looks, and none at the very peak
+        assert line["planned_over_measured"] == pytest.approx(
+            line["planned_mib"] / line["onnx_process_mib"], rel=0.01
+        )
+        # torch's libraries alone are more than all of a device without them
+        assert line["torch_process_mib"] > 1.5 * line["onnx_process_mib"]
+        assert line["times_less_than_torch"] > 1.5
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_step_on_the_engine_is_measured_beside_torchs(capsys, with_graphs):
+    words = [*with_graphs, "--repeats", "1"]
+    found, lines = _on_engine(capsys, "step", words)
+    assert list(lines) == [row.name for row in ON_ENGINE]
+    assert found["threads"] == 1
+    for name, line in lines.items():
+        assert line["over_torch"] == pytest.approx(line["client_s"] / line["torch_s"])
+        assert all(line[key] > 0 for key in ("forward_over_torch", "step_over_forwards", "torch_step"))
+        by_probes = name.split(",")[0] in ("hosl", "hosl-gradient")
+        assert (line.get("pair_over_two_forwards", 0) > 0) == by_probes
+    assert main(["bench", "step", *words, "--methods", "frozen"]) == 0
+    _, columns, row = capsys.readouterr().out.splitlines()
+    assert columns.split()[:2] == ["name", "client_s"]
+    assert row.split()[0] == "frozen"
+
+
+@pytest.mark.parametrize("benchmark", ["step", "memory"])
+@pytest.mark.parametrize(
+    ("without", "methods", "said"),
+    [
+        (True, "frozen", "the onnx runtime needs onnxruntime, which is not installed"),
+        (False, "hosl-node", "the onnx runtime has no method: hosl-node"),
+    ],
+)
+def test_what_the_engine_has_not_is_one_line(monkeypatch, capsys, benchmark, without, methods, said):
+    if without:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["bench", benchmark, "--runtime", "onnx", "--methods", methods]) in (1, 2)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hosl:")]
+    assert len(err) == 1
+    assert said in err[0]

@@ -62,6 +62,37 @@ def test_what_fits_is_marked_and_the_recommended_row_is_a_config(capsys, tmp_pat
     assert main(["plan", *words, "--write", str(files[0])]) == 2  # nothing is written over
 
 
+def test_a_device_without_torch_is_planned_beside_torch(capsys, tmp_path):
+    words = ["tiny", "--tokens", "64", "--cuts", "2,3", "--runtime", "onnx"]
+    assert main(["plan", *words, "--json"]) == 0
+    said = capsys.readouterr()
+    (without,) = [line for line in said.err.splitlines() if "the onnx runtime has no" in line]
+    assert "hosl-node" in without
+    assert "fo-fo" in without
+    ways = json.loads(said.out)["ways"]
+    assert {way["method"] for way in ways} == {
+        "frozen", "hosl", "hosl-gradient", "hosl-residual", "fo-recompute",
+    }  # fmt: skip
+    for way in ways:
+        pages = way["onnx_own_page_bytes"] + way["onnx_file_page_bytes"]
+        assert way["onnx_process_bytes"] == pytest.approx(pages, abs=1)
+        assert 0 < way["onnx_tensor_peak_bytes"] < way["onnx_process_bytes"] < way["client_process_bytes"]
+    by_way = {(way["way"], way["cut"]): way["onnx_process_bytes"] for way in ways}
+    assert by_way["fo-recompute", 2] < by_way["fo-recompute", 3]
+    limit = (by_way["fo-recompute", 3] + by_way["fo-recompute, last block", 3]) // 2
+    assert main(["plan", *words, "--device-memory", f"{limit}B", "--write", str(tmp_path / "my.yaml")]) == 0
+    *lines, why = capsys.readouterr().out.splitlines()
+    (columns,) = [line for line in lines if line.split()[:1] == ["cut"]]
+    assert "onnx process  torch tensors  torch process" in columns
+    (arrow,) = [line for line in lines if line.startswith("->")]
+    assert arrow.split()[1:5] == ["3", "fo-recompute,", "last", "block"]
+    assert "exact gradients" in why
+    config = load_config(tmp_path / "my.yaml")
+    assert (config.method, config.client.trainable) == ("fo-recompute", "last-block")
+    assert main(["plan", *words, "--device-memory", "50MiB"]) == 0
+    assert "nothing fits" in capsys.readouterr().out
+
+
 def test_a_config_is_planned_with_its_tasks_longest_batch(capsys, tiny_run):
     found = planned(capsys, str(tiny_run()), "--cuts", "1,2")
     assert (found["rows"], found["tokens"]) == (8, 2)

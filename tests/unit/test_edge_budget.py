@@ -19,9 +19,9 @@ TASK = ClassificationTask("words", ("a", "b"), ROWS, ROWS, ROWS, pad_id=0)
 def plan(monkeypatch, tmp_path):
     """`plan(budget, method)` checks a budget against a plan of 1 MiB per row at once, of an evaluation half of it."""
 
-    def planned(config, folder, rows, tokens):
+    def planned(config, folder, rows, tokens, *, evaluation=False):
         at_once = min(rows, config.client.micro_batch_size or 128)
-        return PlannedMemory(at_once * MIB / (2 if config.method == "frozen" else 1), 10.0 * MIB)
+        return PlannedMemory(at_once * MIB / (2 if evaluation else 1), 10.0 * MIB)
 
     monkeypatch.setattr(edge_budget, "planned_process_bytes", planned)
 
