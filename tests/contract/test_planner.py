@@ -21,6 +21,7 @@ from hosl.methods.torch_parties import (
     trained_elements,
 )
 from hosl.methods.variants import VARIANTS
+from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.engine.memory import TorchMemory
 from hosl.parties.metered import Meter, metered, payload_bytes
 from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
@@ -30,6 +31,7 @@ from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PLANNED, Demand, Question, most_needed, nearest_that_fits, plan, recommended
 from hosl.split import split_model, split_u_shape
+from hosl.split.shapes import random_model
 from tests.conftest import MODELS, build
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
@@ -128,6 +130,34 @@ def test_memory_bytes_and_trained_numbers_are_predicted(family, way):
     assert abs(cost.peak_bytes - peak_bytes) <= 0.02 * peak_bytes + 15 * ID_BYTES
     assert traffic.bytes_up == pytest.approx(of_server.bytes_in, rel=0.02)
     assert traffic.bytes_down == pytest.approx(of_server.bytes_out, rel=0.02)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("together", [None, 2])
+def test_what_residual_feedback_keeps_follows_the_whole_batch_in_plan_and_client(monkeypatch, together):
+    """On either side of the threshold, which many micro-batches cross where two do not."""
+    chosen = []
+    affordable = ResidualClient._affordable
+    monkeypatch.setattr(
+        ResidualClient, "_affordable", lambda *args: chosen.append(affordable(*args)) or chosen[-1]
+    )
+    shape = model_shape("tiny")
+    config = BY_NAME["hosl-residual"].config(cut=4, directions=1, micro_batch_size=together)
+    held = client_cost_at(config, shape, 1, 8)[0].static_bytes
+    most = int(0.08 * held / (2 * shape.width * 4 * 8))  # two trained blocks, rows of 8 tokens
+    assert most > 8
+    for rows, kept in ((most, "blocks"), (most + 1, "stream")):
+        chosen.clear()
+        plan_, _ = client_cost_at(config, shape, rows, 8)
+        assert set(chosen) == {kept}
+        chosen.clear()
+        client = make_client(config, split_model(random_model("tiny"), 4)[0])
+        batch = fixed_batch(client, rows, 8)
+        method_round(config, client, NoServer(), batch, 1)
+        assert set(chosen) == {kept}
+        memory = TorchMemory(party_bytes(client))
+        memory.watch(method_round, config, client, NoServer(), batch, 2)
+        assert plan_.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("optimiser", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw"}])

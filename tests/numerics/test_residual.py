@@ -129,6 +129,23 @@ def test_what_is_kept_changes_not_a_bit(tiny, model_name, padded, kept, at_once)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize(("family", "above"), [("llama", "stream"), ("opt-post-ln", "blocks")])
+@pytest.mark.parametrize("at_once", [2, None])
+def test_auto_keeps_the_inputs_of_blocks_where_they_take_little_beside_the_half(tiny, family, above, at_once):
+    """Up to 8 % of the half's bytes, by the whole batch; through norms on the stream, always."""
+    client = _client(tiny(family), micro_batch_size=at_once)
+    held = sum(t.nbytes for t in (*client.half.model.parameters(), *client.half.model.buffers()))
+    a_token = 2 * client.half.config.hidden_size * 4  # in each of two trained blocks, float32
+    most = int(0.08 * held / a_token)
+    for tokens, kept in ((most, "blocks"), (most + 1, above)):
+        ids = np.full((tokens, 1), 3)
+        targets = ClassTargets(np.ones(ids.shape, np.int8), np.zeros(tokens, np.int64))
+        client.forward_keeping_inputs(Batch(ids, targets))
+        assert all(part.stream_alone == (kept == "stream") for part in client._parts)
+        inputs = [call.args[0] is not None for part in client._parts for call in part.calls]
+        assert inputs == ([True, True] if kept == "blocks" else [True, False]) * len(client._parts)
+
+
 @pytest.mark.parametrize(("kept", "evaluated"), [("stream", 1), ("blocks", 0), ("inputs", 0)])
 def test_a_block_is_evaluated_no_further_than_it_is_read(tiny, padded, kept, evaluated):
     """The last layer of a block is computed again only where the next block's input is made of it."""
