@@ -7,7 +7,8 @@ import pytest
 import torch
 from msgspec import structs
 
-from hosl.config import Config, ModelConfig, parse_config
+from hosl.config import Config, ModelConfig, ResidualConfig, parse_config
+from hosl.core.methods import METHODS
 from hosl.core.targets import Batch, ClassTargets, OptionTargets, positions_of, states_shape
 from hosl.errors import ConfigError
 from hosl.methods.step import method_round
@@ -225,14 +226,29 @@ def test_memory_is_predicted_where_embeddings_are_trained(way):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("way", PLANNED)
-def test_many_cuts_follow_from_two(way):
+@pytest.mark.parametrize(
+    ("way", "blocks"),
+    [
+        *((way, None) for way in PLANNED),
+        *((way, blocks) for way in ("hosl-node", "hosl-residual") for blocks in (3, "all")),
+        ("hosl-node", 4),
+        ("hosl", 4),
+    ],
+)
+def test_many_cuts_follow_from_two(way, blocks):
     """The table's shortcut against the step at that very cut."""
-    shape = model_shape("tiny")
+    shape = model_shape("tiny").of_blocks(4 if blocks == 4 else 6)
+    base = Config(residual=ResidualConfig(blocks=blocks), model=ModelConfig(cut=4))
     question = Question(
-        shape=shape, base=Config(), rows=4, tokens=24, client=assumed_cpu(1), server=assumed_server(1.0)
+        shape=shape, base=base, rows=4, tokens=24, client=assumed_cpu(1), server=assumed_server(1.0)
     )
-    rows = plan(question, cuts=[4], names=[way])
+    left_out = []
+    rows = plan(question, cuts=[2, 4], names=list(dict.fromkeys(("frozen", way))), say=left_out.append)
+    assert not left_out
+    least = blocks if isinstance(blocks, int) and METHODS[BY_NAME[way].method].needs_blocks else 1
+    rows = [row for row in rows if row.name == way]
+    assert [row.cut for row in rows] == [cut for cut in (2, 4) if cut >= least]
+    rows = rows[-1:]
     with pytest.raises(ConfigError, match="nothing fits: the least is"):
         recommended([dataclasses.replace(row, fits=False) for row in rows], cut=4)
     for row in rows:

@@ -117,10 +117,12 @@ def beyond_weights(
 ) -> Callable[[int, int], float]:
     """The peak memory of a forward-only client beyond its weights: a function of rows and tokens; it returns bytes.
 
-    This memory is the same at every cut, so the lowest one is run; and the same with one direction as with many.
+    This memory is the same at every cut with as many trained blocks, so the lowest one is run; and the same with one
+    direction as with many.
     """
     assert not config.method_row.memory_by_cut, f"{config.method} keeps something of every block"
-    config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
+    if not trains_all_blocks(config.method, config.residual.blocks):
+        config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
     costs = {} if costs is None else costs
 
     def at(rows: int, tokens: int) -> float:
@@ -201,6 +203,11 @@ def lowest_cut(method: str, trained_blocks: int | str | None, trainable: str) ->
 def lowest_with_block(config: Config) -> int:
     """The lowest cut at which a client has the blocks that it trains, and at least one block."""
     return max(lowest_cut(config.method, config.residual.blocks, config.client.trainable), 1)
+
+
+def trains_all_blocks(method: str, trained_blocks: int | str | None) -> bool:
+    """Whether a method of last blocks trains all that the client has: then each is evaluated for those below it."""
+    return METHODS[method].needs_blocks and trained_blocks == "all"
 
 
 def clean_pass(config: Config) -> Config:
