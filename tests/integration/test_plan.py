@@ -1,7 +1,9 @@
 """`hosl plan`: the table, its config and its picture; and budgets that refuse before a run or stop it."""
 
+import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,14 @@ import yaml
 
 from hosl.cli import main
 from hosl.config import load_config
+from hosl.parties.engine.optimisers import OptimiserSpec
+from hosl.planner import request
+from hosl.planner.costs import client_cost_at
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
 from hosl.training import local_session
+from hosl.transport.link import LinkSpec
 from tests.integration.languages import language_model, tuning
 from tests.integration.network import Server, anew, finished, join, split
 
@@ -207,6 +213,38 @@ def test_a_way_of_another_method_is_written_with_its_own_usual_rate(capsys, tiny
     assert planned(capsys, config, "--cuts", "2", "--write", str(tmp_path / "way.yaml"))["recommended"]
     written = load_config(tmp_path / "way.yaml")
     assert (written.method, written.client_rate) == ("hosl-node", 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("client", "residual"),
+    [
+        ({"optimiser": {"name": "adamw", "weight_decay": 0.1}, "learning_rate": 1e-4}, {"decay": 0.5}),
+        ({"learning_rate": 1e-3}, {"blocks": 2, "slopes": "per-block"}),
+        ({"learning_rate": 1e-3}, {"kept": "inputs"}),
+    ],
+    ids=["adamw", "slopes", "kept"],
+)
+def test_a_way_of_the_configs_own_method_is_planned_and_written_with_its_settings(
+    tmp_path, monkeypatch, client, residual
+):
+    name = str(language_model(tmp_path / "model", "llama"))
+    path = tuning(tmp_path, name, method="hosl-residual", zo={}, client=client, residual=residual)
+    path.write_text(path.read_text().replace("cut: 1", "cut: 2"))
+    asked = load_config(path)
+    few = partial(request.plan, names=["frozen", "hosl-residual", "fo-fo"])
+    monkeypatch.setattr(request, "plan", few)
+    found = request.planned(request.Planning(what=str(path), link=LinkSpec(), cuts=(2,)), say=print)
+    (row,) = [row for row in found.rows if row.config.method == "hosl-residual"]
+    found = dataclasses.replace(found, chosen=row)  # a plan by itself recommends another method
+    found.write(tmp_path / "way.yaml")
+    written = load_config(tmp_path / "way.yaml")
+    assert (written.client, written.residual) == (asked.client, asked.residual)
+    shape, question = found.question.shape, found.question
+    cost, _ = client_cost_at(written, shape, question.rows, question.tokens)
+    assert (cost.static_bytes, cost.peak_bytes) == (row.client.static_bytes, row.client.peak_bytes)
+    (backprop,) = [row for row in found.rows if row.name == "fo-fo"]
+    assert backprop.config.client.optimiser == OptimiserSpec()  # of another method: its own
+    assert backprop.config.residual.slopes == "none"
 
 
 def test_a_plan_takes_the_overrides_of_train(capsys, tiny_run):
