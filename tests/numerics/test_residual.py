@@ -81,7 +81,21 @@ def test_the_update_is_the_gradient_that_comes_down_the_residual_stream(family, 
     dtype = (
         torch.float32 if family.removesuffix(" (class)") in EXPERTS else torch.float64
     )  # experts know no float64
-    client, batch = _client(build(family, dtype)), _batch(padded)
+    _check_update(_client(build(family, dtype)), _batch(padded), 1e-6 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "falcon-multi-query", "falcon-alibi"])
+@pytest.mark.parametrize("at_once", [2, ROWS])
+def test_so_it_is_where_the_stream_is_taken_behind_a_norm(family, at_once, padded):
+    """In BLOOM it then goes through both norms of a block; transformers' Falcon has the setting and never reads it."""
+    model = build(family, torch.float64, apply_residual_connection_post_layernorm=True)
+    client = _client(model, blocks=3, micro_batch_size=at_once)
+    assert bool(client.half.norms_on_stream) == (family == "bloom")
+    _check_update(client, _batch(padded), 1e-6)
+
+
+def _check_update(client, batch, rounding):
+    """A step moves what is trained by -eta times its gradient by the stream alone, up to `rounding` of the largest."""
     g = _gradient(client, batch)
     expected, before = _by_stream(client, batch, g), _weights(client)
     assert torch.equal(client.forward_keeping_inputs(batch), client.forward(batch))
@@ -89,7 +103,7 @@ def test_the_update_is_the_gradient_that_comes_down_the_residual_stream(family, 
     moved = {name: p.detach() - before[name] for name, p in client.half.named_parameters()}
     assert {name for name, by in moved.items() if by.any()} == set(client.trained) == set(expected)
     for name, gradient in expected.items():
-        rounding = 1e-6 if dtype == torch.float64 else 1e-4  # in either, some norms round to float32
+        # some norms round to float32
         atol = rounding * ETA * float(gradient.abs().max())
         torch.testing.assert_close(moved[name], -ETA * gradient, rtol=0, atol=atol)
 
