@@ -313,6 +313,8 @@ def test_adapters_on_some_of_the_layers_are_all_that_is_trained(tiny, dtype):
     client = make_client(parse_config(settings, where="x"), split_model(tiny("llama"), BLOCKS)[0])
     assert len(client.trained) == 2 * 2
     assert all(".down_proj.lora_" in name for name in client.trained)
+    adapters = {name for name, _ in client.half.named_parameters() if ".lora_" in name}
+    assert adapters == set(client.trained)  # none in the block below, which is not trained
 
 
 def test_slopes_are_refused_where_norms_stand_above_the_layers(tiny):
