@@ -335,3 +335,31 @@ def test_a_probe_says_how_far_residual_feedback_is_right(tmp_path, capsys, monke
     assert [layers[0], "1.00", "1.00"] in lines
     assert not (tmp_path / "run").exists()
     assert "alignment" not in planned(capsys, str(path), "--probe", "--method", "frozen")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--client.learning-rate", "auto"], "every layer is"),
+        (["--residual.slopes", "one"], "residual.slopes: one scales these updates"),
+        (["--client.trainable", "lora"], "of adapters: their second matrix (B)"),
+        (["--client.trainable", "lora", "--client.dtype", "int8"], "of adapters: their second matrix (B)"),
+    ],
+)
+def test_a_probe_measures_slopes_and_adapters_too(tmp_path, capsys, monkeypatch, words, note):
+    monkeypatch.setattr("hosl.planner.request._with_machine", lambda question, work: question)
+    monkeypatch.setattr(request, "plan", partial(request.plan, names=["frozen"]))
+    path = tuning(tmp_path, language_model(tmp_path / "model", "llama"), method="hosl-residual", zo={})
+    path.write_text(path.read_text().replace("cut: 1", "cut: 2") + "residual: {blocks: 2}\n")
+    plain = planned(capsys, str(path), "--probe")["alignment"]
+    rows = planned(capsys, str(path), "--probe", *words)["alignment"]
+    assert [row["layer"] for row in rows] == [row["layer"] for row in plain]
+    if "lora" in words:  # nothing stands above the last layer
+        assert rows[0]["cosine"] == pytest.approx(1.0, abs=1e-4)
+        assert all(0 < abs(row["cosine"]) < 0.999 for row in rows[1:])
+    else:  # the same updates, which are then scaled
+        assert rows == plain
+    assert main(["plan", str(path), "--probe", *words]) == 0
+    said = capsys.readouterr().out
+    assert note in said
+    assert "cosine of each layer's update" in said
