@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import transformers
 from msgspec import structs
 
 from hosl.config import Config, ModelConfig, ResidualConfig, parse_config
@@ -116,6 +117,9 @@ CASES += [
     for way in ("hosl-node", "fo-recompute")
 ]
 CASES += [(family, "hosl-gradient") for family in ("modernbert", "deberta-v2", "opt (class)")]
+EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss")
+CASES += [(family, way) for family in EXPERTS for way in ("hosl-residual", "fo-fo")]
+CASES += [("mixtral", way) for way in ("hosl", "hosl-gradient, int8 + LoRA", "hosl-node", "fo-recompute")]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -159,6 +163,44 @@ def test_what_residual_feedback_keeps_follows_the_whole_batch_in_plan_and_client
         memory = TorchMemory(party_bytes(client))
         memory.watch(method_round, config, client, NoServer(), batch, 2)
         assert plan_.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.02)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_experts_are_counted_by_the_tokens_that_they_are_sent_together(tmp_path):
+    """Two experts a token are twice the work of one, of weights that are all held; else memory follows the data."""
+    models = [build("qwen3_moe", num_experts_per_tok=chosen) for chosen in (1, 2)]
+    config = BY_NAME["frozen"].config(cut=CUT, directions=1)
+    one, two = (client_cost_at(config, shape_of("qwen3_moe", model), ROWS_, TOKENS)[0] for model in models)
+    of_experts = 2 * ROWS_ * TOKENS * 3 * 32 * 16  # gate, up and down
+    assert flops(two.work) - flops(one.work) == CUT * of_experts
+    assert (
+        two.static_bytes
+        == one.static_bytes
+        == party_bytes(make_client(config, split_model(models[0], CUT)[0]))
+    )
+    forward_mode = BY_NAME["hosl-gradient, forward-mode"].config(cut=CUT, directions=1)
+    with pytest.raises(ConfigError, match="forward-mode with experts: it takes them one by one"):
+        client_cost_at(forward_mode, shape_of("qwen3_moe", models[0]), ROWS_, TOKENS)
+    unlisted = transformers.OlmoeConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4)
+    unlisted.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no plan of a olmoe: how its experts share the tokens"):
+        model_shape(str(tmp_path))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_probe_forms_is_counted_once_beside_a_head_with_state():
+    """An optimiser that makes its state in its first step has that step run twice."""
+    counts = []
+    for server in ({"name": "sgd"}, {"name": "adamw"}):
+        settings = {
+            "method": "hosl",
+            "model": {"cut": CUT},
+            "zo": {"directions": 1},
+            "wire": {"labels": "client"},
+        }
+        config = parse_config(settings | {"server": {"optimiser": server}}, where="test")
+        counts.append(client_cost_at(config, shape_of("llama", build("llama")), ROWS_, TOKENS)[0].formed)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("optimiser", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw"}])
