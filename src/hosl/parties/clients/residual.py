@@ -77,7 +77,7 @@ class ResidualClient(OutputProjectionClient):
         self._norms_of_block = [
             {
                 f"{name}.{norm}": block.get_submodule(norm)
-                for norms in half.norms_above.values()
+                for norms in (*half.norms_above.values(), half.norms_on_stream)
                 for norm in norms
             }
             for name, block in zip(self._block_names, self._blocks, strict=True)
@@ -208,19 +208,19 @@ class ResidualClient(OutputProjectionClient):
             (): part.gradient if scale == 1.0 else part.gradient * scale
         }
         reads, terms = self._reads(index, part), list[_Term]()
-        for projection in self.half.output_projections:
-            name = f"{self._block_names[index]}.{projection}"
-            layer = self._of_block[index].get(name)  # None: without adapters, where others have some
-            norms = self._norms_above[name] if layer is not None or self._norms_on_stream else ()
+
+        def below(norms: tuple[str, ...]) -> torch.Tensor:
             for i in reversed(range(len(norms))):
                 if norms[i:] not in at:
                     norm = self._norms_of_block[index][norms[i]]
                     at[norms[i:]], of_norm = _through_norm(norm, reads[norms[i]], at[norms[i + 1 :]])
-                    terms += of_norm
-            if layer is not None:
-                terms += _of_layer(layer, at[norms], reads[name])
-        if self._norms_on_stream:
-            part.gradient = at[max(at, key=len)]
+                    terms.extend(of_norm)
+            return at[norms]
+
+        for name, layer in self._of_block[index].items():
+            terms += _of_layer(layer, below(self._norms_above[name]), reads[name])
+        if self._norms_on_stream and index:
+            part.gradient = below(tuple(f"{self._block_names[index]}.{n}" for n in self._norms_on_stream))
         return terms
 
     def _read_in(self, index: int) -> dict[str, nn.Module]:
