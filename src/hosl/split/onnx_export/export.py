@@ -18,13 +18,13 @@ import torch
 from hosl.errors import SplitError
 from hosl.split.halves import ClientHalf
 from hosl.split.onnx_export.block_functions import BlockFunction, layers_named, layers_of
+from hosl.split.onnx_export.checking import check_graph, random_like
 from hosl.split.onnx_export.graph_files import OPSET, onnx_model, operators, write_graph
 from hosl.split.onnx_export.head_functions import HeadFunction
 from hosl.split.onnx_export.int8_matrices import write_int8
 from hosl.split.onnx_export.kinds import kinds_of
 from hosl.split.onnx_export.recording import (
     IDS,
-    MASK,
     before_blocks,
     outputs,
     prelude,
@@ -32,7 +32,7 @@ from hosl.split.onnx_export.recording import (
     token_table,
 )
 from hosl.split.onnx_export.sums import with_sums_
-from hosl.split.onnx_export.tracing import Tensors, sizes_beside, traced, without_unused_
+from hosl.split.onnx_export.tracing import Sizes, Tensors, sizes_beside, traced, without_unused_
 from hosl.split.reading.half_json import half_facts
 from hosl.split.reading.runtime_json import (
     FILE,
@@ -140,11 +140,10 @@ class _Graphs:
     def __init__(self, half: ClientHalf, folder: Path, spec: GraphSpec) -> None:
         self._half, self._folder, self._spec = half, folder, spec
         self._sizes = sizes_beside(_taken(half))
-        ids = torch.zeros(self._sizes.rows, self._sizes.seq, dtype=torch.int64)
-        mask = torch.ones_like(ids)
-        mask[1, :2], mask[2, -2:] = 0, 0  # so that no mask is left out because all tokens are seen
-        self._batch = {IDS: ids, MASK: mask}
-        self._recording = record(half, ids, mask)
+        self._others = Sizes(*(size + 1 for size in self._sizes.names))
+        """Of the batch that graphs are tried with."""
+        self._recording = record(half, self._sizes.batch())
+        self._checked = record(half, self._others.batch())
         self._width = self._recording.hidden.shape[-1]
 
     def write(self) -> _Made:
@@ -154,12 +153,16 @@ class _Graphs:
             BlockFunction(block, call, layers=layers_of(self._half, block))
             for block, call in zip(blocks, self._recording.calls, strict=False)
         ]
+        if self._spec.lora_targets:
+            for function in functions:
+                self._adapted(layers_named(function.block))
         kinds = kinds_of(functions, self._sizes, self._width)
         made: dict[str, dict[Variant, BlockGraph]] = {}
         extras: dict[str, tuple[str, ...]] = {}
-        for kind, function in zip(kinds, functions, strict=True):
+        for index, (kind, function) in enumerate(zip(kinds, functions, strict=True)):
             if kind not in made:
-                made[kind], extras[kind] = self._kind(kind, function)
+                calls = zip(function.extras, self._checked.calls[index].tensors, strict=True)
+                made[kind], extras[kind] = self._kind(kind, function, dict(calls))
         names = {id(tensor): name for name, tensor in outputs(self._recording).items()}
         places = tuple(
             BlockPlace(
@@ -180,9 +183,9 @@ class _Graphs:
     def write_head(self, function: HeadFunction) -> HeadGraph:
         """Write the graphs of the head, and of its gradient."""
         examples = function.examples(self._sizes, self._width)
-        taken, _ = self._write("head.onnx", function.forward, examples)
+        taken, _ = self._write("head.onnx", function.forward, examples, {})
         examples[GRADIENT] = torch.zeros_like(function.forward(examples)[LOGITS])
-        _, given = self._write("head-gradient.onnx", function.gradient, examples, taken)
+        _, given = self._write("head-gradient.onnx", function.gradient, examples, {}, taken)
         weights = [name for name in function.weights if name in taken]
         return HeadGraph(
             file="head.onnx",
@@ -192,8 +195,13 @@ class _Graphs:
             gradients=tuple(d.removeprefix("d.") for d in given[1:]),
         )
 
-    def _kind(self, kind: str, function: BlockFunction) -> tuple[dict[Variant, BlockGraph], tuple[str, ...]]:
-        """Write the graphs of one kind of block; the graphs, and the extras that all of them take."""
+    def _kind(
+        self, kind: str, function: BlockFunction, checked: Tensors
+    ) -> tuple[dict[Variant, BlockGraph], tuple[str, ...]]:
+        """Write the graphs of one kind of block, and try them; the graphs, and the extras that all of them take.
+
+        `checked` is what the block is called with by the batch that they are tried with.
+        """
         found: dict[Variant, BlockGraph] = {}
         kept = [HIDDEN, GRADIENT, LORA_SCALE]
         for variant, of, compute in self._variants(function):
@@ -201,7 +209,7 @@ class _Graphs:
             if variant.endswith(("gradient", "feedback")):
                 examples[GRADIENT] = torch.zeros_like(examples[HIDDEN])
             name = f"block-{kind}.onnx" if variant == "block" else f"block-{kind}-{variant}.onnx"
-            taken, given = self._write(name, compute, examples, kept)
+            taken, given = self._write(name, compute, examples, checked, kept)
             if variant == "block":
                 kept += [extra for extra in of.extras if extra in taken]
             found[variant] = BlockGraph(
@@ -263,8 +271,10 @@ class _Graphs:
         weights = before_blocks(self._half)
         table = token_table(self._half)
         parameters = dict(self._half.named_parameters())
-        sizes = (self._sizes.distinct, parameters[table].shape[1])
-        examples = self._batch | {ROWS_OF_IDS: self._batch[IDS].clone(), TABLE: torch.zeros(sizes)}
+        rows = torch.zeros(self._sizes.distinct, parameters[table].shape[1])
+        batch, other = self._sizes.batch(), self._others.batch()
+        examples = batch | {ROWS_OF_IDS: batch[IDS].clone(), TABLE: rows}
+        other |= {ROWS_OF_IDS: torch.arange(other[IDS].numel()).view_as(other[IDS]) % self._others.distinct}
         inputs = tuple(examples)
         examples |= {name: torch.zeros(parameters[name].shape) for name in weights}
 
@@ -272,7 +282,7 @@ class _Graphs:
             found = outputs(prelude(self._half, weights, tensors))
             return {name: found[name] for name in wanted}
 
-        taken, given = self._write("prelude.onnx", compute, examples)
+        taken, given = self._write("prelude.onnx", compute, examples, other)
         return PreludeGraph(
             file="prelude.onnx",
             inputs=tuple(name for name in inputs if name in taken),
@@ -286,13 +296,19 @@ class _Graphs:
         name: str,
         compute: Callable[[Tensors], Tensors],
         examples: Tensors,
+        checked: Tensors,
         keep: Collection[str] = (),
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Write one graph; returns the names of its inputs, unused ones only if they are to `keep`, and outputs."""
+        """Write one graph, and try it; returns the names of its inputs, unused ones only if to `keep`, and outputs.
+
+        It is tried on the values `checked`, and on random ones where there are none.
+        """
         graph, given = traced(compute, examples)
         taken = without_unused_(graph, examples, keep)
-        model = onnx_model(graph, {name: examples[name] for name in taken}, given, self._sizes)
-        write_graph(self._folder / name, model)
+        values = random_like(examples, self._sizes, self._others, checked)
+        inputs = {name: examples[name] for name in taken}
+        write_graph(self._folder / name, onnx_model(graph, inputs, values, given, self._sizes))
+        check_graph(self._folder / name, compute, values)
         return taken, given
 
 

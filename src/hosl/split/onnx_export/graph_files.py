@@ -20,16 +20,18 @@ OPSET = 20
 
 
 def onnx_model(
-    graph: torch.fx.GraphModule, examples: Tensors, outputs: Collection[str], sizes: Sizes
+    graph: torch.fx.GraphModule, examples: Tensors, others: Tensors, outputs: Collection[str], sizes: Sizes
 ) -> onnx.ModelProto:
     """The ONNX model of a traced graph, whose inputs are `examples`, in this order.
+
+    A dimension in which `others` differ stays open, and has its name by `sizes`.
 
     Raises:
         SplitError: if an operator has no ONNX form in the default domain.
     """
     open_sizes = tuple(
-        {i: torch.export.Dim.AUTO for i, size in enumerate(t.shape) if size in sizes.names}
-        for t in examples.values()
+        {i: torch.export.Dim.AUTO for i, size in enumerate(t.shape) if size != others[name].shape[i]}
+        for name, t in examples.items()
     )
     logger = logging.getLogger("torch.onnx")
     level = logger.level

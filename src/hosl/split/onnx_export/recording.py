@@ -15,11 +15,9 @@ from torch.utils import _pytree as pytree
 
 from hosl.errors import SplitError
 from hosl.split.halves import ClientHalf
-from hosl.split.onnx_export.tracing import Tensors, given
+from hosl.split.onnx_export.tracing import IDS, MASK, Tensors, given
 from hosl.split.reading.runtime_json import HIDDEN, ROWS_OF_IDS, TABLE
 from hosl.split.stand_ins import PassThrough
-
-IDS, MASK = "input_ids", "attention_mask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +60,13 @@ class Recording:
     """One for every block."""
 
 
-def record(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> Recording:
-    """What the blocks of `half` are called with for a batch [rows, seq], int64.
+def record(half: ClientHalf, batch: Tensors) -> Recording:
+    """What the blocks of `half` are called with for a batch: `input_ids` and `attention_mask` [rows, seq], int64.
 
     Raises:
         SplitError: if anything else is computed between or after the blocks.
     """
-    recording, loop = _run(half, ids, mask)
+    recording, loop = _run(half, batch)
     first = recording.hidden
     if any(state.data_ptr() != first.data_ptr() or state.shape != first.shape for state in loop):
         raise SplitError(
@@ -86,7 +84,7 @@ def record(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> Recording
     return recording
 
 
-def _run(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Recording, list[torch.Tensor]]:
+def _run(half: ClientHalf, batch: Tensors) -> tuple[Recording, list[torch.Tensor]]:
     """The recording, and the hidden states that blocks and the caller were given: all one, if nothing is between."""
     calls: list[tuple[torch.Tensor, Call]] = []
 
@@ -102,7 +100,7 @@ def _run(half: ClientHalf, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Recor
     for stand_in in stand_ins:
         stand_in.register_forward_pre_hook(keep, with_kwargs=True)
     with _instead(half.model, half.blocks_name, nn.ModuleList(stand_ins or list(blocks))):
-        last = half(ids, mask)
+        last = half(batch[IDS], batch[MASK])
     states = [*(hidden for hidden, _ in calls), last]
     return Recording(states[0], [call for _, call in calls]), states
 
@@ -118,7 +116,7 @@ def prelude(half: ClientHalf, weights: tuple[str, ...], tensors: Tensors) -> Rec
         embeddings.forward = lambda *_, **__: whole(tensors[ROWS_OF_IDS])
         embeddings.padding_idx = None  # which must be a row of the table; it has to do with gradients alone
         try:
-            return _run(half, tensors[IDS], tensors[MASK])[0]
+            return _run(half, tensors)[0]
         finally:
             del embeddings.forward
             embeddings.padding_idx = padding

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 Tensors = dict[str, torch.Tensor]
+IDS, MASK = "input_ids", "attention_mask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,13 @@ class Sizes:
     def names(self) -> dict[int, str]:
         """By size, what the dimension is called in graphs."""
         return {size: name for name, size in asdict(self).items()}
+
+    def batch(self) -> Tensors:
+        """`input_ids` and `attention_mask`, with padding on both sides: a mask of ones is left out by some models."""
+        ids = torch.zeros(self.rows, self.seq, dtype=torch.int64)
+        mask = torch.ones_like(ids)
+        mask[1, :2], mask[2, -2:] = 0, 0
+        return {IDS: ids, MASK: mask}
 
 
 def traced(
@@ -96,7 +103,7 @@ def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return module.get_submodule(parent)._parameters, leaf
 
 
-def sizes_beside(taken: set[int]) -> Sizes:
+def sizes_beside(taken: Collection[int]) -> Sizes:
     """Sizes that are odd primes, and none of those `taken`."""
     found, number = list[int](), 3
     while len(found) < len(fields(Sizes)):
@@ -143,9 +150,9 @@ def _attention(
 
 
 def _decompositions() -> dict[Any, Any]:
-    """By operator, what to write instead."""
+    """By operator of backward passes for which torch's exporter has no form, or a slow one, what to write instead."""
     aten: Any = torch.ops.aten
-    return core_aten_decompositions() | {
+    return {
         aten.silu_backward.default: _silu_backward,
         aten.slice_backward.default: _slice_backward,
         aten.threshold_backward.default: _threshold_backward,
@@ -173,7 +180,7 @@ def _slice_backward(
     return torch.ops.aten.constant_pad_nd(gradient, [*behind, start, after], 0.0)
 
 
-def _threshold_backward(gradient: torch.Tensor, output: torch.Tensor, threshold: float) -> torch.Tensor:
+def _threshold_backward(gradient: torch.Tensor, output: torch.Tensor, threshold: float | int) -> torch.Tensor:
     """ReLU's: a product with the sign of its output, which is 0 or 1."""
     if threshold == 0:
         return gradient * output.sign()
