@@ -1,5 +1,7 @@
 """Clients on the inference engine against their torch twins and float64: activations, probes, updates, checkpoints."""
 
+import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -12,7 +14,7 @@ from hosl.config import parse_config
 from hosl.core.directions import DISTRIBUTIONS
 from hosl.core.journal import Journal
 from hosl.core.targets import Batch, ClassTargets
-from hosl.errors import ConfigError, NonFiniteError
+from hosl.errors import ConfigError, ModelError, NonFiniteError
 from hosl.methods.torch_parties import make_client
 from hosl.parties.edge.make import make_edge_client
 from hosl.parties.edge.memory import ProcessMemory
@@ -259,6 +261,31 @@ def test_residual_feedback_goes_on_from_its_optimisers_state(name, folder, padde
         assert _off(_moved(party, before), expected) <= (OF_UPDATE if name == "sgd" else 1e-3)
 
 
+@pytest.mark.parametrize(("slopes", "decay"), [("one", 0.5), ("per-block", 1.0)])
+def test_measured_slopes_are_torchs(slopes, decay, request, padded):
+    folder, batch = _folder(request.config, "llama"), _batch(padded)
+    config = _config("hosl-residual", residual={"blocks": 2, "slopes": slopes, "decay": decay})
+    edge, client = _twins(folder, config)
+    g, before, found = _gradient(client.forward(batch).shape), _weights(client), []
+    for party, gradient in ((edge, g), (client, torch.from_numpy(g))):
+        party.forward_keeping_inputs(batch)
+        names = party.guide(gradient)
+        found.append({name: party.slope(name, gradient, 1e-3) for name in names})
+        party.descend_along(names, [found[-1][name] for name in names], ETA)
+    assert list(found[0]) == list(found[1])
+    largest = max(map(abs, found[1].values()))
+    for name, slope in found[1].items():
+        assert found[0][name] == pytest.approx(slope, abs=1e-3 * largest)  # two roundings of h over epsilon
+    assert _off(_moved(edge, before), _moved(client, before)) <= 1e-3
+
+
+def test_slopes_are_refused_where_norms_stand_between(request):
+    with pytest.raises(ConfigError, match=r"residual\.slopes: one"):
+        make_edge_client(
+            _config("hosl-residual", residual={"slopes": "one"}), _folder(request.config, "bert")
+        )
+
+
 def test_feedback_that_is_no_number_changes_nothing(folder, padded):
     edge = make_edge_client(_config("hosl-residual"), folder)
     before, batch = trained_digest(edge), _batch(padded)
@@ -411,7 +438,7 @@ def test_importing_the_clients_imports_neither_torch_nor_an_engine():
     [
         ({"method": "fo-fo"}, "method: fo-fo"),
         ({"method": "hosl-gradient", "zo": {"derivative": "forward-mode"}}, "zo.derivative: forward-mode"),
-        ({"method": "hosl-residual", "residual": {"slopes": "one"}}, "residual.slopes: one"),
+        ({"method": "hosl-node"}, "method: hosl-node"),
         ({"method": "hosl-residual", "residual": {"kept": "inputs"}}, "residual.kept: inputs"),
         ({"method": "frozen", "model": {"cut": CUT, "dtype": "bfloat16"}}, "model.dtype: bfloat16"),
         ({"method": "fo-recompute", "client": {"trainable": "all"}}, "client.trainable: all"),
@@ -436,6 +463,28 @@ def test_what_the_engine_has_not_is_refused_by_name(sections, named, request):
         make_edge_client(_config(**sections), folder)
     assert named in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_folder_is_refused_in_one_line(request, tmp_path):
+    folder, config = _folder(request.config, "llama"), _config()
+    for name in ("model.safetensors", "onnx/block-0.onnx", "onnx/prelude.onnx", "onnx/base-int8.safetensors"):
+        other = tmp_path / name.replace("/", "-")
+        shutil.copytree(folder, other)
+        content = (other / name).read_bytes()
+        for damaged in (content[:-5], content[:-1] + bytes([content[-1] ^ 1]), b""):
+            (other / name).write_bytes(damaged)
+            with pytest.raises(ModelError) as refusal:
+                make_edge_client(config, other)
+            assert "\n" not in str(refusal.value)
+    facts = json.loads((folder / "onnx" / "runtime.json").read_text())
+    changes = {"minimum_onnxruntime": "999.0", "client_digest": "0" * 64, "format": 99, "kinds": {}}
+    for number, (key, value) in enumerate(changes.items()):
+        other = tmp_path / str(number)
+        shutil.copytree(folder, other)
+        (other / "onnx" / "runtime.json").write_text(json.dumps(facts | {key: value}))
+        with pytest.raises(ModelError) as refusal:
+            make_edge_client(config, other)
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.slow

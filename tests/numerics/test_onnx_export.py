@@ -206,7 +206,7 @@ def test_only_a_kind_of_its_own_gets_graphs(halves):
     """OPT's blocks are one function of their weights."""
     facts = read_runtime_json(halves("opt")[1])
     assert [block.kind for block in facts.blocks] == ["0"] * BLOCKS
-    assert set(facts.kinds["0"]) == {"block", "gradient", "feedback"}
+    assert set(facts.kinds["0"]) == {"block", "gradient", "gradient-sums", "feedback"}
 
 
 @pytest.mark.slow

@@ -208,6 +208,7 @@ def fo_round(
     """One step of FO-FO, ordinary split learning: backprop through both halves. Source: paper.md section 4."""
     h = client.forward_for_backward(batch)
     reply = server.step(h, batch.targets, step=step.number, want_gradient=True)
+    del h  # or it would be held during the backward pass
     client.backward(reply.gradient, step.learning_rate)
     return RoundResult(loss=reply.loss)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hosl.core.targets import Batch
 from hosl.errors import ConfigError
 from hosl.parties.edge.half import EdgeHalf, Extras
 
@@ -17,8 +18,9 @@ class Kept:
     """The rows of each micro-batch."""
     extras: Sequence[Extras]
     """What the blocks were given beside the hidden state, for each micro-batch."""
+    batch: Batch
     inputs: list[np.ndarray] = field(default_factory=list)
-    """The kept inputs of blocks [rows, seq, width], from the lowest trained one on."""
+    """The kept inputs of blocks [rows, seq, width], ascending."""
 
 
 def block_gradients(
@@ -59,6 +61,7 @@ def block_gradients(
         elif below is not None:
             at_input = hidden
             at_input[rows] = below
+    half.release(index)
     return found_sums, at_input
 
 

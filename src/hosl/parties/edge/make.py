@@ -8,6 +8,7 @@ import msgspec
 from hosl.core.directions import Distribution
 from hosl.errors import ConfigError
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
+from hosl.parties.edge.clients.guided import GuidedEdgeClient
 from hosl.parties.edge.clients.recomputing import RecomputingEdgeClient
 from hosl.parties.edge.clients.residual import ResidualEdgeClient
 from hosl.parties.edge.clients.zeroth_order import ZerothOrderEdgeClient
@@ -45,11 +46,15 @@ def make_edge_client(config: Any, folder: Path) -> FrozenEdgeClient:
             return FrozenEdgeClient(half, **options)
         case "fo-recompute":
             return RecomputingEdgeClient(half, trained, **options)
+        case "hosl-residual" if config.residual.slopes != "none":
+            residual = config.residual
+            return GuidedEdgeClient(half, trained, slopes=residual.slopes, decay=residual.decay, **options)
         case "hosl-residual":
             residual = config.residual
+            optimiser = config.client.optimiser
             return ResidualEdgeClient(
-                half, trained, decay=residual.decay, kept=residual.kept, optimiser=config.client.optimiser, **options
-            )  # fmt: skip
+                half, trained, decay=residual.decay, kept=residual.kept, optimiser=optimiser, **options
+            )
         case _:
             distribution: Distribution = config.zo.distribution
             return ZerothOrderEdgeClient(half, trained, distribution=distribution, **options)
@@ -70,7 +75,6 @@ def check_config(config: Any) -> None:
             client.dtype not in ("model", "int8"),
         f"client.device: {client.device}": client.device != "cpu",
         "zo.derivative: forward-mode": config.zo.derivative == "forward-mode",
-        f"residual.slopes: {config.residual.slopes}": config.residual.slopes != "none",
         "residual.kept: inputs (it has stream and blocks)": config.residual.kept == "inputs",
         "client.trainable: all (fo-recompute has blocks, last-block, output-projections and lora)":
             config.method == "fo-recompute" and trains == "chosen" and client.trainable == "all",

@@ -16,9 +16,10 @@ from hosl.parties.edge.half import EdgeHalf
 from hosl.parties.edge.update import descend_gradient_
 from hosl.parties.micro_batches import row_slices
 
-EVALUATIONS = 8
-"""The share of a batch's rows that are evaluated and recomputed at once: a block's gradients hold the activations of
-about four forward passes, beside a set of gradients. Half as many rows take a tenth longer (docs/log.md)."""
+EVALUATIONS, EVALUATIONS_OF_ADAPTERS = 8, 4
+"""The share of a batch's rows that are evaluated and recomputed at once, for memory: a block's gradients hold the
+activations of about four forward passes, and where whole weights are trained a set of gradients beside them. Fewer rows
+take longer: a tenth at 2 of 64 tokens against 4; a third over an int8 base, whose matrices are widened each time."""
 
 
 class RecomputingEdgeClient(FrozenEdgeClient):
@@ -47,14 +48,16 @@ class RecomputingEdgeClient(FrozenEdgeClient):
         self._kept: Kept | None = None
 
     def forward_for_backward(self, batch: Batch) -> Float[np.ndarray, "rows seq width"]:
-        """h; the inputs of the blocks from the lowest trained one on stay here until `backward`."""
+        """h; the inputs of the blocks from the lowest trained one on stay here until `backward`, but for block 0's."""
         self._kept = None  # of a forward pass whose gradient never came
-        slices = row_slices(batch.input_ids.shape, EVALUATIONS, self.micro_batch_size)
+        share = EVALUATIONS_OF_ADAPTERS if self.half.adapters else EVALUATIONS
+        slices = row_slices(batch.input_ids.shape, share, self.micro_batch_size)
         hidden, extras = self._before_blocks(batch, slices)
         hidden = self._through(range(self._lowest), hidden, slices, extras)
-        kept = Kept(slices, extras)
+        kept = Kept(slices, extras, batch)
         for index in range(self._lowest, self.half.cut):
-            kept.inputs.append(hidden)
+            if index > 0:  # that of block 0 is as quickly made again
+                kept.inputs.append(hidden)
             hidden = self._through([index], hidden, slices, extras)
         self._kept = kept
         return hidden
@@ -65,8 +68,9 @@ class RecomputingEdgeClient(FrozenEdgeClient):
         kept, self._kept = self._kept, None
         at_output = np.ascontiguousarray(gradient, np.float32)
         for index in reversed(range(self._lowest, self.half.cut)):
+            hidden = kept.inputs.pop() if index > 0 else self._before_blocks(kept.batch, kept.slices)[0]
             sums, below = block_gradients(
-                self.half, index, "gradient", kept, kept.inputs.pop(), at_output,
+                self.half, index, "gradient", kept, hidden, at_output,
                 wanted=self._of_block[index], to_input=index > self._lowest,
             )  # fmt: skip
             while sums:  # each is released once its weights have moved

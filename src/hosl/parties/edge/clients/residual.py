@@ -78,7 +78,7 @@ class ResidualEdgeClient(FrozenEdgeClient):
         slices = row_slices(batch.input_ids.shape, EVALUATIONS, self.micro_batch_size)
         hidden, extras = self._before_blocks(batch, slices)
         hidden = self._through(range(self._lowest), hidden, slices, extras)
-        kept, stream_alone = Kept(slices, extras), self._stream_alone(batch.input_ids.shape)
+        kept, stream_alone = Kept(slices, extras, batch), self._stream_alone(batch.input_ids.shape)
         for index in range(self._lowest, self.half.cut):
             if index == self._lowest or not stream_alone:
                 kept.inputs.append(hidden)

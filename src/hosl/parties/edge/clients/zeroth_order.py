@@ -127,6 +127,7 @@ class ZerothOrderEdgeClient(FrozenEdgeClient):
                 weights = perturbed_block(self.half, index, self.trained.keys(), draws, sign, scratch)
                 sides[side] = self._through_block(index, sides[side], slices, extras, weights)
             draws.forget()
+            self.half.release(index)
         return sides
 
     def descend(
