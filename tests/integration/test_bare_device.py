@@ -14,6 +14,7 @@ import yaml
 from tests.integration.conftest import write_classifier
 from tests.integration.devices import HERE, losses, split_with_graphs, write_config
 from tests.integration.network import ENVIRONMENT, Server, anew, finished, join
+from tests.unit.test_edge_closure import COMMANDS, ENGINE_MIB, JOIN_MIB, WITH_ENGINE, loaded
 
 ROOT = Path(__file__).parents[2]
 ALONE = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
@@ -61,6 +62,17 @@ def test_an_environment_without_torch_trains_as_torch_does(bare, tmp_path):
     assert losses(tmp_path / "onnx") == pytest.approx(losses(tmp_path / "torch"), abs=1e-5)
     record = json.loads((tmp_path / "onnx" / "record.json").read_text())
     assert (record["runtime"]["name"], record["versions"]["torch"]) == ("onnx", "absent")
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("modules", "limit_mib"), [(COMMANDS, JOIN_MIB), (WITH_ENGINE, ENGINE_MIB)], ids=["join", "engine"]
+)
+def test_what_such_a_device_imports_is_small(bare, modules, limit_mib):
+    _, peak_mib, _ = loaded(modules, python=bare / "python", env=ALONE)
+    print(f"{peak_mib:.1f} MiB")
+    assert peak_mib <= limit_mib
 
 
 CALLS = {

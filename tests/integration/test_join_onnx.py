@@ -9,7 +9,9 @@ from hashlib import sha256
 import onnx
 import pytest
 import safetensors.torch
+import torch
 
+from hosl.cli import main
 from tests.integration.conftest import write_classifier
 from tests.integration.devices import HERE, joining, losses, split_with_graphs, write_config
 from tests.integration.network import Server, enrol, finished, join, newest
@@ -139,6 +141,40 @@ def test_shared_halves_of_both_runtimes_end_with_the_same_bits(made, tmp_path, c
         summaries = [finished(process) for process in processes]
     assert summaries[0]["client_digest"] == summaries[1]["client_digest"]
     assert summaries[0]["journal_updates"] == 6
+
+
+@pytest.mark.parametrize("name", ["hosl", "fo-lora"])
+def test_a_half_given_by_a_device_without_torch_is_merged_on_the_server(made, server, tmp_path, capsys, name):
+    config, merged = write_config(tmp_path / "config.yaml", made, **RUNS[name]), {}
+    for runtime in ("onnx", "torch"):
+        run = tmp_path / runtime
+        if runtime == "onnx":
+            finished(joining(made / "halves", server.line, config, run, "--give-half"))
+        else:
+            finished(
+                join(made / "halves" / "client", server.line, config, "--output-dir", run, "--give-half")
+            )
+        identity = json.loads((run / "record.json").read_text())["run_id"]
+        words = [
+            "merge",
+            made / "service",
+            "--run",
+            identity,
+            "--base",
+            made / "model-in",
+            "-o",
+            run / "merged",
+        ]
+        assert main([*map(str, words), "--json"]) == 0
+        said = capsys.readouterr().err
+        assert "digest" not in said  # the journal has the bits of torch's
+        merged[runtime] = safetensors.torch.load_file(run / "merged" / "model.safetensors")
+    ours, theirs = merged["onnx"], merged["torch"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[n], theirs[n], atol=1e-5) for n in ours)
+    base = safetensors.torch.load_file(made / "model-in" / "model.safetensors")
+    key = next(n for n in ours if n.endswith("layer.1.attention.self.query.weight"))
+    assert (ours[key] != base[key]).any()
 
 
 # ---- what is refused ----

@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> int:
         what=options.what, settings=lambda base: overridden(base, overrides),
         device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
         cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
+        on_engine=options.runtime == "onnx",
     )  # fmt: skip
     result = planned(planning, say=_say)
     if options.write:
@@ -101,6 +102,12 @@ def _parser() -> Parser:
         "hosl-residual config also how far its updates are the true gradients, by backprop on one batch",
     )
     parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
+    parser.add_argument(
+        "--runtime",
+        choices=("torch", "onnx"),
+        default="torch",
+        help="what computes the device's half; onnx: an inference engine, whose memory is planned beside torch's",
+    )
     parser.add_argument("--all", action="store_true", help="every row, also those of other cuts")
     parser.add_argument("--write", metavar="FILE", help="the recommended row as a config")
     parser.add_argument("--picture", metavar="FILE", help="memory against cut, as SVG")

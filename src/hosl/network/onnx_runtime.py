@@ -123,8 +123,8 @@ def trained_elements(client: FrozenEdgeClient) -> int:
 
 
 def memory_meter(client: FrozenEdgeClient, head: Any = None) -> ProcessMemory:
-    """A meter of the memory of this client's calls: that of the whole process."""
-    return ProcessMemory()
+    """A meter of the memory of this client's calls: that of the process, beyond what it had before the half."""
+    return ProcessMemory(client.half.before_bytes)
 
 
 def to_wire(array: np.ndarray) -> WireArray:

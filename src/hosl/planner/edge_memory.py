@@ -20,7 +20,7 @@ of the moments feed-forward, attention and end counts. Held against the process 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,10 @@ class EdgeShape:
     """The parameters before block 0, the token table among them."""
     projections: tuple[str, ...] = ()
     """The names in a block of the layers, and of the norms above them, that residual feedback trains."""
+
+    def of_blocks(self, count: int) -> "EdgeShape":
+        """The same half with its first blocks only."""
+        return replace(self, blocks=self.blocks[:count])
 
     @property
     def bytes(self) -> int:

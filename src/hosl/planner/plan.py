@@ -25,6 +25,7 @@ from hosl.planner.costs import (
     trains_all_blocks,
     with_cut,
 )
+from hosl.planner.edge_memory import EdgeShape, PlannedMemory, planned_memory
 from hosl.planner.machine import Machine
 from hosl.planner.model_shape import ModelShape
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
@@ -57,6 +58,8 @@ class Question:
     device_memory_bytes: float | None = None
     """The limit of the client process; None: every row fits."""
     runtime_base_bytes: float = RUNTIME_BASE_BYTES
+    engine: EdgeShape | None = None
+    """All blocks as a client on the inference engine holds them; then `fits` is of its process. None: it is torch's."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,13 @@ class PlanRow:
     wire_s: float
     server_s: float
     fits: bool
+    engine: PlannedMemory | None = None
+    """The memory of a client on the inference engine, where it was asked for."""
+
+    @property
+    def device_process_bytes(self) -> float:
+        """The process that `fits` is about."""
+        return self.client_process_bytes if self.engine is None else self.engine.process_bytes
 
     @property
     def cut(self) -> int:
@@ -134,6 +144,9 @@ def _activations_are_too_much(question: Question, row: PlanRow) -> bool:
     limit, client = question.device_memory_bytes, row.client
     if row.fits or limit is None:
         return False
+    if row.engine is not None:
+        one = _engine_memory(question, _with_rows_at_once(row.config, 1))
+        return one is not None and one.process_bytes <= limit
     least = max(client.static_bytes + (client.peak_bytes - client.static_bytes) / 4, client.loading_bytes)
     return least + question.runtime_base_bytes < limit
 
@@ -172,10 +185,15 @@ def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classificati
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
             return row, f"of the forward-only ways that fit, {name} {_EVIDENCE[head]}{lower}"
-    smallest = min(rows, key=lambda row: row.client_process_bytes)
-    raise ConfigError(
+    raise nothing_fits(rows)
+
+
+def nothing_fits(rows: Sequence[PlanRow]) -> ConfigError:
+    """The error of a plan of which no row fits."""
+    smallest = min(rows, key=lambda row: row.device_process_bytes)
+    return ConfigError(
         f"nothing fits: the least is {smallest.name} at cut {smallest.cut} with "
-        f"{smallest.client_process_bytes / 2**20:.0f} MiB for the client process; give the device more "
+        f"{smallest.device_process_bytes / 2**20:.0f} MiB for the client process; give the device more "
         "memory, or take a smaller model or shorter texts"
     )
 
@@ -335,10 +353,19 @@ def _sampled(row: Variant, lowest: int, blocks: int) -> tuple[int, int]:
     return lowest, lowest + 1
 
 
+def _engine_memory(question: Question, config: Config) -> PlannedMemory | None:
+    if question.engine is None:
+        return None
+    half = question.engine.of_blocks(config.model.cut)
+    return planned_memory(config, half, question.rows, question.tokens)
+
+
 def _row(
     question: Question, name: str, config: Config, client: PartyCost, server: PartyCost, traffic: Traffic
 ) -> PlanRow:
     process = question.runtime_base_bytes + max(client.peak_bytes, client.loading_bytes)
+    engine = _engine_memory(question, config)
+    on_device = process if engine is None else engine.process_bytes
     limit = question.device_memory_bytes
     link = question.link
     wire_s = traffic.round_trips * link.rtt_s
@@ -347,5 +374,6 @@ def _row(
     return PlanRow(
         name, config, client, server, traffic, process,
         client_s=question.client.seconds(client.work, formed=client.formed, updated=client.updated),
-        wire_s=wire_s, server_s=question.server.seconds(server.work), fits=limit is None or process <= limit,
+        wire_s=wire_s, server_s=question.server.seconds(server.work), fits=limit is None or on_device <= limit,
+        engine=engine,
     )  # fmt: skip

@@ -11,7 +11,13 @@ from hosl.methods.schedule import longest_batch, most_scored, with_steps
 from hosl.planner.dry_run import Work
 from hosl.planner.machine import assumed_cpu, assumed_server, probed
 from hosl.planner.model_shape import ModelShape, model_shape
-from hosl.planner.plan import PlanRow, Question, of_config, plan, recommended
+from hosl.planner.on_engine import (
+    names_on_engine,
+    recommended_on_engine,
+    shape_on_engine,
+    with_named_adapters,
+)
+from hosl.planner.plan import PLANNED, PlanRow, Question, of_config, plan, recommended
 from hosl.split import resolve_model_folder, transformers_tokenizer
 from hosl.system.allocator import return_freed_memory
 from hosl.system.gc_paused import gc_paused
@@ -38,6 +44,8 @@ class Planning:
     cores: int = 1
     probe: bool = False
     server_tera_flops: float = 10.0
+    on_engine: bool = False
+    """Whether the device computes on an inference engine (the onnx runtime)."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,10 @@ class Planned:
             f"device: {'no limit' if limit is None else readable_bytes(limit)}"
         )
         columns = [
-            "", "cut", "way", "rows at once", "client tensors", "process", "server", "up/step", "down/step", "client s",
-            "wire s", "server s", "hours",
+            "", "cut", "way", "rows at once",
+            *(["onnx tensors", "onnx process", "torch tensors", "torch process"] if question.engine
+              else ["client tensors", "process"]),
+            "server", "up/step", "down/step", "client s", "wire s", "server s", "hours",
         ]  # fmt: skip
         lines = [columns, *(_cells(row, row is chosen) for row in shown)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -143,9 +153,14 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         question = _with_machine(question, work)
         speed = "device measured: this machine"
     with gc_paused():
-        rows = plan(question, cuts=cuts, say=say)
+        names = PLANNED if question.engine is None else names_on_engine(question, say)
+        rows = plan(question, cuts=cuts, names=names, say=say)
     try:
-        chosen, why = recommended(rows, cut=base.model.cut, head=shape.head)
+        chosen, why = (
+            recommended(rows, cut=base.model.cut, head=shape.head)
+            if question.engine is None
+            else recommended_on_engine(rows, cut=base.model.cut)
+        )
     except ConfigError as nothing:
         chosen, why = None, str(nothing)
     speed += f"; server assumed: {asked.server_tera_flops:g} TFLOP/s (--server-tflops)"
@@ -178,9 +193,13 @@ def _question(asked: Planning, say: Callable[[str], None]) -> tuple[Config, Ques
         raise ConfigError(f"--tokens {tokens}: {shape.name} reads {shape.longest} positions at most")
     # a sweep finds auto's number; no cost depends on it
     base = config.with_client_rate(None) if config.client.learning_rate == "auto" else config
+    engine = None
+    if asked.on_engine:
+        base, engine = with_named_adapters(base, shape), shape_on_engine(shape)
     return config, Question(
         shape=shape, base=base, rows=asked.rows or rows, tokens=tokens, client=assumed_cpu(asked.cores),
         server=assumed_server(asked.server_tera_flops), link=asked.link, device_memory_bytes=asked.device_memory_bytes,
+        engine=engine,
     )  # fmt: skip
 
 
@@ -196,7 +215,8 @@ def _spread(blocks: int, wanted: int) -> list[int]:
 
 def _cells(row: PlanRow, chosen: bool) -> list[str]:
     at_once = row.config.client.micro_batch_size
-    sizes = row.client.peak_bytes, row.client_process_bytes, row.server.peak_bytes
+    engine = () if row.engine is None else (row.engine.tensor_bytes, row.engine.process_bytes)
+    sizes = *engine, row.client.peak_bytes, row.client_process_bytes, row.server.peak_bytes
     return [
         "->" if chosen else "+" if row.fits else "", str(row.cut), row.name,
         "usual" if at_once is None else str(at_once),
@@ -206,7 +226,13 @@ def _cells(row: PlanRow, chosen: bool) -> list[str]:
 
 
 def _facts(row: PlanRow) -> dict[str, Any]:
-    return {
+    engine = {} if row.engine is None else {
+        "onnx_tensor_peak_bytes": round(row.engine.tensor_bytes),
+        "onnx_own_page_bytes": round(row.engine.anonymous_bytes),
+        "onnx_file_page_bytes": round(row.engine.file_bytes),
+        "onnx_process_bytes": round(row.engine.process_bytes),
+    }  # fmt: skip
+    return engine | {
         "cut": row.cut, "way": row.name, "method": row.config.method, "fits": row.fits,
         "micro_batch_size": row.config.client.micro_batch_size,
         "client_static_bytes": round(row.client.static_bytes),

@@ -94,7 +94,7 @@ def lora_layers(half: Half) -> dict[str, Any]:
 
 def _target_modules(half: Half, spec: LoraSpec, blocks: int | None) -> set[str]:
     """The full names of the modules to adapt: those in the (last) blocks whose last part is one of the targets."""
-    targets = set(spec.target_modules or _default_targets(half))
+    targets = set(spec.target_modules or default_targets(half))
     first = 0 if blocks is None else half.cut - blocks
     in_block = re.compile(re.escape(half.blocks_name) + r"\.(\d+)\.")
     modules = {
@@ -118,8 +118,14 @@ def _target_modules(half: Half, spec: LoraSpec, blocks: int | None) -> set[str]:
     return modules
 
 
-def _default_targets(half: Half) -> list[str]:
-    """peft's choice for the architecture; where it has none, as it chooses elsewhere: queries and values."""
+def default_targets(half: Half) -> list[str]:
+    """The last parts of the names of layers that get adapters where none are named.
+
+    They are peft's choice for the architecture; where it has none, as it chooses elsewhere: queries and values.
+
+    Raises:
+        ConfigError: if neither knows the architecture.
+    """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as MAPPING
 
     if half.family in MAPPING:

@@ -35,6 +35,7 @@ from hosl.split.reading.runtime_json import (
 )
 from hosl.split.reading.seeded import seeded_generator
 from hosl.split.specs import LoraSpec
+from hosl.system.machine import process_bytes
 from hosl.system.model_limits import scaling_limit
 
 _ADAPTER = re.compile(r"\.(lora_[AB])\.weight$")
@@ -95,6 +96,8 @@ class EdgeHalf:
             FolderError: if the folder is the server's half.
         """
         self.folder = folder
+        self.before_bytes = process_bytes()
+        """The memory that the process had resident before this half was opened."""
         self.facts = read_runtime_json(folder)
         facts = half_facts(folder, "client")
         check_engine(self.facts.minimum_onnxruntime)
