@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 
 from hosl.config import Config
-from hosl.core.methods import FROZEN
 from hosl.errors import BudgetError
 from hosl.methods.schedule import longest_batch
 from hosl.parties.micro_batches import TOKENS_AT_ONCE
@@ -43,7 +42,7 @@ def check_edge_budget(config: Config, folder: Path, task: Task) -> None:
     @cache
     def most(tried: Config) -> PlannedMemory:
         training = planned_process_bytes(tried, folder, rows, tokens)
-        evaluation = planned_process_bytes(_clean(tried), folder, scored, longest)
+        evaluation = planned_process_bytes(tried, folder, scored, longest, evaluation=True)
         return max(training, evaluation, key=lambda planned: planned.process_bytes)
 
     planned = most(config)
@@ -74,11 +73,3 @@ def _smaller(config: Config, tokens: int) -> Iterator[Config]:
         yield msgspec.structs.replace(
             config, client=msgspec.structs.replace(config.client, micro_batch_size=rows)
         )
-
-
-def _clean(config: Config) -> Config:
-    """The config of the same client that only makes a forward pass (`costs.clean_pass`)."""
-    plain = msgspec.structs.replace(
-        config.zo, server_gradient_at="clean", sides="two", derivative="difference", row_clip=None
-    )
-    return msgspec.structs.replace(config, method=FROZEN, profile="paper", zo=plain)

@@ -2,20 +2,22 @@
 
 A process takes a base, pages of the half's files, and pages of its own. With u one hidden state [rows, seq, width] in
 float32, f as much of a feed-forward layer, s a micro-batch's attention scores [rows, heads, seq, seq], m its mask
-[rows, 1, seq, seq], W one block's weights and dW their gradients:
+[rows, 1, seq, seq], W one block's weights and dW the gradients of those that are trained:
 
     files      the weights of one block that are only read: they are let go of once it was computed
     own        W of every trained block, and the largest of
-               frozen           u + F
-               probes           3u + F + one block's shifted W and their random bits; with a gradient 4u
-               gradients        a kept u per block from the lowest trained one on, 2u (h and dL/dh), and B; with several
-                                micro-batches the sum of dW beside it
-    F (block)  max(2u + f or, but for ReLU, u + 2f, where layers are gated u + 3f;  u + 3s + m)
-    B (block)  max(7u + 3f, but for ReLU 3.5f, gated 7.5f, + s + dW / 3;  12u + 3s + m + 2 dW / 3;  14u + dW)
+               frozen      u + F
+               probes      3u + F + one block's shifted W and its random bits; with a returned gradient 4u
+               gradients   a kept u per block from the lowest trained one on but block 0, u (dL/dh), dW of one block, B
+               feedback    the same u, or one that the others are made of again; max(F, f + dW), sums of dW beside it
+               int8        F with the largest matrix in float32, B with two
+    F          max(2u + f, or but for ReLU u + 2f, or of gated layers u + 3f;  u + 3s + m)
+    B          max(11u + 3f, or but for ReLU 3.5f, or of gated layers 7.5f, + s;  9u + 2f, or gated 14u + 3f, + 4s + m)
+    B, LoRA    max(4u + 3f or as above + s;  5.5u + 3s + m)
 
 F and B are what ONNX Runtime 1.32 holds at once for the graphs of `hosl.split.onnx_export`, fitted to the peaks of
-four families at 16 to 1,024 tokens a row (docs/log.md, 2026-11-29): products and softmax are not in place, the largest
-of the moments feed-forward, attention and end counts. Held against the process by `hosl bench memory --runtime onnx`.
+blocks of four families at 16 to 1,024 tokens a row (docs/log.md, 2026-11-29): the larger of the feed-forward layers'
+moment and that of attention counts. Held against processes by `hosl bench memory --runtime onnx`.
 """
 
 import json
@@ -120,20 +122,23 @@ class EdgeShape:
         return sum(p.numbers * p.itemsize for part in (*self.blocks, self.before) for p in part.values())
 
 
-def planned_process_bytes(config: Config, folder: Path, rows: int, tokens: int) -> PlannedMemory:
+def planned_process_bytes(
+    config: Config, folder: Path, rows: int, tokens: int, *, evaluation: bool = False
+) -> PlannedMemory:
     """The memory that a client of `make_edge_client(config, folder)` takes for a step on a batch [rows, tokens].
 
     Args:
-        config: method, trainable set, dtype, micro-batch and distribution are read. For an evaluation: method frozen.
+        config: method, trainable set, dtype, micro-batch and distribution are read.
         folder: OUT/client of `hosl split --runtime onnx`; only runtime.json and the headers of its files are read.
         rows: rows of the batch; a candidate answer is a row.
         tokens: tokens per row of the longest batch.
+        evaluation: a forward pass between two steps, beside all that training holds, in place of a step.
 
     Raises:
         ModelError: as in `read_runtime_json`.
         FolderError: if the folder is the server's half.
     """
-    return planned_memory(config, shape_in(folder), rows, tokens)
+    return planned_memory(config, shape_in(folder), rows, tokens, evaluation=evaluation)
 
 
 def shape_in(folder: Path) -> EdgeShape:
@@ -186,7 +191,9 @@ def edge_shape(
     )
 
 
-def planned_memory(config: Config, half: EdgeShape, rows: int, tokens: int) -> PlannedMemory:
+def planned_memory(
+    config: Config, half: EdgeShape, rows: int, tokens: int, *, evaluation: bool = False
+) -> PlannedMemory:
     """`planned_process_bytes` of a half whose shape is known."""
     trained = [_trained_bytes(config, half, index) for index in range(len(half.blocks))]
     before = 0.0
@@ -194,7 +201,8 @@ def planned_memory(config: Config, half: EdgeShape, rows: int, tokens: int) -> P
         before = float(sum(p.numbers for p in half.before.values())) * _FLOAT
     state = 2 if config.method_row.keeps_by_blocks and config.client.optimiser.name == "adamw" else 0
     held = (before + sum(trained)) * (1 + state)
-    worst = max(_Step(config, half, rows, tokens, trained, before).moments(), key=lambda moment: moment.bytes)
+    step = _Step(config, half, rows, tokens, trained, before)
+    worst = max(step.clean() if evaluation else step.moments(), key=lambda moment: moment.bytes)
     return PlannedMemory(
         own_bytes=held + worst.own_bytes, read_bytes=worst.read_bytes + _front_bytes(half, tokens)
     )
@@ -235,14 +243,21 @@ class _Step:
         method = self._config.method_row
         if method.backward == "blocks" or method.keeps_by_blocks:
             return self._of_gradients()
-        clean = self._with_weights(self._u + self._forward(*self._slices(1)), range(len(self._trained)))
-        return [clean, self._of_probes()] if method.trains == "chosen" else [clean]
+        return [*self.clean(), self._of_probes()] if method.trains == "chosen" else self.clean()
 
-    def _with_weights(self, own: float, blocks: Iterable[int]) -> _Moment:
-        """A moment at the worst of some blocks: with its weights that are only read, and their float32 copies."""
+    def clean(self) -> list[_Moment]:
+        """The moment of a forward pass that keeps nothing."""
+        return [self._with_weights(self._u + self._forward(*self._slices(1)), range(len(self._trained)))]
+
+    def _with_weights(self, own: float, blocks: Iterable[int], *, twice: bool = False) -> _Moment:
+        """A moment at the worst of some blocks: with its weights that are only read, and their float32 copies.
+
+        `twice`: a gradient's graph holds two widened matrices of an int8 base.
+        """
         weights = [_read_bytes(self._config, self._half, index, self._trained[index]) for index in blocks]
         widened, read = max(weights, key=sum, default=(0.0, 0.0))
-        return _Moment(own + widened, read)
+        copies = 2 if twice and self._config.client.dtype == "int8" else 1
+        return _Moment(own + copies * widened, read)
 
     def _of_probes(self) -> _Moment:
         scratch = max(*self._trained, self._before, 0.0)
@@ -253,23 +268,26 @@ class _Step:
 
     def _of_gradients(self) -> list[_Moment]:
         feedback, blocks = self._config.method_row.keeps_by_blocks, range(len(self._trained))
-        at_once, parts = self._slices(residual.EVALUATIONS if feedback else recomputing.EVALUATIONS)
+        lora = self._config.client.trainable == "lora"
+        exact = recomputing.EVALUATIONS_OF_ADAPTERS if lora else recomputing.EVALUATIONS
+        at_once, parts = self._slices(residual.EVALUATIONS if feedback else exact)
+        inputs = len(blocks) - (self._lowest if feedback else max(self._lowest, 1))
+        if feedback and inputs and self._stream_alone():
+            inputs = 1
+        held = max(inputs, 1) * self._u
         moved = max(self._trained, default=0.0)
-        kept = len(blocks) - self._lowest
-        inputs = 1 if feedback and kept and self._stream_alone(kept) else kept
-        forward = (inputs + 1) * self._u + self._forward(at_once, parts)
-        backward = (inputs + (1 if feedback else 2)) * self._u + self._backward(at_once, moved)
-        backward += moved if parts > 1 else 0.0
+        passes = self._feedback(at_once, moved) if feedback else self._backward(at_once, adapters=lora)
+        sums = moved if not feedback or parts > 1 else 0.0
         return [
-            self._with_weights(forward, blocks),
-            self._with_weights(backward, blocks[self._lowest :]),
+            self._with_weights(held + self._forward(at_once, parts), blocks),
+            self._with_weights(held + self._u + passes + sums, blocks[self._lowest :], twice=not feedback),
         ]
 
-    def _stream_alone(self, kept: int) -> bool:
+    def _stream_alone(self) -> bool:
         chosen = self._config.residual.kept
         if chosen != "auto":
             return chosen == "stream"
-        return kept * self._u > residual.AFFORDABLE * self._half.bytes
+        return (len(self._trained) - self._lowest) * self._u > residual.AFFORDABLE * self._half.bytes
 
     def _slices(self, evaluations: int) -> tuple[int, int]:
         """The rows of a micro-batch, and the number of them."""
@@ -283,16 +301,19 @@ class _Step:
         layers = u + 3 * f if gates else (2 * u + f if self._half.relu else u + 2 * f)
         return max(layers, u + 3 * s + m) + (self._u if parts > 1 else 0.0)
 
-    def _backward(self, at_once: int, gradients: float) -> float:
-        """B."""
+    def _backward(self, at_once: int, *, adapters: bool) -> float:
+        """B, without the gradients themselves."""
         u, f, s, m = self._sizes(at_once)
-        _, gates = _feed_forward(self._half)
-        wide = (7.5 if gates else 3.0 if self._half.relu else 3.5) * f
-        return max(
-            7 * u + wide + s + gradients / 3,
-            12 * u + 3 * s + m + 2 * gradients / 3,
-            14 * u + gradients,
-        )
+        gated = _feed_forward(self._half)[1]
+        layers = 4 * u + (7.5 if gated else 3.0 if self._half.relu else 3.5) * f + s
+        if adapters:
+            return max(layers, 5.5 * u + 3 * s + m)
+        waiting = 14 * u + 3 * f if gated else 9 * u + 2 * f
+        return max(layers + 7 * u, waiting + 4 * s + m)
+
+    def _feedback(self, at_once: int, gradients: float) -> float:
+        """What a block's graph of residual feedback holds, its gradients among it."""
+        return max(self._forward(at_once, 1), self._sizes(at_once)[1] + gradients)
 
     def _sizes(self, at_once: int) -> tuple[float, float, float, float]:
         """u, f, s and m of one micro-batch."""
