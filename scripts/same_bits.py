@@ -5,8 +5,9 @@
     python scripts/same_bits.py --against main                 # this tree beside a commit; exit status 1 if they differ
     python scripts/same_bits.py --compare A.json B.json
 
-Each case trains four steps on the embedded model, in one process or over loopback, and is told by SHA-256 of its
-metrics, its journal and the weights of both halves. Where `HOSL_DATA` is set, a decoder joins in. Two minutes.
+Each case trains four steps on the embedded model (some on a tiny decoder), in one process or over loopback, and is told
+by SHA-256 of its metrics, its journal and the weights of both halves. Where `HOSL_DATA` is set, a larger decoder joins
+in. Two minutes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,8 @@ FORMER_NAMES = {
 """Settings by the name that a tree from before their renaming reads."""
 
 LORA, ADAMW = {"trainable": "lora"}, {"optimiser": {"name": "adamw"}}
+PRE_LN = "pre-ln"
+"""A tiny decoder of random weights, for what the embedded model does not have: its norms stand on the stream."""
 
 CASES = {
     "frozen": {"method": "frozen"},
@@ -63,7 +67,10 @@ CASES = {
     "hosl-gradient, int8 + LoRA": {"method": "hosl-gradient", "client": LORA | {"dtype": "int8"}},
     "hosl-gradient, bfloat16 + LoRA": {"method": "hosl-gradient", "client": LORA | {"dtype": "bfloat16"}},
     "hosl-residual": {"method": "hosl-residual"},
-    "hosl-residual, a slope per block": {"method": "hosl-residual", "residual": {"slopes": "per-block"}},
+    "hosl-residual, pre-LN": {"method": "hosl-residual", "model": {"name": PRE_LN}},
+    "hosl-residual, a slope per block": {
+        "method": "hosl-residual", "residual": {"slopes": "per-block"}, "model": {"name": PRE_LN},
+    },
     "hosl-residual, AdamW": {"method": "hosl-residual", "client": ADAMW},
     "hosl-residual, LoRA": {"method": "hosl-residual", "client": LORA},
     "hosl-node": {"method": "hosl-node"},
@@ -257,9 +264,29 @@ def _config(folder: Path, run: Path, settings: dict) -> Path:
         "server": {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}},
         "max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 4, "save_steps": 4, "snapshot_steps": 3,
     }  # fmt: skip
-    file = run.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(_as_this_tree_reads(_merged(base, settings))), encoding="utf-8")
+    file, merged = run.with_suffix(".yaml"), _merged(base, settings)
+    if merged["model"]["name"] == PRE_LN:
+        merged["model"]["name"] = str(_pre_ln_model(folder))
+    file.write_text(yaml.safe_dump(_as_this_tree_reads(merged)), encoding="utf-8")
     return file
+
+
+def _pre_ln_model(folder: Path) -> Path:
+    """The folder of `PRE_LN`, with a tokenizer of the words of the rows; made once."""
+    import tokenizers
+
+    from hosl.split.shapes import save_random_model
+
+    model = folder / PRE_LN
+    if not model.is_dir():
+        save_random_model("tiny", model)
+        words = sorted(set(re.findall(r"\w+|,", (folder / "rows.csv").read_text("utf-8"))))
+        vocabulary = {word: index for index, word in enumerate(["<unk>", "<pad>", *words])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(model / "tokenizer.json"))
+        (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return model
 
 
 def _as_this_tree_reads(settings: dict) -> dict:

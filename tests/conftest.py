@@ -48,10 +48,14 @@ MODELS = {
 }
 
 
-def build(name, dtype=torch.float32, seed=0, attention=None):
-    """A tiny model of a family, every weight drawn from the seed; biases and norms too, so that none is trivial."""
+def build(name, dtype=torch.float32, seed=0, attention=None, **changed):
+    """A tiny model of a family, every weight drawn from the seed; biases and norms too, so that none is trivial.
+
+    `changed`: settings of its config in place of, or beside, the usual ones.
+    """
     model_class, config_class, settings = (MODELS | MORE_MODELS)[name]
-    model = model_class._from_config(config_class(**settings), attn_implementation=attention).eval()
+    config = config_class(**settings | changed)
+    model = model_class._from_config(config, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

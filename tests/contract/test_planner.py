@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import transformers
 from msgspec import structs
 
-from hosl.config import Config, ModelConfig, parse_config
+from hosl.config import Config, ModelConfig, ResidualConfig, parse_config
+from hosl.core.methods import METHODS
 from hosl.core.targets import Batch, ClassTargets, OptionTargets, positions_of, states_shape
 from hosl.errors import ConfigError
 from hosl.methods.step import method_round
@@ -21,6 +23,7 @@ from hosl.methods.torch_parties import (
     trained_elements,
 )
 from hosl.methods.variants import VARIANTS
+from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.engine.memory import TorchMemory
 from hosl.parties.metered import Meter, metered, payload_bytes
 from hosl.planner.costs import clean_pass, client_cost_at, client_memory, server_cost
@@ -30,6 +33,7 @@ from hosl.planner.machine import assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PLANNED, Demand, Question, most_needed, nearest_that_fits, plan, recommended
 from hosl.split import split_model, split_u_shape
+from hosl.split.shapes import random_model
 from tests.conftest import MODELS, build
 
 CUT, ROWS_, TOKENS, DIRECTIONS = 2, 6, 40, 4
@@ -113,6 +117,9 @@ CASES += [
     for way in ("hosl-node", "fo-recompute")
 ]
 CASES += [(family, "hosl-gradient") for family in ("modernbert", "deberta-v2", "opt (class)")]
+EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss")
+CASES += [(family, way) for family in EXPERTS for way in ("hosl-residual", "fo-fo")]
+CASES += [("mixtral", way) for way in ("hosl", "hosl-gradient, int8 + LoRA", "hosl-node", "fo-recompute")]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -128,6 +135,72 @@ def test_memory_bytes_and_trained_numbers_are_predicted(family, way):
     assert abs(cost.peak_bytes - peak_bytes) <= 0.02 * peak_bytes + 15 * ID_BYTES
     assert traffic.bytes_up == pytest.approx(of_server.bytes_in, rel=0.02)
     assert traffic.bytes_down == pytest.approx(of_server.bytes_out, rel=0.02)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("together", [None, 2])
+def test_what_residual_feedback_keeps_follows_the_whole_batch_in_plan_and_client(monkeypatch, together):
+    """On either side of the threshold, which many micro-batches cross where two do not."""
+    chosen = []
+    affordable = ResidualClient._affordable
+    monkeypatch.setattr(
+        ResidualClient, "_affordable", lambda *args: chosen.append(affordable(*args)) or chosen[-1]
+    )
+    shape = model_shape("tiny")
+    config = BY_NAME["hosl-residual"].config(cut=4, directions=1, micro_batch_size=together)
+    held = client_cost_at(config, shape, 1, 8)[0].static_bytes
+    most = int(0.08 * held / (2 * shape.width * 4 * 8))  # two trained blocks, rows of 8 tokens
+    assert most > 8
+    for rows, kept in ((most, "blocks"), (most + 1, "stream")):
+        chosen.clear()
+        plan_, _ = client_cost_at(config, shape, rows, 8)
+        assert set(chosen) == {kept}
+        chosen.clear()
+        client = make_client(config, split_model(random_model("tiny"), 4)[0])
+        batch = fixed_batch(client, rows, 8)
+        method_round(config, client, NoServer(), batch, 1)
+        assert set(chosen) == {kept}
+        memory = TorchMemory(party_bytes(client))
+        memory.watch(method_round, config, client, NoServer(), batch, 2)
+        assert plan_.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.02)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_experts_are_counted_by_the_tokens_that_they_are_sent_together(tmp_path):
+    """Two experts a token are twice the work of one, of weights that are all held; else memory follows the data."""
+    models = [build("qwen3_moe", num_experts_per_tok=chosen) for chosen in (1, 2)]
+    config = BY_NAME["frozen"].config(cut=CUT, directions=1)
+    one, two = (client_cost_at(config, shape_of("qwen3_moe", model), ROWS_, TOKENS)[0] for model in models)
+    of_experts = 2 * ROWS_ * TOKENS * 3 * 32 * 16  # gate, up and down
+    assert flops(two.work) - flops(one.work) == CUT * of_experts
+    assert (
+        two.static_bytes
+        == one.static_bytes
+        == party_bytes(make_client(config, split_model(models[0], CUT)[0]))
+    )
+    forward_mode = BY_NAME["hosl-gradient, forward-mode"].config(cut=CUT, directions=1)
+    with pytest.raises(ConfigError, match="forward-mode with experts: it takes them one by one"):
+        client_cost_at(forward_mode, shape_of("qwen3_moe", models[0]), ROWS_, TOKENS)
+    unlisted = transformers.OlmoeConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4)
+    unlisted.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no plan of a olmoe: how its experts share the tokens"):
+        model_shape(str(tmp_path))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_probe_forms_is_counted_once_beside_a_head_with_state():
+    """An optimiser that makes its state in its first step has that step run twice."""
+    counts = []
+    for server in ({"name": "sgd"}, {"name": "adamw"}):
+        settings = {
+            "method": "hosl",
+            "model": {"cut": CUT},
+            "zo": {"directions": 1},
+            "wire": {"labels": "client"},
+        }
+        config = parse_config(settings | {"server": {"optimiser": server}}, where="test")
+        counts.append(client_cost_at(config, shape_of("llama", build("llama")), ROWS_, TOKENS)[0].formed)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("optimiser", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw"}])
@@ -195,14 +268,29 @@ def test_memory_is_predicted_where_embeddings_are_trained(way):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("way", PLANNED)
-def test_many_cuts_follow_from_two(way):
+@pytest.mark.parametrize(
+    ("way", "blocks"),
+    [
+        *((way, None) for way in PLANNED),
+        *((way, blocks) for way in ("hosl-node", "hosl-residual") for blocks in (3, "all")),
+        ("hosl-node", 4),
+        ("hosl", 4),
+    ],
+)
+def test_many_cuts_follow_from_two(way, blocks):
     """The table's shortcut against the step at that very cut."""
-    shape = model_shape("tiny")
+    shape = model_shape("tiny").of_blocks(4 if blocks == 4 else 6)
+    base = Config(residual=ResidualConfig(blocks=blocks), model=ModelConfig(cut=4))
     question = Question(
-        shape=shape, base=Config(), rows=4, tokens=24, client=assumed_cpu(1), server=assumed_server(1.0)
+        shape=shape, base=base, rows=4, tokens=24, client=assumed_cpu(1), server=assumed_server(1.0)
     )
-    rows = plan(question, cuts=[4], names=[way])
+    left_out = []
+    rows = plan(question, cuts=[2, 4], names=list(dict.fromkeys(("frozen", way))), say=left_out.append)
+    assert not left_out
+    least = blocks if isinstance(blocks, int) and METHODS[BY_NAME[way].method].needs_blocks else 1
+    rows = [row for row in rows if row.name == way]
+    assert [row.cut for row in rows] == [cut for cut in (2, 4) if cut >= least]
+    rows = rows[-1:]
     with pytest.raises(ConfigError, match="nothing fits: the least is"):
         recommended([dataclasses.replace(row, fits=False) for row in rows], cut=4)
     for row in rows:

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import yaml
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from hosl.cli import main
 from hosl.config import load_config
@@ -24,9 +25,12 @@ _SESSION = re.compile(r"[0-9a-f]{16}\.\d+")
 
 @pytest.fixture
 def captured(tiny_run, tmp_path):
-    """`captured(labels, method, zo)`: the client's messages of a plaintext run, its task, and the raw bytes."""
+    """`captured(labels, method, zo)`: the client's messages of a plaintext run, its task, and the raw bytes.
 
-    def run(labels, method, zo=None):
+    With `gives` the client gives its half at the end, and what `hosl merge` sends stands in place of the task.
+    """
+
+    def run(labels, method, zo=None, *, gives=False):
         config = tiny_run(
             method=method, zo=zo or {}, max_steps=4, eval_steps=4, save_steps=4, wire={"labels": labels}
         )
@@ -43,13 +47,22 @@ def captured(tiny_run, tmp_path):
         halves = tmp_path / "halves"
         words = ["split", str(tmp_path / "model-in"), str(halves), "--cut", "2", "--head", "classification"]
         assert main([*words, "--labels", str(len(WORDS)), "--labels-at", labels]) == 0
-        with Server(halves / "server", tmp_path / "service", "--plaintext") as server:
+        give = ["--give-half"] * gives
+        with Server(halves / "server", tmp_path / "service", "--plaintext", *give) as server:
             line = JoinLine.parse(server.line)
             recorder = Recorder((line.host, line.port))
             through = f"hosl://127.0.0.1:{recorder.port}#{line.token}"
-            words = ["--plaintext", "--output-dir", tmp_path / "joined"]
+            words = ["--plaintext", "--output-dir", tmp_path / "joined", *give]
             assert finished(join(halves / "client", through, config, *words))["finished"]
             recorder.close()
+            if gives:
+                merging = Recorder((line.host, line.port))
+                through = f"hosl://127.0.0.1:{merging.port}#{line.token}"
+                words = ["merge", str(tmp_path / "joined"), "--to", through, "--plaintext"]
+                assert main([*words, "-o", str(tmp_path / "merged")]) == 0
+                merging.close()
+                sent = [[m for stream in r.sent for m in messages(stream)] for r in (recorder, merging)]
+                return sent[0], sent[1], b"".join(bytes(stream) for stream in recorder.sent)
         task = load_task(load_config(config).task, TextTokenizer.load(halves / "client"), seed=0)
         raw = b"".join(bytes(stream) for stream in recorder.sent)
         return [m for stream in recorder.sent for m in messages(stream)], task, raw
@@ -147,9 +160,9 @@ def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, caps
     capsys.readouterr()
     assert main(words) == 0
     fields = {row["field"]: row for row in json.loads(capsys.readouterr().out)["fields"]}
-    assert set(fields) == {"activations", "mask", "labels", "half", "hello"}
+    assert set(fields) == {"activations", "mask", "labels", "half", "merge", "hello"}
     assert fields["half"]["sent"] == "never, unless joined with --give-half: once, at the end"
-    assert not any(b"journal" in m for m in sent)  # this one was not asked to give it
+    assert not any(b"journal" in m for m in sent)  # not asked to give it; the next test is of one that was
     assert fields["half"]["shape"] == "the journal, 16 bytes a direction"
     shared = yaml.safe_load((tmp_path / "config.yaml").read_text())
     shared["clients"] = {"count": 2, "halves": "shared"}
@@ -165,3 +178,46 @@ def test_audit_tells_what_leaves_and_the_capture_agrees(captured, tmp_path, caps
         for q in [u.scores]
     )
     assert fields["activations"]["bytes_per_step"] == pytest.approx((chunks - evaluated) / 4, rel=0.02)
+
+
+def test_audit_tells_what_a_given_half_and_a_merge_send_and_the_capture_agrees(captured, tmp_path, capsys):
+    sent, merging, _ = captured("server", "hosl", gives=True)
+    capsys.readouterr()
+    words = [str(tmp_path / "halves" / "client"), "--config", str(tmp_path / "config.yaml")]
+    assert main(["audit", *words, "--json"]) == 0
+    fields = {row["field"]: row for row in json.loads(capsys.readouterr().out)["fields"]}
+    assert any(b"journal" in m for m in sent)  # so a run that gives nothing is seen to give none
+    given = [m for m in sent if _is(pb.GiveRequest, m) and pb.GiveRequest.FromString(m).chunk]
+    entries = 4 * 2  # steps and directions
+    assert max(len(pb.GiveRequest.FromString(m).chunk) for m in given) == 16 * entries
+    assert fields["half"]["shape"] == "the journal, 16 bytes a direction"
+    assert fields["merge"]["sent"] == "never, unless `hosl merge` is called on the device"
+    assert (
+        fields["merge"]["shape"] == "the run's name, a step, a digest of what the server listed and an offset"
+    )
+    asked = [pb.HalfRequest.FromString(m) for m in merging if _is(pb.HalfRequest, m)]
+    assert len(asked) == len(merging) == 2  # for the list, then for its bytes
+    run_id = json.loads((tmp_path / "joined" / "record.json").read_text())["run_id"]
+    assert [(ask.run, ask.step) for ask in asked] == [(run_id, 4)] * 2
+    assert asked[0].list_digest == "" != asked[1].list_digest
+    assert {field.name for field in pb.HalfRequest.DESCRIPTOR.fields} == {
+        "run",
+        "step",
+        "list_digest",
+        "offset",
+    }
+    assert not all(_is(pb.HalfRequest, m) for m in sent)  # the search tells other messages from these
+
+
+def _is(kind, message):
+    """Whether these bytes are one message of this kind and nothing else."""
+    try:
+        return kind.FromString(message).SerializeToString() == message and not _unknown(
+            kind.FromString(message)
+        )
+    except Exception:
+        return False
+
+
+def _unknown(message):
+    return len(UnknownFieldSet(message))

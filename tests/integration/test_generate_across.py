@@ -14,7 +14,7 @@ from hosl.system.checkpoint import read_checkpoint
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
 from tests.integration.languages import PROMPTS, WORDS, greedy_words, language_model, tuning
-from tests.integration.network import Server, finished, join, newest, server_state, wait_until
+from tests.integration.network import Server, enrol, finished, join, newest, server_state, wait_until
 from tests.integration.recorder import Recorder, messages
 
 TOKENS = 8
@@ -93,6 +93,48 @@ def test_a_joined_runs_halves_say_across_the_split_what_the_merged_model_says(
     assert said.count(unpaired) == 1  # of five texts
     assert unpaired not in err
     assert [event["run"] for event in events[:10]] == [name] * 5 + [""] * 5
+
+
+@pytest.mark.parametrize("halves", ["shared", "personal"])
+def test_a_half_that_lacks_updates_of_others_is_said_to_be_no_model_with_the_servers(
+    tmp_path, capsys, halves
+):
+    model = language_model(tmp_path / "model", "llama")
+    config = tuning(tmp_path, model, wire={"labels": "server"}, clients={"count": 2, "halves": halves})
+    folder = split_for(tmp_path, model, 1, "server")
+    with Server(folder / "server", tmp_path / "service") as server:
+        second = enrol(tmp_path / "service", "second", capsys)
+        said = {}
+        for name, line in (
+            ("a", server.line),
+            ("b", second),
+        ):  # one after the other: b has all updates of both
+            out = tmp_path / name / "run"
+            assert finished(join(folder / "client", line, config, "--output-dir", out))["finished"]
+        for name, line in (("a", server.line), ("b", second)):
+            _, said[name] = generate(capsys, tmp_path / name / "run", "--to", line, *ASKED)
+        assert server.stop() == 0
+    unpaired = "this half has 4 of the 8 updates of run run (clients.halves: shared)"
+    assert said["a"].count(unpaired) == (halves == "shared")  # of five texts
+    assert "never one model" not in said["b"]
+    more = "all of whose updates this half has" if halves == "shared" else "of 2 devices"
+    assert f"the server's half: run run after step 8, {more}" in said["b"]
+
+
+def test_a_half_behind_the_servers_is_said_to_be_no_model_with_it(tmp_path, capsys):
+    model = language_model(tmp_path / "model", "llama")
+    config = tuning(tmp_path, model, wire={"labels": "server"})
+    folder = split_for(tmp_path, model, 1, "server")
+    with Server(folder / "server", tmp_path / "service") as server:
+        joined = tmp_path / "joined"
+        assert finished(join(folder / "client", server.line, config, "--output-dir", joined))["finished"]
+        shutil.rmtree(newest(joined / "checkpoints"))
+        _, said = generate(capsys, joined, "--to", server.line, *ASKED)
+        assert server.stop() == 0
+    assert (
+        said.count("this half is after step 2, the server's after step 4: these two were never one model")
+        == 1
+    )
 
 
 def test_a_run_that_goes_on_is_not_disturbed_by_texts_and_each_says_its_step(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """`hosl plan`: the table, its config and its picture; and budgets that refuse before a run or stop it."""
 
+import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,14 @@ import yaml
 
 from hosl.cli import main
 from hosl.config import load_config
+from hosl.parties.engine.optimisers import OptimiserSpec
+from hosl.planner import request
+from hosl.planner.costs import client_cost_at
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
 from hosl.training import local_session
+from hosl.transport.link import LinkSpec
 from tests.integration.languages import language_model, tuning
 from tests.integration.network import Server, anew, finished, join, split
 
@@ -240,6 +246,38 @@ def test_a_way_of_another_method_is_written_with_its_own_usual_rate(capsys, tiny
     assert (written.method, written.client_rate) == ("hosl-node", 1e-2)
 
 
+@pytest.mark.parametrize(
+    ("client", "residual"),
+    [
+        ({"optimiser": {"name": "adamw", "weight_decay": 0.1}, "learning_rate": 1e-4}, {"decay": 0.5}),
+        ({"learning_rate": 1e-3}, {"blocks": 2, "slopes": "per-block"}),
+        ({"learning_rate": 1e-3}, {"kept": "inputs"}),
+    ],
+    ids=["adamw", "slopes", "kept"],
+)
+def test_a_way_of_the_configs_own_method_is_planned_and_written_with_its_settings(
+    tmp_path, monkeypatch, client, residual
+):
+    name = str(language_model(tmp_path / "model", "llama"))
+    path = tuning(tmp_path, name, method="hosl-residual", zo={}, client=client, residual=residual)
+    path.write_text(path.read_text().replace("cut: 1", "cut: 2"))
+    asked = load_config(path)
+    few = partial(request.plan, names=["frozen", "hosl-residual", "fo-fo"])
+    monkeypatch.setattr(request, "plan", few)
+    found = request.planned(request.Planning(what=str(path), link=LinkSpec(), cuts=(2,)), say=print)
+    (row,) = [row for row in found.rows if row.config.method == "hosl-residual"]
+    found = dataclasses.replace(found, chosen=row)  # a plan by itself recommends another method
+    found.write(tmp_path / "way.yaml")
+    written = load_config(tmp_path / "way.yaml")
+    assert (written.client, written.residual) == (asked.client, asked.residual)
+    shape, question = found.question.shape, found.question
+    cost, _ = client_cost_at(written, shape, question.rows, question.tokens)
+    assert (cost.static_bytes, cost.peak_bytes) == (row.client.static_bytes, row.client.peak_bytes)
+    (backprop,) = [row for row in found.rows if row.name == "fo-fo"]
+    assert backprop.config.client.optimiser == OptimiserSpec()  # of another method: its own
+    assert backprop.config.residual.slopes == "none"
+
+
 def test_a_plan_takes_the_overrides_of_train(capsys, tiny_run):
     words = [str(tiny_run()), "--cuts", "2"]
     plain = planned(capsys, *words)
@@ -328,3 +366,31 @@ def test_a_probe_says_how_far_residual_feedback_is_right(tmp_path, capsys, monke
     assert [layers[0], "1.00", "1.00"] in lines
     assert not (tmp_path / "run").exists()
     assert "alignment" not in planned(capsys, str(path), "--probe", "--method", "frozen")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--client.learning-rate", "auto"], "every layer is"),
+        (["--residual.slopes", "one"], "residual.slopes: one scales these updates"),
+        (["--client.trainable", "lora"], "of adapters: their second matrix (B)"),
+        (["--client.trainable", "lora", "--client.dtype", "int8"], "of adapters: their second matrix (B)"),
+    ],
+)
+def test_a_probe_measures_slopes_and_adapters_too(tmp_path, capsys, monkeypatch, words, note):
+    monkeypatch.setattr("hosl.planner.request._with_machine", lambda question, work: question)
+    monkeypatch.setattr(request, "plan", partial(request.plan, names=["frozen"]))
+    path = tuning(tmp_path, language_model(tmp_path / "model", "llama"), method="hosl-residual", zo={})
+    path.write_text(path.read_text().replace("cut: 1", "cut: 2") + "residual: {blocks: 2}\n")
+    plain = planned(capsys, str(path), "--probe")["alignment"]
+    rows = planned(capsys, str(path), "--probe", *words)["alignment"]
+    assert [row["layer"] for row in rows] == [row["layer"] for row in plain]
+    if "lora" in words:  # nothing stands above the last layer
+        assert rows[0]["cosine"] == pytest.approx(1.0, abs=1e-4)
+        assert all(0 < abs(row["cosine"]) < 0.999 for row in rows[1:])
+    else:  # the same updates, which are then scaled
+        assert rows == plain
+    assert main(["plan", str(path), "--probe", *words]) == 0
+    said = capsys.readouterr().out
+    assert note in said
+    assert "cosine of each layer's update" in said

@@ -1,6 +1,7 @@
 """Own text, instructions and chats from the command line: one process, resumed, across a network, and what is said."""
 
 import json
+import re
 
 import pytest
 import safetensors.torch
@@ -57,7 +58,12 @@ def test_a_run_of_texts_says_loss_perplexity_and_tokens_right(tmp_path, capsys):
     both = (tmp_path / "both.html").read_text()
     assert "test tokens right, %" in both
     assert "lowest mean test loss: " in both
-    assert "test accuracy" not in both
+    assert "accuracy" not in both.lower()  # in no heading, column or picture of a comparison either
+    headings = re.findall(r"<h2>(.*?)</h2>", both)
+    assert {"Tokens right against client memory", "Loss and tokens right"} <= set(headings)
+    pictures = re.findall(r'<svg[^>]*aria-label="([^"]*)"', both)
+    assert "Test tokens right against client memory" in pictures
+    assert "Training loss, dev loss and dev tokens right over steps" in pictures
 
 
 def test_a_run_of_chats_that_stops_goes_on_to_the_same_bits(tmp_path, power_failure):

@@ -81,7 +81,21 @@ def test_the_update_is_the_gradient_that_comes_down_the_residual_stream(family, 
     dtype = (
         torch.float32 if family.removesuffix(" (class)") in EXPERTS else torch.float64
     )  # experts know no float64
-    client, batch = _client(build(family, dtype)), _batch(padded)
+    _check_update(_client(build(family, dtype)), _batch(padded), 1e-6 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "falcon-multi-query", "falcon-alibi"])
+@pytest.mark.parametrize("at_once", [2, ROWS])
+def test_so_it_is_where_the_stream_is_taken_behind_a_norm(family, at_once, padded):
+    """In BLOOM it then goes through both norms of a block; transformers' Falcon has the setting and never reads it."""
+    model = build(family, torch.float64, apply_residual_connection_post_layernorm=True)
+    client = _client(model, blocks=3, micro_batch_size=at_once)
+    assert bool(client.half.norms_on_stream) == (family == "bloom")
+    _check_update(client, _batch(padded), 1e-6)
+
+
+def _check_update(client, batch, rounding):
+    """A step moves what is trained by -eta times its gradient by the stream alone, up to `rounding` of the largest."""
     g = _gradient(client, batch)
     expected, before = _by_stream(client, batch, g), _weights(client)
     assert torch.equal(client.forward_keeping_inputs(batch), client.forward(batch))
@@ -89,7 +103,7 @@ def test_the_update_is_the_gradient_that_comes_down_the_residual_stream(family, 
     moved = {name: p.detach() - before[name] for name, p in client.half.named_parameters()}
     assert {name for name, by in moved.items() if by.any()} == set(client.trained) == set(expected)
     for name, gradient in expected.items():
-        rounding = 1e-6 if dtype == torch.float64 else 1e-4  # in either, some norms round to float32
+        # some norms round to float32
         atol = rounding * ETA * float(gradient.abs().max())
         torch.testing.assert_close(moved[name], -ETA * gradient, rtol=0, atol=atol)
 
@@ -127,6 +141,23 @@ def test_what_is_kept_changes_not_a_bit(tiny, model_name, padded, kept, at_once)
         _step(client, batch, _gradient(client, batch))
         found.append(_weights(client))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(("family", "above"), [("llama", "stream"), ("opt-post-ln", "blocks")])
+@pytest.mark.parametrize("at_once", [2, None])
+def test_auto_keeps_the_inputs_of_blocks_where_they_take_little_beside_the_half(tiny, family, above, at_once):
+    """Up to 8 % of the half's bytes, by the whole batch; through norms on the stream, always."""
+    client = _client(tiny(family), micro_batch_size=at_once)
+    held = sum(t.nbytes for t in (*client.half.model.parameters(), *client.half.model.buffers()))
+    a_token = 2 * client.half.config.hidden_size * 4  # in each of two trained blocks, float32
+    most = int(0.08 * held / a_token)
+    for tokens, kept in ((most, "blocks"), (most + 1, above)):
+        ids = np.full((tokens, 1), 3)
+        targets = ClassTargets(np.ones(ids.shape, np.int8), np.zeros(tokens, np.int64))
+        client.forward_keeping_inputs(Batch(ids, targets))
+        assert all(part.stream_alone == (kept == "stream") for part in client._parts)
+        inputs = [call.args[0] is not None for part in client._parts for call in part.calls]
+        assert inputs == ([True, True] if kept == "blocks" else [True, False]) * len(client._parts)
 
 
 @pytest.mark.parametrize(("kept", "evaluated"), [("stream", 1), ("blocks", 0), ("inputs", 0)])
@@ -282,6 +313,8 @@ def test_adapters_on_some_of_the_layers_are_all_that_is_trained(tiny, dtype):
     client = make_client(parse_config(settings, where="x"), split_model(tiny("llama"), BLOCKS)[0])
     assert len(client.trained) == 2 * 2
     assert all(".down_proj.lora_" in name for name in client.trained)
+    adapters = {name for name, _ in client.half.named_parameters() if ".lora_" in name}
+    assert adapters == set(client.trained)  # none in the block below, which is not trained
 
 
 def test_slopes_are_refused_where_norms_stand_above_the_layers(tiny):

@@ -98,6 +98,19 @@ def test_labels_do_not_lie_on_each_other():
     assert lifts[200.0, 5.0] == 0
 
 
+def test_a_label_is_moved_off_the_point_of_another_too():
+    """As long as it would be written over it: a point behind its end, or far above, leaves it where it is."""
+    labels = [
+        Label(10.0, 5.0, "frozen", "ink"),
+        Label(30.0, 5.3, "hosl", "ink"),
+        Label(200.0, 5.0, "far", "ink"),
+    ]
+    lifts = {label.text: lift for label, lift in spread_apart(labels, lambda x, y: (x, 10 * y))}
+    assert 50 + lifts["frozen"] - 53 >= 11  # its letters end beyond the point of hosl
+    assert lifts["far"] == 0
+    assert lifts["hosl"] == 0 or abs(53 + lifts["hosl"] - (50 + lifts["frozen"])) >= 11
+
+
 @pytest.mark.parametrize(
     ("size", "said"),
     [(4, "4 B"), (1023, "1023 B"), (2048, "2 KiB"), (1.5 * 2**20, "1.5 MiB"), (1000 * 2**20, "1000 MiB")],

@@ -59,17 +59,13 @@ def run(arguments: list[str]) -> int:
     if aligned:
         from hosl.training.alignment import alignment_lines
 
-        sys.stdout.write("\n" + "\n".join(alignment_lines(aligned)) + "\n")
+        sys.stdout.write("\n" + "\n".join(alignment_lines(aligned, result.asked)) + "\n")
     return 0
 
 
 def _alignment(config: Any) -> list[Any]:
     """How far residual feedback is right on the config's first batch; of another method, nothing."""
-    if (
-        not config.method_row.keeps_by_blocks
-        or config.residual.slopes != "none"
-        or config.client.trainable == "lora"
-    ):
+    if not config.method_row.keeps_by_blocks:
         return []
     from hosl.training.alignment import first_batch_alignment
 

@@ -71,7 +71,8 @@ def prepare_client_half_(config: Config, half: ClientHalf, *, low_precision: boo
         quantise_(half, dtype)
     if trained == "lora":
         adapters = None if dtype == "model" else torch.float32
-        add_lora(half, _adapter_spec(config, half), seed=config.seed, dtype=adapters)
+        blocks = config.trained_blocks if config.method_row.needs_blocks else None
+        add_lora(half, _adapter_spec(config, half), seed=config.seed, dtype=adapters, blocks=blocks)
     else:
         set_trainable(half, trained, blocks=config.trained_blocks)
 

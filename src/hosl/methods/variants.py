@@ -19,6 +19,8 @@ LORA = {"trainable": "lora"}
 
 _SHARED = ("zo.clip", "zo.normalise", "zo.row_clip")
 """The settings of `GOVERNED` that a variant takes over from the config that it is applied to."""
+_OF_ITS_METHOD = ("client.optimiser", "residual.slopes", "residual.decay", "residual.kept")
+"""Those that it takes over from a config of its own method only."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,18 @@ class Variant:
     def applied(self, base: Config, *, cut: int, micro_batch_size: int | None = None) -> Config:
         """`base` with this variant's settings at a cut; settings that the method does not read are reset.
 
+        Of a `base` of the same method the optimiser and the settings of residual feedback stay.
+
         Raises:
             ConfigError: if the method does not allow the settings of `base` or of the variant.
         """
         settings: dict[str, Any] = msgspec.to_builtins(base)
         defaults = msgspec.to_builtins(Config())
         reads = self.method_row.reads
+        shared = (*_SHARED, *_OF_ITS_METHOD) if base.method == self.method else _SHARED
         for path in GOVERNED:
             section, _, name = path.partition(".")
-            if path not in reads or path not in _SHARED:
+            if path not in reads or path not in shared:
                 settings[section][name] = defaults[section][name]
         settings |= {"method": self.method, "profile": "paper"}
         settings["zo"] |= self.zo

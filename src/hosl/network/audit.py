@@ -21,6 +21,7 @@ LEARNS = {
     "gradient at the states": "often the labels, and of a public language model the learned tokens (SECURITY.md)",
     "update": "K numbers per step that depend on this device's data, relayed to the other devices",
     "half": "all that this half has learned: who has the base model can build the tuned half",
+    "merge": "that this device puts the whole tuned model together; weights come down, none go up",
     "hello": "model, settings, software version; whether a guessed list of class names is this device's",
 }
 
@@ -74,6 +75,14 @@ def audit(config: Config, task: Task, *, width: int, steps: int = 20) -> list[di
                 0.0,
             )
         )
+    fields.append(
+        _row(
+            "merge",
+            "never, unless `hosl merge` is called on the device",
+            "the run's name, a step, a digest of what the server listed and an offset",
+            0.0,
+        )
+    )
     fields.append(_row("hello", "1 a connection", "settings and digests", 0.0))
     return fields
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config, load_config
+from hosl.core.journal import Journal
 from hosl.errors import ConfigError, FolderError
 from hosl.inference.remote import SplitModel
 from hosl.network.handshake import model_message
@@ -91,12 +92,10 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     def hear(ready: pb.GenerateReady, last_step: int) -> None:
         of_run = f"run {ready.run} after step {ready.step}" if ready.run else "as it was split"
         if last_step == ready.step:
-            say_once(f"the server's half: {of_run}")
-            if ready.run and checkpoint is None:  # the server may name a run that was not asked for
-                say_once(
-                    f"this half is as it was split: if run {ready.run} trained its device's half, these two were never "
-                    "one model; name the run's folder in place of this half"
-                )
+            more, warning = _fit(config, checkpoint, ready) if ready.run else ("", "")
+            say_once(f"the server's half: {of_run}{more}")
+            if warning:
+                say_once(warning)
         else:
             say(f"the server's half was trained to step {last_step} meanwhile")
 
@@ -113,6 +112,32 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
         )  # fmt: skip
     finally:
         channel.close()
+
+
+def _fit(config: Config | None, checkpoint: Checkpoint | None, ready: pb.GenerateReady) -> tuple[str, str]:
+    """What is to be added to the server's step, and why its half of a run and this one are no model, if so."""
+    if config is None or checkpoint is None:  # the server may name a run that was not asked for
+        return "", (
+            f"this half is as it was split: if run {ready.run} trained its device's half, these two were never one "
+            "model; name the run's folder in place of this half"
+        )
+    clients = config.clients
+    if clients.halves == "shared":
+        has = Journal.from_bytes(checkpoint.journal or b"").last_step
+        if has == ready.step:
+            return ", all of whose updates this half has", ""
+        return "", (
+            f"this half has {has} of the {ready.step} updates of run {ready.run} (clients.halves: shared): these two "
+            "were never one model; `hosl merge` takes the server's journal and writes the one that there is"
+        )
+    if clients.count > 1:  # each device counts its own
+        return f", of {clients.count} devices", ""
+    if checkpoint.step == ready.step:
+        return "", ""
+    return "", (
+        f"this half is after step {checkpoint.step}, the server's after step {ready.step}: these two were never one "
+        "model; the run is under way, or was broken off: go on with it by `hosl join` to its end"
+    )
 
 
 def joined_place(path: Path) -> tuple[Config | None, Path, str]:

@@ -118,12 +118,15 @@ def given_message(
     Shared halves are rebuilt from the server's own journal, so no tensor is sent.
     """
     lora, trainable = config.client.lora, config.client.trainable
+    of_last_blocks = trainable == "output-projections" or (
+        trainable == "lora" and config.method_row.needs_blocks
+    )
     given = pb.Given(
         run=run, weights=to_enum(pb.Given.Weights, trainable),
         lora=pb.Lora(r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules or ()),
         low_precision=config.client.dtype != "model", digest=bytes.fromhex(record["client_digest"]),
         updates=record.get("journal_updates", 0),
-        blocks=config.trained_blocks if trainable == "output-projections" else 0,
+        blocks=config.trained_blocks if of_last_blocks else 0,
     )  # fmt: skip
     if config.clients.halves == "shared":
         return given, []

@@ -361,7 +361,8 @@ def _given_client(
         return half, client.trained
     if config.client.trainable == "lora":
         adapters = None if config.client.dtype == "model" else torch.float32
-        add_lora(half, config.client.lora, seed=config.seed, dtype=adapters)
+        blocks: Any = config.residual.blocks  # as given: the method on the wire is one of all blocks
+        add_lora(half, config.client.lora, seed=config.seed, dtype=adapters, blocks=blocks)
     parameters = dict(half.named_parameters())
     wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
     if wrong:

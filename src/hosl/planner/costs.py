@@ -15,6 +15,7 @@ import torch
 from hosl.config import Config
 from hosl.core.methods import FROZEN, METHODS
 from hosl.core.targets import Batch, ClassTargets, OptionTargets, PositionTargets, Targets, scored_positions
+from hosl.errors import ConfigError
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import fixed_batch
 from hosl.methods.torch_parties import (
@@ -117,10 +118,12 @@ def beyond_weights(
 ) -> Callable[[int, int], float]:
     """The peak memory of a forward-only client beyond its weights: a function of rows and tokens; it returns bytes.
 
-    This memory is the same at every cut, so the lowest one is run; and the same with one direction as with many.
+    This memory is the same at every cut with as many trained blocks, so the lowest one is run; and the same with one
+    direction as with many.
     """
     assert not config.method_row.memory_by_cut, f"{config.method} keeps something of every block"
-    config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
+    if not trains_all_blocks(config.method, config.residual.blocks):
+        config = with_cut(config, min(config.model.cut, lowest_with_block(config)))
     costs = {} if costs is None else costs
 
     def at(rows: int, tokens: int) -> float:
@@ -203,6 +206,11 @@ def lowest_with_block(config: Config) -> int:
     return max(lowest_cut(config.method, config.residual.blocks, config.client.trainable), 1)
 
 
+def trains_all_blocks(method: str, trained_blocks: int | str | None) -> bool:
+    """Whether a method of last blocks trains all that the client has: then each is evaluated for those below it."""
+    return METHODS[method].needs_blocks and trained_blocks == "all"
+
+
 def clean_pass(config: Config) -> Config:
     """The config of the same client that only makes a forward pass."""
     plain = msgspec.structs.replace(
@@ -225,7 +233,16 @@ def _with_directions(config: Config, directions: int) -> Config:
 
 
 def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[PartyCost, Traffic]:
-    """The cost of a client's step and its traffic, from a step without data."""
+    """The cost of a client's step and its traffic, from a step without data.
+
+    Raises:
+        ConfigError: if its memory follows from the data.
+    """
+    if config.zo.derivative == "forward-mode" and shape.has_experts:
+        raise ConfigError(
+            f"{shape.name}: no plan of zo.derivative: forward-mode with experts: it takes them one by one, with as "
+            "many tokens as the data send them; plan zo.derivative: difference"
+        )
     half, head, checkpoint_bytes = _client_half(config, shape)
     counting = CountingServer()
     with without_data():
@@ -236,9 +253,9 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
                 if isinstance(module, Int8Linear):
                     module.__class__ = InOnePart
         client = client_on(config, half)
-        scratch = Unformed()
+        formed: list[int] = []
         if isinstance(client, ZerothOrderClient):
-            client.new_scratch = lambda: scratch.emptied()
+            client.new_scratch = lambda: Unformed(formed)
         batch = fixed_batch(client, rows, tokens, scored=_scored_tokens(config, shape, tokens))
         if shape.head == "classification":
             batch = Batch(batch.input_ids, ClassTargets(batch.targets.mask, np.zeros(rows, np.int64)))
@@ -248,6 +265,7 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
             step += 1
         alive = _alive(client) if head is None else [*_alive(client), *held_tensors(head, server)]
         counting.forget()
+        formed.clear()
         work = work_of(lambda: method_round(config, party, server, batch, step), alive)
         static = float(storage_bytes(alive))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
@@ -255,7 +273,7 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
     cost = PartyCost(
         static_bytes=static, peak_bytes=static + work.peak_bytes,
         loading_bytes=_loading_bytes(config, checkpoint_bytes, static), trained=trained, work=work,
-        formed=scratch.elements, updated=trained * config.zo.directions if by_seeds else 0.0,
+        formed=float(sum(formed)), updated=trained * config.zo.directions if by_seeds else 0.0,
     )  # fmt: skip
     return cost, counting.traffic(config, shape, rows, tokens)
 

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 _ATEN = torch.ops.aten
-_FIRST_FACTOR = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}
-"""Matrix products, and the position of their first factor among the arguments; the second follows it."""
+_FIRST_FACTOR = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1, _ATEN._grouped_mm: 0}
+"""Matrix products, and the position of their first factor among the arguments; the second follows it. The last one is
+that of experts: each row of the first factor, a token that is routed to an expert, meets one of their matrices."""
 _ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: 0,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: 1,
@@ -151,6 +152,10 @@ class _SyntheticScalars(TorchDispatchMode):
             # so the gradient of an embedding has every row that was looked up
             indexed, mask = args[0], args[1][0]
             return indexed.new_empty((mask.numel(), *indexed.shape[mask.dim() :]))
+        if func is _ATEN._grouped_mm.default:  # torch knows its result in bfloat16 alone
+            first, second, ends = args[0], args[1], args[2]
+            experts = () if second.dim() == 3 else (len(ends),)  # 2: the gradient of each expert's weights
+            return first.new_empty((*experts, first.shape[0], second.shape[-1]))
         return func(*args, **(kwargs or {}))
 
 

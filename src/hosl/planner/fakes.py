@@ -32,13 +32,10 @@ class Traffic:
 class Unformed(Scratch):
     """Scratch of the right size without content: a layer is one tile, whose rows share their memory."""
 
-    elements = 0.0
-    """Elements that the probes of a step have formed so far."""
-
-    def emptied(self) -> "Unformed":
-        """This scratch, without memory: as a context manager begins with it."""
-        self.__init__()
-        return self
+    def __init__(self, sizes: list[int]) -> None:
+        """`sizes` gets the elements of every tile that is formed."""
+        super().__init__()
+        self._sizes = sizes
 
     def rows_at_once(self, features: int, width: int) -> int:
         """All rows of a layer."""
@@ -63,7 +60,7 @@ class Unformed(Scratch):
 
     def form_(self, tile: torch.Tensor, weight: torch.Tensor, u: Any, sign: int, start: int = 0) -> None:
         """Count the elements; nothing is computed."""
-        self.elements += tile.numel()
+        self._sizes.append(tile.numel())
 
 
 class InOnePart(Int8Linear):

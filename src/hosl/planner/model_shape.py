@@ -49,6 +49,11 @@ class ModelShape:
         """The largest number of tokens that the model reads; None: its config does not have it."""
         return limits_of(self.config.to_dict()).positions
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether feed-forwards are experts, of which each token meets a few."""
+        return _has_experts(self.config)
+
     def of_blocks(self, count: int) -> "ModelShape":
         """The shape of the same model with its first `count` blocks only."""
         return replace(self, config=with_blocks(self.config, count))
@@ -77,22 +82,23 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
         num_labels: the number of labels of a classification head.
 
     Raises:
-        ConfigError: if the config lacks a setting that a plan needs, hosl has no such family, or it has experts.
+        ConfigError: if the config lacks a setting that a plan needs, hosl has no such family, or no row for one with
+            experts: those with one make all products of a layer's experts at once, however the tokens are shared.
         ModelError: if there is no model of this name.
     """
     if name in SHAPES:
         return ModelShape(name, shape_config(name), "causal")
     config = _read_config(name)
-    if getattr(config.get_text_config(), "num_experts_per_tok", None):
-        raise ConfigError(
-            f"{name}: no plan of a {config.model_type}: which experts a token goes to is known with the data only, and "
-            "with it the memory; leave client.memory_budget out, or plan a model of the same width without experts"
-        )
-    if num_labels is not None:
-        config.num_labels = num_labels
     heads: list[Head] = [
         family_head for model_type, family_head in FAMILIES if model_type == config.model_type
     ]
+    if _has_experts(config) and not heads:
+        raise ConfigError(
+            f"{name}: no plan of a {config.model_type}: how its experts share the tokens is known with the data only, "
+            "and with it the memory; leave client.memory_budget out, or plan a model of the same width without experts"
+        )
+    if num_labels is not None:
+        config.num_labels = num_labels
     if head in heads or (heads and head is None):
         return ModelShape(name, config, head or heads[0])
     try:  # no row: by its structure
@@ -101,6 +107,10 @@ def model_shape(name: str, *, head: Head | None = None, num_labels: int | None =
         wanted = config.model_type if head is None else f"{config.model_type} ({head})"
         raise ConfigError(f"{name}: model_type {wanted} cannot be cut: {cause}") from cause
     return ModelShape(name, config, head or "causal")
+
+
+def _has_experts(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "num_experts_per_tok", None))
 
 
 def _read_config(name: str) -> Any:

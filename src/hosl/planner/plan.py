@@ -22,6 +22,7 @@ from hosl.planner.costs import (
     lowest_cut,
     lowest_with_block,
     server_cost,
+    trains_all_blocks,
     with_cut,
 )
 from hosl.planner.edge_memory import EdgeShape, PlannedMemory, planned_memory
@@ -297,13 +298,13 @@ class _Servers:
         """The cost at each cut."""
         key = (config.method_row.on_the_wire, config.model.dtype)
         if key not in self._costs:
-            shape = self._question.shape
+            shape, least = self._question.shape, lowest_with_block(config)
             total = shape.blocks
 
             def at(held: int) -> PartyCost:
-                # a server with `held` blocks, in a model that has one more
-                small = shape.of_blocks(held + 1)
-                return server_cost(with_cut(config, 1), small, self._question.rows, self._question.tokens)
+                # a server with `held` blocks, in a model that has no more than its client needs beside them
+                small = shape.of_blocks(held + least)
+                return server_cost(with_cut(config, least), small, self._question.rows, self._question.tokens)
 
             by_held = along_cuts(at, (1, 2), [total - cut for cut in cuts])
             self._costs[key] = {cut: by_held[total - cut] for cut in cuts}
@@ -314,7 +315,8 @@ def _along(
     question: Question, row: Variant, cuts: Sequence[int], servers: _Servers, *, micro_batch_size: int | None
 ) -> list[PlanRow]:
     shape = question.shape
-    lowest = lowest_cut(row.method, question.base.residual.blocks, row.client.get("trainable", ""))
+    blocks = question.base.residual.blocks
+    lowest = lowest_cut(row.method, blocks, row.client.get("trainable", ""))
     usable = [cut for cut in cuts if cut >= lowest]
     configs = {cut: row.applied(question.base, cut=cut, micro_batch_size=micro_batch_size) for cut in usable}
     traffics: list[Traffic] = []
@@ -327,26 +329,28 @@ def _along(
 
     if not usable:
         return []
-    by_blocks = METHODS[row.method].keeps_by_blocks  # and by thresholds, so that no cut follows from others
-    clients = (
-        {cut: at(cut) for cut in usable} if by_blocks else along_cuts(at, _sampled(row, shape.blocks), usable)
-    )
+    method, sampled = METHODS[row.method], _sampled(row, lowest, shape.blocks)
+    # by thresholds, or with blocks that are evaluated for others: then no cut follows from others
+    by_blocks = method.keeps_by_blocks or trains_all_blocks(row.method, blocks)
+    each = by_blocks or sampled[1] > shape.blocks
+    clients = {cut: at(cut) for cut in usable} if each else along_cuts(at, sampled, usable)
     return [
         _row(question, row.name, configs[cut], clients[cut], servers.at(configs[cut], cuts)[cut], traffics[0])
         for cut in usable
     ]
 
 
-def _sampled(row: Variant, blocks: int) -> tuple[int, int]:
-    """The two cuts from which all others follow.
+def _sampled(row: Variant, lowest: int, blocks: int) -> tuple[int, int]:
+    """The two cuts from which all others follow, from the `lowest` that the row can be used at.
 
     Backprop treats the lowest block differently; adapters and methods of the last blocks need a block on the client.
     """
     method = METHODS[row.method]
     if method.backward != "none":
-        return (2, 3) if blocks >= 3 else (1, 2)
-    alike = not method.needs_blocks and not row.client.get("trainable")
-    return (0, 1) if alike else (1, 2)
+        lowest = max(lowest, 2 if blocks >= 3 else 1)
+    elif method.needs_blocks or row.client.get("trainable"):
+        lowest = max(lowest, 1)
+    return lowest, lowest + 1
 
 
 def _engine_memory(question: Question, config: Config) -> PlannedMemory | None:

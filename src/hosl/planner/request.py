@@ -117,11 +117,16 @@ class Planned:
         if self.chosen is None:
             raise ConfigError(f"there is nothing to write: {self.why}")
         config, asked = self.chosen.config, self.asked
-        if (config.method, config.client.trainable) == (asked.method, asked.client.trainable):
+        if _rated_alike(config) == _rated_alike(asked):
             config = config.with_client_rate(asked.client.learning_rate)
         elif config.client.learning_rate is not None:  # of another method: it has its usual one
             config = config.with_client_rate(None)
         path.write_text(dump_config(config), encoding="utf-8")
+
+
+def _rated_alike(config: Config) -> tuple[object, ...]:
+    """The settings with which a learning rate can be taken over."""
+    return config.method, config.client.trainable, config.client.optimiser
 
 
 def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> Planned:

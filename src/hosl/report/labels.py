@@ -1,4 +1,4 @@
-"""Labels beside points, moved up where they would lie on each other. Arithmetic only."""
+"""Labels beside points, moved up where they would lie on each other or on another's point. Arithmetic only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ _CHARACTER = 5.1
 """Width of a character, in points."""
 _GAP = 9.0
 """Between a point and its label, in points."""
+_POINT = 4.0
+"""Half of a point's width, in points."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ def spread_apart(
     labels: Sequence[Label], to_points: Callable[[float, float], tuple[float, ...]]
 ) -> list[tuple[Label, float]]:
     """Labels of one picture, each with how many points it is lifted; `to_points` takes data to points."""
-    taken: list[tuple[float, float, float]] = []  # left, right, height
+    places = [to_points(label.x, label.y)[:2] for label in labels]
+    taken = [(x - _POINT, x + _POINT, y) for x, y in places]  # left, right, height
     lifts = []
     for label in sorted(labels, key=lambda label: label.y):
         left, height = to_points(label.x, label.y)[:2]
-        right, lifted = left + label.width, height
+        left, right, lifted = left + _GAP, left + label.width, height
         for other_left, other_right, other in sorted(taken, key=lambda spot: spot[2]):
             if other_left < right and left < other_right and abs(lifted - other) < _HEIGHT:
                 lifted = other + _HEIGHT

@@ -43,10 +43,13 @@ def set_trainable(
         p.requires_grad_(chosen and not name.startswith(shared))
 
 
-def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None = None) -> None:
+def add_lora(
+    half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None = None, blocks: int | None = None
+) -> None:
     """Put adapters into a half's blocks, in place, and train only them. They start like peft's, from `seed`.
 
     A half without blocks (cut 0 or n) gets none. `dtype` is that of the adapters; None: the weights' own, as in peft.
+    `blocks`: into so many last blocks of a client half only, as with peft's layers_to_transform; None: into all.
 
     Raises:
         ConfigError: if peft is not installed, or no module has one of the targets' names.
@@ -55,7 +58,7 @@ def add_lora(half: Half, spec: LoraSpec, *, seed: int, dtype: torch.dtype | None
     if not any(name.startswith(f"{half.blocks_name}.") for name, _ in half.named_parameters()):
         return
     peft = _peft()
-    targets = _target_modules(half, spec)
+    targets = _target_modules(half, spec, blocks)
     prefix = f"{half.blocks_name}."
     names_in_blocks = sorted(name.removeprefix(prefix) for name in targets)
     config = peft.LoraConfig(
@@ -89,14 +92,18 @@ def lora_layers(half: Half) -> dict[str, Any]:
     }
 
 
-def _target_modules(half: Half, spec: LoraSpec) -> set[str]:
-    """The full names of the modules to adapt: those in the blocks whose last part is one of the targets."""
+def _target_modules(half: Half, spec: LoraSpec, blocks: int | None) -> set[str]:
+    """The full names of the modules to adapt: those in the (last) blocks whose last part is one of the targets."""
     targets = set(spec.target_modules or default_targets(half))
-    in_block = re.compile(re.escape(half.blocks_name) + r"\.\d+\.")
+    first = 0 if blocks is None else half.cut - blocks
+    in_block = re.compile(re.escape(half.blocks_name) + r"\.(\d+)\.")
     modules = {
         name
         for name, module in half.model.named_modules()
-        if in_block.match(name) and name.rpartition(".")[2] in targets and hasattr(module, "weight")
+        if (block := in_block.match(name)) is not None
+        and int(block[1]) >= first
+        and name.rpartition(".")[2] in targets
+        and hasattr(module, "weight")
     }
     if not modules:
         leaves = {

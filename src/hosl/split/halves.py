@@ -78,14 +78,18 @@ class Half:
     @property
     def norms_above(self) -> Mapping[str, tuple[str, ...]]:
         """By output projection, the norms between it and the block's output, from the projection up."""
-        first = self._family.norms_first
-        return {} if first and getattr(self.config, first) else self._family.norms_above
+        return self._family.norms_above if self._has_norms else {}
 
     @property
-    def norms_on_stream(self) -> bool:
-        """Whether the residual stream itself is normalised in a block (post-LN): a norm is above two projections."""
-        above = [name for names in self.norms_above.values() for name in names]
-        return len(above) > len(set(above))
+    def norms_on_stream(self) -> tuple[str, ...]:
+        """The norms of a block that the residual stream itself passes (post-LN), from the block's input up."""
+        return self._family.norms_on_stream if self._has_norms else ()
+
+    @property
+    def _has_norms(self) -> bool:
+        """Whether the norms stand as the family's row says, by the config."""
+        where = self._family.norms_where
+        return where is None or bool(getattr(self.config, where[0])) == where[1]
 
     @property
     def output_scale(self) -> str:

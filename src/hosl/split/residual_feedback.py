@@ -51,7 +51,8 @@ class BlockLayers:
     """By projection, the names of the norms between it and the block's output, from the projection up."""
     norms: Mapping[str, nn.Module]
     """By name, all of these."""
-    norms_on_stream: bool
+    norms_on_stream: tuple[str, ...]
+    """The names of the norms that the residual stream itself passes, from the block's input up."""
     scale: float
     """The multiplier of outputs before they are added to the stream."""
 
@@ -76,17 +77,19 @@ def feedback_terms(
         (): gradient if layers.scale == 1.0 else gradient * layers.scale
     }
     terms = list[Term]()
+
+    def below(norms: tuple[str, ...]) -> torch.Tensor:
+        for i in reversed(range(len(norms))):
+            if norms[i:] not in at:
+                norm = layers.norms[norms[i]]
+                at[norms[i:]], of_norm = through_norm(norm, reads[norms[i]], at[norms[i + 1 :]])
+                terms.extend(of_norm)
+        return at[norms]
+
     for name, layer in layers.projections.items():
-        above = layers.norms_above[name] if layer is not None or layers.norms_on_stream else ()
-        for i in reversed(range(len(above))):
-            if above[i:] not in at:
-                at[above[i:]], of_norm = through_norm(
-                    layers.norms[above[i]], reads[above[i]], at[above[i + 1 :]]
-                )
-                terms += of_norm
         if layer is not None:
-            terms += terms_of(name, layer, at[above], reads[name])
-    return terms, at[max(at, key=len)] if layers.norms_on_stream else gradient
+            terms += terms_of(name, layer, below(layers.norms_above[name]), reads[name])
+    return terms, below(layers.norms_on_stream) if layers.norms_on_stream else gradient
 
 
 def layer_terms(name: str, layer: Any, gradient: torch.Tensor, x: torch.Tensor) -> list[Term]:

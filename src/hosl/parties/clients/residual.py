@@ -88,9 +88,11 @@ class ResidualClient(OutputProjectionClient):
                 for name in projections
             },
             norms={
-                f"{prefix}.{norm}": block.get_submodule(norm) for norms in above.values() for norm in norms
+                f"{prefix}.{norm}": block.get_submodule(norm)
+                for norms in (*above.values(), half.norms_on_stream)
+                for norm in norms
             },
-            norms_on_stream=half.norms_on_stream,
+            norms_on_stream=tuple(f"{prefix}.{norm}" for norm in half.norms_on_stream),
             scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
         )
 

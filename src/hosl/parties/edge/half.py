@@ -138,16 +138,18 @@ class EdgeHalf:
     @property
     def norms_above(self) -> Mapping[str, tuple[str, ...]]:
         """By output projection, the norms between it and the block's output, from the projection up."""
-        if self.family is None:
-            return {}
-        first = self.family.norms_first
-        return {} if first and self._content.get(first) else self.family.norms_above
+        return self.family.norms_above if self.family is not None and self._has_norms else {}
 
     @property
-    def norms_on_stream(self) -> bool:
-        """Whether the residual stream itself is normalised in a block (post-LN): a norm is above two projections."""
-        above = [name for names in self.norms_above.values() for name in names]
-        return len(above) > len(set(above))
+    def norms_on_stream(self) -> tuple[str, ...]:
+        """The norms of a block that the residual stream itself passes (post-LN), from the block's input up."""
+        return self.family.norms_on_stream if self.family is not None and self._has_norms else ()
+
+    @property
+    def _has_norms(self) -> bool:
+        """Whether the norms stand as the family's row says, by the config."""
+        where = self.family.norms_where if self.family is not None else None
+        return where is None or bool(self._content.get(where[0])) == where[1]
 
     def array(self, name: str) -> np.ndarray:
         """A parameter by its name in the half; of an int8 base int8, with its scales under NAME.scale."""

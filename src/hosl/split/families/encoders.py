@@ -5,6 +5,7 @@ from hosl.split.families.family import Family
 _POST_LN = {
     "attention.output.dense": ("attention.output.LayerNorm", "output.LayerNorm"), "output.dense": ("output.LayerNorm",),
 }  # fmt: skip
+_ON_STREAM = ("attention.output.LayerNorm", "output.LayerNorm")
 
 
 def _roberta_like(model_type: str) -> Family:
@@ -16,6 +17,7 @@ def _roberta_like(model_type: str) -> Family:
         server_only={"classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
         norms_above=_POST_LN,
+        norms_on_stream=_ON_STREAM,
         query="attention.self.query",
     )
 
@@ -29,6 +31,7 @@ ENCODERS = (
         server_only={"bert.pooler": "none", "classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
         norms_above=_POST_LN,
+        norms_on_stream=_ON_STREAM,
         query="attention.self.query",
     ),
     *(_roberta_like(m) for m in ("roberta", "xlm-roberta", "camembert")),
@@ -43,6 +46,7 @@ ENCODERS = (
             "attention.out_lin": ("sa_layer_norm", "output_layer_norm"),
             "ffn.lin2": ("output_layer_norm",),
         },
+        norms_on_stream=("sa_layer_norm", "output_layer_norm"),
         query="attention.q_lin",
     ),
     Family(
@@ -53,6 +57,7 @@ ENCODERS = (
         server_only={"classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
         norms_above=_POST_LN,
+        norms_on_stream=_ON_STREAM,
         query="attention.self.query",
     ),
     Family(
@@ -73,6 +78,7 @@ ENCODERS = (
         server_only={"pooler": "identity", "classifier": "identity"},
         output_projections=("attention.output.dense", "output.dense"),
         norms_above=_POST_LN,
+        norms_on_stream=_ON_STREAM,
         query=None,  # attention.self.query_proj also turns distances into queries, for all tokens at once
         blocks_return_tuples=True,
         needs_a_block=True,

@@ -33,8 +33,10 @@ class Family:
     Without the latter where experts compute it. Empty: not known, so that no method can train by them."""
     norms_above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The norms between an output projection and the block's output, from the projection up; none in a pre-LN block."""
-    norms_first: str = ""
-    """The flag of configs with which the norms stand before the layers, so that there are no `norms_above`."""
+    norms_on_stream: tuple[str, ...] = ()
+    """The norms of a block that the residual stream itself passes, from the block's input up; none if pre-LN."""
+    norms_where: tuple[str, bool] | None = None
+    """The flag of configs with whose value the norms stand as these two say; else there are none. None: always."""
     output_scale: str = ""
     """The attribute of a block by which outputs are multiplied before they are added to the residual stream."""
     query: str | None = None

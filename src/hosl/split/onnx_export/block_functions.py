@@ -180,7 +180,11 @@ def layers_of(half: ClientHalf, block: nn.Module) -> BlockLayers | None:
     return BlockLayers(
         projections={name: block.get_submodule(name) for name in projections},
         norms_above={name: above.get(name, ()) for name in projections},
-        norms={norm: block.get_submodule(norm) for norms in above.values() for norm in norms},
+        norms={
+            norm: block.get_submodule(norm)
+            for norms in (*above.values(), half.norms_on_stream)
+            for norm in norms
+        },
         norms_on_stream=half.norms_on_stream,
         scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
     )

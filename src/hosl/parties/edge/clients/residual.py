@@ -122,7 +122,7 @@ class ResidualEdgeClient(FrozenEdgeClient):
                 yield index, self._feedback(index, kept, below, at_output, to_input=False)[0]
             return
         for index in reversed(moved):
-            to_input = self.half.norms_on_stream and index > self._lowest
+            to_input = bool(self.half.norms_on_stream) and index > self._lowest
             sums, below = self._feedback(index, kept, kept.inputs.pop(), at_output, to_input=to_input)
             at_output = at_output if below is None else below
             yield index, sums
