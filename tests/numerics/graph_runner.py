@@ -144,6 +144,8 @@ def farthest(found, expected):
 def autograd(half, ids, mask, g, named):
     """h, and the gradients of <h, g> for parameters by name, detached."""
     h = half(ids, mask)
+    if not named:
+        return h.detach(), {}
     gradients = torch.autograd.grad((h * g.to(h.dtype)).sum(), list(named.values()), allow_unused=True)
     return h.detach(), {n: d for n, d in zip(named, gradients, strict=True) if d is not None}
 
