@@ -82,6 +82,8 @@ class Method:
     """The activations sent for each direction."""
     clean_uploads: int = 1
     """The activations at the unperturbed client sent in a step."""
+    on_engine: bool = False
+    """Whether the onnx runtime has its client, for a device without torch."""
     on_the_wire: str = ""
     """Its name in the protocol with the server; by default its own name."""
     learning_rates: LearningRates = field(kw_only=True)
@@ -185,12 +187,12 @@ _ROWS: tuple[Method, ...] = (
         "frozen", "The client never changes: the baseline of every comparison.", rounds.frozen_round,
         reads=frozenset({"client.dtype", "client.micro_batch_size"}),
         lets_stand=PROBES | {"client.trainable", "client.optimiser"},
-        client_state="none", trains="nothing", learning_rates=_BY_GRADIENT,
+        client_state="none", trains="nothing", on_engine=True, learning_rates=_BY_GRADIENT,
     ),
     Method(
         "zo-zo", "Both halves are trained by probes.", rounds.zo_round, reads=_TRAINED | PROBES,
         draws=frozenset({"client", "server"}), server="zeroth-order", uploads_per_direction=2, clean_uploads=0,
-        learning_rates=LearningRates(1e-3, _BY_PROBES.to_try, lora_factor=1e3),
+        on_engine=True, learning_rates=LearningRates(1e-3, _BY_PROBES.to_try, lora_factor=1e3),
     ),
     Method(
         "hosl", "The paper: the client by probes, whose losses the server returns; the server by backprop.",
@@ -199,7 +201,7 @@ _ROWS: tuple[Method, ...] = (
             ("profile", "authors-head", authors_head_round),
             ("zo.server_gradient_at", "first-plus", rounds.hosl_first_plus_round),
         ),
-        draws=frozenset({"client"}), uploads_per_direction=2, learning_rates=_BY_PROBES,
+        draws=frozenset({"client"}), uploads_per_direction=2, on_engine=True, learning_rates=_BY_PROBES,
     ),
     Method(
         "hosl-gradient", "As hosl, but the server returns dL/dh once and the client projects its probes on it.",
@@ -208,7 +210,7 @@ _ROWS: tuple[Method, ...] = (
             ("zo.sides", "one", rounds.hosl_gradient_one_sided_round),
             ("zo.derivative", "forward-mode", rounds.hosl_gradient_forward_mode_round),
         ),
-        draws=frozenset({"client"}), wants_gradient=True, learning_rates=_BY_PROBES,
+        draws=frozenset({"client"}), wants_gradient=True, on_engine=True, learning_rates=_BY_PROBES,
     ),
     Method(
         "hosl-residual", "The client's last blocks take the returned gradient for their own: no probes, no backprop.",
@@ -221,7 +223,7 @@ _ROWS: tuple[Method, ...] = (
             ("residual.slopes", "per-block", rounds.hosl_residual_slopes_round),
         ),
         keeps_by_blocks=True, client_state="weights", trains="last-blocks", wants_gradient=True,
-        on_the_wire="hosl-gradient", learning_rates=LearningRates(3e-2, _DESCENDED),
+        on_the_wire="hosl-gradient", on_engine=True, learning_rates=LearningRates(3e-2, _DESCENDED),
         learning_rates_adamw=_BY_ADAMW,
     ),
     Method(
@@ -239,7 +241,7 @@ _ROWS: tuple[Method, ...] = (
     Method(
         "fo-recompute", "As fo-fo in little memory: block by block with recomputation, the update inside backward.",
         rounds.fo_round, reads=_TRAINED, lets_stand=PROBES, backward="blocks", client_state="weights",
-        wants_gradient=True, on_the_wire="fo-fo", learning_rates=_BY_GRADIENT,
+        wants_gradient=True, on_the_wire="fo-fo", on_engine=True, learning_rates=_BY_GRADIENT,
     ),
     Method(
         "fo-fo", "Ordinary split learning: backprop through both halves.", rounds.fo_round,

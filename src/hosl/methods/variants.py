@@ -37,6 +37,11 @@ class Variant:
     """Whether `hosl plan` compares it by default."""
     choice: int | None = None
     """Its rank among the forward-only variants that a plan recommends, by their results (docs/results/index.md)."""
+    on_engine: bool = False
+    """Whether it is compared on the inference engine by default."""
+    choice_on_engine: int | None = None
+    """Its rank among the variants that a plan for the engine recommends: an engine that only infers computes exact
+    gradients, too, so that forward-only ways are for what they keep and send (docs/how-to/device.md)."""
 
     @property
     def method_row(self) -> Method:
@@ -81,7 +86,7 @@ class Variant:
         return parse_config(settings, where=f"of {self.name}")
 
 
-FORWARD = Variant("frozen", "frozen", planned=True, choice=6)
+FORWARD = Variant("frozen", "frozen", planned=True, choice=6, on_engine=True, choice_on_engine=5)
 """The baseline of all variants: one forward pass of the same half."""
 
 FIRST_ORDER = Variant("fo-fo", "fo-fo", client={"optimiser": SGD}, planned=True)
@@ -89,19 +94,19 @@ FIRST_ORDER = Variant("fo-fo", "fo-fo", client={"optimiser": SGD}, planned=True)
 
 VARIANTS = (
     FORWARD,
-    Variant("hosl", "hosl", planned=True, choice=5),
+    Variant("hosl", "hosl", planned=True, choice=5, on_engine=True),
     Variant("hosl, gaussian", "hosl", {"distribution": "gaussian"}),
-    Variant("hosl, low-rank", "hosl", {"distribution": "low-rank"}),
-    Variant("hosl, LoRA", "hosl", client=LORA),
+    Variant("hosl, low-rank", "hosl", {"distribution": "low-rank"}, on_engine=True),
+    Variant("hosl, LoRA", "hosl", client=LORA, on_engine=True),
     Variant("hosl, first-plus", "hosl", {"server_gradient_at": "first-plus"}),
-    Variant("hosl-gradient", "hosl-gradient", planned=True, choice=3),
+    Variant("hosl-gradient", "hosl-gradient", planned=True, choice=3, on_engine=True),
     Variant("hosl-gradient, one-sided", "hosl-gradient", {"sides": "one"}),
     Variant("hosl-gradient, forward-mode", "hosl-gradient", {"derivative": "forward-mode"}),
     Variant("hosl-gradient, low-rank", "hosl-gradient", {"distribution": "low-rank"}),
     Variant(
         "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
     ),
-    Variant("hosl-residual", "hosl-residual", planned=True),
+    Variant("hosl-residual", "hosl-residual", planned=True, on_engine=True),
     Variant("hosl-residual, all blocks", "hosl-residual", residual={"blocks": "all"}),
     Variant(
         "hosl-residual, all blocks, inputs kept",
@@ -127,21 +132,26 @@ VARIANTS = (
     FIRST_ORDER,
     Variant("fo-fo, AdamW", "fo-fo", client={"optimiser": ADAMW}),
     Variant("fo-fo, LoRA", "fo-fo", client={"optimiser": SGD, **LORA}),
-    Variant("fo-recompute", "fo-recompute", planned=True),
-    Variant("fo-recompute, last block", "fo-recompute", client={"trainable": "last-block"}, planned=True),
-    Variant("fo-recompute, LoRA", "fo-recompute", client=LORA),
-    Variant("fo-recompute, int8 + LoRA", "fo-recompute", client={**LORA, "dtype": "int8"}),
+    Variant("fo-recompute", "fo-recompute", planned=True, on_engine=True, choice_on_engine=1),
+    Variant(
+        "fo-recompute, last block",
+        "fo-recompute",
+        client={"trainable": "last-block"},
+        planned=True,
+        on_engine=True,
+        choice_on_engine=2,
+    ),
+    Variant("fo-recompute, LoRA", "fo-recompute", client=LORA, on_engine=True, choice_on_engine=3),
+    Variant(
+        "fo-recompute, int8 + LoRA",
+        "fo-recompute",
+        client={**LORA, "dtype": "int8"},
+        on_engine=True,
+        choice_on_engine=4,
+    ),
 )
 
-ON_ENGINE = tuple(
-    variant
-    for variant in VARIANTS
-    if variant.name
-    in {
-        "frozen", "hosl", "hosl, low-rank", "hosl, LoRA", "hosl-gradient", "hosl-residual", "fo-recompute",
-        "fo-recompute, last block", "fo-recompute, LoRA", "fo-recompute, int8 + LoRA",
-    }
-)  # fmt: skip
+ON_ENGINE = tuple(variant for variant in VARIANTS if variant.on_engine)
 """The variants that are compared on the inference engine (the onnx runtime) by default."""
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from hosl.config import Config
 from hosl.errors import ConfigError
-from hosl.methods.variants import ON_ENGINE, VARIANTS
+from hosl.methods.variants import FORWARD, ON_ENGINE, VARIANTS
 from hosl.parties.edge.make import check_config
 from hosl.planner.costs import lowest_cut
 from hosl.planner.edge_memory import EdgeShape, StoredShape, edge_shape
@@ -14,15 +14,8 @@ from hosl.planner.model_shape import ModelShape
 from hosl.planner.plan import PLANNED, PlanRow, Question, nothing_fits
 from hosl.split.adapters import default_targets
 
-_BY_CHOICE = (
-    "fo-recompute",
-    "fo-recompute, last block",
-    "fo-recompute, LoRA",
-    "fo-recompute, int8 + LoRA",
-    "frozen",
-)
-"""The ways that are recommended, the best one first: an engine that only infers computes exact gradients, too, so that
-forward-only ways are for what they keep and send (docs/how-to/device.md)."""
+_CHOICE = {v.name: v.choice_on_engine for v in VARIANTS if v.choice_on_engine is not None}
+"""By variant, its rank, 1 for the one that trains most."""
 
 
 def names_on_engine(question: Question, say: Callable[[str], None]) -> tuple[str, ...]:
@@ -77,16 +70,16 @@ def recommended_on_engine(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow
     Raises:
         ConfigError: if nothing fits.
     """
-    fitting = [row for row in rows if row.fits and row.cut <= cut and row.name in _BY_CHOICE]
+    fitting = [row for row in rows if row.fits and row.cut <= cut and row.name in _CHOICE]
     if not fitting:
         raise nothing_fits(rows)
 
     def rank(row: PlanRow) -> tuple[bool, int, int, bool]:
         together = row.config.client.micro_batch_size is None
-        return row.name != "frozen", row.cut, -_BY_CHOICE.index(row.name), together
+        return row.name != FORWARD.name, row.cut, -_CHOICE[row.name], together
 
     best = max(fitting, key=rank)
     lower = "" if best.cut == cut else f"; at cut {cut} no such way fits"
-    if best.name == "frozen":
+    if best.name == FORWARD.name:
         return best, f"of the ways with exact gradients none fits{lower}"
     return best, f"of the ways with exact gradients that fit, {best.name} trains most{lower}"

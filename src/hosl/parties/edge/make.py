@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from hosl.core.directions import Distribution
+from hosl.core.methods import METHODS
 from hosl.errors import ConfigError
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.clients.guided import GuidedEdgeClient
@@ -18,8 +19,7 @@ from hosl.split.families import FAMILIES
 from hosl.split.reading.half_json import half_facts
 from hosl.split.specs import LoraSpec
 
-METHODS = ("frozen", "zo-zo", "hosl", "hosl-gradient", "hosl-residual", "fo-recompute")
-"""The methods whose clients the engine has."""
+_HERE = tuple(name for name, row in METHODS.items() if row.on_engine)
 
 
 def make_edge_client(config: Any, folder: Path) -> FrozenEdgeClient:
@@ -68,7 +68,7 @@ def check_config(config: Any) -> None:
     """
     client, trains = config.client, config.method_row.trains
     refused = {
-        f"method: {config.method} (it has {', '.join(METHODS)})": config.method not in METHODS,
+        f"method: {config.method} (it has {', '.join(_HERE)})": config.method not in _HERE,
         f"profile: {config.profile}": config.profile != "paper",
         f"model.dtype: {config.model.dtype}": config.model.dtype != "float32",
         f"client.dtype: {client.dtype} (it has model and int8; a half keeps the dtype of its file)":
