@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -32,10 +33,7 @@ def client_folder(config, name, cut=2, spec=None):
     A folder is of the model, the cut, the graphs asked for, and the code and packages that make them.
     """
     asked = msgspec.json.encode(spec or GraphSpec()).decode()
-    files = [*sorted((_SPLIT / "onnx_export").glob("*.py")), _SPLIT / "quantised.py", _SPLIT / "adapters.py"]
-    made_by = sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    packages = [version(package) for package in ("torch", "transformers", "onnx")]
-    key = sha256(json.dumps([name, cut, asked, made_by, packages]).encode()).hexdigest()[:16]
+    key = sha256(json.dumps([name, cut, asked, _made_by()]).encode()).hexdigest()[:16]
     out = config.cache.mkdir("edge-graphs") / f"{name}-{key}"
     if not (out / "client").is_dir():
         model, of_head = build(name), {}
@@ -49,3 +47,15 @@ def client_folder(config, name, cut=2, spec=None):
         shutil.rmtree(whole)
         assert ran.returncode == 0, ran.stderr[-2000:]
     return out / "client"
+
+
+@cache
+def _made_by():
+    """What makes the graphs: code and packages, as they were when this session began."""
+    files = [
+        *sorted((_SPLIT / "onnx_export").glob("*.py")),
+        _SPLIT / "residual_feedback.py",
+        _SPLIT / "quantised.py",
+    ]
+    code = sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return [code, *(version(package) for package in ("torch", "transformers", "onnx"))]
