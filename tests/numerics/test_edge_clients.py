@@ -118,27 +118,18 @@ def _relative(found, expected):
 
 
 def _move_adapters_(*parties):
-    """Adapters away from their start, where B is zero and A has no gradient; they start alike."""
-    for party in parties:
+    """Adapters away from their start, where B is zero and A has no gradient; all start alike."""
+    starts = [_weights(party) for party in parties]
+    for party, start in zip(parties, starts, strict=True):
         for name, weight in party.trained.items():
             if ".lora_" in name:
-                other = np.array(
-                    parties[0].trained[name].detach() if isinstance(weight, torch.Tensor) else weight
-                )
-                assert (
-                    other == np.array(weight.detach() if isinstance(weight, torch.Tensor) else weight)
-                ).all()
-    for party in parties:
-        for name, weight in party.trained.items():
-            if ".lora_" in name:
-                values = (
-                    np.random.Generator(np.random.Philox(len(name))).standard_normal(tuple(weight.shape))
-                    * 0.1
-                )
+                np.testing.assert_array_equal(start[name], starts[0][name])
+                random = np.random.Generator(np.random.Philox(len(name)))
+                values = (random.standard_normal(tuple(weight.shape)) * 0.1).astype(np.float32)
                 if isinstance(weight, torch.Tensor):
-                    weight.data.copy_(torch.from_numpy(values.astype(np.float32)))
+                    weight.data.copy_(torch.from_numpy(values))
                 else:
-                    weight[:] = values.astype(np.float32)
+                    weight[:] = values
 
 
 def _exact_step(client, batch, gradient, rate=ETA):

@@ -113,10 +113,11 @@ def _trained(config: Any, half: EdgeHalf) -> list[str]:
     row, which = config.method_row, config.client.trainable
     if row.trains == "nothing":
         return []
+    if row.needs_blocks and which == "lora":  # of other layers of the same name, adapters stay as they start
+        projections = half.family.output_projections if half.family else ()
+        last = half.facts.blocks[half.cut - config.trained_blocks :]
+        layers = tuple(f"{block.prefix}.{layer}." for block in last for layer in projections)
+        return [name for name in half.adapters if name.startswith(layers)]
     if row.needs_blocks:
-        names = trained_names(
-            half, "lora" if which == "lora" else "output-projections", blocks=config.trained_blocks
-        )
-        last = tuple(f"{block.prefix}." for block in half.facts.blocks[half.cut - config.trained_blocks :])
-        return [name for name in names if name.startswith(last)]
+        return trained_names(half, "output-projections", blocks=config.trained_blocks)
     return trained_names(half, which, blocks=config.trained_blocks)

@@ -55,7 +55,7 @@ class EdgeOptimiser:
                 "exp_avg_sq": np.zeros_like(weight),
             }
         state = self.state[name]
-        state["step"] += np.float32(1)  # in place: a sum would be no array
+        state["step"] += np.float32(1)  # in place: it stays an array
         mean, square, step = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
         weight *= np.float32(1 - rate * self.spec.weight_decay)
         mean += np.float32(1 - _BETAS[0]) * (gradient - mean)
