@@ -69,7 +69,7 @@ def test_what_fits_is_marked_and_the_recommended_row_is_a_config(capsys, tmp_pat
 
 
 def test_a_device_without_torch_is_planned_beside_torch(capsys, tmp_path):
-    words = ["tiny", "--tokens", "64", "--cuts", "2,3", "--runtime", "onnx"]
+    words = ["tiny", "--batch", "1", "--tokens", "64", "--cuts", "2,3", "--runtime", "onnx"]
     assert main(["plan", *words, "--json"]) == 0
     said = capsys.readouterr()
     (without,) = [line for line in said.err.splitlines() if "the onnx runtime has no" in line]
