@@ -10,6 +10,7 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
 from hosl.cli import main
 from tests.integration.conftest import write_classifier
@@ -110,6 +111,26 @@ def test_a_killed_device_ends_where_it_would_have_ended(
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_bytes()
+
+
+def test_without_a_method_the_engine_takes_exact_gradients_and_says_so(made, server, tmp_path):
+    config = write_config(tmp_path / "config.yaml", made, max_steps=2)
+    settings = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k not in ("method", "zo")}))
+    process = joining(made / "halves", server.line, config, tmp_path / "run")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["method"] == "fo-recompute"
+    assert (
+        len([line for line in err.splitlines() if line.startswith("no method is named: fo-recompute")]) == 1
+    )
+    again = finished(
+        joining(made / "halves", server.line, config, tmp_path / "run")
+    )  # the same run, finished
+    assert again["finished"]
+    assert not (tmp_path / "run-2").exists()
+    named = finished(joining(made / "halves", server.line, config, tmp_path / "named", "--method", "frozen"))
+    assert named["method"] == "frozen"
 
 
 def test_a_run_that_changes_its_runtime_says_so_and_ends_near_to_the_same(made, server, tmp_path):

@@ -12,7 +12,7 @@ from hosl.cli.answers import (
     options_and_settings,
 )
 from hosl.cli.train import overridden
-from hosl.config import load_config
+from hosl.config import load_config, read_yaml
 from hosl.errors import ConfigError
 
 
@@ -52,7 +52,16 @@ def run(arguments: list[str]) -> int:
     target = JoinOptions(
         half=Path(options.half), line=line, proof=proof, give_half=options.give_half,
         may_go_back=options.go_back, runtime=options.runtime,
+        method_named=_names_method(options.config, overrides),
     )  # fmt: skip
     summary = join(config, target, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
     answer(summary, as_json=options.json)
     return 0 if summary["finished"] else 130
+
+
+def _names_method(file: str, overrides: list[str]) -> bool:
+    """Whether a config file that can be read, or a setting behind it, says the method."""
+    content = read_yaml(file, kind="config", instead="")
+    return (isinstance(content, dict) and "method" in content) or any(
+        word.partition("=")[0] == "--method" for word in overrides
+    )

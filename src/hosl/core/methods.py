@@ -256,3 +256,6 @@ METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 
 FROZEN, FIRST_ORDER = "frozen", "fo-fo"
 """The two baselines of every comparison: gap closure is 0 at the first and 1 at the second."""
+
+USUAL_ON_ENGINE = "fo-recompute"
+"""The method of a device on an inference engine where none is named: the engine computes exact gradients, too."""

@@ -24,6 +24,7 @@ from hosl.config import (
     parse_config,
     with_absolute_paths,
 )
+from hosl.core.methods import USUAL_ON_ENGINE
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
 from hosl.network.half_transfer import give_finished
@@ -71,6 +72,8 @@ class JoinOptions:
     """Whether the first Hello may undo work of one side that the other has lost."""
     runtime: RuntimeName | None = None
     """The runtime of this device's half; None: see `open_runtime`."""
+    method_named: bool = True
+    """Whether the config's method was named by a person; else it is the usual one, which the runtime may not have."""
 
 
 def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> dict[str, Any]:
@@ -88,6 +91,8 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         AccessError, HandshakeError, LinkError: if the server cannot be trusted, does not fit, or does not reply.
     """
     check_trackers(config)
+    if not options.method_named:
+        config = _with_usual_method(config, options, say)
     config = with_absolute_paths(
         config.with_client_rate(config.client_rate)
     )  # auto is refused here, before anything is made
@@ -129,6 +134,19 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
         if options.give_half and summary["finished"]:
             _give(config, options, run.folder, say)
         return summary
+
+
+def _with_usual_method(config: Config, options: JoinOptions, say: Callable[[str], None]) -> Config:
+    """The config with the method that is usual on this device's runtime."""
+    there = parse_config(msgspec.to_builtins(config) | {"method": USUAL_ON_ENGINE}, where="with its method")
+    begun = begun_run(there)
+    record = {} if begun is None else read_record(begun) or {}
+    if open_runtime(options.runtime, options.half, record).NAME != "onnx":
+        return config
+    say(
+        f"no method is named: {USUAL_ON_ENGINE}, exact gradients block by block, is the usual one on ONNX Runtime"
+    )
+    return there
 
 
 def _give(config: Config, options: JoinOptions, run: Path, say: Callable[[str], None]) -> None:
