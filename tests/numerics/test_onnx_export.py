@@ -5,6 +5,7 @@ One export of a tiny model takes seconds for every graph, so the whole product o
 
 import json
 import shutil
+import sys
 from copy import deepcopy
 from functools import partial
 
@@ -308,3 +309,11 @@ class TestCommand:
         asked = ["split", "no-model", "--cut", "1", str(tmp_path / "out"), "--runtime", "onnx"]
         assert main([*asked, "--lora-targets", ","]) == 2
         assert "names no layer" in capsys.readouterr().err
+
+    def test_what_is_not_installed_is_named_before_any_work(self, tmp_path, capsys, monkeypatch):
+        for name in [name for name in sys.modules if name.startswith("hosl.split.onnx_export")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        asked = ["split", "no-model", "--cut", "1", str(tmp_path / "out"), "--runtime", "onnx"]
+        assert main(asked) == 2
+        assert "needs onnxscript, which is not installed here: `pip install" in capsys.readouterr().err

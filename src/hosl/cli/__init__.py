@@ -38,7 +38,7 @@ _ROOMS = {"generate": "use.", "predict": "use.", "merge": "use."}
 _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
     "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve", "gguf": "gguf",
-    "onnxruntime": "edge", "onnx": "onnx-export", "onnxscript": "onnx-export",
+    "onnxruntime": "edge",
 }  # fmt: skip
 """Module -> the extra of this package that brings it."""
 _TOKEN = re.compile(

@@ -88,8 +88,7 @@ def _graphs(options: Namespace) -> GraphSpec | None:
     """What the arguments say about graphs; None: make none.
 
     Raises:
-        ConfigError: if they are asked for in part.
-        ModuleNotFoundError: if what makes them is not installed.
+        ConfigError: if they are asked for in part, or what makes them is not installed.
     """
     if options.runtime is None:
         for name in ("lora_targets", "client_dtype"):
@@ -103,8 +102,14 @@ def _graphs(options: Namespace) -> GraphSpec | None:
     if options.lora_targets is not None and not targets:
         raise ConfigError("--lora-targets names no layer; such as --lora-targets q_proj,v_proj")
 
-    import_module("hosl.split.onnx_export")  # before minutes of work, of which it would be the last
-
+    try:
+        import_module("hosl.split.onnx_export")  # before minutes of work, of which it would be the last
+    except ModuleNotFoundError as cause:
+        if not (cause.name or "").startswith("onnx"):
+            raise
+        raise ConfigError(
+            f"--runtime onnx needs {cause.name}, which is not installed here: `pip install 'hosl[onnx-export]'`"
+        ) from cause
     return GraphSpec(lora_targets=targets, int8=options.client_dtype == "int8")
 
 
