@@ -1,21 +1,38 @@
 """Halves with graphs for ONNX Runtime, and `hosl` in processes that have no torch, for the tests of such a device."""
 
 import json
+import os
+import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import yaml
 
+from tests.exported import _made_by
 from tests.integration.network import ENVIRONMENT, HOSL, anew, finished
 
 HERE = Path(__file__).parent
 WITHOUT_TORCH = [sys.executable, str(HERE / "without_torch.py")]
 
 
-def split_with_graphs(model, out, *words):
-    """`hosl split --runtime onnx`, in a process where annotations are not verified: what is traced is no value."""
-    command = [*HOSL, "split", model, out, "--runtime", "onnx", "--json", *words]
-    finished(anew(list(map(str, command)), env=ENVIRONMENT), wait_s=1200)
+def split_with_graphs(config, model, out, *words):
+    """`hosl split --runtime onnx` into `out`, in a process where annotations are not verified: traced values are none.
+
+    It takes a minute, so halves are kept in pytest's cache (`config`), by the model, the words and what makes graphs.
+    """
+    files = sorted(Path(model).glob("*")) if Path(model).is_dir() else []
+    content = sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    named = [str(model)] if not files else [content]
+    key = sha256(json.dumps([*named, *map(str, words), _made_by()]).encode()).hexdigest()[:16]
+    kept = config.cache.mkdir("halves-with-graphs") / key
+    if not kept.is_dir():
+        command = [*HOSL, "split", model, out, "--runtime", "onnx", "--json", *words]
+        finished(anew(list(map(str, command)), env=ENVIRONMENT), wait_s=1200)
+        shutil.copytree(out, kept.with_suffix(f".{os.getpid()}"))
+        kept.with_suffix(f".{os.getpid()}").rename(kept)
+    else:
+        shutil.copytree(kept, out)
     return out
 
 

@@ -45,14 +45,14 @@ def joining(bare, half, line, config, run, program=()):
 
 @pytest.mark.slow
 @pytest.mark.network  # pip takes the packages from its index
-def test_an_environment_without_torch_trains_as_torch_does(bare, tmp_path):
+def test_an_environment_without_torch_trains_as_torch_does(bare, tmp_path, pytestconfig):
     imported = subprocess.run(
         [bare / "python", "-c", "import torch"], capture_output=True, text=True, env=ALONE
     )
     assert "No module named 'torch'" in imported.stderr
     write_classifier(tmp_path)
     words = ["--cut", 2, "--head", "classification", "--labels", 2]
-    halves = split_with_graphs(tmp_path / "model-in", tmp_path / "halves", *words)
+    halves = split_with_graphs(pytestconfig, tmp_path / "model-in", tmp_path / "halves", *words)
     client = {"trainable": "blocks", "learning_rate": 0.1}
     config = write_config(tmp_path / "config.yaml", tmp_path, method="fo-recompute", client=client)
     with Server(halves / "server", tmp_path / "service") as server:
@@ -96,7 +96,9 @@ KILLS = 10
 def real(request, tmp_path_factory):
     """The name of an embedded model and the folder of its halves."""
     halves = tmp_path_factory.mktemp("real") / "halves"
-    return request.param, split_with_graphs(request.param, halves, *MODELS[request.param]["split"])
+    return request.param, split_with_graphs(
+        request.config, request.param, halves, *MODELS[request.param]["split"]
+    )
 
 
 @pytest.mark.slow

@@ -42,13 +42,13 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, pytestconfig):
     """A folder with data.csv and halves of a tiny classifier, with every graph."""
     folder = tmp_path_factory.mktemp("device")
     write_classifier(folder)
     words = ["--cut", 2, "--head", "classification", "--labels", 2]
     graphs = ["--lora-targets", ",".join(sorted(ADAPTED)), "--client-dtype", "int8"]
-    split_with_graphs(folder / "model-in", folder / "halves", *words, *graphs)
+    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *words, *graphs)
     return folder
 
 

@@ -22,7 +22,7 @@ def language(request, tmp_path_factory):
     """The folder of a tiny language model that was split with graphs, and where its labels are."""
     folder = tmp_path_factory.mktemp("language")
     model = language_model(folder / "model", "llama")
-    split_with_graphs(model, folder / "halves", "--cut", 2, "--labels-at", request.param)
+    split_with_graphs(request.config, model, folder / "halves", "--cut", 2, "--labels-at", request.param)
     return folder, request.param
 
 
@@ -51,10 +51,10 @@ def test_a_device_without_torch_says_token_for_token_what_a_torch_device_says(la
         assert said(device("generate", half, *drawn)) == said(torch_device("generate", half, *drawn))
 
 
-def test_a_device_without_torch_predicts_what_a_torch_device_predicts(tmp_path):
+def test_a_device_without_torch_predicts_what_a_torch_device_predicts(tmp_path, pytestconfig):
     write_classifier(tmp_path)
     words = ["--cut", 2, "--head", "classification", "--labels", 2]
-    split_with_graphs(tmp_path / "model-in", tmp_path / "halves", *words)
+    split_with_graphs(pytestconfig, tmp_path / "model-in", tmp_path / "halves", *words)
     config = write_config(tmp_path / "config.yaml", tmp_path, max_steps=4)
     with Server(tmp_path / "halves" / "server", tmp_path / "service") as server:
         finished(joining(tmp_path / "halves", server.line, config, tmp_path / "run"))
