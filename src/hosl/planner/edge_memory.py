@@ -243,11 +243,28 @@ class _Step:
         method = self._config.method_row
         if method.backward == "blocks" or method.keeps_by_blocks:
             return self._of_gradients()
-        return [*self.clean(), self._of_probes()] if method.trains == "chosen" else self.clean()
+        return [*self.clean(), *self._of_probes()] if method.trains == "chosen" else self.clean()
 
     def clean(self) -> list[_Moment]:
         """The moment of a forward pass that keeps nothing."""
-        return [self._with_weights(self._u + self._forward(*self._slices(1)), range(len(self._trained)))]
+        return self._passing(self._u, *self._slices(1))
+
+    def _passing(self, held: float, at_once: int, parts: int) -> list[_Moment]:
+        """The two moments of a block's forward pass beside what is held: in its feed-forward layers, and in attention.
+
+        A block's pages are let go of after it, so in the first micro-batch's attention those of the feed-forward layers
+        are not there yet.
+        """
+        layers, attention = (
+            held + (self._u if parts > 1 else 0.0) + inside for inside in self._inside(at_once)
+        )
+        blocks = range(len(self._trained))
+        early = _before_feed_forward(self._half) if parts == 1 else 1.0
+        second = self._with_weights(attention, blocks)
+        return [
+            self._with_weights(layers, blocks),
+            _Moment(second.own_bytes, second.read_bytes * early),
+        ]
 
     def _with_weights(self, own: float, blocks: Iterable[int], *, twice: bool = False) -> _Moment:
         """A moment at the worst of some blocks: with its weights that are only read, and their float32 copies.
@@ -259,12 +276,13 @@ class _Step:
         copies = 2 if twice and self._config.client.dtype == "int8" else 1
         return _Moment(own + copies * widened, read)
 
-    def _of_probes(self) -> _Moment:
+    def _of_probes(self) -> list[_Moment]:
         scratch = max(*self._trained, self._before, 0.0)
         bits = scratch / _FLOAT * _BITS[self._config.zo.distribution]
         held = 4 if self._config.method_row.wants_gradient else 3
-        passes = max(self._forward(*self._slices(1)), 3 * self._u if held == 4 else 0)
-        return self._with_weights(held * self._u + passes + scratch + bits, range(len(self._trained)))
+        beside = held * self._u + scratch + bits
+        projecting = [self._with_weights(beside + 3 * self._u, ())] if held == 4 else []
+        return [*self._passing(beside, *self._slices(1)), *projecting]
 
     def _of_gradients(self) -> list[_Moment]:
         feedback, blocks = self._config.method_row.keeps_by_blocks, range(len(self._trained))
@@ -279,7 +297,7 @@ class _Step:
         passes = self._feedback(at_once, moved) if feedback else self._backward(at_once, adapters=lora)
         sums = moved if not feedback or parts > 1 else 0.0
         return [
-            self._with_weights(held + self._forward(at_once, parts), blocks),
+            *self._passing(held, at_once, parts),
             self._with_weights(held + self._u + passes + sums, blocks[self._lowest :], twice=not feedback),
         ]
 
@@ -294,12 +312,12 @@ class _Step:
         found = row_slices((self._rows, self._tokens), evaluations, self._config.client.micro_batch_size)
         return found[0].stop - found[0].start, len(found)
 
-    def _forward(self, at_once: int, parts: int) -> float:
-        """F, and the output of the whole batch beside it where there are several micro-batches."""
+    def _inside(self, at_once: int) -> tuple[float, float]:
+        """F of one micro-batch, output included: in the feed-forward layers, and in attention."""
         u, f, s, m = self._sizes(at_once)
-        _, gates = _feed_forward(self._half)
-        layers = u + 3 * f if gates else (2 * u + f if self._half.relu else u + 2 * f)
-        return max(layers, u + 3 * s + m) + (self._u if parts > 1 else 0.0)
+        gated = _feed_forward(self._half)[1]
+        layers = u + 3 * f if gated else (2 * u + f if self._half.relu else u + 2 * f)
+        return layers, u + 3 * s + m
 
     def _backward(self, at_once: int, *, adapters: bool) -> float:
         """B, without the gradients themselves."""
@@ -313,7 +331,7 @@ class _Step:
 
     def _feedback(self, at_once: int, gradients: float) -> float:
         """What a block's graph of residual feedback holds, its gradients among it."""
-        return max(self._forward(at_once, 1), self._sizes(at_once)[1] + gradients)
+        return max(*self._inside(at_once), self._sizes(at_once)[1] + gradients)
 
     def _sizes(self, at_once: int) -> tuple[float, float, float, float]:
         """u, f, s and m of one micro-batch."""
@@ -338,6 +356,14 @@ def _feed_forward(half: EdgeShape) -> tuple[int, bool]:
         return 4 * half.width, False
     f = max(n for n in widest if 2 * n in others or 2 * n not in widest)
     return f, others.count(f) > 2 or 2 * f in others
+
+
+def _before_feed_forward(half: EdgeShape) -> float:
+    """The share of a block's weights that is not in its feed-forward layers."""
+    f = _feed_forward(half)[0]
+    block = half.blocks[0].values() if half.blocks else ()
+    inside = sum(p.numbers for p in block if len(p.shape) == 2 and max(p.shape) in (f, 2 * f))
+    return 1.0 - inside / max(sum(p.numbers for p in block), 1)
 
 
 def _trained_bytes(config: Config, half: EdgeShape, index: int) -> float:
