@@ -1,9 +1,11 @@
 """Tiny models split with graphs for an inference engine, kept between test sessions: each takes a minute to make."""
 
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -33,8 +35,22 @@ def client_folder(config, name, cut=2, spec=None):
     A folder is of the model, the cut, the graphs asked for, and the code and packages that make them.
     """
     asked = msgspec.json.encode(spec or GraphSpec()).decode()
-    key = sha256(json.dumps([name, cut, asked, _made_by()]).encode()).hexdigest()[:16]
+    key = sha256(json.dumps([name, cut, asked, made_by()]).encode()).hexdigest()[:16]
     out = config.cache.mkdir("edge-graphs") / f"{name}-{key}"
+    with alone(out):
+        _make(name, cut, asked, out)
+    return out / "client"
+
+
+@contextmanager
+def alone(folder):
+    """Context manager: no other test process makes this folder of the cache meanwhile."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(name, cut, asked, out):
     if not (out / "client").is_dir():
         model, of_head = build(name), {}
         if type(model).__name__.endswith("ForSequenceClassification"):
@@ -46,11 +62,10 @@ def client_folder(config, name, cut=2, spec=None):
         ran = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True)
         shutil.rmtree(whole)
         assert ran.returncode == 0, ran.stderr[-2000:]
-    return out / "client"
 
 
 @cache
-def _made_by():
+def made_by():
     """What makes the graphs: code and packages, as they were when this session began."""
     files = [
         *sorted((_SPLIT / "onnx_export").glob("*.py")),

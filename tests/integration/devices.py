@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.exported import _made_by
+from tests.exported import alone, made_by
 from tests.integration.network import ENVIRONMENT, HOSL, anew, finished
 
 HERE = Path(__file__).parent
@@ -24,16 +24,15 @@ def split_with_graphs(config, model, out, *words):
     files = sorted(Path(model).glob("*")) if Path(model).is_dir() else []
     content = sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     named = [str(model)] if not files else [content]
-    key = sha256(json.dumps([*named, *map(str, words), _made_by()]).encode()).hexdigest()[:16]
+    key = sha256(json.dumps([*named, *map(str, words), made_by()]).encode()).hexdigest()[:16]
     kept = config.cache.mkdir("halves-with-graphs") / key
-    if not kept.is_dir():
-        command = [*HOSL, "split", model, out, "--runtime", "onnx", "--json", *words]
-        finished(anew(list(map(str, command)), env=ENVIRONMENT), wait_s=1200)
-        shutil.copytree(out, kept.with_suffix(f".{os.getpid()}"))
-        kept.with_suffix(f".{os.getpid()}").rename(kept)
-    else:
-        shutil.copytree(kept, out)
-    return out
+    with alone(kept):
+        if not kept.is_dir():
+            partial = kept.with_suffix(f".{os.getpid()}")
+            command = [*HOSL, "split", model, partial, "--runtime", "onnx", "--json", *words]
+            finished(anew(list(map(str, command)), env=ENVIRONMENT), wait_s=1200)
+            partial.rename(kept)
+    return shutil.copytree(kept, out)
 
 
 def device(*words, program=()):

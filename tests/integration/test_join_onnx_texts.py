@@ -18,11 +18,12 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, pytestconfig):
     """A folder with a tiny language model, rows, and its halves with graphs; labels stay with the client."""
     folder = tmp_path_factory.mktemp("texts")
     text_run(folder)
-    split_with_graphs(folder / "model-in", folder / "halves", "--cut", 1, "--labels-at", "client")
+    words = ["--cut", 1, "--labels-at", "client"]
+    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *words)
     return folder
 
 
