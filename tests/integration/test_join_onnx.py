@@ -58,7 +58,12 @@ def server(made):
         yield serving
 
 
-@pytest.mark.parametrize("name", RUNS)
+RARER = ("hosl-low-rank", "residual-adamw", "fo-last-block", "fo-lora")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in RARER else []) for name in RUNS]
+)
 def test_a_run_without_torch_is_that_of_torch(made, server, tmp_path, name):
     config = write_config(tmp_path / "config.yaml", made, **RUNS[name])
     here = finished(joining(made / "halves", server.line, config, tmp_path / "onnx"))

@@ -165,6 +165,7 @@ def _with_adapters(half, targets, dtype):
     return half, adapters
 
 
+@pytest.mark.slow  # of two other families in test_edge_clients, against torch's clients
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_adapters_are_pefts(adapted, dtype):
     """Rank 3 and alpha 6, of which the graphs know nothing; over int8, torch's own weight-only layers."""
@@ -186,6 +187,7 @@ def test_adapters_are_pefts(adapted, dtype):
     _feeds_back(half, folder, runner, variant, f"{variant}-feedback")
 
 
+@pytest.mark.slow
 def test_an_int8_base_is_that_of_torch(adapted):
     plain, folder, _ = adapted
     runner, half = GraphRunner(folder, arrays(plain)), deepcopy(plain)
@@ -216,22 +218,27 @@ def test_sliding_and_full_attention_are_two_kinds(tmp_path):
     assert [block.kind for block in facts.blocks] == ["0", "1", "0"]
 
 
-def test_graphs_are_valid_without_weights_and_in_onnx_own_domain(adapted, halves):
-    for folder in (adapted[1], halves("opt")[1]):
-        facts = read_runtime_json(folder)
-        files = sorted((folder / FOLDER).glob("*.onnx"))
-        assert {file.name for file in files} == {name for name in facts.files if name.endswith(".onnx")}
-        counted = 0
-        for file in files:
-            model = onnx.load(file)
-            onnx.checker.check_model(model, full_check=True)
-            assert {node.domain for node in model.graph.node} == {""}
-            assert {entry.domain for entry in model.opset_import} == {""}
-            counted += len(model.graph.node)
-            assert max((t.ByteSize() for t in model.graph.initializer), default=0) < 4096
-            assert b"/" not in model.producer_version.encode()
-            assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
-        assert sum(facts.operators.values()) == counted
+@pytest.mark.parametrize("which", ["opt", pytest.param("adapted", marks=pytest.mark.slow)])
+def test_graphs_are_valid_without_weights_and_in_onnx_own_domain(which, request):
+    folder = (
+        request.getfixturevalue("halves")("opt")[1]
+        if which == "opt"
+        else request.getfixturevalue("adapted")[1]
+    )
+    facts = read_runtime_json(folder)
+    files = sorted((folder / FOLDER).glob("*.onnx"))
+    assert {file.name for file in files} == {name for name in facts.files if name.endswith(".onnx")}
+    counted = 0
+    for file in files:
+        model = onnx.load(file)
+        onnx.checker.check_model(model, full_check=True)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert {entry.domain for entry in model.opset_import} == {""}
+        counted += len(model.graph.node)
+        assert max((t.ByteSize() for t in model.graph.initializer), default=0) < 4096
+        assert b"/" not in model.producer_version.encode()
+        assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert sum(facts.operators.values()) == counted
 
 
 @pytest.mark.slow
