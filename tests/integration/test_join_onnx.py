@@ -41,15 +41,23 @@ RUNS = {
 """The settings of each kind of client that the engine has."""
 
 
+WORDS = ["--cut", 2, "--head", "classification", "--labels", 2]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pytestconfig):
-    """A folder with data.csv and halves of a tiny classifier, with every graph."""
+    """A folder with data.csv and halves of a tiny classifier, with graphs of plain weights."""
     folder = tmp_path_factory.mktemp("device")
     write_classifier(folder)
-    words = ["--cut", 2, "--head", "classification", "--labels", 2]
-    graphs = ["--lora-targets", ",".join(sorted(ADAPTED)), "--client-dtype", "int8"]
-    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *words, *graphs)
+    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *WORDS)
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(made, pytestconfig):
+    """The same halves with the graphs of adapters and of an int8 base, too."""
+    graphs = ["--lora-targets", ",".join(sorted(ADAPTED)), "--client-dtype", "int8"]
+    return split_with_graphs(pytestconfig, made / "model-in", made / "adapted", *WORDS, *graphs)
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +66,17 @@ def server(made):
         yield serving
 
 
-RARER = ("hosl-low-rank", "residual-adamw", "fo-last-block", "fo-lora")
+RARER = RUNS.keys() - {"hosl-gradient", "hosl-residual", "fo-blocks"}
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in RARER else []) for name in RUNS]
 )
-def test_a_run_without_torch_is_that_of_torch(made, server, tmp_path, name):
+def test_a_run_without_torch_is_that_of_torch(made, server, tmp_path, name, request):
+    halves = request.getfixturevalue("adapted") if "lora" in name else made / "halves"
     config = write_config(tmp_path / "config.yaml", made, **RUNS[name])
-    here = finished(joining(made / "halves", server.line, config, tmp_path / "onnx"))
-    there = finished(
-        join(made / "halves" / "client", server.line, config, "--output-dir", tmp_path / "torch")
-    )
+    here = finished(joining(halves, server.line, config, tmp_path / "onnx"))
+    there = finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "torch"))
     assert here["steps"] == there["steps"] == 6
     ours, theirs = losses(tmp_path / "onnx"), losses(tmp_path / "torch")
     assert len(ours) == len(theirs) == 6 + 2 + 1
@@ -97,7 +104,10 @@ KILLS = [("hosl", "Losses", 7, "after"), ("fo-blocks", "Step", 5, "after")]
 """The method, and the message at which the device is killed; each is after the first checkpoint."""
 
 
-@pytest.mark.parametrize(("name", "call", "number", "when"), KILLS, ids=[kill[0] for kill in KILLS])
+@pytest.mark.parametrize(
+    ("name", "call", "number", "when"),
+    [pytest.param(*kill, marks=[pytest.mark.slow] if kill[0] in RARER else [], id=kill[0]) for kill in KILLS],
+)
 def test_a_killed_device_ends_where_it_would_have_ended(
     made, server, tmp_path, capfd, name, call, number, when
 ):

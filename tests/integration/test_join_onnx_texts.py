@@ -33,7 +33,9 @@ def server(made):
         yield serving
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "hosl-residual" else [pytest.mark.slow]) for name in RUNS]
+)
 def test_texts_are_learned_as_by_torch(made, server, tmp_path, name):
     config = text_run(tmp_path, **RUNS[name])
     here = finished(joining(made / "halves", server.line, config, tmp_path / "onnx"))

@@ -17,7 +17,11 @@ def torch_device(*words):
     return anew([*HOSL, *map(str, words)], env=ENVIRONMENT)
 
 
-@pytest.fixture(scope="module", params=["server", "client"], ids=lambda at: f"labels-at-{at}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("server", marks=pytest.mark.slow), "client"],
+    ids=lambda at: f"labels-at-{at}",
+)
 def language(request, tmp_path_factory):
     """The folder of a tiny language model that was split with graphs, and where its labels are."""
     folder = tmp_path_factory.mktemp("language")

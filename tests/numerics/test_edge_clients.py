@@ -38,8 +38,8 @@ OF_H, OF_UPDATE, OF_DIFFERENCE = 2e-6, 1e-5, 1e-4
 AS_FAR = 3
 """Where ReLU has kinks or norms round coarsely: the times that it may be as far from float64 as float32 torch is."""
 
-USUAL = ("llama", "bert")
-"""Pre-LN and post-LN; other families are in the slow product, whose graphs take an hour to make."""
+USUAL = ("bert", pytest.param("llama", marks=pytest.mark.slow))
+"""Post-LN and pre-LN; other families are in the slow product, whose graphs take an hour to make."""
 TARGETS = {"llama": ("o_proj", "down_proj"), "bert": ("dense",), "gpt2": ("c_proj",)}
 """Layers with adapters: those that residual feedback trains, too."""
 MANY = (
@@ -252,6 +252,7 @@ def test_residual_feedback_goes_on_from_its_optimisers_state(name, folder, padde
         assert _off(_moved(party, before), expected) <= (OF_UPDATE if name == "sgd" else 1e-3)
 
 
+@pytest.mark.slow  # of a pre-LN model
 @pytest.mark.parametrize(("slopes", "decay"), [("one", 0.5), ("per-block", 1.0)])
 def test_measured_slopes_are_torchs(slopes, decay, request, padded):
     folder, batch = _folder(request.config, "llama"), _batch(padded)
@@ -449,7 +450,7 @@ def test_importing_the_clients_imports_neither_torch_nor_an_engine():
     ],
 )
 def test_what_the_engine_has_not_is_refused_by_name(sections, named, request):
-    folder = _folder(request.config, "llama")
+    folder = _folder(request.config, "bert")
     with pytest.raises(ConfigError) as refusal:
         make_edge_client(_config(**sections), folder)
     assert named in str(refusal.value)
@@ -457,7 +458,7 @@ def test_what_the_engine_has_not_is_refused_by_name(sections, named, request):
 
 
 def test_a_damaged_folder_is_refused_in_one_line(request, tmp_path):
-    folder, config = _folder(request.config, "llama"), _config()
+    folder, config = _folder(request.config, "bert"), _config()
     for name in ("model.safetensors", "onnx/block-0.onnx", "onnx/prelude.onnx", "onnx/base-int8.safetensors"):
         other = tmp_path / name.replace("/", "-")
         shutil.copytree(folder, other)

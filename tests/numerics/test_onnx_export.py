@@ -36,8 +36,8 @@ from tests.numerics.graph_runner import (
     unverified,
 )
 
-QUICK = ("opt", "bert")
-"""A pre-LN decoder and a post-LN encoder; the others are slow."""
+QUICK = ("opt",)
+"""A pre-LN decoder; the others are slow."""
 ADAPTED = "gpt2"  # its layers keep their weights transposed
 SIZES = ((1, 9), (3, 23), (5, 11))
 H, GRADIENT = 2e-6, 1e-5
@@ -292,6 +292,7 @@ def test_damage_is_told_in_one_line(halves, tmp_path, damage, message):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_split_writes_the_same_bytes_again_and_lists_the_operators(self, halves, tmp_path, capsys):
         first = halves("bert")[1] / FOLDER
         build("bert").save_pretrained(tmp_path / "model")
@@ -300,7 +301,7 @@ class TestCommand:
         with unverified():
             assert main([*asked, "--runtime", "onnx", "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
-        assert answer["graphs"] == 4
+        assert answer["graphs"] == 5
         assert answer["operators"] == read_runtime_json(out / "client").operators
         assert answer["operators"]["Gemm"] > 6
         second = out / "client" / FOLDER
