@@ -110,6 +110,7 @@ def _on_engine(capsys, benchmark, words):
     return found, {line["name"]: line for line in found["methods"]}
 
 
+@pytest.mark.slow  # a minute for the graphs
 @pytest.mark.usefixtures("unchecked")
 def test_a_process_on_the_engine_is_measured_beside_torchs_and_the_plans(capsys, with_graphs):
     rows = "frozen;fo-recompute;fo-recompute, int8 + LoRA"
@@ -127,6 +128,7 @@ def test_a_process_on_the_engine_is_measured_beside_torchs_and_the_plans(capsys,
         assert line["times_less_than_torch"] > 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_step_on_the_engine_is_measured_beside_torchs(capsys, with_graphs):
     words = [*with_graphs, "--repeats", "1"]

@@ -179,13 +179,16 @@ def test_shared_halves_of_both_runtimes_end_with_the_same_bits(made, tmp_path, c
     assert summaries[0]["journal_updates"] == 6
 
 
-@pytest.mark.parametrize("name", ["hosl", "fo-lora"])
-def test_a_half_given_by_a_device_without_torch_is_merged_on_the_server(made, server, tmp_path, capsys, name):
+@pytest.mark.parametrize("name", ["hosl", pytest.param("fo-lora", marks=pytest.mark.slow)])
+def test_a_half_given_by_a_device_without_torch_is_merged_on_the_server(
+    made, server, tmp_path, capsys, name, request
+):
     config, merged = write_config(tmp_path / "config.yaml", made, **RUNS[name]), {}
+    halves = request.getfixturevalue("adapted") if "lora" in name else made / "halves"
     for runtime in ("onnx", "torch"):
         run = tmp_path / runtime
         if runtime == "onnx":
-            finished(joining(made / "halves", server.line, config, run, "--give-half"))
+            finished(joining(halves, server.line, config, run, "--give-half"))
         else:
             finished(
                 join(made / "halves" / "client", server.line, config, "--output-dir", run, "--give-half")

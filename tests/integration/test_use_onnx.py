@@ -19,7 +19,7 @@ def torch_device(*words):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("server", marks=pytest.mark.slow), "client"],
+    params=["server", "client"],
     ids=lambda at: f"labels-at-{at}",
 )
 def language(request, tmp_path_factory):
@@ -34,6 +34,7 @@ def said(process):
     return [(row["text"], row["tokens"], row["end"]) for row in finished(process)["answers"]]
 
 
+@pytest.mark.slow  # a minute for the graphs
 def test_a_device_without_torch_says_token_for_token_what_a_torch_device_says(language, tmp_path):
     folder, labels = language
     config = tuning(tmp_path, folder / "model", wire={"labels": labels})
