@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,13 +40,20 @@ def client_alone(
     settings = msgspec.json.encode(config).decode()
     numbers = [str(number) for number in (rows, tokens, steps, int(joining))]
     command = [sys.executable, "-m", "hosl.bench.isolated_client", settings, str(half), *numbers]
+    return measured(command, f"the client alone ({config.method}, {rows} x {tokens} tokens)")
+
+
+def measured(command: Sequence[str], who: str) -> dict[str, Any]:
+    """The figures that a process prints as JSON.
+
+    Raises:
+        FailureError: naming `who`, if the process fails.
+    """
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         last_lines = process.stderr.strip().splitlines()[-1:]
         reason = " ".join(last_lines) or f"it ended with status {process.returncode}"
-        raise FailureError(
-            f"the client alone ({config.method}, {rows} x {tokens} tokens) could not be measured: {reason}"
-        )
+        raise FailureError(f"{who} could not be measured: {reason}")
     return json.loads(process.stdout)
 
 

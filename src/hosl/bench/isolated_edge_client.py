@@ -4,7 +4,6 @@ The process holds what `hosl join` imports, too: it is the process that a device
 """
 
 import json
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from hosl.bench.isolated_client import measured
 from hosl.config import Config, parse_config
-from hosl.errors import FailureError
 from hosl.system.machine import process_pages
 
 _STEPS = 2
@@ -45,14 +44,7 @@ def edge_client_alone(config: Config, half: Path, rows: int, tokens: int) -> dic
     command = [
         sys.executable, "-m", "hosl.bench.isolated_edge_client", settings, str(half), str(rows), str(tokens),
     ]  # fmt: skip
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        last_lines = process.stderr.strip().splitlines()[-1:]
-        reason = " ".join(last_lines) or f"it ended with status {process.returncode}"
-        raise FailureError(
-            f"the client on the engine ({config.method}, {rows} x {tokens} tokens) could not be measured: {reason}"
-        )
-    return json.loads(process.stdout)
+    return measured(command, f"the client on the engine ({config.method}, {rows} x {tokens} tokens)")
 
 
 def _measure(config: Config, half: Path, rows: int, tokens: int) -> dict[str, int]:

@@ -99,8 +99,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
     _check_served(config)
     return_freed_memory()
     facts = half_facts(options.half, "client")
-    begun = begun_run(config)
-    runtime = open_runtime(options.runtime, options.half, {} if begun is None else read_record(begun) or {})
+    runtime = open_runtime(options.runtime, options.half, _begun_record(config))
     _check_model(config, options, facts, say)
     runtime.check_device(config.client.device, "client.device")
     as_split = _cut_as_split(config, facts)
@@ -139,9 +138,7 @@ def join(config: Config, options: JoinOptions, say: Callable[[str], None]) -> di
 def _with_usual_method(config: Config, options: JoinOptions, say: Callable[[str], None]) -> Config:
     """The config with the method that is usual on this device's runtime."""
     there = parse_config(msgspec.to_builtins(config) | {"method": USUAL_ON_ENGINE}, where="with its method")
-    begun = begun_run(there)
-    record = {} if begun is None else read_record(begun) or {}
-    if open_runtime(options.runtime, options.half, record).NAME != "onnx":
+    if open_runtime(options.runtime, options.half, _begun_record(there)).NAME != "onnx":
         return config
     say(
         f"no method is named: {USUAL_ON_ENGINE}, exact gradients block by block, is the usual one on ONNX Runtime"
@@ -357,6 +354,12 @@ def begun_run(config: Config) -> Path | None:
         if kept == _identity(msgspec.structs.replace(config, max_steps=steps)):
             found.append((_finished(folder, record), len(found), folder))
     return min(found)[-1] if found else None
+
+
+def _begun_record(config: Config) -> dict[str, Any]:
+    """The record of `begun_run`; empty: there is none."""
+    begun = begun_run(config)
+    return {} if begun is None else read_record(begun) or {}
 
 
 def _settings(folder: Path) -> Config | None:

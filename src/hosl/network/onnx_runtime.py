@@ -55,7 +55,7 @@ def engine() -> str:
 
 def remark(folder: Path) -> str | None:
     """A line about graphs that were checked with another version of the engine; None: with this one."""
-    checked = read_runtime_json(folder).versions.get("onnxruntime")
+    checked = read_runtime_json(folder, files=False).versions.get("onnxruntime")
     if checked == engine_version():
         return None
     return (

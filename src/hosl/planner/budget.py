@@ -12,6 +12,7 @@ from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.gc_paused import gc_paused
 from hosl.system.machine import process_bytes
+from hosl.system.model_limits import check_row_length
 from hosl.system.readable import readable_bytes
 from hosl.tasks import Task
 
@@ -66,13 +67,13 @@ def check_before_run(config: Config, model: str, task: Task, *, alone: bool) -> 
         BudgetError: naming the nearest setting that fits.
     """
     from hosl.split import resolve_model_folder
-    from hosl.split.halves import check_row_length
     from hosl.split.reading.config_json import read_config
 
     longest = max(
         len(row) for part in (task.train, task.dev, task.test) for example in part for row in example.rows
     )
-    check_row_length(read_config(resolve_model_folder(model), model), longest)
+    read = read_config(resolve_model_folder(model), model)
+    check_row_length(read.get_text_config().to_dict(), read.model_type, longest)
     if config.client.memory_budget is None:
         return
     from hosl.planner.plan import most_needed, nearest_that_fits

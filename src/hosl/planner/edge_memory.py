@@ -143,7 +143,7 @@ def planned_process_bytes(
 
 def shape_in(folder: Path) -> EdgeShape:
     """The shape of the half in a folder; raises as `planned_process_bytes`."""
-    facts, half = read_runtime_json(folder), half_facts(folder, "client")
+    facts, half = read_runtime_json(folder, files=False), half_facts(folder, "client")
     stored = {
         name: StoredShape(tensor.shape, tensor.numpy_dtype.itemsize)
         for name, tensor in stored_tensors(folder / "model.safetensors").items()

@@ -17,7 +17,7 @@ from hosl.split.families import Family, Head
 from hosl.split.reading.config_json import PLAIN_CALLS
 from hosl.split.stand_ins import PassThrough, stand_in
 from hosl.split.structure import family_for, submodule
-from hosl.system.model_limits import scaling_limit
+from hosl.system.model_limits import check_row_length
 
 
 class Half:
@@ -87,9 +87,7 @@ class Half:
 
     @property
     def _has_norms(self) -> bool:
-        """Whether the norms stand as the family's row says, by the config."""
-        where = self._family.norms_where
-        return where is None or bool(getattr(self.config, where[0])) == where[1]
+        return self._family.has_norms(lambda name: getattr(self.config, name))
 
     @property
     def output_scale(self) -> str:
@@ -203,7 +201,8 @@ class ClientHalf(Half):
         Raises:
             SplitError: if the rows are so long that rotary scaling would make them depend on each other.
         """
-        check_row_length(self.config, attention_mask.shape[1])
+        text = self.config.get_text_config().to_dict()
+        check_row_length(text, self.config.model_type, attention_mask.shape[1])
         base = getattr(self.model, self.model.base_model_prefix)
         options = self._keeping(cache)
         if self._family.positions_from_mask:
@@ -287,21 +286,6 @@ def halves_of(model: Any, family: Family, cut: int) -> tuple[ClientHalf, ServerH
     cut_to_server_(server_model, family, cut)
     separate_ties_(client_model, server_model)
     return ClientHalf(client_model, family, cut), ServerHalf(server_model, family, cut)
-
-
-def check_row_length(config: Any, tokens: int) -> None:
-    """Refuse rows beyond `scaling_limit`: their scores would change with the rows beside them.
-
-    Raises:
-        SplitError: naming the limit.
-    """
-    limit = scaling_limit(config.get_text_config().to_dict())
-    if limit is not None and tokens > limit:
-        raise SplitError(
-            f"a row of {tokens} tokens: this {config.model_type} scales its rotary frequencies (dynamic or longrope) "
-            f"beyond {limit}, by the longest row of a batch, so that scores would depend on the other rows; set "
-            f"task.max_tokens: {limit} or less"
-        )
 
 
 def check_cut(family: Family, model: Any, cut: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hosl.split.adapters import ADAPTER
+from hosl.split.halves import ClientHalf
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,26 @@ class BlockLayers:
     def read(self) -> dict[str, nn.Module]:
         """By name, the modules whose inputs `feedback_terms` needs."""
         return {name: layer for name, layer in self.projections.items() if layer is not None} | {**self.norms}
+
+
+def block_layers(half: ClientHalf, block: nn.Module, within: str = "") -> BlockLayers:
+    """The layers of a block that write to the residual stream; `within` stands before their names.
+
+    Raises:
+        SplitError: if they are not known of the family.
+    """
+    above = half.norms_above
+    norms = dict.fromkeys(n for names in (*above.values(), half.norms_on_stream) for n in names)
+    return BlockLayers(
+        projections={f"{within}{name}": block.get_submodule(name) for name in half.output_projections},
+        norms_above={
+            f"{within}{name}": tuple(f"{within}{norm}" for norm in above.get(name, ()))
+            for name in half.output_projections
+        },
+        norms={f"{within}{norm}": block.get_submodule(norm) for norm in norms},
+        norms_on_stream=tuple(f"{within}{norm}" for norm in half.norms_on_stream),
+        scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
+    )
 
 
 def feedback_terms(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hosl.errors import SplitError
+
 _OFFSET_BY_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Model types whose first positions, up to the padding token's id, are never used."""
 
@@ -68,3 +70,23 @@ def scaling_limit(config: Mapping[str, Any]) -> int | None:
         elif kind == "dynamic":
             limits.append(config.get("max_position_embeddings"))
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def check_row_length(config: Mapping[str, Any], model_type: str, tokens: int) -> None:
+    """Refuse rows beyond `scaling_limit`: their scores would change with the rows beside them.
+
+    Args:
+        config: the settings of the text model.
+        model_type: of the whole model, for the error.
+        tokens: of the longest row.
+
+    Raises:
+        SplitError: naming the limit.
+    """
+    limit = scaling_limit(config)
+    if limit is not None and tokens > limit:
+        raise SplitError(
+            f"a row of {tokens} tokens: this {model_type} scales its rotary frequencies (dynamic or longrope) "
+            f"beyond {limit}, by the longest row of a batch, so that scores would depend on the other rows; set "
+            f"task.max_tokens: {limit} or less"
+        )

@@ -1,15 +1,12 @@
 """The parts of a checkpoint that belong to parties on PyTorch: weights, optimiser state, journal."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 
-from hosl.core.journal import Journal
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
 from hosl.parties.clients.residual import ResidualClient
-from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
@@ -39,9 +36,8 @@ def put_client(
         optimiser: whether the state of its optimiser is part of it.
     """
     snapshot_step = put_trained(
-        checkpoint, client.trained, client.journal if isinstance(client, ZerothOrderClient) else None,
-        snapshot_step=snapshot_step, snapshot_steps=snapshot_steps,
-    )  # fmt: skip
+        checkpoint, client, snapshot_step=snapshot_step, snapshot_steps=snapshot_steps
+    )
     if optimiser and (own := _optimiser_of(client)) is not None:
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(own, client.trained)
     return snapshot_step
@@ -54,17 +50,10 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
         CheckpointError: if the checkpoint trains other tensors.
         JournalError: if its journal is damaged.
     """
-    replay: Callable[[Journal, int], None] | None = None
-    if isinstance(client, ZerothOrderClient):
-        replay = partial(_replay_, client)
-    snapshot_step = restore_trained_(checkpoint, client.trained, replay, restore_weights_)
+    snapshot_step = restore_trained_(checkpoint, client, restore_weights_)
     if (own := _optimiser_of(client)) is not None:
         _restore_optimiser_(own, client.trained, checkpoint.tensors.get("client/optimiser", {}))
     return snapshot_step
-
-
-def _replay_(client: ZerothOrderClient, journal: Journal, after: int) -> None:
-    client.replay(journal, after=after)
 
 
 def _optimiser_of(client: FrozenClient) -> torch.optim.Optimizer | None:

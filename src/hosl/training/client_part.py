@@ -8,6 +8,7 @@ from typing import Any
 
 from hosl.core.journal import Journal
 from hosl.errors import CheckpointError
+from hosl.parties.journaled import Journaled
 from hosl.system.checkpoint import Checkpoint
 
 TRAINED = "client/trained"
@@ -16,8 +17,7 @@ TRAINED = "client/trained"
 
 def put_trained(
     checkpoint: Checkpoint,
-    trained: Mapping[str, Any],
-    journal: Journal | None,
+    client: Any,
     *,
     snapshot_step: int,
     snapshot_steps: int,
@@ -28,50 +28,47 @@ def put_trained(
 
     Args:
         checkpoint: is extended in place.
-        trained: the trained weights after the checkpoint's step, tensors or arrays by name.
-        journal: of a zeroth-order client; None: the client has none.
+        client: the client after the checkpoint's step, with `trained`, tensors or arrays by name.
         snapshot_step: the step of the newest snapshot; 0 is the base weights.
         snapshot_steps: the steps between two snapshots.
     """
-    if journal is not None:
-        checkpoint.journal = journal.to_bytes()
+    if isinstance(client, Journaled):
+        checkpoint.journal = client.journal.to_bytes()
         if checkpoint.step - snapshot_step >= snapshot_steps:
-            checkpoint.tensors[TRAINED] = dict(trained)
+            checkpoint.tensors[TRAINED] = dict(client.trained)
             snapshot_step = checkpoint.step
         elif snapshot_step:
             checkpoint.linked = (f"{TRAINED}.safetensors",)
-    elif trained:
-        checkpoint.tensors[TRAINED] = dict(trained)
+    elif client.trained:
+        checkpoint.tensors[TRAINED] = dict(client.trained)
     checkpoint.state["snapshot_step"] = snapshot_step
     return snapshot_step
 
 
 def restore_trained_(
     checkpoint: Checkpoint,
-    trained: Mapping[str, Any],
-    replay: Callable[[Journal, int], None] | None,
+    client: Any,
     set_: Callable[[Mapping[str, Any], Mapping[str, Any]], None],
 ) -> int:
     """Bring a client's weights from the base to a checkpoint; returns the step of the snapshot that it depends on.
 
     Args:
         checkpoint: of a run of this client.
-        trained: the trained weights at the base, by name.
-        replay: (journal, step) applies what the journal has after the step; None: the client has no journal.
-        set_: (trained, tensors) gives the trained weights the values of the checkpoint's tensors.
+        client: the client at its base weights.
+        set_: (trained, tensors) gives trained weights the values of tensors, after `check_same_names`.
 
     Raises:
         CheckpointError: if the checkpoint trains other tensors.
         JournalError: if its journal is damaged.
     """
     tensors, snapshot_step = checkpoint.tensors, int(checkpoint.state["snapshot_step"])
-    if replay is not None and TRAINED not in tensors:
+    journaled = isinstance(client, Journaled)
+    if journaled and TRAINED not in tensors:
         snapshot_step = 0  # it is damaged, or there is none: the journal begins at the base weights
-    if snapshot_step or (trained and replay is None):
-        check_same_names(trained, tensors.get(TRAINED, {}))
-        set_(trained, tensors[TRAINED])
-    if replay is not None:
-        replay(Journal.from_bytes(checkpoint.journal or b""), snapshot_step)
+    if snapshot_step or (client.trained and not journaled):
+        set_(client.trained, tensors.get(TRAINED, {}))
+    if journaled:
+        client.replay(Journal.from_bytes(checkpoint.journal or b""), after=snapshot_step)
     return snapshot_step
 
 

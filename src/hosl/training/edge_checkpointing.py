@@ -3,21 +3,18 @@
 Names and files are the same, so that either runtime, `hosl export` and `hosl merge` read them.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from hosl.core.journal import Journal
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.clients.residual import ResidualEdgeClient
-from hosl.parties.edge.clients.zeroth_order import ZerothOrderEdgeClient
 from hosl.parties.edge.head import EdgeHalfHead, EdgeHeadedServer
 from hosl.parties.edge.optimisers import EdgeOptimiser
 from hosl.system.checkpoint import Checkpoint
 from hosl.system.safetensors_file import arrays_digest
-from hosl.training.client_part import put_trained, restore_trained_
+from hosl.training.client_part import check_same_names, put_trained, restore_trained_
 
 
 def put_client(
@@ -38,9 +35,8 @@ def put_client(
         optimiser: whether the state of its optimiser is part of it.
     """
     snapshot_step = put_trained(
-        checkpoint, client.trained, client.journal if isinstance(client, ZerothOrderEdgeClient) else None,
-        snapshot_step=snapshot_step, snapshot_steps=snapshot_steps,
-    )  # fmt: skip
+        checkpoint, client, snapshot_step=snapshot_step, snapshot_steps=snapshot_steps
+    )
     if optimiser and (own := _optimiser_of(client)) is not None:
         checkpoint.tensors["client/optimiser"] = _optimiser_tensors(own)
     return snapshot_step
@@ -53,10 +49,7 @@ def restore_client_(client: FrozenEdgeClient, checkpoint: Checkpoint) -> int:
         CheckpointError: if the checkpoint trains other tensors.
         JournalError: if its journal is damaged.
     """
-    replay: Callable[[Journal, int], None] | None = None
-    if isinstance(client, ZerothOrderEdgeClient):
-        replay = partial(_replay_, client)
-    snapshot_step = restore_trained_(checkpoint, client.trained, replay, _restore_weights_)
+    snapshot_step = restore_trained_(checkpoint, client, _restore_weights_)
     if (own := _optimiser_of(client)) is not None:
         _restore_optimiser_(own, checkpoint.tensors.get("client/optimiser", {}))
     return snapshot_step
@@ -95,10 +88,6 @@ def trained_digest(client: FrozenEdgeClient) -> str:
     return arrays_digest(client.trained)
 
 
-def _replay_(client: ZerothOrderEdgeClient, journal: Journal, after: int) -> None:
-    client.replay(journal, after=after)
-
-
 def _optimiser_of(client: FrozenEdgeClient) -> EdgeOptimiser | None:
     return client.optimiser if isinstance(client, ResidualEdgeClient) else None
 
@@ -117,5 +106,6 @@ def _restore_optimiser_(optimiser: EdgeOptimiser, tensors: Mapping[str, Any]) ->
 
 
 def _restore_weights_(trained: Mapping[str, np.ndarray], tensors: Mapping[str, Any]) -> None:
+    check_same_names(trained, tensors)
     for name, weight in trained.items():
         weight[:] = np.asarray(tensors[name])

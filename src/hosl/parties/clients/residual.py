@@ -9,6 +9,7 @@ Biased: the deeper the block, the less g is its gradient. Source: methods.md (o)
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -20,7 +21,15 @@ from hosl.parties.engine.optimisers import OptimiserSpec, check_gradients, make_
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.split import ClientHalf
 from hosl.split.adapters import lora_layers, set_trainable
-from hosl.split.residual_feedback import BlockLayers, Term, exact, feedback_terms, inputs_read, layer_terms
+from hosl.split.residual_feedback import (
+    BlockLayers,
+    Term,
+    block_layers,
+    exact,
+    feedback_terms,
+    inputs_read,
+    layer_terms,
+)
 
 Kept: TypeAlias = Literal["auto", "stream", "blocks", "inputs"]
 """What of the clean pass is kept until the gradient comes: the hidden state below the lowest moved block, the input of
@@ -77,24 +86,10 @@ class ResidualClient(OutputProjectionClient):
         self.optimiser = None if plain else make_optimiser(spec, self.trained.values())
 
     def _layers_in(self, index: int) -> BlockLayers:
-        half, block, prefix = self.half, self._blocks[index], self._block_names[index]
-        projections, above = half.output_projections, half.norms_above
-        return BlockLayers(
-            projections={  # None: without adapters, where others have some
-                f"{prefix}.{name}": self._of_block[index].get(f"{prefix}.{name}") for name in projections
-            },
-            norms_above={
-                f"{prefix}.{name}": tuple(f"{prefix}.{norm}" for norm in above.get(name, ()))
-                for name in projections
-            },
-            norms={
-                f"{prefix}.{norm}": block.get_submodule(norm)
-                for norms in (*above.values(), half.norms_on_stream)
-                for norm in norms
-            },
-            norms_on_stream=tuple(f"{prefix}.{norm}" for norm in half.norms_on_stream),
-            scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
-        )
+        layers = block_layers(self.half, self._blocks[index], f"{self._block_names[index]}.")
+        # None: without adapters, where others have some
+        trained = {name: self._of_block[index].get(name) for name in layers.projections}
+        return replace(layers, projections=trained)
 
     def descend_by_feedback(self, gradient: torch.Tensor, learning_rate: float) -> None:
         """W -= learning_rate sum_tokens g x^T for every moved layer, from dL/dh [rows, seq, width]; biases likewise.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hosl.core.directions import Distribution
-from hosl.core.estimators import Projection, mean_scales
+from hosl.core.estimators import Projection
 from hosl.core.journal import Journal
 from hosl.core.targets import Batch, Pair
 from hosl.parties.clients.frozen import FrozenClient, in_one
@@ -22,13 +22,14 @@ from hosl.parties.engine.perturbation import (
     stacked,
     trained_parameters,
 )
+from hosl.parties.journaled import Journaled
 from hosl.split import ClientHalf
 
 STACKED_TOKENS_AT_ONCE = 1024
 """The tokens in a pass over the weights that low-rank probes share: the fastest (docs/results/benchmarks.md)."""
 
 
-class ZerothOrderClient(FrozenClient):
+class ZerothOrderClient(Journaled, FrozenClient):
     """A client trained by probes: forward passes only, weights read-only but for `descend`; keeps a journal."""
 
     def __init__(
@@ -136,22 +137,8 @@ class ZerothOrderClient(FrozenClient):
             for rows, square, probe in zip(slopes, squares, probes, strict=True)
         ]
 
-    def descend(
-        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
-    ) -> None:
-        """theta_c -= eta_c / Q sum_q c_q u(seed_q), and the journal's entries for it. Source: Alg. 1, line 8."""
-        self.apply(step, seeds, mean_scales(coefficients, learning_rate))
-
-    def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
-        """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` by scales."""
-        self.journal.append(step, seeds, scales)
+    def _move_(self, seeds: Sequence[int], scales: Sequence[float]) -> None:
         descend_(self.trained, seeds, scales, self.distribution)
-
-    def replay(self, journal: Journal, *, after: int = 0) -> None:
-        """Apply the updates of `journal` later than step `after`. Requires: the weights after that step."""
-        for _, seeds, scales in journal.updates(after=after):
-            descend_(self.trained, seeds, scales, self.distribution)
-        self.journal = journal
 
 
 def _pair(sides: torch.Tensor) -> Pair:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from hosl.errors import ConfigError, ModelError, SplitError
+from hosl.errors import ConfigError, ModelError
 from hosl.parties.edge.engine import Graph, engine_version, open_graph
 from hosl.parties.edge.weights import MappedWeights
 from hosl.split.families import FAMILIES
@@ -36,7 +36,7 @@ from hosl.split.reading.runtime_json import (
 from hosl.split.reading.seeded import seeded_generator
 from hosl.split.specs import LoraSpec
 from hosl.system.machine import process_bytes
-from hosl.system.model_limits import scaling_limit
+from hosl.system.model_limits import check_row_length
 
 _ADAPTER = re.compile(r"\.(lora_[AB])\.weight$")
 _ADAPTER_IN_PEFT = r".\1.default.weight"
@@ -138,18 +138,12 @@ class EdgeHalf:
     @property
     def norms_above(self) -> Mapping[str, tuple[str, ...]]:
         """By output projection, the norms between it and the block's output, from the projection up."""
-        return self.family.norms_above if self.family is not None and self._has_norms else {}
+        return self.family.norms_above if self.family and self.family.has_norms(self._content.get) else {}
 
     @property
     def norms_on_stream(self) -> tuple[str, ...]:
         """The norms of a block that the residual stream itself passes (post-LN), from the block's input up."""
-        return self.family.norms_on_stream if self.family is not None and self._has_norms else ()
-
-    @property
-    def _has_norms(self) -> bool:
-        """Whether the norms stand as the family's row says, by the config."""
-        where = self.family.norms_where if self.family is not None else None
-        return where is None or bool(self._content.get(where[0])) == where[1]
+        return self.family.norms_on_stream if self.family and self.family.has_norms(self._content.get) else ()
 
     def array(self, name: str) -> np.ndarray:
         """A parameter by its name in the half; of an int8 base int8, with its scales under NAME.scale."""
@@ -190,7 +184,9 @@ class EdgeHalf:
         self, ids: np.ndarray, mask: np.ndarray, read: Reads | None = None
     ) -> tuple[np.ndarray, Extras]:
         """The input of block 0 [rows, seq, width], and what the blocks are given beside it; see `forward`."""
-        self._check_row_length(ids.shape[1])
+        nested = self._content.get("text_config")
+        text = nested if isinstance(nested, dict) else self._content
+        check_row_length(text, str(self._content.get("model_type")), ids.shape[1])
         facts, read = self.facts.prelude, read or self
         inputs: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask}
         if facts.table is not None:
@@ -332,16 +328,6 @@ class EdgeHalf:
 
     def _extras(self, index: int, extras: Extras) -> dict[str, np.ndarray]:
         return {place: extras[output] for place, output in self.facts.blocks[index].extras.items()}
-
-    def _check_row_length(self, tokens: int) -> None:
-        nested = self._content.get("text_config")
-        limit = scaling_limit(nested if isinstance(nested, dict) else self._content)
-        if limit is not None and tokens > limit:
-            raise SplitError(
-                f"a row of {tokens} tokens: this {self._content.get('model_type')} scales its rotary frequencies "
-                f"(dynamic or longrope) beyond {limit}, by the longest row of a batch, so that scores would depend on "
-                f"the other rows; set task.max_tokens: {limit} or less"
-            )
 
 
 def check_engine(minimum: str) -> None:

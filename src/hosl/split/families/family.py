@@ -3,9 +3,9 @@
 Names are dotted paths from Hugging Face's top-level model (`OPTForCausalLM`, `BertForSequenceClassification`, ...).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 Head = Literal["causal", "classification"]
 QueryPlace = Literal["all", "first", "by head"]
@@ -71,3 +71,7 @@ class Family:
         return replace(
             self, head="classification", server_only=after | {"score": "identity"}, pools_last_token=True
         )
+
+    def has_norms(self, setting: Callable[[str], Any]) -> bool:
+        """Whether the norms stand as this row says, by a config's settings by name."""
+        return self.norms_where is None or bool(setting(self.norms_where[0])) == self.norms_where[1]

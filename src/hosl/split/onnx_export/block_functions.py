@@ -15,13 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from hosl.errors import SplitError
 from hosl.split.halves import ClientHalf
 from hosl.split.onnx_export.recording import Call
-from hosl.split.onnx_export.tracing import Sizes, Tensors, given
+from hosl.split.onnx_export.tracing import Sizes, Tensors, differentiated, given
 from hosl.split.reading.runtime_json import D_HIDDEN, GRADIENT, HIDDEN, HIDDEN_OUT, LORA_SCALE
 from hosl.split.residual_feedback import (
     BlockLayers,
     Term,
     TermsOf,
     adapter_terms,
+    block_layers,
     feedback_terms,
     inputs_read,
     layer_terms,
@@ -88,14 +89,7 @@ class BlockFunction:
     def gradient(self, tensors: Tensors) -> Tensors:
         """`d.hidden` and `d.NAME` for every float weight, or for adapters alone, from `gradient` = dL/d output."""
         own = self.adapters or tuple(name for name, _ in self.block.named_parameters())
-        leaves = {name: tensors[name].detach().requires_grad_() for name in (HIDDEN, *own)}
-        with torch.enable_grad():
-            output = self.forward(tensors | leaves)[HIDDEN_OUT]
-            gradients = torch.autograd.grad(
-                output, list(leaves.values()), tensors[GRADIENT], allow_unused=True
-            )
-        found = zip(leaves, gradients, strict=True)
-        return {D_HIDDEN if name == HIDDEN else f"d.{name}": g for name, g in found if g is not None}
+        return differentiated(self.forward, HIDDEN_OUT, (HIDDEN, *own), tensors)
 
     def feedback(self, tensors: Tensors) -> Tensors:
         """`d.hidden` for the block below, and `d.NAME` for what `ResidualClient` trains of the block.
@@ -174,20 +168,9 @@ def layers_named(block: nn.Module) -> tuple[str, ...]:
 def layers_of(half: ClientHalf, block: nn.Module) -> BlockLayers | None:
     """The layers of a block that write to the residual stream, by their names in it; None: not known of the family."""
     try:
-        projections, above = half.output_projections, half.norms_above
+        return block_layers(half, block)
     except SplitError:
         return None
-    return BlockLayers(
-        projections={name: block.get_submodule(name) for name in projections},
-        norms_above={name: above.get(name, ()) for name in projections},
-        norms={
-            norm: block.get_submodule(norm)
-            for norms in (*above.values(), half.norms_on_stream)
-            for norm in norms
-        },
-        norms_on_stream=half.norms_on_stream,
-        scale=getattr(block, half.output_scale) if half.output_scale else 1.0,
-    )
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hosl.split.onnx_export.tracing import Sizes, Tensors, given
-from hosl.split.reading.runtime_json import D_STATES, GRADIENT, LOGITS, STATES
+from hosl.split.onnx_export.tracing import Sizes, Tensors, differentiated, given
+from hosl.split.reading.runtime_json import LOGITS, STATES
 from hosl.split.u_shape import HeadHalf
 
 
@@ -35,14 +35,7 @@ class HeadFunction:
     def gradient(self, tensors: Tensors) -> Tensors:
         """`d.states`, and `d.NAME` for every weight that is not tied, from `gradient` = dL/d logits."""
         own = tuple(name for name in self.weights if name not in self.tied)
-        leaves = {name: tensors[name].detach().requires_grad_() for name in (STATES, *own)}
-        with torch.enable_grad():
-            logits = self.forward(tensors | leaves)[LOGITS]
-            gradients = torch.autograd.grad(
-                logits, list(leaves.values()), tensors[GRADIENT], allow_unused=True
-            )
-        found = zip(leaves, gradients, strict=True)
-        return {D_STATES if name == STATES else f"d.{name}": g for name, g in found if g is not None}
+        return differentiated(self.forward, LOGITS, (STATES, *own), tensors)
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         logits = self._head.logits(states)

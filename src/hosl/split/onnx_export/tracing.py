@@ -4,7 +4,7 @@
 traced the same way. Attention's fused kernel, and the operators that only backward passes use, become plain ones.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+
+from hosl.split.reading.runtime_json import GRADIENT
 
 Tensors = dict[str, torch.Tensor]
 IDS, MASK = "input_ids", "attention_mask"
@@ -82,6 +84,18 @@ def without_unused_(graph: torch.fx.GraphModule, examples: Tensors, keep: Collec
             graph.graph.erase_node(node)
     graph.recompile()
     return tuple(left)
+
+
+def differentiated(
+    forward: Callable[[Tensors], Tensors], output: str, names: Iterable[str], tensors: Tensors
+) -> Tensors:
+    """`d.NAME` of those inputs of `forward`, by name, on which `output` depends, from `gradient` = dL/d output."""
+    leaves = {name: tensors[name].detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(
+            forward(tensors | leaves)[output], list(leaves.values()), tensors[GRADIENT], allow_unused=True
+        )
+    return {f"d.{name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 
 from hosl.core.array_types import Float
 from hosl.core.directions import Distribution
-from hosl.core.estimators import Projection, mean_scales
+from hosl.core.estimators import Projection
 from hosl.core.journal import Journal
 from hosl.core.targets import Batch, Pair
 from hosl.errors import ConfigError
@@ -15,11 +15,12 @@ from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.half import EdgeHalf, Extras
 from hosl.parties.edge.probing import Draws, Perturbed, Probe, Scratch, perturbed_block
 from hosl.parties.edge.update import descend_
+from hosl.parties.journaled import Journaled
 
 BOTH_SIDES, PLUS_SIDE = (+1, -1), (+1,)
 
 
-class ZerothOrderEdgeClient(FrozenEdgeClient):
+class ZerothOrderEdgeClient(Journaled, FrozenEdgeClient):
     """A client trained by probes; the twin of `ZerothOrderClient`, whose journal gives it the same bits of weights.
 
     Blocks below the lowest trained one are evaluated once for all probes of a call.
@@ -130,22 +131,8 @@ class ZerothOrderEdgeClient(FrozenEdgeClient):
             self.half.release(index)
         return sides
 
-    def descend(
-        self, step: int, seeds: Sequence[int], coefficients: Sequence[float], learning_rate: float
-    ) -> None:
-        """theta_c -= eta_c / Q sum_q c_q u(seed_q), and the journal's entries for it. Source: Alg. 1, line 8."""
-        self.apply(step, seeds, mean_scales(coefficients, learning_rate))
-
-    def apply(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
-        """theta_c -= sum_q scale_q u(seed_q), and the journal's entries for it; `descend` by scales."""
-        self.journal.append(step, seeds, scales)
+    def _move_(self, seeds: Sequence[int], scales: Sequence[float]) -> None:
         descend_(self.trained, seeds, scales, self.distribution)
-
-    def replay(self, journal: Journal, *, after: int = 0) -> None:
-        """Apply the updates of `journal` later than step `after`. Requires: the weights after that step."""
-        for _, seeds, scales in journal.updates(after=after):
-            descend_(self.trained, seeds, scales, self.distribution)
-        self.journal = journal
 
 
 def _projection(first: np.ndarray, second: np.ndarray, gradient: np.ndarray, distance: float) -> Projection:
