@@ -15,6 +15,34 @@ from tests.integration.network import ENVIRONMENT, HOSL, anew, finished
 HERE = Path(__file__).parent
 WITHOUT_TORCH = [sys.executable, str(HERE / "without_torch.py")]
 
+ADAPTED = {"query", "value"}
+LORA = {"trainable": "lora", "lora": {"r": 4, "target_modules": sorted(ADAPTED)}, "learning_rate": 0.1}
+BLOCKS, LAST = (
+    {"trainable": "blocks", "learning_rate": 0.1},
+    {"trainable": "last-block", "learning_rate": 0.1},
+)
+RUNS = {
+    "frozen": {"method": "frozen"},
+    "hosl": {"method": "hosl"},
+    "hosl-lora": {"method": "hosl", "client": LORA},
+    "hosl-low-rank": {"method": "hosl", "zo": {"directions": 2, "distribution": "low-rank"}},
+    "hosl-gradient": {"method": "hosl-gradient", "zo": {"directions": 4, "distribution": "rademacher"}},
+    "hosl-residual": {"method": "hosl-residual", "client": {"learning_rate": 0.1}},
+    "residual-adamw": {
+        "method": "hosl-residual", "client": {"learning_rate": 1e-3, "optimiser": {"name": "adamw"}},
+    },
+    "fo-blocks": {"method": "fo-recompute", "client": BLOCKS},
+    "fo-last-block": {"method": "fo-recompute", "client": LAST},
+    "fo-lora": {"method": "fo-recompute", "client": LORA},
+    "fo-lora-int8": {"method": "fo-recompute", "client": LORA | {"dtype": "int8"}},
+}  # fmt: skip
+"""The settings of each kind of client that the engine has."""
+
+WORDS = ["--cut", 2, "--head", "classification", "--labels", 2]
+"""Of `hosl split` for the classifier of `write_classifier`."""
+ADAPTED_WORDS = [*WORDS, "--lora-targets", ",".join(sorted(ADAPTED)), "--client-dtype", "int8"]
+"""With the graphs of adapters and of an int8 base, too."""
+
 
 def split_with_graphs(config, model, out, *words):
     """`hosl split --runtime onnx` into `out`, in a process where annotations are not verified: traced values are none.

@@ -12,7 +12,14 @@ import pytest
 import yaml
 
 from tests.integration.conftest import write_classifier
-from tests.integration.devices import HERE, losses, split_with_graphs, write_config
+from tests.integration.devices import (
+    ADAPTED_WORDS,
+    HERE,
+    RUNS,
+    losses,
+    split_with_graphs,
+    write_config,
+)
 from tests.integration.network import ENVIRONMENT, Server, anew, finished, join
 from tests.unit.test_edge_closure import COMMANDS, ENGINE_MIB, JOIN_MIB, WITH_ENGINE, loaded
 
@@ -43,23 +50,42 @@ def joining(bare, half, line, config, run, program=()):
     return anew([str(word) for word in command], env=ALONE, cwd=bare)
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, pytestconfig):
+    """A folder with data.csv and the halves of a tiny classifier, with all its graphs."""
+    folder = tmp_path_factory.mktemp("classifier")
+    write_classifier(folder)
+    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *ADAPTED_WORDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(classifier):
+    with Server(classifier / "halves" / "server", classifier / "service") as serving:
+        yield serving
+
+
 @pytest.mark.slow
 @pytest.mark.network  # pip takes the packages from its index
-def test_an_environment_without_torch_trains_as_torch_does(bare, tmp_path, pytestconfig):
+def test_no_torch_is_there(bare):
     imported = subprocess.run(
         [bare / "python", "-c", "import torch"], capture_output=True, text=True, env=ALONE
     )
     assert "No module named 'torch'" in imported.stderr
-    write_classifier(tmp_path)
-    words = ["--cut", 2, "--head", "classification", "--labels", 2]
-    halves = split_with_graphs(pytestconfig, tmp_path / "model-in", tmp_path / "halves", *words)
-    client = {"trainable": "blocks", "learning_rate": 0.1}
-    config = write_config(tmp_path / "config.yaml", tmp_path, method="fo-recompute", client=client)
-    with Server(halves / "server", tmp_path / "service") as server:
-        summary = finished(joining(bare, halves / "client", server.line, config, tmp_path / "onnx"))
-        finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "torch"))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("name", RUNS)
+def test_an_environment_without_torch_trains_as_torch_does(bare, classifier, server, tmp_path, name):
+    half = classifier / "halves" / "client"
+    config = write_config(tmp_path / "config.yaml", classifier, **RUNS[name])
+    summary = finished(joining(bare, half, server.line, config, tmp_path / "onnx"))
+    finished(join(half, server.line, config, "--output-dir", tmp_path / "torch"))
     assert summary["finished"]
-    assert losses(tmp_path / "onnx") == pytest.approx(losses(tmp_path / "torch"), abs=1e-5)
+    ours = losses(tmp_path / "onnx")
+    assert len(ours) == 6 + 2 + 1
+    assert ours == pytest.approx(losses(tmp_path / "torch"), abs=1e-5)
     record = json.loads((tmp_path / "onnx" / "record.json").read_text())
     assert (record["runtime"]["name"], record["versions"]["torch"]) == ("onnx", "absent")
 
@@ -133,3 +159,28 @@ def test_ten_kills_at_random_messages_change_nothing(bare, real, tmp_path, metho
                 done = json.loads(out.splitlines()[-1]) if process.returncode == 0 else None
             assert done["client_digest"] == whole["client_digest"]
             assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("method", ["fo-recompute", "hosl-residual"])
+def test_sixty_steps_of_docstrings_end_where_torchs_do(bare, pytestconfig, tmp_path, method):
+    name = "all-MiniLM-L6-v2"
+    halves = split_with_graphs(pytestconfig, name, tmp_path / "halves", *MODELS[name]["split"])
+    config = tmp_path / "config.yaml"
+    settings = {
+        "method": method, "task": {"kind": "docstrings", "train_rows": 480, "dev_rows": 200, "test_rows": 20},
+        "client": {"learning_rate": 1e-2, "trainable": "blocks"}, "residual": {"blocks": 1},
+        "server": {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}}, "wire": {"labels": "server"},
+        "max_steps": 60, "per_device_train_batch_size": 8, "eval_steps": 30, "save_steps": 60,
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(settings))
+    with Server(halves / "server", tmp_path / "service") as server:
+        half, line = halves / "client", server.line
+        finished(joining(bare, half, line, config, tmp_path / "onnx"), wait_s=1200)
+        finished(join(half, line, config, "--output-dir", tmp_path / "torch"), wait_s=1200)
+    ours, theirs = losses(tmp_path / "onnx"), losses(tmp_path / "torch")
+    assert len(ours) == 60 + 2 + 1
+    print(f"dev loss {ours[60:]}, on torch {theirs[60:]}")
+    assert ours[60:] == pytest.approx(theirs[60:], abs=1e-5)
+    assert ours[61] < ours[60]

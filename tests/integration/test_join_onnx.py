@@ -14,34 +14,17 @@ import yaml
 
 from hosl.cli import main
 from tests.integration.conftest import write_classifier
-from tests.integration.devices import HERE, joining, losses, split_with_graphs, write_config
-from tests.integration.network import Server, enrol, finished, join, newest
-
-ADAPTED = {"query", "value"}
-LORA = {"trainable": "lora", "lora": {"r": 4, "target_modules": sorted(ADAPTED)}, "learning_rate": 0.1}
-BLOCKS, LAST = (
-    {"trainable": "blocks", "learning_rate": 0.1},
-    {"trainable": "last-block", "learning_rate": 0.1},
+from tests.integration.devices import (
+    ADAPTED_WORDS,
+    HERE,
+    RUNS,
+    WORDS,
+    joining,
+    losses,
+    split_with_graphs,
+    write_config,
 )
-RUNS = {
-    "frozen": {"method": "frozen"},
-    "hosl": {"method": "hosl"},
-    "hosl-lora": {"method": "hosl", "client": LORA},
-    "hosl-low-rank": {"method": "hosl", "zo": {"directions": 2, "distribution": "low-rank"}},
-    "hosl-gradient": {"method": "hosl-gradient", "zo": {"directions": 4, "distribution": "rademacher"}},
-    "hosl-residual": {"method": "hosl-residual", "client": {"learning_rate": 0.1}},
-    "residual-adamw": {
-        "method": "hosl-residual", "client": {"learning_rate": 1e-3, "optimiser": {"name": "adamw"}},
-    },
-    "fo-blocks": {"method": "fo-recompute", "client": BLOCKS},
-    "fo-last-block": {"method": "fo-recompute", "client": LAST},
-    "fo-lora": {"method": "fo-recompute", "client": LORA},
-    "fo-lora-int8": {"method": "fo-recompute", "client": LORA | {"dtype": "int8"}},
-}  # fmt: skip
-"""The settings of each kind of client that the engine has."""
-
-
-WORDS = ["--cut", 2, "--head", "classification", "--labels", 2]
+from tests.integration.network import Server, enrol, finished, join, newest
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +39,7 @@ def made(tmp_path_factory, pytestconfig):
 @pytest.fixture(scope="module")
 def adapted(made, pytestconfig):
     """The same halves with the graphs of adapters and of an int8 base, too."""
-    graphs = ["--lora-targets", ",".join(sorted(ADAPTED)), "--client-dtype", "int8"]
-    return split_with_graphs(pytestconfig, made / "model-in", made / "adapted", *WORDS, *graphs)
+    return split_with_graphs(pytestconfig, made / "model-in", made / "adapted", *ADAPTED_WORDS)
 
 
 @pytest.fixture(scope="module")

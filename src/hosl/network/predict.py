@@ -161,7 +161,7 @@ def _check(here: _Half, facts: dict[str, Any]) -> None:
     if here.config.clients.halves == "shared" and here.run:
         raise ConfigError(
             "clients.halves: shared: this device's checkpoint lacks what other devices did after it, so `hosl predict` "
-            "has no half to use; export on the server's side, or use personal halves"
+            "has no half to use; let `hosl merge` write the model of all devices, or use personal halves"
         )
 
 
