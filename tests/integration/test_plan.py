@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ import yaml
 from hosl.cli import main
 from hosl.config import load_config
 from hosl.parties.engine.optimisers import OptimiserSpec
-from hosl.planner import request
 from hosl.planner.costs import client_cost_at
+from hosl.planner.request import Planning
+from hosl.planner.request import planned as planning
 from hosl.planner.runtime_base import RUNTIME_BASE_BYTES
 from hosl.system.byte_sizes import parse_bytes
 from hosl.system.run_folder import read_lines
@@ -28,6 +28,10 @@ pytestmark = pytest.mark.usefixtures(
 )  # thousands of small calls a step; test_planner.py verifies them
 
 
+FEW = "frozen; hosl; hosl-residual; fo-fo"
+"""A plan of all ways takes ten seconds."""
+
+
 def planned(capsys, *words):
     assert main(["plan", *words, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -35,7 +39,7 @@ def planned(capsys, *words):
 
 def test_a_model_is_planned_from_its_config_alone(capsys, tmp_path):
     hf.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=500).save_pretrained(tmp_path)  # fmt: skip  # noqa: E501
-    found = planned(capsys, str(tmp_path), "--tokens", "32", "--up", "10mbit", "--rtt", "50ms")
+    found = planned(capsys, str(tmp_path), "--tokens", "32", "--up", "10mbit", "--rtt", "50ms", "--ways", FEW)
     assert found["blocks"] == 4
     by_way = {(way["way"], way["cut"]): way for way in found["ways"]}
     assert {cut for _, cut in by_way} == {1, 2, 3, 4}
@@ -48,22 +52,22 @@ def test_a_model_is_planned_from_its_config_alone(capsys, tmp_path):
     assert frozen["bytes_up"] == pytest.approx(activation, rel=0.02)
     assert hosl["bytes_up"] == pytest.approx(33 * activation, rel=0.02)
     assert frozen["wire_s"] == pytest.approx(0.05 + frozen["bytes_up"] * 8 / 10e6, rel=1e-3)
-    assert found["recommended"]["way"] == "hosl-node"
+    assert found["recommended"]["way"] == "hosl-residual"
 
 
 def test_what_fits_is_marked_and_the_recommended_row_is_a_config(capsys, tmp_path):
-    words = ["tiny", "--tokens", "64", "--cuts", "2,5"]
+    words = ["tiny", "--tokens", "64", "--cuts", "2,5", "--ways", FEW]
     ways = planned(capsys, *words)["ways"]
-    low, high = (w["client_process_bytes"] for w in ways if w["way"] == "hosl-node")
+    low, high = (w["client_process_bytes"] for w in ways if w["way"] == "hosl-residual")
     words += ["--device-memory", f"{(low + high) // 2}B"]
     files = tmp_path / "my.yaml", tmp_path / "p.svg"
     assert main(["plan", *words, "--write", str(files[0]), "--picture", str(files[1])]) == 0
     *lines, why = capsys.readouterr().out.splitlines()
     (arrow,) = [line for line in lines if line.startswith("->")]
-    assert arrow.split()[:3] == ["->", "2", "hosl-node"]
+    assert arrow.split()[:3] == ["->", "2", "hosl-residual"]
     assert "cut 3 does not fit" in why
     config = load_config(files[0])
-    assert (config.method, config.model.cut, config.model.name) == ("hosl-node", 2, "tiny")
+    assert (config.method, config.model.cut, config.model.name) == ("hosl-residual", 2, "tiny")
     assert files[1].read_text().count("<path") > 20
     assert main(["plan", *words, "--write", str(files[0])]) == 2  # nothing is written over
 
@@ -85,6 +89,7 @@ def test_a_device_without_torch_is_planned_beside_torch(capsys, tmp_path):
         assert 0 < way["onnx_tensor_peak_bytes"] < way["onnx_process_bytes"] < way["client_process_bytes"]
     by_way = {(way["way"], way["cut"]): way["onnx_process_bytes"] for way in ways}
     assert by_way["fo-recompute", 2] < by_way["fo-recompute", 3]
+    words += ["--ways", "frozen; fo-recompute; fo-recompute, last block; fo-fo"]
     limit = (by_way["fo-recompute", 3] + by_way["fo-recompute, last block", 3]) // 2
     assert main(["plan", *words, "--device-memory", f"{limit}B", "--write", str(tmp_path / "my.yaml")]) == 0
     *lines, why = capsys.readouterr().out.splitlines()
@@ -100,7 +105,7 @@ def test_a_device_without_torch_is_planned_beside_torch(capsys, tmp_path):
 
 
 def test_a_config_is_planned_with_its_tasks_longest_batch(capsys, tiny_run):
-    found = planned(capsys, str(tiny_run()), "--cuts", "1,2")
+    found = planned(capsys, str(tiny_run()), "--cuts", "1,2", "--ways", "frozen")
     assert (found["rows"], found["tokens"]) == (8, 2)
 
 
@@ -235,13 +240,15 @@ def test_a_budget_is_an_amount_of_memory(capsys, tiny_run):
 @pytest.mark.parametrize("rate", ["auto", 0.5, None])
 def test_a_config_whose_rate_is_auto_is_planned(capsys, tiny_run, tmp_path, rate):
     config = str(tiny_run(method="hosl-node", client={"learning_rate": rate}))
-    assert planned(capsys, config, "--cuts", "2", "--write", str(tmp_path / "way.yaml"))["recommended"]
+    words = ["--cuts", "2", "--ways", "hosl-node", "--write", str(tmp_path / "way.yaml")]
+    assert planned(capsys, config, *words)["recommended"]
     assert load_config(tmp_path / "way.yaml").client.learning_rate == rate
 
 
 def test_a_way_of_another_method_is_written_with_its_own_usual_rate(capsys, tiny_run, tmp_path):
     config = str(tiny_run(method="hosl", client={"learning_rate": 1e-5}))
-    assert planned(capsys, config, "--cuts", "2", "--write", str(tmp_path / "way.yaml"))["recommended"]
+    words = ["--cuts", "2", "--ways", "hosl-node", "--write", str(tmp_path / "way.yaml")]
+    assert planned(capsys, config, *words)["recommended"]
     written = load_config(tmp_path / "way.yaml")
     assert (written.method, written.client_rate) == ("hosl-node", 1e-2)
 
@@ -255,16 +262,13 @@ def test_a_way_of_another_method_is_written_with_its_own_usual_rate(capsys, tiny
     ],
     ids=["adamw", "slopes", "kept"],
 )
-def test_a_way_of_the_configs_own_method_is_planned_and_written_with_its_settings(
-    tmp_path, monkeypatch, client, residual
-):
+def test_a_way_of_the_configs_own_method_is_planned_and_written_with_its_settings(tmp_path, client, residual):
     name = str(language_model(tmp_path / "model", "llama"))
     path = tuning(tmp_path, name, method="hosl-residual", zo={}, client=client, residual=residual)
     path.write_text(path.read_text().replace("cut: 1", "cut: 2"))
     asked = load_config(path)
-    few = partial(request.plan, names=["frozen", "hosl-residual", "fo-fo"])
-    monkeypatch.setattr(request, "plan", few)
-    found = request.planned(request.Planning(what=str(path), link=LinkSpec(), cuts=(2,)), say=print)
+    ways = "frozen", "hosl-residual", "fo-fo"
+    found = planning(Planning(what=str(path), link=LinkSpec(), cuts=(2,), ways=ways), say=print)
     (row,) = [row for row in found.rows if row.config.method == "hosl-residual"]
     found = dataclasses.replace(found, chosen=row)  # a plan by itself recommends another method
     found.write(tmp_path / "way.yaml")
@@ -279,7 +283,7 @@ def test_a_way_of_the_configs_own_method_is_planned_and_written_with_its_setting
 
 
 def test_a_plan_takes_the_overrides_of_train(capsys, tiny_run):
-    words = [str(tiny_run()), "--cuts", "2"]
+    words = [str(tiny_run()), "--cuts", "2", "--ways", "hosl"]
     plain = planned(capsys, *words)
     more = planned(
         capsys, *words, "--max-steps", "24", "--per-device-train-batch-size=4", "--zo.directions", "5"
@@ -287,21 +291,39 @@ def test_a_plan_takes_the_overrides_of_train(capsys, tiny_run):
     assert (plain["steps"], more["steps"], more["rows"]) == (12, 24, 4)
     q2, q5 = ({w["way"]: w["round_trips"] for w in found["ways"]}["hosl"] for found in (plain, more))
     assert (q2, q5) == (3, 6)
-    found = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8", "--max-steps", "7")
+    found = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8", "--max-steps", "7", "--ways", "hosl")
     assert found["steps"] == 7
     assert main(["plan", *words, "--zo.direction", "5"]) == 2
     assert "--zo.directions" in capsys.readouterr().err
 
 
 def test_the_reason_cites_what_was_measured_on_such_a_model(capsys, tiny_run):
-    classifier = planned(capsys, str(tiny_run()), "--cuts", "2")["why"]
-    decoder = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8")["why"]
-    assert "BANKING77, a classifier (docs/results/banking77.md)" in classifier
-    assert "on the one decoder measured it could not be told from frozen (docs/results/cut-5.md)" in decoder
+    ways = "frozen; hosl-residual; hosl-node"
+    classifier = planned(capsys, str(tiny_run()), "--cuts", "2", "--ways", ways)["why"]
+    decoder = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8", "--ways", ways)["why"]
+    assert "hosl-node stands first on BANKING77, a classifier (docs/results/banking77.md)" in classifier
+    assert (
+        "hosl-residual learned most on a language model, SmolLM2-135M (docs/results/residual.md)" in decoder
+    )
+    next_best = planned(capsys, "tiny", "--cuts", "2", "--tokens", "8", "--ways", "frozen; hosl-node")["why"]
+    assert "hosl-node comes next by what was measured (docs/results/index.md)" in next_best
+
+
+def test_ways_that_are_asked_for_are_compared_alone_and_need_names(capsys):
+    words = ["tiny", "--cuts", "2", "--tokens", "8", "--ways"]
+    found = planned(capsys, *words, "fo-fo, AdamW; hosl-residual, AdamW")
+    assert [way["way"] for way in found["ways"]] == ["fo-fo, AdamW", "hosl-residual, AdamW"]
+    assert found["recommended"] is None  # backprop, and a way that was not compared with others
+    assert "nothing to recommend: of the ways that were compared, fo-fo, AdamW; hosl-residual" in found["why"]
+    assert main(["plan", *words, "fo-fo, SGD"]) == 2
+    assert "no variant is called 'fo-fo, SGD'; there are: frozen; hosl; " in capsys.readouterr().err
+    assert main(["plan", *words, "fo-fo", "--runtime", "onnx"]) == 2
+    assert "fo-fo" in capsys.readouterr().err
 
 
 def test_the_table_is_folded_and_says_the_speeds_that_it_assumed(capsys, tiny_run):
     words = ["plan", str(tiny_run()), "--cores", "3", "--server-tflops", "7"]
+    words += ["--ways", "frozen; hosl; hosl-node"]
     assert main(words) == 0
     folded = capsys.readouterr().out
     assert "device assumed: 3 cores at 40 GFLOP/s (--cores, --probe measures it)" in folded
@@ -337,7 +359,7 @@ def test_the_pair_in_the_readme_runs_as_it_is_printed(capsys, tmp_path, monkeypa
     assert commands[0][:2] == ["plan", "my.yaml"]
     assert main(commands[0]) == 0
     shown = capsys.readouterr().out
-    assert "->    2  hosl-node" in shown
+    assert "->    2  hosl-residual" in shown
     assert "device: 2 GiB" in shown
     assert commands[1] == ["train", "my.yaml"]
     assert main([*commands[1], "--max-steps", "1", "--zo.directions", "1"]) == 0
@@ -355,17 +377,18 @@ def test_a_probe_says_how_far_residual_feedback_is_right(tmp_path, capsys, monke
     del settings["model_cut"], settings["zo"]
     settings["model"]["cut"] = 2
     path.write_text(yaml.safe_dump(settings))
-    rows = planned(capsys, str(path), "--probe")["alignment"]
+    few = ["--ways", "frozen"]
+    rows = planned(capsys, str(path), "--probe", *few)["alignment"]
     layers = [f"model.layers.{i}.{name}" for i in (1, 0) for name in ("mlp.down_proj", "self_attn.o_proj")]
     assert [row["layer"] for row in rows] == layers
     assert rows[0]["cosine"] == pytest.approx(1.0, abs=1e-4)  # nothing stands above the last layer
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-3)
     assert all(-1 <= row["cosine"] < 0.999 for row in rows[1:])
-    assert main(["plan", str(path), "--probe"]) == 0
+    assert main(["plan", str(path), "--probe", *few]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [layers[0], "1.00", "1.00"] in lines
     assert not (tmp_path / "run").exists()
-    assert "alignment" not in planned(capsys, str(path), "--probe", "--method", "frozen")
+    assert "alignment" not in planned(capsys, str(path), "--probe", "--method", "frozen", *few)
 
 
 @pytest.mark.parametrize(
@@ -379,18 +402,18 @@ def test_a_probe_says_how_far_residual_feedback_is_right(tmp_path, capsys, monke
 )
 def test_a_probe_measures_slopes_and_adapters_too(tmp_path, capsys, monkeypatch, words, note):
     monkeypatch.setattr("hosl.planner.request._with_machine", lambda question, work: question)
-    monkeypatch.setattr(request, "plan", partial(request.plan, names=["frozen"]))
     path = tuning(tmp_path, language_model(tmp_path / "model", "llama"), method="hosl-residual", zo={})
     path.write_text(path.read_text().replace("cut: 1", "cut: 2") + "residual: {blocks: 2}\n")
-    plain = planned(capsys, str(path), "--probe")["alignment"]
-    rows = planned(capsys, str(path), "--probe", *words)["alignment"]
+    few = ["--ways", "frozen"]
+    plain = planned(capsys, str(path), "--probe", *few)["alignment"]
+    rows = planned(capsys, str(path), "--probe", *few, *words)["alignment"]
     assert [row["layer"] for row in rows] == [row["layer"] for row in plain]
     if "lora" in words:  # nothing stands above the last layer
         assert rows[0]["cosine"] == pytest.approx(1.0, abs=1e-4)
         assert all(0 < abs(row["cosine"]) < 0.999 for row in rows[1:])
     else:  # the same updates, which are then scaled
         assert rows == plain
-    assert main(["plan", str(path), "--probe", *words]) == 0
+    assert main(["plan", str(path), "--probe", *few, *words]) == 0
     said = capsys.readouterr().out
     assert note in said
     assert "cosine of each layer's update" in said

@@ -36,14 +36,16 @@ def run(arguments: list[str]) -> int:
     if options.write and Path(options.write).exists():
         raise ConfigError(f"--write {options.write}: there is such a file already; choose another name")
 
+    from hosl.methods.variants import variants_called
     from hosl.planner.request import Planning, planned
     from hosl.report.planned import draw_plan
 
+    ways = variants_called(options.ways) if options.ways is not None else None
     planning = Planning(
         what=options.what, settings=lambda base: overridden(base, overrides),
         device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
         cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
-        on_engine=options.runtime == "onnx",
+        on_engine=options.runtime == "onnx", ways=None if ways is None else tuple(way.name for way in ways),
     )  # fmt: skip
     result = planned(planning, say=_say)
     if options.write:
@@ -94,6 +96,7 @@ def _parser() -> Parser:
         "--tokens", type=int, help="per row; default: the longest of the config's task, or 256"
     )
     parser.add_argument("--cuts", help="such as 1,3,5; default: up to twelve over the model")
+    parser.add_argument("--ways", help="to compare, separated by semicolons; default: the usual ones")
     parser.add_argument("--cores", type=int, default=1, help="of the device, where it is not measured")
     parser.add_argument(
         "--probe",

@@ -12,6 +12,7 @@ import msgspec
 from hosl.config import ClientConfig, Config, ZOConfig, parse_config
 from hosl.core.methods import GOVERNED, METHODS, Method
 from hosl.errors import ConfigError
+from hosl.split.families import Head
 
 SGD = {"name": "sgd"}
 ADAMW = {"name": "adamw"}
@@ -37,6 +38,8 @@ class Variant:
     """Whether `hosl plan` compares it by default."""
     choice: int | None = None
     """Its rank among the forward-only variants that a plan recommends, by their results (docs/results/index.md)."""
+    first_on: Head | None = None
+    """The head of models for which it stands before all ranks, by its results there."""
     on_engine: bool = False
     """Whether it is compared on the inference engine by default."""
     choice_on_engine: int | None = None
@@ -106,7 +109,7 @@ VARIANTS = (
     Variant(
         "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
     ),
-    Variant("hosl-residual", "hosl-residual", planned=True, on_engine=True),
+    Variant("hosl-residual", "hosl-residual", planned=True, choice=2, first_on="causal", on_engine=True),
     Variant("hosl-residual, all blocks", "hosl-residual", residual={"blocks": "all"}),
     Variant(
         "hosl-residual, all blocks, inputs kept",

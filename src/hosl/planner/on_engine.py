@@ -11,20 +11,25 @@ from hosl.parties.edge.make import check_config
 from hosl.planner.costs import lowest_cut
 from hosl.planner.edge_memory import EdgeShape, StoredShape, edge_shape
 from hosl.planner.model_shape import ModelShape
-from hosl.planner.plan import PLANNED, PlanRow, Question, nothing_fits
+from hosl.planner.plan import PLANNED, PlanRow, Question, nothing_recommended
 from hosl.split.adapters import default_targets
 
 _CHOICE = {v.name: v.choice_on_engine for v in VARIANTS if v.choice_on_engine is not None}
 """By variant, its rank, 1 for the one that trains most."""
 
 
-def names_on_engine(question: Question, say: Callable[[str], None]) -> tuple[str, ...]:
+def names_on_engine(
+    question: Question, asked: Sequence[str] | None, say: Callable[[str], None]
+) -> tuple[str, ...]:
     """The names of the variants that a plan compares on the engine; those that it has not are said in a line.
+
+    `asked`: the names of those that are wanted; None: the usual ones.
 
     Raises:
         ConfigError: if it has none of them, as the settings are.
     """
-    wanted = [v for v in VARIANTS if v.name in PLANNED or v in ON_ENGINE]
+    usual = [v for v in VARIANTS if v.name in PLANNED or v in ON_ENGINE]
+    wanted = usual if asked is None else [v for v in VARIANTS if v.name in asked]
     names, refused = [], dict[str, str]()
     for variant in wanted:
         least = lowest_cut(variant.method, question.base.residual.blocks, variant.client.get("trainable", ""))
@@ -68,11 +73,11 @@ def recommended_on_engine(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow
     """The row to take, and the reason: exact gradients of as much as fits, at `cut` or the nearest cut below.
 
     Raises:
-        ConfigError: if nothing fits.
+        ConfigError: if none of these ways fits.
     """
     fitting = [row for row in rows if row.fits and row.cut <= cut and row.name in _CHOICE]
     if not fitting:
-        raise nothing_fits(rows)
+        raise nothing_recommended(rows, cut)
 
     def rank(row: PlanRow) -> tuple[bool, int, int, bool]:
         together = row.config.client.micro_batch_size is None

@@ -159,12 +159,12 @@ def of_config(question: Question, name: str = "as configured") -> PlanRow:
     return _row(question, name, config, client, server, traffic)
 
 
-_EVIDENCE: dict[Head, str] = {
-    "classification": "stands first on BANKING77, a classifier (docs/results/banking77.md)",
-    "causal": "is the default; on the one decoder measured it could not be told from frozen "
-    "(docs/results/cut-5.md), it stands first on a classifier (docs/results/banking77.md)",
+_EVIDENCE: dict[tuple[Head, str], str] = {
+    ("classification", "hosl-node"): "stands first on BANKING77, a classifier (docs/results/banking77.md)",
+    ("causal", "hosl-residual"): "learned most on a language model, SmolLM2-135M (docs/results/residual.md)",
 }
 """What a recommended way was seen to do on a model with this head."""
+_NEXT = "comes next by what was measured (docs/results/index.md)"
 
 
 def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classification") -> tuple[PlanRow, str]:
@@ -176,20 +176,28 @@ def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classificati
         head: the head of the model, for the evidence.
 
     Raises:
-        ConfigError: if nothing fits.
+        ConfigError: if none of these ways fits.
     """
     fitting = [row for row in rows if row.fits]
-    for name in _by_choice():
+    for name in _by_choice(head):
         same = [row for row in fitting if row.name == name and row.cut <= cut]
         if same:
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
-            return row, f"of the forward-only ways that fit, {name} {_EVIDENCE[head]}{lower}"
-    raise nothing_fits(rows)
+            return (
+                row,
+                f"of the forward-only ways that fit, {name} {_EVIDENCE.get((head, name), _NEXT)}{lower}",
+            )
+    raise nothing_recommended(rows, cut)
 
 
-def nothing_fits(rows: Sequence[PlanRow]) -> ConfigError:
-    """The error of a plan of which no row fits."""
+def nothing_recommended(rows: Sequence[PlanRow], cut: int) -> ConfigError:
+    """The error of a plan of which no row fits, or none of those that a plan recommends up to `cut`."""
+    if fitting := list(dict.fromkeys(row.name for row in rows if row.fits)):
+        return ConfigError(
+            f"nothing to recommend: of the ways that were compared, {'; '.join(fitting)} would fit, and a plan "
+            f"recommends none of these at cut {cut} or below; compare others (--ways, --cuts)"
+        )
     smallest = min(rows, key=lambda row: row.device_process_bytes)
     return ConfigError(
         f"nothing fits: the least is {smallest.name} at cut {smallest.cut} with "
@@ -281,10 +289,10 @@ def _with_rows_at_once(config: Config, rows: int) -> Config:
     return msgspec.structs.replace(config, client=client)
 
 
-def _by_choice() -> list[str]:
-    """The names of the forward-only ways, the best one first."""
-    ranked = [(variant.choice, variant.name) for variant in VARIANTS if variant.choice is not None]
-    return [name for _, name in sorted(ranked)]
+def _by_choice(head: Head) -> list[str]:
+    """The names of the forward-only ways, the best one for models with this head first."""
+    ranked = [(v.first_on != head, v.choice, v.name) for v in VARIANTS if v.choice is not None]
+    return [name for *_, name in sorted(ranked)]
 
 
 class _Servers:

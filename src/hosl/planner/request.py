@@ -46,6 +46,8 @@ class Planning:
     server_tera_flops: float = 10.0
     on_engine: bool = False
     """Whether the device computes on an inference engine (the onnx runtime)."""
+    ways: tuple[str, ...] | None = None
+    """The names of the variants to compare; None: the usual ones."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         question = _with_machine(question, work)
         speed = "device measured: this machine"
     with gc_paused():
-        names = PLANNED if question.engine is None else names_on_engine(question, say)
+        names = asked.ways or PLANNED
+        if question.engine is not None:
+            names = names_on_engine(question, asked.ways, say)
         rows = plan(question, cuts=cuts, names=names, say=say)
     try:
         chosen, why = (
