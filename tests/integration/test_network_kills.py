@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hosl.parties.remote.server import SAVE_PAUSES_S
 from tests.integration.forked import Forked
 from tests.integration.network import ENVIRONMENT, HOSL, Server, finished, join, newest, split, wait_until
 
@@ -55,6 +56,15 @@ def left(run, service):
     for side, folder in (("client", newest(run / "checkpoints")), ("server", newest(served / "checkpoints"))):
         exact |= {f"{side}/{p.name}": p.read_bytes() for p in (folder / side).iterdir()}
     return exact
+
+
+IMPATIENT = [
+    sys.executable,
+    "-c",
+    "import sys; from hosl.cli import main; from hosl.parties.remote import server; "
+    "server.SAVE_PAUSES_S = tuple(0.1 for _ in server.SAVE_PAUSES_S); sys.exit(main())",
+]
+"""`hosl` that waits less until it asks again for a checkpoint."""
 
 
 def joining(halves, line, config, run, program=None):
@@ -118,9 +128,10 @@ def test_a_full_disk_on_the_server_loses_nothing(whole, tmp_path):
     run, service = tmp_path / "killed", tmp_path / "service"
     with Server(halves / "server", service, program=[sys.executable, str(HERE / "full_server.py")]) as server:
         line, address = server.line, server.address
-        client = joining(halves, line, config, run)
+        client = joining(halves, line, config, run, program=IMPATIENT)
         _, err = client.communicate(timeout=120)
         assert client.returncode == 1
+        assert err.count("trying again in") == len(SAVE_PAUSES_S)
         assert "No space left on device" in err
         assert "the one before it is intact" in err
         assert server.process.poll() is None
