@@ -15,7 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 _PARENT = multiprocessing.get_context("forkserver")
-_PARENT.set_forkserver_preload(["hosl.network.serve", "hosl.network.join", "hosl.training.train"])
+_PARENT.set_forkserver_preload(
+    [
+        "hosl.network.serve",
+        "hosl.network.join",
+        "hosl.training.train",
+        "hosl.report.build",
+        # half of a tiny run's seconds are the imports of what follows, which is loaded late
+        "matplotlib.backends.backend_svg",
+        "matplotlib.figure",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 class Forked:
