@@ -1,11 +1,9 @@
 """Tiny random models of every family, batches for them, and the way to real data."""
 
-import json
 import os
 from pathlib import Path
 
 import jaxtyping
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ import transformers as hf
 
 from hosl.core.targets import Batch, ClassTargets, OptionTargets
 from hosl.parties.engine.memory import TorchMemory  # noqa: F401  (imports the profiler once, before warnings are errors)
-from hosl.report import planned
+from tests import remembered_peaks
 from tests.families import MORE_MODELS
 
 hf.logging.disable_progress_bar()  # its bars would stand among the lines that tests count
@@ -64,24 +62,16 @@ def build(name, dtype=torch.float32, seed=0, attention=None, **changed):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def peaks_once():
-    """The report's plan of one config, model and batch is made once: half of the time of a tiny run is its page."""
-    known, peaks = {}, planned._peaks
-
-    def remembered(config, shape, batch, cuts):
-        settings = msgspec.to_builtins(config) | {"output_dir": None, "task": None, "seed": None}
-        settings["model"] |= {"name": None}
-        key = json.dumps(
-            [settings, shape.config.to_dict() | {"_name_or_path": None}, shape.head, batch, list(cuts)],
-            default=str,
-        )
-        if key not in known:
-            known[key] = peaks(config, shape, batch, cuts)
-        return dict(known[key])
-
-    planned._peaks = remembered
+def peaks_once(tmp_path_factory):
+    """The plan of a report's page is made once, here and in forked processes (`tests.remembered_peaks`)."""
+    here = tmp_path_factory.getbasetemp()
+    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "peaks"
+    folder.mkdir(exist_ok=True)
+    os.environ[remembered_peaks.FOLDER] = str(folder)
+    remembered_peaks.remember(folder)
     yield
-    planned._peaks = peaks
+    remembered_peaks.forget()
+    del os.environ[remembered_peaks.FOLDER]
 
 
 @pytest.fixture(params=MODELS)

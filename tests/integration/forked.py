@@ -21,6 +21,7 @@ _PARENT.set_forkserver_preload(
         "hosl.network.join",
         "hosl.training.train",
         "hosl.report.build",
+        "tests.remembered_peaks",
         # half of a tiny run's seconds are the imports of what follows, which is loaded late
         "matplotlib.backends.backend_svg",
         "matplotlib.figure",
