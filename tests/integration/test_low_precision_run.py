@@ -1,7 +1,6 @@
 """Whole runs over a low-precision base: trained, killed and resumed, joined over a network, exported."""
 
 import signal
-import subprocess
 import time
 
 import peft
@@ -14,6 +13,7 @@ import hosl
 from hosl.cli import main
 from hosl.split.quantised import Int8Linear
 from hosl.system.run_folder import read_lines
+from tests.integration.forked import Forked
 from tests.integration.network import ENVIRONMENT, HOSL, Server, enrol, finished, join, newest, split
 
 _LORA = {"target_modules": ["query", "value"], "r": 4}
@@ -42,14 +42,12 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, dtype
     config = str(tiny_run(method=method, client=_client(dtype), server=_SERVER, max_steps=40))
     assert main(["train", config, "--output-dir", str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*HOSL, "train", config, "--output-dir", str(killed)], env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
+    process = Forked([*HOSL, "train", config, "--output-dir", str(killed)], env=ENVIRONMENT)
     while not list((killed / "checkpoints").glob("step-*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (killed / "model").exists()
     assert main(["train", "--resume", str(killed)]) == 0
     assert _exact_bytes(killed) == _exact_bytes(tmp_path / "whole")
