@@ -32,6 +32,7 @@ RUNS = {
         "method": "hosl-residual", "client": {"learning_rate": 1e-3, "optimiser": {"name": "adamw"}},
     },
     "fo-blocks": {"method": "fo-recompute", "client": BLOCKS},
+    "fo-compressed": {"method": "fo-recompute", "client": BLOCKS, "wire": {"compression": "bf16"}},
     "fo-last-block": {"method": "fo-recompute", "client": LAST},
     "fo-lora": {"method": "fo-recompute", "client": LORA},
     "fo-lora-int8": {"method": "fo-recompute", "client": LORA | {"dtype": "int8"}},
