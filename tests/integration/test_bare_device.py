@@ -21,6 +21,7 @@ from tests.integration.devices import (
     write_config,
 )
 from tests.integration.network import ENVIRONMENT, Server, anew, finished, join
+from tests.texts import write_rows
 from tests.unit.test_edge_closure import COMMANDS, ENGINE_MIB, JOIN_MIB, WITH_ENGINE, loaded
 
 ROOT = Path(__file__).parents[2]
@@ -106,15 +107,10 @@ CALLS = {
     "fo-recompute": ("Hello", "Step", "Save", "Scores"),
 }
 MODELS = {
-    "all-MiniLM-L6-v2": {
-        "split": ["--cut", 3, "--head", "classification", "--labels", 20],
-        "task": {"kind": "docstrings", "train_rows": 64},
-    },
-    "SmolLM2-135M": {
-        "split": ["--cut", 4, "--labels-at", "server"],
-        "task": {"kind": "sft", "train": "python-docstrings", "max_tokens": 64, "train_rows": 16, "dev_rows": 4},
-    },
-}  # fmt: skip
+    "all-MiniLM-L6-v2": ["--cut", 3, "--head", "classification", "--labels", 20],
+    "SmolLM2-135M": ["--cut", 4, "--labels-at", "server"],
+}
+"""The words of `hosl split`."""
 KILLS = 10
 
 
@@ -122,9 +118,16 @@ KILLS = 10
 def real(request, tmp_path_factory):
     """The name of an embedded model and the folder of its halves."""
     halves = tmp_path_factory.mktemp("real") / "halves"
-    return request.param, split_with_graphs(
-        request.config, request.param, halves, *MODELS[request.param]["split"]
-    )
+    return request.param, split_with_graphs(request.config, request.param, halves, *MODELS[request.param])
+
+
+def few_rows(name, folder):
+    """The section `task` of few short rows for a model."""
+    if name == "all-MiniLM-L6-v2":
+        return {"kind": "docstrings", "train_rows": 64}
+    rows = folder / "rows.jsonl"
+    write_rows(rows, [{"prompt": f"{n} and {n} are", "completion": f" {2 * n}."} for n in range(24)])
+    return {"kind": "sft", "train": str(rows), "max_tokens": 64}
 
 
 @pytest.mark.slow
@@ -135,7 +138,7 @@ def test_ten_kills_at_random_messages_change_nothing(bare, real, tmp_path, metho
     config = tmp_path / "config.yaml"
     client = {"learning_rate": 1e-3} | ({} if method == "hosl" else {"trainable": "blocks"})
     settings = {
-        "method": method, "task": MODELS[name]["task"], "client": client, "wire": {"labels": "server"},
+        "method": method, "task": few_rows(name, tmp_path), "client": client, "wire": {"labels": "server"},
         "zo": {"directions": 2}, "server": {"learning_rate": 1e-3, "optimiser": {"name": "sgd"}},
         "max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 3, "save_steps": 2, "snapshot_steps": 4,
     }  # fmt: skip
@@ -166,10 +169,10 @@ def test_ten_kills_at_random_messages_change_nothing(bare, real, tmp_path, metho
 @pytest.mark.parametrize("method", ["fo-recompute", "hosl-residual"])
 def test_sixty_steps_of_docstrings_end_where_torchs_do(bare, pytestconfig, tmp_path, method):
     name = "all-MiniLM-L6-v2"
-    halves = split_with_graphs(pytestconfig, name, tmp_path / "halves", *MODELS[name]["split"])
+    halves = split_with_graphs(pytestconfig, name, tmp_path / "halves", *MODELS[name])
     config = tmp_path / "config.yaml"
     settings = {
-        "method": method, "task": {"kind": "docstrings", "train_rows": 480, "dev_rows": 200, "test_rows": 20},
+        "method": method, "task": {"kind": "docstrings", "train_rows": 480},
         "client": {"learning_rate": 1e-2, "trainable": "blocks"}, "residual": {"blocks": 1},
         "server": {"learning_rate": 1e-2, "optimiser": {"name": "sgd"}}, "wire": {"labels": "server"},
         "max_steps": 60, "per_device_train_batch_size": 8, "eval_steps": 30, "save_steps": 60,

@@ -12,7 +12,6 @@ import msgspec
 from hosl.config import ClientConfig, Config, ZOConfig, parse_config
 from hosl.core.methods import GOVERNED, METHODS, Method
 from hosl.errors import ConfigError
-from hosl.split.families import Head
 
 SGD = {"name": "sgd"}
 ADAMW = {"name": "adamw"}
@@ -38,8 +37,8 @@ class Variant:
     """Whether `hosl plan` compares it by default."""
     choice: int | None = None
     """Its rank among the forward-only variants that a plan recommends, by their results (docs/results/index.md)."""
-    first_on: Head | None = None
-    """The head of models for which it stands before all ranks, by its results there."""
+    choice_of_texts: int | None = None
+    """Its rank for language models, before all those that have `choice` alone, by results on such models."""
     on_engine: bool = False
     """Whether it is compared on the inference engine by default."""
     choice_on_engine: int | None = None
@@ -79,6 +78,8 @@ class Variant:
             section, _, name = path.partition(".")
             if path not in reads or path not in shared:
                 settings[section][name] = defaults[section][name]
+        if base.method_row.keeps_by_blocks != self.method_row.keeps_by_blocks:  # they adapt other layers
+            settings["client"]["lora"]["target_modules"] = None
         settings |= {"method": self.method, "profile": "paper"}
         settings["zo"] |= self.zo
         settings["residual"] |= self.residual
@@ -109,7 +110,7 @@ VARIANTS = (
     Variant(
         "hosl-gradient, low-rank, one-sided", "hosl-gradient", {"distribution": "low-rank", "sides": "one"}
     ),
-    Variant("hosl-residual", "hosl-residual", planned=True, choice=2, first_on="causal", on_engine=True),
+    Variant("hosl-residual", "hosl-residual", planned=True, choice=2, choice_of_texts=2, on_engine=True),
     Variant("hosl-residual, all blocks", "hosl-residual", residual={"blocks": "all"}),
     Variant(
         "hosl-residual, all blocks, inputs kept",
@@ -120,6 +121,13 @@ VARIANTS = (
     Variant("hosl-residual, a slope per block", "hosl-residual", residual={"slopes": "per-block"}),
     Variant("hosl-residual, AdamW", "hosl-residual", client={"optimiser": ADAMW}),
     Variant("hosl-residual, LoRA", "hosl-residual", client=LORA),
+    Variant(
+        "hosl-residual, LoRA + AdamW",
+        "hosl-residual",
+        client={**LORA, "optimiser": ADAMW},
+        planned=True,
+        choice_of_texts=1,
+    ),
     Variant("hosl-node", "hosl-node", planned=True, choice=1),
     Variant("zo-zo", "zo-zo"),
     Variant("hosl-gradient, LoRA", "hosl-gradient", client=LORA),

@@ -161,7 +161,10 @@ def of_config(question: Question, name: str = "as configured") -> PlanRow:
 
 _EVIDENCE: dict[tuple[Head, str], str] = {
     ("classification", "hosl-node"): "stands first on BANKING77, a classifier (docs/results/banking77.md)",
-    ("causal", "hosl-residual"): "learned most on a language model, SmolLM2-135M (docs/results/residual.md)",
+    **{
+        ("causal", name): "learned most on a language model, SmolLM2-135M (docs/results/residual.md)"
+        for name in ("hosl-residual", "hosl-residual, LoRA + AdamW")
+    },
 }
 """What a recommended way was seen to do on a model with this head."""
 _NEXT = "comes next by what was measured (docs/results/index.md)"
@@ -291,8 +294,10 @@ def _with_rows_at_once(config: Config, rows: int) -> Config:
 
 def _by_choice(head: Head) -> list[str]:
     """The names of the forward-only ways, the best one for models with this head first."""
-    ranked = [(v.first_on != head, v.choice, v.name) for v in VARIANTS if v.choice is not None]
-    return [name for *_, name in sorted(ranked)]
+    texts = [(v.choice_of_texts, v.name) for v in VARIANTS if v.choice_of_texts is not None]
+    others = [(v.choice, v.name) for v in VARIANTS if v.choice is not None]
+    ranked = [*(sorted(texts) if head == "causal" else ()), *sorted(others)]
+    return list(dict.fromkeys(name for _, name in ranked))
 
 
 class _Servers:
