@@ -151,3 +151,9 @@ def test_a_stored_head_is_trained_beside_adapters_as_peft_does(tiny, name, cut):
     assert mine == {
         n.partition("base_model.model.")[2].replace("modules_to_save.default.", "") for n in trained
     }
+
+
+@pytest.mark.parametrize("name", ["q_proj,v_proj", "[q_proj]", "q_proj v_proj", ""])
+def test_what_is_no_name_of_a_module_is_refused_with_how_to_write_it(name):
+    with pytest.raises(ConfigError, match=r"--client\.lora\.target-modules q_proj v_proj"):
+        LoraSpec(target_modules=("o_proj", name))

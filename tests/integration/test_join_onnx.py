@@ -6,6 +6,7 @@ import shutil
 import signal
 from hashlib import sha256
 
+import msgspec
 import onnx
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from hosl.cli import main
+from hosl.split.reading.runtime_json import RuntimeFacts, content_digest
 from tests.integration.conftest import write_classifier
 from tests.integration.devices import (
     ADAPTED_WORDS,
@@ -207,6 +209,7 @@ def edited(made, out, change):
     graphs = out / "halves" / "client" / "onnx"
     facts = json.loads((graphs / "runtime.json").read_text())
     change(facts, graphs)
+    facts["digest"] = content_digest(msgspec.convert(facts, RuntimeFacts))
     (graphs / "runtime.json").write_text(json.dumps(facts))
     return out / "halves"
 

@@ -316,9 +316,17 @@ def test_ways_that_are_asked_for_are_compared_alone_and_need_names(capsys):
     assert found["recommended"] is None  # backprop, and a way that was not compared with others
     assert "nothing to recommend: of the ways that were compared, fo-fo, AdamW; hosl-residual" in found["why"]
     assert main(["plan", *words, "fo-fo, SGD"]) == 2
-    assert "no variant is called 'fo-fo, SGD'; there are: frozen; hosl; " in capsys.readouterr().err
+    assert "no variant is called 'fo-fo, SGD'; names are separated by semicolons, and there are: frozen" in (
+        capsys.readouterr().err
+    )
+    assert main(["plan", *words, "; ;"]) == 2
+    assert "names are separated by semicolons" in capsys.readouterr().err
     assert main(["plan", *words, "fo-fo", "--runtime", "onnx"]) == 2
     assert "fo-fo" in capsys.readouterr().err
+    for ways in ("frozen; fo-fo", "frozen;  frozen"):
+        assert "only frozen fits, which trains nothing" in planned(capsys, *words, ways)["why"]
+    on_engine = planned(capsys, *words, "frozen;hosl-residual", "--runtime", "onnx")
+    assert (on_engine["recommended"], on_engine["why"][:20]) == (None, "nothing to recommend")
 
 
 def test_the_table_is_folded_and_says_the_speeds_that_it_assumed(capsys, tiny_run):

@@ -256,7 +256,7 @@ def test_bfloat16_weights_stay_so_on_disk(tmp_path):
 
 def test_layers_that_no_block_has_are_refused(tmp_path):
     with pytest.raises(SplitError, match=r"--lora-targets q_prj: a block has no such layer; there are fc1, "):
-        exported("opt", 1, GraphSpec(lora_targets=("q_prj",)), tmp_path)
+        exported("opt", 1, GraphSpec(lora_targets=("q_proj", "q_prj")), tmp_path)
 
 
 def _changed(folder, change):
@@ -272,11 +272,14 @@ def _changed(folder, change):
         (lambda f: (f / FOLDER / FILE).unlink(), "has no graphs for an inference engine"),
         (lambda f: (f / FOLDER / FILE).write_text("{"), "is damaged, or was made by another version"),
         (partial(_changed, change=lambda c: c.pop("opset")), "missing required field `opset`"),
-        (partial(_changed, change=lambda c: c.update(format=9)), "has format 9, this version reads 1"),
+        (partial(_changed, change=lambda c: c.update(format=9)), "has format 9, this version reads 2"),
         (partial(_changed, change=lambda c: c.update(client_digest="0" * 64)), "graphs and weights are of different"),
         (partial(_changed, change=lambda c: c["blocks"].pop()), "2 blocks, and half.json has 3"),
         (partial(_changed, change=lambda c: c["kinds"].clear()), "no graph of kind '0'"),
         (partial(_changed, change=lambda c: c["files"].update({"../x": "0"})), "'../x' is no file's name"),
+        (partial(_changed, change=lambda c: c["prelude"].update(table="x")), "does not have its own digest"),
+        (partial(_changed, change=lambda c: c["blocks"][0].update(prefix="x")), "does not have its own digest"),
+        (lambda f: (f / "config.json").write_text("{}"), "config.json has the digest"),
         (lambda f: (f / FOLDER / "prelude.onnx").unlink(), "prelude.onnx cannot be read: No such file"),
         (lambda f: (f / FOLDER / "block-0.onnx").write_bytes(b"ONNX"), "cut short, or of another split"),
     ],

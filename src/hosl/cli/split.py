@@ -98,7 +98,7 @@ def _graphs(options: Namespace) -> GraphSpec | None:
                     "torch; add --runtime onnx, or leave it out"
                 )
         return None
-    targets = tuple(filter(None, (options.lora_targets or "").split(",")))
+    targets = tuple(dict.fromkeys(filter(None, map(str.strip, (options.lora_targets or "").split(",")))))
     if options.lora_targets is not None and not targets:
         raise ConfigError("--lora-targets names no layer; such as --lora-targets q_proj,v_proj")
 

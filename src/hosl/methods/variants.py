@@ -170,13 +170,15 @@ def variants_called(names: str | None, usual: tuple[Variant, ...] = VARIANTS) ->
     """The variants with these names, separated by semicolons; None: the usual ones.
 
     Raises:
-        ConfigError: if there is no such variant.
+        ConfigError: if there is no such variant, or none is named.
     """
     if names is None:
         return usual
     by_name = {variant.name: variant for variant in VARIANTS}
-    chosen = [name.strip() for name in names.split(";")]
-    for name in chosen:
+    chosen = list(dict.fromkeys(" ".join(name.split()) for name in names.split(";") if name.strip()))
+    for name in chosen or [names]:
         if name not in by_name:
-            raise ConfigError(f"no variant is called {name!r}; there are: {'; '.join(by_name)}")
+            raise ConfigError(
+                f"no variant is called {name!r}; names are separated by semicolons, and there are: {'; '.join(by_name)}"
+            )
     return tuple(by_name[name] for name in chosen)

@@ -84,6 +84,8 @@ def recommended_on_engine(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow
         return row.name != FORWARD.name, row.cut, -_CHOICE[row.name], together
 
     best = max(fitting, key=rank)
+    if not any(row.name in _CHOICE and row.name != FORWARD.name for row in rows):
+        raise nothing_recommended(rows, cut)
     lower = "" if best.cut == cut else f"; at cut {cut} no such way fits"
     if best.name == FORWARD.name:
         return best, f"of the ways with exact gradients none fits{lower}"

@@ -12,7 +12,7 @@ import msgspec
 from hosl.config import Config
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError, SplitError
-from hosl.methods.variants import VARIANTS, Variant
+from hosl.methods.variants import FORWARD, VARIANTS, Variant
 from hosl.parties.micro_batches import TOKENS_AT_ONCE
 from hosl.planner.costs import (
     PartyCost,
@@ -187,6 +187,8 @@ def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classificati
         if same:
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
             lower = "" if row.cut == cut else f"; cut {cut} does not fit"
+            if name == FORWARD.name:
+                return row, f"of the forward-only ways compared only frozen fits, which trains nothing{lower}"
             return (
                 row,
                 f"of the forward-only ways that fit, {name} {_EVIDENCE.get((head, name), _NEXT)}{lower}",

@@ -23,6 +23,12 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ConfigError(f"lora.{name} must lie in 1..{most:,}, got {shown}")
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("lora.target_modules is empty; name at least one module, or leave it out")
+        for name in self.target_modules or ():
+            if not name or any(character in ",;[]\"'" or character.isspace() for character in name):
+                raise ConfigError(
+                    f"lora.target_modules has {name!r}, which is no module's name; in a file it is a list, such as "
+                    "[q_proj, v_proj], on a command line words: --client.lora.target-modules q_proj v_proj"
+                )
 
 
 class GraphSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,7 +57,8 @@ def scaling_limit(config: Mapping[str, Any]) -> int | None:
 
     Beyond it, transformers chooses the frequencies of `dynamic` and `longrope` by the longest row of the batch.
     """
-    ropes = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = config.get("rope_parameters") or config.get("rope_scaling")
+    ropes: Mapping[str, Any] = said if isinstance(said, dict) else {}
     original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     limits = []
     for rope in (

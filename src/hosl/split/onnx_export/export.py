@@ -4,7 +4,7 @@ Files and runtime.json: `hosl.split.reading.runtime_json`. The graphs are made o
 are their inputs, and stay in the half's own file.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -52,6 +52,7 @@ from hosl.split.reading.runtime_json import (
     PreludeGraph,
     RuntimeFacts,
     Variant,
+    content_digest,
 )
 from hosl.split.specs import GraphSpec
 from hosl.system.readable import one_line
@@ -108,10 +109,21 @@ def export_graphs(
         lora=LoraTargets(targets=tuple(sorted(spec.lora_targets))) if spec.lora_targets else None,
         dtype="int8" if spec.int8 else _stored(half),
         operators=dict(sorted(operators(graphs).items())),
-        files={file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(graphs.iterdir())},
+        files=_digests(graphs.iterdir()),
+        beside=_digests(file for file in folder.iterdir() if _is_beside(file)),
     )
+    facts = msgspec.structs.replace(facts, digest=content_digest(facts))
     (graphs / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
     return facts
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+def _is_beside(file: Path) -> bool:
+    """Whether it is a file of the client's folder that no digest of half.json covers."""
+    return file.is_file() and file.suffix != ".safetensors" and file.name != "half.json"
 
 
 def _stored(half: ClientHalf) -> Dtype:
@@ -154,8 +166,7 @@ class _Graphs:
             for block, call in zip(blocks, self._recording.calls, strict=False)
         ]
         if self._spec.lora_targets:
-            for function in functions:
-                self._adapted(layers_named(function.block))
+            self._check_targets([layers_named(function.block) for function in functions])
         kinds = kinds_of(functions, self._sizes, self._width)
         made: dict[str, dict[Variant, BlockGraph]] = {}
         extras: dict[str, tuple[str, ...]] = {}
@@ -253,18 +264,22 @@ class _Graphs:
                 yield f"{name}-feedback", adapted, adapted.feedback
 
     def _adapted(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of a block's layers that are targets.
+        """Those of a block's layers that are targets."""
+        return tuple(name for name in layers if name.rpartition(".")[2] in self._spec.lora_targets)
+
+    def _check_targets(self, blocks: Sequence[tuple[str, ...]]) -> None:
+        """Refuse targets before any graph is made: a name that no block has, a block that has none of them.
 
         Raises:
-            SplitError: if there is none.
+            SplitError: naming it, and the layers that there are.
         """
-        found = tuple(name for name in layers if name.rpartition(".")[2] in self._spec.lora_targets)
-        if not found:
+        there = {name.rpartition(".")[2] for layers in blocks for name in layers}
+        missing = [name for name in self._spec.lora_targets if name not in there]
+        if missing or not all(map(self._adapted, blocks)):
             raise SplitError(
-                f"--lora-targets {','.join(self._spec.lora_targets)}: a block has no such layer; there are "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in layers}))}"
+                f"--lora-targets {','.join(missing or self._spec.lora_targets)}: a block has no such layer; there are "
+                f"{', '.join(sorted(there))}"
             )
-        return found
 
     def _prelude(self, wanted: tuple[str, ...]) -> PreludeGraph:
         """Write the graph of what stands before the blocks, with these outputs."""

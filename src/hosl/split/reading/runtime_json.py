@@ -31,7 +31,7 @@ SUM = "sum."
 """What stands before a weight's name in inputs to whose value a graph adds that weight's gradient."""
 LORA_SCALE = "lora_scale"
 """The input of graphs with adapters that multiplies them: alpha / r, float32 without dimensions."""
-FORMAT = 1
+FORMAT = 2
 
 Variant: TypeAlias = str
 """block, gradient, gradient-sums, feedback; lora, lora-gradient, lora-feedback; int8, lora-int8, ..."""
@@ -119,6 +119,15 @@ class RuntimeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """How often each operator stands in the graphs: what an accelerator must know to run them."""
     files: dict[str, str]
     """By name of a file of the folder, its SHA-256."""
+    beside: dict[str, str] = {}
+    """The same of the client folder's own files that no other digest covers: config.json, the tokenizer's."""
+    digest: str = ""
+    """`content_digest` of all of the above."""
+
+
+def content_digest(facts: RuntimeFacts) -> str:
+    """The SHA-256 of what runtime.json says, but for its own `digest`."""
+    return sha256(msgspec.json.encode(msgspec.structs.replace(facts, digest=""))).hexdigest()
 
 
 def read_runtime_json(folder: Path, *, files: bool = True) -> RuntimeFacts:
@@ -153,8 +162,13 @@ def read_runtime_json(folder: Path, *, files: bool = True) -> RuntimeFacts:
             "folder again"
         )
     _check_whole(file, facts, half["cut"])
-    for name, digest in facts.files.items() if files else ():
-        _check_file(file.parent, name, digest)
+    if facts.digest != content_digest(facts):
+        raise ModelError(
+            f"{file} does not have its own digest: it was changed; copy the whole client folder again"
+        )
+    for place, digests in (file.parent, facts.files), (folder, facts.beside):
+        for name, digest in digests.items() if files else ():
+            _check_file(place, name, digest)
     return facts
 
 
@@ -165,7 +179,9 @@ def _check_whole(file: Path, facts: RuntimeFacts, cut: int) -> None:
     files += [facts.head.file, facts.head.gradient_file] if facts.head else []
     wrong = [f"no digest of {name}" for name in files if name not in facts.files]
     wrong += [
-        f"{name!r} is no file's name" for name in facts.files if name != Path(name).name or name in ("", "..")
+        f"{name!r} is no file's name"
+        for name in (*facts.files, *facts.beside)
+        if name != Path(name).name or name in ("", "..")
     ]
     if len(facts.blocks) != cut:
         wrong.append(f"{len(facts.blocks)} blocks, and half.json has {cut}")
