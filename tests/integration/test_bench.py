@@ -77,7 +77,10 @@ def test_a_table_is_printed_for_people(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["step", "--methods", "hosl;hosll"], "no variant is called 'hosll'; there are: frozen; hosl;"),
+        (
+            ["step", "--methods", "hosl;hosll"],
+            "no variant is called 'hosll'; names are separated by semicolons, and there are: frozen; hosl;",
+        ),
         (["step", "--shape", "opt-9b", "--repeats", "1"], "no shape is called 'opt-9b'"),
         (["steps"], "invalid choice: 'steps'"),
         ([], "the following arguments are required: what"),
