@@ -30,6 +30,7 @@ from hosl.service.hosted_half import OpenHalf
 from hosl.service.runs import BASE, ServedRun
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import checkpoint_steps, intact_steps, newest_checkpoint
+from hosl.system.readable import readable_count
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
@@ -343,10 +344,11 @@ class Sessions:
             )
             if left is None:
                 busy = ", ".join(
-                    f"{run.name} ({', '.join(self.clients_of(run))})" for run in self.runs.values()
+                    f"{run.name} ({', '.join(self.clients_of(run)) or 'texts and scores of it'})"
+                    for run in self.runs.values()
                 )
                 raise LimitError(
-                    f"this server trains {len(self.runs)} runs at once and is busy with {busy}; wait until one is "
+                    f"this server has room for {readable_count(len(self.runs), 'run')} and is busy with {busy}; wait until one is "
                     f"finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
                     "`hosl serve --runs-at-once`"
                 )
