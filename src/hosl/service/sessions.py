@@ -348,8 +348,8 @@ class Sessions:
                     for run in self.runs.values()
                 )
                 raise LimitError(
-                    f"this server has room for {readable_count(len(self.runs), 'run')} and is busy with {busy}; wait until "
-                    f"one is finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
+                    f"this server has room for {readable_count(len(self.runs), 'run')} and is busy with {busy}; wait "
+                    f"until one is finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
                     "`hosl serve --runs-at-once`"
                 )
             left.save(asked=False)
