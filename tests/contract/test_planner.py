@@ -356,7 +356,6 @@ def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.usefixtures("unchecked")
 def test_below_one_row_at_a_time_a_lower_cut_is_named():
     shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
     takes = takes_of(shape, 32, 48, 256)

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from tests.exported import alone, made_by
+from tests.integration.conftest import write_classifier
 from tests.integration.network import ENVIRONMENT, HOSL, anew, finished
 
 HERE = Path(__file__).parent
@@ -62,6 +63,13 @@ def split_with_graphs(config, model, out, *words):
             finished(anew(list(map(str, command)), env=ENVIRONMENT), wait_s=1200)
             partial.rename(kept)
     return shutil.copytree(kept, out)
+
+
+def classifier_halves(config, folder, words):
+    """Write data.csv, and halves of a tiny classifier with graphs, into `folder`; returns it."""
+    write_classifier(folder)
+    split_with_graphs(config, folder / "model-in", folder / "halves", *words)
+    return folder
 
 
 def device(*words, program=()):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.conftest import write_classifier
 from tests.integration.devices import (
     ADAPTED_WORDS,
     HERE,
     RUNS,
+    classifier_halves,
     losses,
     split_with_graphs,
     write_config,
@@ -54,10 +54,7 @@ def joining(bare, half, line, config, run, program=()):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, pytestconfig):
     """A folder with data.csv and the halves of a tiny classifier, with all its graphs."""
-    folder = tmp_path_factory.mktemp("classifier")
-    write_classifier(folder)
-    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *ADAPTED_WORDS)
-    return folder
+    return classifier_halves(pytestconfig, tmp_path_factory.mktemp("classifier"), ADAPTED_WORDS)
 
 
 @pytest.fixture(scope="module")

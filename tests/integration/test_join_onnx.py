@@ -15,12 +15,12 @@ import yaml
 
 from hosl.cli import main
 from hosl.split.reading.runtime_json import RuntimeFacts, content_digest
-from tests.integration.conftest import write_classifier
 from tests.integration.devices import (
     ADAPTED_WORDS,
     HERE,
     RUNS,
     WORDS,
+    classifier_halves,
     joining,
     losses,
     split_with_graphs,
@@ -32,10 +32,7 @@ from tests.integration.network import Server, enrol, finished, join, newest
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pytestconfig):
     """A folder with data.csv and halves of a tiny classifier, with graphs of plain weights."""
-    folder = tmp_path_factory.mktemp("device")
-    write_classifier(folder)
-    split_with_graphs(pytestconfig, folder / "model-in", folder / "halves", *WORDS)
-    return folder
+    return classifier_halves(pytestconfig, tmp_path_factory.mktemp("device"), WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,14 @@ import json
 
 import pytest
 
-from tests.integration.conftest import write_classifier
-from tests.integration.devices import device, joining, split_with_graphs, write_config
+from tests.integration.devices import (
+    WORDS,
+    classifier_halves,
+    device,
+    joining,
+    split_with_graphs,
+    write_config,
+)
 from tests.integration.languages import PROMPTS, language_model, tuning
 from tests.integration.network import ENVIRONMENT, HOSL, Server, anew, finished
 
@@ -57,9 +63,7 @@ def test_a_device_without_torch_says_token_for_token_what_a_torch_device_says(la
 
 
 def test_a_device_without_torch_predicts_what_a_torch_device_predicts(tmp_path, pytestconfig):
-    write_classifier(tmp_path)
-    words = ["--cut", 2, "--head", "classification", "--labels", 2]
-    split_with_graphs(pytestconfig, tmp_path / "model-in", tmp_path / "halves", *words)
+    classifier_halves(pytestconfig, tmp_path, WORDS)
     config = write_config(tmp_path / "config.yaml", tmp_path, max_steps=4)
     with Server(tmp_path / "halves" / "server", tmp_path / "service") as server:
         finished(joining(tmp_path / "halves", server.line, config, tmp_path / "run"))

@@ -273,9 +273,8 @@ def test_a_half_makes_no_room_for_another_run_while_a_text_goes_on_in_it(tmp_pat
             await service.hello("bob", ALONE)
         await text.end()
         assert (await service.hello("bob", ALONE)).start == 0
-        with pytest.raises(
-            LimitError, match="has room for 1 run and is busy with"
-        ):  # and no text for a run that trains
+        # and no text for a run that trains
+        with pytest.raises(LimitError, match="has room for 1 run and is busy with"):
             await service.call("_generate", "ann", ask())
 
     in_loop(work())

@@ -40,12 +40,12 @@ def run(arguments: list[str]) -> int:
     from hosl.planner.request import Planning, planned
     from hosl.report.planned import draw_plan
 
-    ways = variants_called(options.ways) if options.ways is not None else None
+    ways = None if options.ways is None else tuple(way.name for way in variants_called(options.ways))
     planning = Planning(
         what=options.what, settings=lambda base: overridden(base, overrides),
         device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
         cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
-        on_engine=options.runtime == "onnx", ways=None if ways is None else tuple(way.name for way in ways),
+        on_engine=options.runtime == "onnx", ways=ways,
     )  # fmt: skip
     result = planned(planning, say=_say)
     if options.write:

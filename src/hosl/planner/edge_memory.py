@@ -12,7 +12,7 @@ float32, f as much of a feed-forward layer, s a micro-batch's attention scores [
                feedback    the same u, or one that the others are made of again; max(F, f + dW), sums of dW beside it
                int8        F with the largest matrix in float32, B with two
     F          max(2u + f, or but for ReLU u + 2f, or of gated layers u + 3f;  u + 3s + m)
-    B          max(11u + 3f, or but for ReLU 3.5f, or of gated layers 7.5f, + s;  9u + 2f, or gated 14u + 3f, + 4s + m)
+    B          max(7u + 3f, or but for ReLU 3.5f, or of gated layers 7.5f, + s;  6u + 4s + m)
     B, LoRA    max(4u + 3f or as above + s;  5.5u + 3s + m)
 
 F and B are what ONNX Runtime 1.32 holds at once for the graphs of `hosl.split.onnx_export`, fitted to the peaks of
@@ -287,8 +287,7 @@ class _Step:
     def _of_gradients(self) -> list[_Moment]:
         feedback, blocks = self._config.method_row.keeps_by_blocks, range(len(self._trained))
         lora = self._config.client.trainable == "lora"
-        exact = recomputing.EVALUATIONS_OF_ADAPTERS if lora else recomputing.EVALUATIONS
-        at_once, parts = self._slices(residual.EVALUATIONS if feedback else exact)
+        at_once, parts = self._slices(residual.EVALUATIONS if feedback else recomputing.EVALUATIONS)
         inputs = len(blocks) - (self._lowest if feedback else max(self._lowest, 1))
         if feedback and inputs and self._stream_alone():
             inputs = 1
@@ -326,8 +325,7 @@ class _Step:
         layers = 4 * u + (7.5 if gated else 3.0 if self._half.relu else 3.5) * f + s
         if adapters:
             return max(layers, 5.5 * u + 3 * s + m)
-        waiting = 14 * u + 3 * f if gated else 9 * u + 2 * f
-        return max(layers + 7 * u, waiting + 4 * s + m)
+        return max(layers + 3 * u, 6 * u + 4 * s + m)
 
     def _feedback(self, at_once: int, gradients: float) -> float:
         """What a block's graph of residual feedback holds, its gradients among it."""

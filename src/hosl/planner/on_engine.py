@@ -75,8 +75,9 @@ def recommended_on_engine(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow
     Raises:
         ConfigError: if none of these ways fits.
     """
-    fitting = [row for row in rows if row.fits and row.cut <= cut and row.name in _CHOICE]
-    if not fitting:
+    ranked = [row for row in rows if row.name in _CHOICE]
+    fitting = [row for row in ranked if row.fits and row.cut <= cut]
+    if not fitting or all(row.name == FORWARD.name for row in ranked):
         raise nothing_recommended(rows, cut)
 
     def rank(row: PlanRow) -> tuple[bool, int, int, bool]:
@@ -84,8 +85,6 @@ def recommended_on_engine(rows: Sequence[PlanRow], *, cut: int) -> tuple[PlanRow
         return row.name != FORWARD.name, row.cut, -_CHOICE[row.name], together
 
     best = max(fitting, key=rank)
-    if not any(row.name in _CHOICE and row.name != FORWARD.name for row in rows):
-        raise nothing_recommended(rows, cut)
     lower = "" if best.cut == cut else f"; at cut {cut} no such way fits"
     if best.name == FORWARD.name:
         return best, f"of the ways with exact gradients none fits{lower}"

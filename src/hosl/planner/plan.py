@@ -162,8 +162,9 @@ def of_config(question: Question, name: str = "as configured") -> PlanRow:
 _EVIDENCE: dict[tuple[Head, str], str] = {
     ("classification", "hosl-node"): "stands first on BANKING77, a classifier (docs/results/banking77.md)",
     **{
-        ("causal", name): "learned most on a language model, SmolLM2-135M (docs/results/residual.md)"
-        for name in ("hosl-residual", "hosl-residual, LoRA + AdamW")
+        ("causal", v.name): "learned most on a language model, SmolLM2-135M (docs/results/residual.md)"
+        for v in VARIANTS
+        if v.choice_of_texts is not None
     },
 }
 """What a recommended way was seen to do on a model with this head."""

@@ -155,9 +155,9 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         question = _with_machine(question, work)
         speed = "device measured: this machine"
     with gc_paused():
-        names = asked.ways or PLANNED
-        if question.engine is not None:
-            names = names_on_engine(question, asked.ways, say)
+        names = (
+            asked.ways or PLANNED if question.engine is None else names_on_engine(question, asked.ways, say)
+        )
         rows = plan(question, cuts=cuts, names=names, say=say)
     try:
         chosen, why = (

@@ -16,10 +16,10 @@ from hosl.parties.edge.half import EdgeHalf
 from hosl.parties.edge.update import descend_gradient_
 from hosl.parties.micro_batches import row_slices
 
-EVALUATIONS, EVALUATIONS_OF_ADAPTERS = 8, 4
+EVALUATIONS = 4
 """The share of a batch's rows that are evaluated and recomputed at once, for memory: a block's gradients hold the
-activations of about four forward passes, and where whole weights are trained a set of gradients beside them. Fewer rows
-take longer: a tenth at 2 of 64 tokens against 4; a third over an int8 base, whose matrices are widened each time."""
+activations of about four forward passes. Fewer rows take longer: a tenth at 2 of 64 tokens against 4, as matrices are
+read again for each micro-batch; a third over an int8 base, where they are widened again, too."""
 
 
 class RecomputingEdgeClient(FrozenEdgeClient):
@@ -50,8 +50,7 @@ class RecomputingEdgeClient(FrozenEdgeClient):
     def forward_for_backward(self, batch: Batch) -> Float[np.ndarray, "rows seq width"]:
         """h; the inputs of the blocks from the lowest trained one on stay here until `backward`, but for block 0's."""
         self._kept = None  # of a forward pass whose gradient never came
-        share = EVALUATIONS_OF_ADAPTERS if self.half.adapters else EVALUATIONS
-        slices = row_slices(batch.input_ids.shape, share, self.micro_batch_size)
+        slices = row_slices(batch.input_ids.shape, EVALUATIONS, self.micro_batch_size)
         hidden, extras = self._before_blocks(batch, slices)
         hidden = self._through(range(self._lowest), hidden, slices, extras)
         kept = Kept(slices, extras, batch)
