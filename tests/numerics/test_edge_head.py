@@ -1,5 +1,6 @@
 """The head of a client that keeps its labels, on the inference engine, against its torch twin."""
 
+import re
 from dataclasses import replace
 
 import jaxtyping
@@ -40,8 +41,11 @@ class FixedStates:
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    """`split(family)`: the client's folder of a tiny model without blocks, labels at the client, with graphs."""
-    made = {}
+    """`split(family)`: the client's folder of a tiny model without blocks, labels at the client, with graphs.
+
+    `split.said`: the lines of progress by family.
+    """
+    made, said = {}, {}
 
     def folder(family):
         if family not in made:
@@ -49,12 +53,30 @@ def split(tmp_path_factory):
             build(family).save_pretrained(out / "model")
             classes = {"head": "classification", "num_labels": 5} if family == "bert" else {}
             jaxtyping.config.update("jaxtyping_disable", True)  # sizes are symbols while a graph is traced
-            split_folder(out / "model", 0, out / "halves", labels="client", graphs=GraphSpec(), **classes)
+            lines = said.setdefault(family, [])
+            split_folder(
+                out / "model",
+                0,
+                out / "halves",
+                labels="client",
+                graphs=GraphSpec(),
+                say=lines.append,
+                **classes,
+            )
             jaxtyping.config.update("jaxtyping_disable", False)
             made[family] = out / "halves/client"
         return made[family]
 
+    folder.said = said
     return folder
+
+
+def test_each_graph_is_told_before_it_is_made_and_how_long_the_rest_takes(split):
+    split("bert")
+    first, second, third = split.said["bert"]
+    assert first == "graph 1 of 3: prelude.onnx"
+    assert re.fullmatch(r"graph 2 of 3: head\.onnx, about \d+ s left", second)
+    assert re.fullmatch(r"graph 3 of 3: head-gradient\.onnx, about \d+ s left", third)
 
 
 def _pair(folder):

@@ -314,8 +314,11 @@ class TestCommand:
         asked = ["split", str(tmp_path / "model"), "--cut", str(BLOCKS), str(out), "--head", "classification"]
         with unverified():
             assert main([*asked, "--runtime", "onnx", "--json"]) == 0
-        answer = json.loads(capsys.readouterr().out)
-        assert answer["graphs"] == 5
+        printed = capsys.readouterr()
+        told = [line for line in printed.err.splitlines() if line.startswith("split: graph ")]
+        assert [line.split(":")[1] for line in told] == [f" graph {n} of 4" for n in range(1, 5)]
+        answer = json.loads(printed.out)
+        assert answer["graphs"] == 5  # sums are made of the gradient's
         assert answer["operators"] == read_runtime_json(out / "client").operators
         assert answer["operators"]["Gemm"] > 6
         second = out / "client" / FOLDER

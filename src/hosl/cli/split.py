@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
     info = split_folder(
         options.model, options.cut, Path(options.out), head=options.head, num_labels=options.num_labels,
-        seed=options.seed, labels=labels, graphs=graphs,
+        seed=options.seed, labels=labels, graphs=graphs, say=_say,
     )  # fmt: skip
     for note in info.notes:
         sys.stderr.write(f"hosl: model {options.model}: {note}\n")
@@ -63,6 +63,10 @@ def run(arguments: list[str]) -> int:
         facts["operators"] = runtime.operators if options.json else ", ".join(runtime.operators)
     answer(facts, as_json=options.json)
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"split: {text}\n")
 
 
 def _add_graphs(parser: Parser) -> None:

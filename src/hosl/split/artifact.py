@@ -10,6 +10,7 @@ written: its weight is the embedding of model.safetensors, and half.json says `t
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,7 @@ def split_folder(
     seed: int = 0,
     labels: LabelsAt = "server",
     graphs: GraphSpec | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> SplitInfo:
     """Cut a checkpoint on disk into `out`/client and `out`/server, never holding more than one half.
 
@@ -85,6 +87,7 @@ def split_folder(
         labels: the side where the labels stay; `client` also puts final norm and head there, as
             OUT/client/head.safetensors.
         graphs: make OUT/client/onnx too, for a device without torch; None: do not.
+        say: is called with a line of progress before each graph, which take about ten seconds each.
 
     Raises:
         SplitError: if the family is unknown, or the cut outside 0..n, or no graphs can be made.
@@ -119,7 +122,7 @@ def split_folder(
             (partial / side / "half.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         _add_companions(folder, partial / "client")
         if graphs is not None:
-            _export_graphs(partial / "client", graphs)
+            _export_graphs(partial / "client", graphs, say)
     client_bytes = sizes["client"] + sizes.get("head", 0)
     return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], notes)
 
@@ -130,12 +133,12 @@ def _add_companions(folder: Path, client: Path) -> None:
         transformers_tokenizer(folder).save(str(client / "tokenizer.json"))
 
 
-def _export_graphs(folder: Path, graphs: GraphSpec) -> None:
+def _export_graphs(folder: Path, graphs: GraphSpec, say: Callable[[str], None]) -> None:
     from hosl.split.onnx_export import export_graphs  # its packages are an extra of their own
 
     half = load_half(folder)
     assert isinstance(half, ClientHalf)
-    export_graphs(half, folder, graphs, _head_function(folder, half))
+    export_graphs(half, folder, graphs, _head_function(folder, half), say=say)
 
 
 def _head_function(folder: Path, client_half: ClientHalf) -> Any:

@@ -4,6 +4,7 @@ Files and runtime.json: `hosl.split.reading.runtime_json`. The graphs are made o
 are their inputs, and stay in the half's own file.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -59,11 +60,17 @@ from hosl.system.readable import one_line
 
 _MINIMUM_ONNXRUNTIME = "1.18"
 """The first that reads the graphs' opset and format."""
+_GRAPHS_OF_A_HEAD = 2
 _VERSIONS = ("hosl", "torch", "transformers", "onnx", "onnxruntime")
 
 
 def export_graphs(
-    half: ClientHalf, folder: Path, spec: GraphSpec, head: HeadFunction | None = None
+    half: ClientHalf,
+    folder: Path,
+    spec: GraphSpec,
+    head: HeadFunction | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
 ) -> RuntimeFacts:
     """Write `folder`/onnx: the graphs of a client half, and runtime.json; returns its content.
 
@@ -72,6 +79,7 @@ def export_graphs(
         folder: a client's half, with half.json; without graphs.
         spec: the graphs to make beside those of plain weights.
         head: the head of a client that keeps its labels; None: it is at the server.
+        say: is called with a line of progress before each graph.
 
     Raises:
         SplitError: if the family cannot be exported, saying why, or if no layer has a target's name.
@@ -83,8 +91,8 @@ def export_graphs(
         write_int8(graphs, half)
     try:
         with torch.no_grad():
-            graphs_of_half = _Graphs(half, graphs, spec)
-            made = graphs_of_half.write()
+            graphs_of_half = _Graphs(half, graphs, spec, say)
+            made = graphs_of_half.write(beside=0 if head is None else _GRAPHS_OF_A_HEAD)
             of_head = None if head is None else graphs_of_half.write_head(head)
     except OSError:
         raise  # of the disk
@@ -149,8 +157,9 @@ class _Made:
 class _Graphs:
     """The graphs of one half, and the folder that they are written to."""
 
-    def __init__(self, half: ClientHalf, folder: Path, spec: GraphSpec) -> None:
-        self._half, self._folder, self._spec = half, folder, spec
+    def __init__(self, half: ClientHalf, folder: Path, spec: GraphSpec, say: Callable[[str], None]) -> None:
+        self._half, self._folder, self._spec, self._say = half, folder, spec, say
+        self._written, self._all, self._begin = 0, 0, time.monotonic()
         self._sizes = sizes_beside(_taken(half))
         self._others = Sizes(*(size + 1 for size in self._sizes.names))
         """Of the batch that graphs are tried with."""
@@ -158,8 +167,8 @@ class _Graphs:
         self._checked = record(half, self._others.batch())
         self._width = self._recording.hidden.shape[-1]
 
-    def write(self) -> _Made:
-        """Write all graphs."""
+    def write(self, *, beside: int) -> _Made:
+        """Write all graphs but those of a head, of which there are `beside`."""
         blocks: Any = self._half.model.get_submodule(self._half.blocks_name)
         functions = [
             BlockFunction(block, call, layers=layers_of(self._half, block))
@@ -168,6 +177,8 @@ class _Graphs:
         if self._spec.lora_targets:
             self._check_targets([layers_named(function.block) for function in functions])
         kinds = kinds_of(functions, self._sizes, self._width)
+        of_kind = dict(zip(kinds, functions, strict=True))
+        self._all = 1 + beside + sum(len(list(self._variants(function))) for function in of_kind.values())
         made: dict[str, dict[Variant, BlockGraph]] = {}
         extras: dict[str, tuple[str, ...]] = {}
         for index, (kind, function) in enumerate(zip(kinds, functions, strict=True)):
@@ -318,13 +329,21 @@ class _Graphs:
 
         It is tried on the values `checked`, and on random ones where there are none.
         """
+        self._tell(name)
         graph, given = traced(compute, examples)
         taken = without_unused_(graph, examples, keep)
         values = random_like(examples, self._sizes, self._others, checked)
         inputs = {name: examples[name] for name in taken}
         write_graph(self._folder / name, onnx_model(graph, inputs, values, given, self._sizes))
         check_graph(self._folder / name, compute, values)
+        self._written += 1
         return taken, given
+
+    def _tell(self, name: str) -> None:
+        """Say which graph is next, and for how long the rest goes on if all take as long as those before."""
+        left_s = (time.monotonic() - self._begin) / max(self._written, 1) * (self._all - self._written)
+        left = f", about {left_s:.0f} s left" if self._written else ""
+        self._say(f"graph {self._written + 1} of {self._all}: {name}{left}")
 
 
 def _taken(half: ClientHalf) -> set[int]:
