@@ -46,6 +46,34 @@ def test_turns_are_weighed_by_tokens():
     assert _order(asked) == ["b", "a", "a", "a", "b", "a", "a", "a"]
 
 
+def test_clients_that_came_briefly_are_not_kept_for_ever_and_their_turns_stay_fair():
+    """Whoever is ahead of the level is remembered: forgetting it would let a client that asks much go first."""
+
+    async def run():
+        scheduler = Scheduler()
+        await scheduler.run("greedy", 10**6, lambda: None)
+        for number in range(6000):
+            await scheduler.run(f"brief-{number // 2}", 10, lambda: None)
+        kept = dict(scheduler._served)
+        gate, served = threading.Event(), []
+        holding = asyncio.create_task(scheduler.run("first", 0, gate.wait))
+        await asyncio.sleep(0.05)
+        waiting = [
+            asyncio.create_task(scheduler.run(client, 10, lambda client=client: served.append(client)))
+            for client in ("greedy", "modest")
+        ]
+        await asyncio.sleep(0.05)
+        gate.set()
+        await asyncio.gather(holding, *waiting)
+        scheduler.close()
+        return kept, served
+
+    kept, served = asyncio.run(run())
+    assert kept["greedy"] == 10**6
+    assert len(kept) <= 1026
+    assert served == ["modest", "greedy"]
+
+
 def test_work_that_fails_lets_the_next_begin():
     async def run():
         scheduler = Scheduler()
@@ -87,6 +115,8 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(tmp_path):
         access.enrol("phone")
     with pytest.raises(ConfigError, match="client name"):
         access.enrol("../phone")
+    others = {name: access.enrol(name) for name in ("tablet", "watch")}
+    assert [access.client_of(other) for other in others.values()] == list(others)
     Access(tmp_path).revoke("phone")  # by another process
     with pytest.raises(AccessError, match="has been revoked"):
         access.client_of(token)

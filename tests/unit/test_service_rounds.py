@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from hosl.core.journal import Journal
 from hosl.errors import WireError
 from hosl.wire import hosl_pb2 as pb
 from tests.unit.hosted import Service, in_loop, training
@@ -140,6 +141,40 @@ def test_a_client_slower_than_the_grace_makes_steps_that_count_once(tmp_path):
         [105, 205],
     ]
     assert served.updates_after(3)[0].scales == [0.25, 0.25]  # the mean of one update of a and one of b
+
+
+def test_all_clients_of_a_round_are_told_from_one_reading_of_the_journal(tmp_path, monkeypatch):
+    read = []
+    updates = Journal.updates
+    monkeypatch.setattr(Journal, "updates", lambda self, after=0: read.append(after) or updates(self, after))
+
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "abc", clients=3)
+        for number in (1, 2):
+            for name in "abc":
+                await service.step(name, sessions[name], number)
+            await asyncio.gather(
+                *(
+                    service.journal(name, sessions[name], number, seeds=[number], have=number - 1)
+                    for name in "abc"
+                )
+            )
+        return service.sessions.runs["run"]
+
+    served = in_loop(run())
+    assert read == [0, 1]
+    assert [list(update.seeds) for update in served.updates_after(0)] == [[1], [2]]
+    served.save(asked=True)
+    at_two = served.updates_after(0)
+    served.journal.append(3, [9], [1.0])
+    served.updates = 3
+    assert [list(update.seeds) for update in served.updates_after(0)] == [[1], [2], [9]]
+    served.go_back(2)  # another journal with as many updates as one that was told before
+    assert served.updates_after(0) == at_two
+    served.journal.append(3, [7], [1.0])
+    served.updates = 3
+    assert [list(update.seeds) for update in served.updates_after(0)] == [[1], [2], [7]]
 
 
 def test_a_client_that_missed_the_last_round_is_told_that_the_run_is_over(tmp_path):

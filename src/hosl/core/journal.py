@@ -10,8 +10,9 @@ Entries of one step are summed before they are subtracted (`directions.direction
 Distribution, base weights and tensor names are in the checkpoint (`hosl.system.checkpoint`). Source: methods.md (d).
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,14 +23,16 @@ ENTRY = np.dtype([("step", "<u4"), ("seed", "<u8"), ("scale", "<f4")])
 
 
 class Journal:
-    """An append-only list of updates. Holds 16 bytes per direction in memory and on disk."""
+    """An append-only list of updates: 16 bytes per direction on disk, up to twice as many in memory."""
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
+        self._room = np.empty(0, dtype=ENTRY)
+        """The entries, and room behind them for more."""
+        self._length = 0
 
     def __len__(self) -> int:
         """The number of directions that have been applied."""
-        return len(self._bytes) // ENTRY.itemsize
+        return self._length
 
     def append(self, step: int, seeds: Sequence[int], scales: Sequence[float]) -> None:
         """Add one update: all directions of `step`.
@@ -40,23 +43,31 @@ class Journal:
         entries = np.empty(len(seeds), dtype=ENTRY)
         entries["step"], entries["seed"], entries["scale"] = step, seeds, scales
         self._check(entries, after=self.last_step)
-        self._bytes += entries.tobytes()
+        whole = self._length + len(entries)
+        if whole > len(self._room):  # twice as much: a long run must not copy all its entries at each step
+            room = np.empty(max(whole, 2 * len(self._room)), dtype=ENTRY)
+            room[: self._length] = self._entries()
+            self._room = room
+        self._room[self._length : whole] = entries
+        self._length = whole
 
     @property
     def last_step(self) -> int:
         """The step of the newest entry; 0 when there is none."""
-        return int(self._entries()["step"][-1]) if self._bytes else 0
+        return int(self._room["step"][self._length - 1]) if self._length else 0
 
     def updates(self, after: int = 0) -> Iterator[tuple[int, tuple[int, ...], tuple[float, ...]]]:
         """(step, seeds, scales) of every update later than step `after`, in the order of application."""
         entries = self._entries()
-        for step, group in groupby(entries[entries["step"] > after], key=lambda entry: int(entry["step"])):
-            rows = list(group)
-            yield step, tuple(int(r["seed"]) for r in rows), tuple(float(r["scale"]) for r in rows)
+        newer = entries[bisect_right(entries["step"], after) :]  # by halves: all of them may be millions
+        begins = [0, *(np.flatnonzero(np.diff(newer["step"])) + 1).tolist(), len(newer)]
+        for begin, end in pairwise(begins) if len(newer) else ():
+            rows = newer[begin:end]
+            yield int(rows["step"][0]), tuple(rows["seed"].tolist()), tuple(rows["scale"].tolist())
 
     def to_bytes(self) -> bytes:
         """The entries, one after the other."""
-        return bytes(self._bytes)
+        return self._entries().tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Journal":
@@ -71,13 +82,14 @@ class Journal:
                 f"a journal holds whole entries of {ENTRY.itemsize} bytes, this one has {len(data)} bytes: its tail "
                 f"is torn; keep the first {whole} bytes or resume from a checkpoint"
             )
-        cls._check(np.frombuffer(data, dtype=ENTRY), after=0)
+        entries = np.frombuffer(data, dtype=ENTRY)
+        cls._check(entries, after=0)
         journal = cls()
-        journal._bytes = bytearray(data)
+        journal._room, journal._length = entries.copy(), len(entries)
         return journal
 
     def _entries(self) -> np.ndarray:
-        return np.frombuffer(bytes(self._bytes), dtype=ENTRY)
+        return self._room[: self._length]
 
     @staticmethod
     def _check(entries: np.ndarray, after: int) -> None:

@@ -63,6 +63,8 @@ class ServedRun:
     """The last step of each client whose update is in the shared journal."""
     _missed: set[str] = field(default_factory=set)
     """The clients that a round closed without: none waits for them until they contribute again."""
+    _told: tuple[tuple[Journal, int, int], list[pb.Update]] | None = None
+    """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
     def __post_init__(self) -> None:
         if self.training.order == pb.SYNCHRONOUS:
@@ -379,6 +381,8 @@ class ServedRun:
     def updates_after(self, have: int) -> list[pb.Update]:
         """The updates of the shared journal that a client with the first `have` of them lacks.
 
+        Kept for the next that lacks the same, as all clients of a round do: it may be 10,000 directions for each.
+
         Raises:
             WireError: if the journal has fewer than those.
         """
@@ -387,10 +391,14 @@ class ServedRun:
                 f"run {self.name}: the client has {have} updates of a journal of {self.updates}: its half has gone "
                 "another way; join again, it is then rebuilt from the journal"
             )
-        return [
-            pb.Update(step=step, seeds=seeds, scales=scales)
-            for step, seeds, scales in self.journal.updates(after=have)
-        ]
+        asked = (self.journal, have, self.updates)
+        if self._told is None or self._told[0] != asked:
+            updates = [
+                pb.Update(step=step, seeds=seeds, scales=scales)
+                for step, seeds, scales in self.journal.updates(after=have)
+            ]
+            self._told = (asked, updates)
+        return self._told[1]
 
 
 def _shown(value: Any) -> str:

@@ -12,6 +12,8 @@ CALL_TOKENS = 64
 """The tokens that a call costs at least, however little it carries: about a pass over the weights without tokens."""
 HELLO_TOKENS = 4096
 """The tokens of a hello or a save: weights are read or written."""
+_KEPT = 1024
+"""The clients whose served tokens are kept before those who are not ahead of the level are forgotten."""
 
 
 class Scheduler:
@@ -24,6 +26,7 @@ class Scheduler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosl-compute")
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._served: dict[str, int] = {}
+        self._most_served = _KEPT
         self._level = 0
         self._count = 0
         self._busy = False
@@ -37,6 +40,9 @@ class Scheduler:
         """Run `work` in the compute thread when it is `client`'s turn; returns its result and its seconds."""
         served = max(self._served.get(client, 0), self._level)
         self._served[client] = served + tokens
+        if len(self._served) > self._most_served:  # else everyone who ever came would stay
+            self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
+            self._most_served = max(_KEPT, 2 * len(self._served))
         turn = asyncio.get_running_loop().create_future()
         self._count += 1
         heapq.heappush(self._waiting, (served, self._count, turn))
