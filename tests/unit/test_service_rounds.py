@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,3 +219,30 @@ def test_a_client_killed_after_its_step_does_that_step_again_and_goes_on(tmp_pat
     assert again == loss  # what the step was answered before
     assert service.half.updates == 8  # each step moved the server's half once
     assert service.sessions.runs["run"].updates == (7 if halves == pb.SHARED else 0)
+
+
+def test_a_round_waits_for_half_of_a_usual_round_where_that_is_longer_than_the_grace(tmp_path, monkeypatch):
+    now, waits = [0.0], []
+    monkeypatch.setattr("hosl.service.rounds.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "ab", clients=2, grace_s=30.0)
+        served, close_after = service.sessions.runs["run"], service.calls._close_after
+        monkeypatch.setattr(
+            service.calls, "_close_after", lambda s, run, part: waits.append(s) or close_after(s, run, part)
+        )
+        for number, length_s in ((1, 20.0), (2, 200.0), (3, 220.0), (4, 1.0)):
+            for name in "ab":
+                await service.step(name, sessions[name], number)
+            now[0] += length_s
+            parts = [asyncio.create_task(service.journal("a", sessions["a"], number))]
+            await asyncio.sleep(0.05)
+            now[0] += length_s / 10  # b comes later
+            await asyncio.gather(*parts, service.journal("b", sessions["b"], number))
+        return list(served._lengths_s), served.grace_s
+
+    lengths_s, grace_s = in_loop(run())
+    assert lengths_s == pytest.approx([22.0, 220.0, 242.0, 1.1])
+    assert [wait_s for wait_s in waits if wait_s] == pytest.approx([30.0, 30.0, 60.5, 110.0])
+    assert grace_s == pytest.approx(60.5)

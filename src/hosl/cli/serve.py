@@ -33,7 +33,8 @@ def run(arguments: list[str]) -> int:
             public=options.public, certificate=path(options.certificate), key=path(options.key),
             client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
             runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
-            calls_per_s=options.calls_per_s, idle_s=options.idle, give_half=options.give_half,
+            tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
+            give_half=options.give_half,
             cache_limit_bytes=options.cache_limit << 20,
             cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
         )
@@ -65,6 +66,9 @@ def _add_arguments(parser: Parser) -> None:
         "--away", type=float, default=600.0, help="seconds without a call until a run makes room for another"
     )
     parser.add_argument("--tensor-limit", type=int, default=256, help="MiB that one activation may take")
+    parser.add_argument(
+        "--tensor-total", type=int, default=2048, help="MiB of them for all clients at once; more wait"
+    )
     parser.add_argument("--calls-per-s", type=int, default=200, help="of one client, on average")
     parser.add_argument(
         "--idle", type=float, default=60.0, help="seconds without a sign of life before a call is dropped"

@@ -180,9 +180,9 @@ class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     schedule: Literal["sequential", "synchronous"] = "sequential"
     """sequential: each step is applied as it comes. synchronous: one server update per round, over all devices."""
     grace_s: float = 30.0
-    """The seconds that a synchronous round waits for the others after its first contribution. A slower device's part
-    counts in the round that is open when it comes. sequential, with labels at the client: the most seconds that the
-    others wait for a device's gradient."""
+    """The seconds that a synchronous round waits for the others after its first contribution, or half of the median
+    length of the last nine rounds where that is longer. A slower device's part counts in the round that is open when it
+    comes. sequential, with labels at the client: the most seconds that the others wait for a device's gradient."""
     directions: Literal["own", "common"] = "own"
     """The random directions with shared halves. own: every device draws its own. common: all draw the same."""
 

@@ -58,6 +58,8 @@ class ServeOptions:
     """Seconds without a call after which a run makes room for another one."""
     tensor_limit_bytes: int = 256 << 20
     """The largest activation that is accepted."""
+    tensor_total_bytes: int = 2 << 30
+    """The activations of all clients that are held at once."""
     calls_per_s: int = 200
     """Calls of one client per second, on average."""
     idle_s: float = 60.0
@@ -140,7 +142,7 @@ async def _serve(
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
         cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
-        texts_at_once=options.texts_at_once,
+        texts_at_once=options.texts_at_once, tensor_total_bytes=options.tensor_total_bytes,
     )  # fmt: skip
     sessions = Sessions(
         options.service, _opener(options, facts), status.damaged, revoked=access.revoked,

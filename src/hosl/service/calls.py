@@ -15,7 +15,7 @@ import grpc.aio
 from hosl.errors import AccessError, CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.giving import Giving
-from hosl.service.incoming import Incoming
+from hosl.service.incoming import Incoming, Room
 from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
 from hosl.service.runs import ServedRun
@@ -52,6 +52,8 @@ class Calls:
         self._access, self._sessions, self._scheduler = access, sessions, scheduler
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
+        self.room = Room(limits.tensor_total_bytes)
+        status.watch_tensors(lambda: self.room.taken_bytes)
         self._texts = Texts(sessions, scheduler, status, limits)
         self._closing: dict[Round, asyncio.Task[None]] = {}
         """The task that closes each open round; no call's own, so that it outlives the client that began it."""
@@ -87,13 +89,18 @@ class Calls:
 
                 calls = HELLO_CALLS if name in ("Hello", "Half") else 1
                 with self._meterage.call(client, calls), self._status.call(client, name):
-                    incoming = Incoming(aiter(frames), idle_s=self._idle_s, check_access=check_access)
-                    async for reply in call(self, client, incoming):
-                        check_access()  # it may have waited for a round meanwhile
-                        data = reply.SerializeToString()
-                        self._status.transferred(client, up=incoming.received_bytes, down=len(data))
-                        incoming.received_bytes = 0
-                        yield data
+                    incoming = Incoming(
+                        aiter(frames), idle_s=self._idle_s, check_access=check_access, room=self.room
+                    )
+                    try:
+                        async for reply in call(self, client, incoming):
+                            check_access()  # it may have waited for a round meanwhile
+                            data = reply.SerializeToString()
+                            self._status.transferred(client, up=incoming.received_bytes, down=len(data))
+                            incoming.received_bytes = 0
+                            yield data
+                    finally:
+                        incoming.give_back()
             except HoslError as error:
                 self._status.refused(client, name, error)
                 context.set_trailing_metadata(((ERROR_KEY, type(error).__name__),))
@@ -176,6 +183,7 @@ class Calls:
             return session.run.half.gradient(arrays[0], targets)
 
         stepped, seconds = await self._compute(session, arrays, work)
+        _let_go(incoming, arrays)
         for reply in _step_replies(stepped, seconds):
             yield reply
 
@@ -192,6 +200,7 @@ class Calls:
             return session.run.half.states(arrays, positions)
 
         states, seconds = await self._compute(session, arrays, work)
+        _let_go(incoming, arrays)
         packed = [pack(array, "none") for array in states]
         yield pb.StatesReply(done=pb.StatesDone(states=[p.header for p in packed], server_s=seconds))
         for tensor in packed:
@@ -215,6 +224,7 @@ class Calls:
                 client, request.where.step, arrays[0], targets, want_gradient=request.want_gradient
             ),
         )
+        _let_go(incoming, arrays)
         self._status.stepped(session.run, client, seconds)
         for reply in _step_replies(stepped, seconds):
             yield reply
@@ -240,6 +250,7 @@ class Calls:
             stepped, backward_s = await self._compute(
                 session, arrays, lambda: update(gradient, request.want_gradient)
             )
+        _let_go(incoming, arrays)
         self._status.stepped(session.run, client, forward_s + backward_s)
         for reply in _step_replies(stepped, forward_s + backward_s):
             yield (
@@ -341,7 +352,7 @@ class Calls:
         if current.complete:
             self._close_after(0.0, run, current)
         elif current not in self._closing:
-            self._close_after(run.training.grace_s, run, current)
+            self._close_after(run.grace_s, run, current)
         async with self.round_closed:
             await self.round_closed.wait_for(lambda: run.round is not current)
 
@@ -389,6 +400,7 @@ class Calls:
                 f"the logits of {shape[0]} rows at these positions take {logits} bytes; the limit is {most}: send "
                 "fewer rows, or raise the server's --tensor-limit"
             )
+        await incoming.reserve(headers, tensor_bytes=self._limits.tensor_bytes)
         arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
         if has_labels:  # without labels a gradient may follow, in StepStates
             await incoming.end()
@@ -400,6 +412,12 @@ class Calls:
         """The result of `work` in the compute thread and its seconds; costs `tokens`, the arrays', or `CALL_TOKENS`."""
         of_arrays = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
         return await self._scheduler.run(session.client, max(CALL_TOKENS, tokens, of_arrays), work)
+
+
+def _let_go(incoming: Incoming, arrays: list[WireArray]) -> None:
+    """Make room before a reply that may be read slowly."""
+    arrays.clear()
+    incoming.give_back()
 
 
 def _step_replies(stepped: Any, seconds: float) -> list[pb.StepReply]:

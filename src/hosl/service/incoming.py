@@ -1,29 +1,99 @@
-"""The messages that a call receives, one after the other: each is measured, parsed and held to the idle limit."""
+"""The messages that a call receives, one after the other: each is measured, parsed and held to the idle limit.
+
+All calls share one room for tensors: a call whose tensors do not fit reads none of them before others are done with.
+"""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from hosl.errors import LinkError, WireError
+from hosl.errors import BusyError, LinkError, WireError
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import Unpacking, WireArray
 
 _Message = TypeVar("_Message")
 _SLOWEST_BYTES_PER_S = 16 << 10
 """The rate at which a tensor must arrive at least; a slower call holds memory for longer than it is worth."""
+_UNPACKED_HERE_BYTES = 1 << 16
+"""Larger tensors are unpacked and looked through for NaN by another thread, so that other calls go on meanwhile."""
+
+
+class Room:
+    """The bytes that the tensors of all calls may take together. Whoever came first gets room first. For one loop."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """`most_bytes`: a call that needs more gets room once it is alone."""
+        self._most_bytes = most_bytes
+        self.taken_bytes = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, wanted_bytes: int, most_s: float) -> None:
+        """Wait until there is room; `give_back` as many bytes later.
+
+        Raises:
+            BusyError: if there is none within `most_s` seconds.
+        """
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((wanted_bytes, turn))
+        self._next()
+        try:
+            await asyncio.wait_for(asyncio.shield(turn), most_s)
+        except TimeoutError:
+            taken_bytes = self.taken_bytes
+            if self._left(wanted_bytes, turn):
+                raise BusyError(
+                    f"no room for tensors of {wanted_bytes:,} bytes for {most_s:g} s: others take {taken_bytes:,} of "
+                    f"{self._most_bytes:,}; wait a moment, or raise the server's --tensor-total"
+                ) from None
+        except asyncio.CancelledError:
+            if not self._left(wanted_bytes, turn):
+                self.give_back(wanted_bytes)
+            raise
+
+    def give_back(self, taken_bytes: int) -> None:
+        """Make room for others."""
+        self.taken_bytes -= taken_bytes
+        self._next()
+
+    def _left(self, wanted_bytes: int, turn: asyncio.Future[None]) -> bool:
+        """Leave the queue; False if the room was given meanwhile."""
+        if turn.done():
+            return False
+        self._waiting.remove((wanted_bytes, turn))
+        self._next()  # a smaller one behind may fit
+        return True
+
+    def _next(self) -> None:
+        while self._waiting:
+            wanted_bytes, turn = self._waiting[0]
+            if self.taken_bytes and self.taken_bytes + wanted_bytes > self._most_bytes:
+                return
+            self._waiting.popleft()
+            self.taken_bytes += wanted_bytes
+            turn.set_result(None)
 
 
 class Incoming:
     """The messages of one call, in order. Raises hosl's own errors for whatever a peer can do wrong."""
 
     def __init__(
-        self, frames: AsyncIterator[bytes], *, idle_s: float, check_access: Callable[[], None]
+        self,
+        frames: AsyncIterator[bytes],
+        *,
+        idle_s: float,
+        check_access: Callable[[], None],
+        room: Room | None = None,
     ) -> None:
-        """`check_access` is called at every message; it raises when the client has lost its access."""
+        """`check_access` is called at every message; it raises when the client has lost its access.
+
+        `room`: for the tensors of all calls; None: they are not counted. What was taken is held until `give_back`.
+        """
         self._frames, self._idle_s, self._check_access = frames, idle_s, check_access
+        self._room, self._held_bytes = room, 0
         self.received_bytes = 0
         self._end_s = float("inf")
         """The time at which the tensor that arrives must be whole, by the monotonic clock."""
@@ -73,6 +143,23 @@ class Incoming:
             raise WireError(f"this call begins with `{name}`, got `{upload.WhichOneof('part')}`")
         return getattr(upload, name)
 
+    async def reserve(self, headers: Iterable[pb.Tensor], *, tensor_bytes: int) -> None:
+        """Wait for room for all tensors of a request, before the first of them is read: the sender waits, too.
+
+        Raises:
+            WireError, LimitError: see `Unpacking`. BusyError: if there is no room within the idle limit.
+        """
+        wanted = sum(Unpacking(header, tensor_bytes=tensor_bytes).takes_bytes for header in headers)
+        if self._room is not None:
+            await self._room.take(wanted, self._idle_s)
+            self._held_bytes += wanted
+
+    def give_back(self) -> None:
+        """Give the room back that this call has; its tensors are let go of by now."""
+        held, self._held_bytes = self._held_bytes, 0
+        if self._room is not None and held:
+            self._room.give_back(held)
+
     async def tensor(
         self, header: pb.Tensor, *, tensor_bytes: int, kind: type[pb.Upload | pb.GenerateRequest] = pb.Upload
     ) -> WireArray:
@@ -89,7 +176,9 @@ class Incoming:
                 raise WireError(f"a chunk of a tensor was due, got `{part.WhichOneof('part')}`")
             arriving.add(part.chunk)
         self._end_s = float("inf")
-        return arriving.array()
+        if arriving.wanted <= _UNPACKED_HERE_BYTES:
+            return arriving.array()
+        return await asyncio.to_thread(arriving.array)
 
     async def end(self) -> None:
         """Wait for the end of the request: nothing may follow.

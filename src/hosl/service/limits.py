@@ -1,4 +1,4 @@
-"""Limits of a client: tensor size, calls per second, calls at once. Each client is counted on its own."""
+"""Limits: tensor size, calls per second, calls at once of each client on its own; and of all clients together."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +16,12 @@ HELLO_CALLS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits of one client."""
+    """The limits of a client, and of all together."""
 
     tensor_bytes: int = 256 << 20
     """The largest tensor, both as sent and unpacked."""
+    tensor_total_bytes: int = 2 << 30
+    """The tensors of all clients that arrive, or wait to be computed with; more wait before they are read."""
     logits_per_tensor: int = 4
     """The largest logits of one activation, as a multiple of `tensor_bytes`."""
     calls_per_s: int = 200

@@ -1,8 +1,14 @@
 """One round of the synchronous schedule: its members, their contributions, and the mean of these."""
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
+
+SHARE_OF_A_ROUND = 0.5
+"""The share of a usual round's length that a round waits for the others, where it is longer than the grace."""
+ROUNDS_REMEMBERED = 9
+"""The rounds whose median length is the usual one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,17 @@ class Round:
     """The number of clients that must join; once they have, the round waits for the contribution of each member."""
     members: set[str] = field(default_factory=set)
     contributions: dict[str, Contribution] = field(default_factory=dict)
+    length_s: float = 0.0
+    """The seconds from the round's beginning to its newest contribution: not those that it waited in vain."""
+    _begin_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._begin_s = time.monotonic()
+
+    def add(self, client: str, contribution: Contribution) -> None:
+        """Add the part of one client."""
+        self.contributions[client] = contribution
+        self.length_s = time.monotonic() - self._begin_s
 
     def join(self, client: str) -> None:
         """Add a client as a member; the round waits for it."""

@@ -6,16 +6,18 @@ recorded one gets its reply from the cache; any other is refused. `settle` finds
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
-from hosl.service.rounds import Contribution, Round
+from hosl.service.rounds import ROUNDS_REMEMBERED, SHARE_OF_A_ROUND, Contribution, Round
 from hosl.service.turn import Turn
 from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
 from hosl.wire import hosl_pb2 as pb
@@ -63,6 +65,8 @@ class ServedRun:
     """The last step of each client whose update is in the shared journal."""
     _missed: set[str] = field(default_factory=set)
     """The clients that a round closed without: none waits for them until they contribute again."""
+    _lengths_s: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS_REMEMBERED))
+    """The lengths of the newest rounds."""
     _told: tuple[tuple[Journal, int, int], list[pb.Update]] | None = None
     """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
@@ -350,11 +354,21 @@ class ServedRun:
                 f"client {client} hands in an update of {contribution.examples} examples for step {step}, whose Step "
                 f"had {weight if stepped == step else 'not come yet: 0'} rows or scored tokens; the two must be equal"
             )
-        self.round.contributions[client] = contribution
+        self.round.add(client, contribution)
         if step >= self.round.number - 1:
             self._missed.discard(client)
             self.round.join(client)
         return self.round
+
+    @property
+    def grace_s(self) -> float:
+        """The seconds that a round waits for the others after its first contribution.
+
+        They are the run's grace, or half of a usual round if that is longer: devices that take minutes for a step are
+        minutes apart, too.
+        """
+        usual_s = median(self._lengths_s) if self._lengths_s else 0.0
+        return max(self.training.grace_s, SHARE_OF_A_ROUND * usual_s)
 
     def close_round(self, current: Round) -> list[str] | None:
         """Apply the mean over the clients that contributed; returns the names of those that did not.
@@ -369,6 +383,7 @@ class ServedRun:
         dropped = current.members - current.contributions.keys()
         members = current.members - dropped
         self._missed |= dropped
+        self._lengths_s.append(current.length_s)
         self.round = Round(number=current.number + 1, expected=len(members), members=members)
         seeds, scales = current.mean_update()
         if seeds:

@@ -35,6 +35,9 @@ class Status:
         self._refusals = Counter("hosl_refusals", "Calls refused", ["call", "error"], registry=self.registry)
         self._loss = Gauge("hosl_loss_nats", "Last training loss", ["run"], registry=self.registry)
         self._queue = Gauge("hosl_queue", "Pieces of work that wait", registry=self.registry)
+        self._tensors = Gauge(
+            "hosl_tensor_bytes", "Bytes of activations that arrive or are held", registry=self.registry
+        )
         self._running = Gauge("hosl_calls_running", "Calls under way", registry=self.registry)
         self._texts = Gauge("hosl_texts_running", "Texts being generated", registry=self.registry)
         self._cache = Gauge("hosl_cache_bytes", "Bytes of their keys and values", registry=self.registry)
@@ -54,6 +57,10 @@ class Status:
     def watch_queue(self, length: Callable[[], int]) -> None:
         """Set the function that returns the length of the queue."""
         self._queue.set_function(length)
+
+    def watch_tensors(self, taken_bytes: Callable[[], int]) -> None:
+        """Set the function that returns the bytes that the tensors of all calls take."""
+        self._tensors.set_function(taken_bytes)
 
     @contextmanager
     def call(self, client: str, name: str) -> Iterator[None]:

@@ -136,6 +136,9 @@ class Unpacking:
                 f"a tensor {list(self.shape)} of {self.dtype} takes {largest} bytes; the limit is {tensor_bytes}: "
                 "send fewer rows, or raise the server's --tensor-limit"
             )
+        unpacked = 0 if self.compression == "none" else largest
+        self.takes_bytes = self.wanted + unpacked
+        """The memory of the tensor as sent and, if that is another, unpacked."""
         # np.empty takes no memory yet: the system gives a page when bytes are written to it
         self._bytes = np.empty(self.wanted, dtype=np.uint8)
         self.filled = 0
