@@ -1,4 +1,4 @@
-"""`hosl bench step` and `hosl bench memory`: every method is in the table, and its figures mean what they say."""
+"""`hosl bench step`, `memory` and `service`: every row is in the table, and its figures mean what they say."""
 
 import json
 import sys
@@ -164,3 +164,36 @@ def test_what_the_engine_has_not_is_one_line(monkeypatch, capsys, benchmark, wit
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hosl:")]
     assert len(err) == 1
     assert said in err[0]
+
+
+class TestService:
+    def test_simulated_devices_are_answered_in_rounds_and_questions(self, capsys, monkeypatch):
+        monkeypatch.setattr("hosl.bench.service._DEVICES_OF_A_PROCESS", 2)
+        monkeypatch.setattr("hosl.bench.service._CROWD", 2)
+        assert (
+            main(["bench", "service", "--clients", "3", "--seconds", "0.5", "--rounds", "2", "--json"]) == 0
+        )
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        assert found["clients"] == 3
+        assert found["2_over_1"] == pytest.approx(
+            found["questions_per_s_of_2"] / found["questions_per_s_of_1"]
+        )
+        assert 0 < found["fairness_least_over_most"] <= 1
+        assert 0 < found["wait_p50_s"] <= found["wait_p99_s"]
+        assert found["loop_cpu_s_per_gib"] > 0
+        assert found["round_cpu_s"] > 0
+        assert found["server_peak_mib"] > 100
+        assert "bench: 2 rounds of 3 devices" in printed.err
+
+    @pytest.mark.parametrize("words", [("--clients", "0"), ("--seconds", "0"), ("--rounds", "0")])
+    def test_what_cannot_be_measured_is_refused(self, capsys, words):
+        assert main(["bench", "service", *words]) == 2
+        assert "hosl bench service wants 1 to 4096 clients" in capsys.readouterr().err
+
+    def test_devices_that_fail_are_told_in_one_line(self, capsys, monkeypatch):
+        monkeypatch.setattr("hosl.bench.service._CROWD", 1)
+        monkeypatch.setattr("hosl.bench.service._WIDTH", 65)  # of another model
+        assert main(["bench", "service", "--clients", "1", "--seconds", "0.5"]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("hosl: the simulated devices failed: ")

@@ -70,7 +70,7 @@ LINE = "hosl://127.0.0.1:1#" + "A" * 43 + "." + "B" * 43
 NEED_TORCH = {
     "train": ["CONFIG"], "train --resume": ["RUN"], "eval": ["RUN"], "export": ["RUN", "OUT"],
     "split": ["MODEL", "OUT", "--cut", "2"], "serve": ["HALF"], "plan": ["CONFIG"], "plan of a model": ["opt-125m"],
-    "bench step": [], "bench memory": [], "bench plan": [], "bench link": [], "study": ["STUDY"],
+    "bench step": [], "bench memory": [], "bench plan": [], "bench link": [], "bench service": [], "study": ["STUDY"],
     "generate": ["RUN", "--prompt", "a"], "predict": ["RUN", "ROWS", "-o", "OUT"],
     "merge": ["JOINED", "--to", LINE, "-o", "OUT"],
 }  # fmt: skip

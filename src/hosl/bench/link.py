@@ -1,8 +1,5 @@
 """`hosl bench link`: steps across an emulated link, and their time by client, wire and server."""
 
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,8 +10,8 @@ import msgspec
 
 from hosl.bench.isolated_client import client_alone
 from hosl.bench.random_halves import BenchSizes, random_halves
+from hosl.bench.server_process import served_half
 from hosl.config import Config
-from hosl.errors import FailureError
 from hosl.methods.step import method_round
 from hosl.methods.synthetic import fixed_batch
 from hosl.network import torch_runtime
@@ -45,37 +42,17 @@ def bench_link(config: Config, sizes: BenchSizes, spec: LinkSpec, steps: int) ->
     """
     with tempfile.TemporaryDirectory(prefix="hosl-bench-") as name:
         halves = random_halves(sizes, Path(name))
-        server, line = _start_server(halves)
-        try:
-            with Link(("127.0.0.1", line.port), spec) as link:
-                through = JoinLine("127.0.0.1", link.address[1], line.token, line.fingerprint)
-                figures = _measure(config, sizes, steps, halves / "client", through)
-        finally:
-            server.terminate()
-            server.wait()
+        with (
+            served_half(halves) as served,
+            Link(("127.0.0.1", served.line.port), spec) as link,
+        ):
+            through = JoinLine("127.0.0.1", link.address[1], served.line.token, served.line.fingerprint)
+            figures = _measure(config, sizes, steps, halves / "client", through)
     return {
         **sizes.facts(), "method": config.method, "directions": config.zo.directions,
         "compression": config.wire.compression, "steps": steps, "rtt_s": spec.rtt_s,
         "up_bits_per_s": spec.up_bits_per_s, "down_bits_per_s": spec.down_bits_per_s, **figures,
     }  # fmt: skip
-
-
-def _start_server(halves: Path) -> tuple["subprocess.Popen[str]", JoinLine]:
-    program = "import sys; from hosl.cli import main; sys.exit(main())"
-    arguments = ["serve", str(halves / "server"), "--listen", "127.0.0.1:0"]
-    server = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments, "--service", str(halves / "service")],
-        stdout=subprocess.PIPE,
-        stderr=(halves / "server.log").open("wb"),
-        text=True,
-        env=os.environ.copy(),
-    )
-    assert server.stdout is not None, "it is a pipe"
-    for text in server.stdout:
-        if text.startswith("hosl://"):
-            return server, JoinLine.parse(text)
-    log = (halves / "server.log").read_text(errors="replace")[-500:]
-    raise FailureError(f"the server of the benchmark did not start: {log}")
 
 
 def _measure(config: Config, sizes: BenchSizes, steps: int, half: Path, through: JoinLine) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`hosl bench step|memory|plan|link ...`: measured costs, as ratios within one run."""
+"""`hosl bench step|memory|plan|link|service ...`: measured costs, as ratios within one run."""
 
 import sys
 from argparse import Namespace
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hosl.cli.answers import Parser, answer, command_parser, need_torch
 from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
 from hosl.core.methods import METHODS
+from hosl.errors import ConfigError
 
 if TYPE_CHECKING:
     from hosl.bench.random_halves import BenchSizes
@@ -20,9 +21,11 @@ def run(arguments: list[str]) -> int:
         FailureError: if the measurement fails.
     """
     parser = command_parser(
-        "bench", "Measure what a client costs, or steps across an emulated link.", as_json=False
+        "bench",
+        "Measure what a client costs, steps across an emulated link, or a server of many.",
+        as_json=False,
     )
-    benchmarks = {"step": _step, "memory": _memory, "plan": _plan, "link": _link}
+    benchmarks = {"step": _step, "memory": _memory, "plan": _plan, "link": _link, "service": _service}
     parser.add_argument(
         "what", choices=benchmarks, help="each has settings of its own: hosl bench step --help"
     )
@@ -119,6 +122,28 @@ def _link(arguments: list[str]) -> int:
         down_bits_per_s=parse_rate(options.down) if options.down else None,
     )  # fmt: skip
     answer(bench_link(config, _sizes(options), link, options.steps), as_json=options.json)
+    return 0
+
+
+def _service(arguments: list[str]) -> int:
+    parser = command_parser("bench service", "A server of many simulated devices, on loopback.")
+    parser.add_argument("--clients", type=int, default=1000, help="devices that take part in rounds")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each part in which devices only ask")
+    parser.add_argument("--rounds", type=int, default=5, help="of all devices")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.clients <= 4096 or not options.seconds > 0 or options.rounds < 1:
+        raise ConfigError(
+            f"hosl bench service wants 1 to 4096 clients, more than 0 seconds and 1 round at least, got "
+            f"--clients {options.clients} --seconds {options.seconds:g} --rounds {options.rounds}"
+        )
+    need_torch()
+
+    from hosl.bench.service import bench_service
+
+    answer(
+        bench_service(options.clients, seconds=options.seconds, rounds=options.rounds, say=_say),
+        as_json=options.json,
+    )
     return 0
 
 

@@ -1,0 +1,84 @@
+"""`hosl serve` as a process beside a benchmark, and what the system counts of it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosl.errors import FailureError
+from hosl.transport.join_line import JoinLine
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ServedHalf:
+    """A server that runs, and the join line that it printed."""
+
+    process: "subprocess.Popen[str]"
+    line: JoinLine
+
+    @property
+    def loop_cpu_s(self) -> float:
+        """CPU seconds of its first thread, which runs the event loop; 0 where the system does not say."""
+        return _cpu_s(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat"))
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of all its threads; 0 where the system does not say."""
+        return _cpu_s(Path(f"/proc/{self.process.pid}/stat"))
+
+    @property
+    def peak_mib(self) -> float:
+        """The most memory that it has had resident, MiB; 0 where the system does not say."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        except OSError:
+            return 0.0
+        found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+        return int(found[0]) * 1024 / _MIB if found else 0.0
+
+
+@contextmanager
+def served_half(halves: Path, *words: str) -> Iterator[ServedHalf]:
+    """Context manager: `hosl serve` of `halves`/server on a free port of loopback, state in `halves`/service.
+
+    `words`: more of its arguments.
+
+    Raises:
+        FailureError: if it does not start.
+    """
+    program = "import sys; from hosl.cli import main; sys.exit(main())"
+    arguments = ["serve", str(halves / "server"), "--listen", "127.0.0.1:0"]
+    with (halves / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments, "--service", str(halves / "service"), *words],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ.copy(),
+        )
+    try:
+        yield ServedHalf(process, _line_of(process, halves / "server.log"))
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def _line_of(process: "subprocess.Popen[str]", log: Path) -> JoinLine:
+    assert process.stdout is not None, "it is a pipe"
+    for text in process.stdout:
+        if text.startswith("hosl://"):
+            return JoinLine.parse(text)
+    raise FailureError(f"the server of the benchmark did not start: {log.read_text(errors='replace')[-500:]}")
+
+
+def _cpu_s(stat: Path) -> float:
+    try:
+        fields = stat.read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
