@@ -18,8 +18,8 @@ from tests.unit.hosted import ACTIVATIONS, Service, in_loop, training
 LONG = 60.0
 
 
-def _taking(room, wanted, most_s=LONG):
-    return asyncio.create_task(room.take(wanted, most_s))
+def _taking(room, wanted, most_s=LONG, client="other"):
+    return asyncio.create_task(room.take(client, wanted, most_s))
 
 
 async def _settle():
@@ -30,11 +30,11 @@ async def _settle():
 def test_who_came_first_gets_room_first_also_before_a_smaller_one():
     async def run():
         room = Room(100)
-        await room.take(60, LONG)
-        large, small = _taking(room, 70), _taking(room, 10)
+        await room.take("first", 60, LONG)
+        large, small = _taking(room, 70), _taking(room, 10, client="small")
         await _settle()
         assert (large.done(), small.done(), room.taken_bytes) == (False, False, 60)
-        room.give_back(60)
+        room.give_back("first", 60)
         await asyncio.gather(large, small)
         return room.taken_bytes
 
@@ -44,16 +44,16 @@ def test_who_came_first_gets_room_first_also_before_a_smaller_one():
 def test_what_is_larger_than_all_gets_room_alone():
     async def run():
         room = Room(100)
-        await room.take(1, LONG)
+        await room.take("first", 1, LONG)
         huge = _taking(room, 1000)
         await _settle()
         assert not huge.done()
-        room.give_back(1)
+        room.give_back("first", 1)
         await huge
         after = _taking(room, 1)
         await _settle()
         assert not after.done()
-        room.give_back(1000)
+        room.give_back("other", 1000)
         await after
 
     in_loop(run())
@@ -62,10 +62,11 @@ def test_what_is_larger_than_all_gets_room_alone():
 def test_who_waits_too_long_is_told_what_to_do_and_lets_the_next_in():
     async def run():
         room = Room(100)
-        await room.take(60, LONG)
-        large, small = _taking(room, 70, most_s=0.05), _taking(room, 10)
+        await room.take("first", 60, LONG)
+        large, small = _taking(room, 70, most_s=0.05), _taking(room, 10, client="small")
         with pytest.raises(
-            BusyError, match=r"no room for tensors of 70 bytes .* 60 of 100; .* --tensor-total"
+            BusyError,
+            match=r"no room for tensors of 70 bytes .* other takes 0, all .* 60 of 100; .* --tensor-total",
         ):
             await large
         await small
@@ -74,18 +75,37 @@ def test_who_waits_too_long_is_told_what_to_do_and_lets_the_next_in():
     assert in_loop(run()) == 70
 
 
+def test_a_client_that_announces_much_holds_up_its_own_calls_and_nobody_elses():
+    async def run():
+        room = Room(100)
+        await room.take("greedy", 20, LONG)
+        more = [_taking(room, 20, client="greedy") for _ in range(4)]
+        await _settle()
+        await asyncio.gather(*(_taking(room, 20, client=name) for name in "abcd"))
+        assert (room.taken_bytes, [task.done() for task in more]) == (100, [False] * 4)
+        room.give_back("a", 20)
+        await _settle()
+        assert not any(task.done() for task in more)
+        room.give_back("greedy", 20)
+        await _settle()
+        return [task.done() for task in more]
+
+    assert in_loop(run()) == [True, False, False, False]
+
+
 def test_whoever_goes_away_leaves_no_room_taken():
     """Calls that come, wait, are cancelled and end in any order: never more than there is, nothing left at the end."""
     draw = random.Random(0)
 
     async def call(room):
-        wanted = draw.randint(1, 60)
-        await room.take(wanted, draw.choice([0.0, 0.01, LONG]))
+        wanted, client = draw.randint(1, 60), draw.choice("abcdef")
+        await room.take(client, wanted, draw.choice([0.0, 0.01, LONG]))
         try:
             assert room.taken_bytes <= 100
+            assert room._taken[client] in (wanted, *range(26))
             await asyncio.sleep(draw.choice([0.0, 0.001]))
         finally:
-            room.give_back(wanted)
+            room.give_back(client, wanted)
 
     async def run():
         room = Room(100)
@@ -195,7 +215,7 @@ def test_a_call_whose_tensors_do_not_fit_is_not_read_before_there_is_room(tmp_pa
         service = Service(tmp_path, limits=Limits(tensor_total_bytes=ACTIVATIONS.nbytes))
         room, read = service.calls.room, []
         session = (await service.hello("a", training(clients=1))).session
-        await room.take(1, LONG)  # of another call
+        await room.take("first", 1, LONG)  # of another call
 
         async def frames():
             for message in _asking(session, ACTIVATIONS.tobytes()):
@@ -206,7 +226,7 @@ def test_a_call_whose_tensors_do_not_fit_is_not_read_before_there_is_room(tmp_pa
         calling = asyncio.create_task(anext(service.calls._step("a", incoming)))
         await asyncio.sleep(0.05)
         before = list(read)
-        room.give_back(1)
+        room.give_back("first", 1)
         reply = await calling
         return before, read, reply.done.loss
 

@@ -90,8 +90,9 @@ class Calls:
                 calls = HELLO_CALLS if name in ("Hello", "Half") else 1
                 with self._meterage.call(client, calls), self._status.call(client, name):
                     incoming = Incoming(
-                        aiter(frames), idle_s=self._idle_s, check_access=check_access, room=self.room
-                    )
+                        aiter(frames), idle_s=self._idle_s, check_access=check_access, room=self.room,
+                        client=client,
+                    )  # fmt: skip
                     try:
                         async for reply in call(self, client, incoming):
                             check_access()  # it may have waited for a round meanwhile

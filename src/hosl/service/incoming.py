@@ -5,7 +5,7 @@ All calls share one room for tensors: a call whose tensors do not fit reads none
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
@@ -23,57 +23,71 @@ _UNPACKED_HERE_BYTES = 1 << 16
 
 
 class Room:
-    """The bytes that the tensors of all calls may take together. Whoever came first gets room first. For one loop."""
+    """The bytes that the tensors of all calls may take together. Whoever came first gets room first. For one loop.
+
+    One client has a quarter of it at most, or one call: who announces much and sends it slowly holds up nobody else.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         """`most_bytes`: a call that needs more gets room once it is alone."""
         self._most_bytes = most_bytes
-        self.taken_bytes = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._taken: Counter[str] = Counter()
+        """Client -> the bytes of its calls."""
+        self._waiting: list[tuple[str, int, asyncio.Future[None]]] = []
 
-    async def take(self, wanted_bytes: int, most_s: float) -> None:
+    @property
+    def taken_bytes(self) -> int:
+        """The bytes of all calls."""
+        return self._taken.total()
+
+    async def take(self, client: str, wanted_bytes: int, most_s: float) -> None:
         """Wait until there is room; `give_back` as many bytes later.
 
         Raises:
             BusyError: if there is none within `most_s` seconds.
         """
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((wanted_bytes, turn))
+        self._waiting.append((client, wanted_bytes, turn))
         self._next()
         try:
             await asyncio.wait_for(asyncio.shield(turn), most_s)
         except TimeoutError:
-            taken_bytes = self.taken_bytes
-            if self._left(wanted_bytes, turn):
+            own_bytes, all_bytes = self._taken[client], self.taken_bytes
+            if self._left(client, wanted_bytes, turn):
                 raise BusyError(
-                    f"no room for tensors of {wanted_bytes:,} bytes for {most_s:g} s: others take {taken_bytes:,} of "
-                    f"{self._most_bytes:,}; wait a moment, or raise the server's --tensor-total"
+                    f"no room for tensors of {wanted_bytes:,} bytes for {most_s:g} s: client {client} takes "
+                    f"{own_bytes:,}, all together {all_bytes:,} of {self._most_bytes:,}; wait a moment, or raise the "
+                    "server's --tensor-total"
                 ) from None
         except asyncio.CancelledError:
-            if not self._left(wanted_bytes, turn):
-                self.give_back(wanted_bytes)
+            if not self._left(client, wanted_bytes, turn):
+                self.give_back(client, wanted_bytes)
             raise
 
-    def give_back(self, taken_bytes: int) -> None:
+    def give_back(self, client: str, taken_bytes: int) -> None:
         """Make room for others."""
-        self.taken_bytes -= taken_bytes
+        self._taken[client] -= taken_bytes
+        if not self._taken[client]:
+            del self._taken[client]
         self._next()
 
-    def _left(self, wanted_bytes: int, turn: asyncio.Future[None]) -> bool:
+    def _left(self, client: str, wanted_bytes: int, turn: asyncio.Future[None]) -> bool:
         """Leave the queue; False if the room was given meanwhile."""
         if turn.done():
             return False
-        self._waiting.remove((wanted_bytes, turn))
+        self._waiting.remove((client, wanted_bytes, turn))
         self._next()  # a smaller one behind may fit
         return True
 
     def _next(self) -> None:
-        while self._waiting:
-            wanted_bytes, turn = self._waiting[0]
-            if self.taken_bytes and self.taken_bytes + wanted_bytes > self._most_bytes:
+        for waiting in list(self._waiting):
+            client, wanted_bytes, turn = waiting
+            if client in self._taken and self._taken[client] + wanted_bytes > self._most_bytes // 4:
+                continue
+            if self._taken and self.taken_bytes + wanted_bytes > self._most_bytes:
                 return
-            self._waiting.popleft()
-            self.taken_bytes += wanted_bytes
+            self._waiting.remove(waiting)
+            self._taken[client] += wanted_bytes
             turn.set_result(None)
 
 
@@ -87,13 +101,15 @@ class Incoming:
         idle_s: float,
         check_access: Callable[[], None],
         room: Room | None = None,
+        client: str = "",
     ) -> None:
         """`check_access` is called at every message; it raises when the client has lost its access.
 
-        `room`: for the tensors of all calls; None: they are not counted. What was taken is held until `give_back`.
+        `room`: for the tensors of all calls, in which this one is `client`'s; None: they are not counted. What was
+        taken is held until `give_back`.
         """
         self._frames, self._idle_s, self._check_access = frames, idle_s, check_access
-        self._room, self._held_bytes = room, 0
+        self._room, self._client, self._held_bytes = room, client, 0
         self.received_bytes = 0
         self._end_s = float("inf")
         """The time at which the tensor that arrives must be whole, by the monotonic clock."""
@@ -151,14 +167,14 @@ class Incoming:
         """
         wanted = sum(Unpacking(header, tensor_bytes=tensor_bytes).takes_bytes for header in headers)
         if self._room is not None:
-            await self._room.take(wanted, self._idle_s)
+            await self._room.take(self._client, wanted, self._idle_s)
             self._held_bytes += wanted
 
     def give_back(self) -> None:
         """Give the room back that this call has; its tensors are let go of by now."""
         held, self._held_bytes = self._held_bytes, 0
         if self._room is not None and held:
-            self._room.give_back(held)
+            self._room.give_back(self._client, held)
 
     async def tensor(
         self, header: pb.Tensor, *, tensor_bytes: int, kind: type[pb.Upload | pb.GenerateRequest] = pb.Upload
