@@ -186,14 +186,15 @@ class TestService:
         assert found["server_peak_mib"] > 100
         assert "bench: 2 rounds of 3 devices" in printed.err
 
-    @pytest.mark.parametrize("words", [("--clients", "0"), ("--seconds", "0"), ("--rounds", "0")])
+    @pytest.mark.parametrize("words", [("--clients", "1"), ("--seconds", "0"), ("--rounds", "0")])
     def test_what_cannot_be_measured_is_refused(self, capsys, words):
         assert main(["bench", "service", *words]) == 2
-        assert "hosl bench service wants 1 to 4096 clients" in capsys.readouterr().err
+        assert "hosl bench service wants 2 to 4096 clients" in capsys.readouterr().err
 
     def test_devices_that_fail_are_told_in_one_line(self, capsys, monkeypatch):
         monkeypatch.setattr("hosl.bench.service._CROWD", 1)
         monkeypatch.setattr("hosl.bench.service._WIDTH", 65)  # of another model
-        assert main(["bench", "service", "--clients", "1", "--seconds", "0.5"]) == 1
+        assert main(["bench", "service", "--clients", "2", "--seconds", "0.5"]) == 1
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.startswith("hosl: the simulated devices failed: ")
+        assert last.startswith("hosl: the simulated devices failed: INVALID_ARGUMENT: ")
+        assert "65" in last

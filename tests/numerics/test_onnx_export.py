@@ -19,6 +19,7 @@ from hosl.core.targets import Batch, ClassTargets
 from hosl.errors import ModelError, SplitError
 from hosl.parties.clients.residual import ResidualClient
 from hosl.split import LoraSpec, add_lora, load_half, split_folder
+from hosl.split.onnx_export.sums import with_sums_
 from hosl.split.quantised import quantise_
 from hosl.split.reading.runtime_json import FILE, FOLDER, read_runtime_json
 from hosl.split.specs import GraphSpec
@@ -303,6 +304,23 @@ def test_damage_is_told_in_one_line(halves, tmp_path, damage, message):
     with pytest.raises(ModelError, match=message) as error:
         read_runtime_json(folder)
     assert "\n" not in str(error.value)
+
+
+def test_ends_of_a_graph_come_last_and_the_first_of_them_at_the_very_end():
+    """ONNX Runtime computes first what the last node needs: so the gradient that can be had first is."""
+
+    def node(name, *inputs):
+        return onnx.helper.make_node("Abs" if len(inputs) == 1 else "Add", inputs, [name], name=name)
+
+    shape = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2])
+        for name in ("x", "d.b", "d.a", "h")
+    ]
+    nodes = [node("y", "x"), node("d.b", "y"), node("z", "y"), node("d.a", "x", "z"), node("h", "z")]
+    graph = onnx.helper.make_graph(nodes, "graph", shape[:1], shape[1:])
+    assert with_sums_(graph) == ()  # no product
+    assert [made.name for made in graph.node] == ["y", "z", "h", "d.a", "d.b"]
+    onnx.checker.check_model(onnx.helper.make_model(graph))
 
 
 class TestCommand:

@@ -74,7 +74,9 @@ async def step_states(service, client, session, step, gate=None, *, idle_s=5.0):
             yield pb.Upload(chunk=chunk).SerializeToString()
 
     with service.status.call(client, "StepStates"):
-        incoming = Incoming(frames(), idle_s=idle_s, check_access=lambda: None)
+        incoming = Incoming(
+            frames(), idle_s=idle_s, check_access=lambda: None, room=service.calls.room, client=client
+        )
         return [reply async for reply in service.calls._step_states(client, incoming)]
 
 
@@ -112,6 +114,22 @@ def test_a_device_that_sends_no_gradient_stops_the_others_for_the_grace_only(ser
 
     assert in_loop(run()) == 1
     assert service.half.updates == 2
+
+
+def test_a_step_takes_room_for_its_states_and_their_gradient_at_once(service):
+    """The gradient comes while the call holds room: waiting for more then could be for ever."""
+
+    async def run():
+        sessions, gate = await _greeted(service, grace_s=100.0), asyncio.Event()
+        first = asyncio.create_task(step_states(service, "a", sessions["a"], 1, gate))
+        await asyncio.sleep(0.1)
+        taken = service.calls.room.taken_bytes
+        gate.set()
+        await first
+        return taken, service.calls.room.taken_bytes
+
+    states_bytes = int(SCORED.sum()) * ACTIVATIONS.shape[2] * 4
+    assert in_loop(run()) == (ACTIVATIONS.nbytes + 2 * states_bytes, 0)
 
 
 @pytest.mark.parametrize("how", ["cancelled", "idle"])

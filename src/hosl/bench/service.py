@@ -90,6 +90,10 @@ class _Bench:
         (seen,), _, _ = self._run(
             self._orders(run, self._tokens[:clients], work="questions", seconds=seconds)
         )
+        if not all(seen.answered):
+            raise FailureError(
+                f"{seen.answered.count(0)} of {clients} devices had no answer within {seconds:g} s; give more --seconds"
+            )
         return {
             "per_s": sum(seen.answered) / seconds,
             "p50_s": float(np.quantile(seen.waits_s, 0.5)),

@@ -212,7 +212,10 @@ async def _work(orders: Orders) -> Seen:
 def main() -> None:
     """The process: orders in, what was seen out, both as a line of JSON."""
     orders = msgspec.json.decode(sys.stdin.readline(), type=Orders)
-    seen = asyncio.run(_work(orders))
+    try:
+        seen = asyncio.run(_work(orders))
+    except grpc.aio.AioRpcError as refused:
+        sys.exit(f"{refused.code().name}: {' '.join(str(refused.details()).split())}")
     sys.stdout.write(msgspec.json.encode(seen).decode() + "\n")
 
 

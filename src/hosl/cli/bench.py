@@ -131,9 +131,9 @@ def _service(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each part in which devices only ask")
     parser.add_argument("--rounds", type=int, default=5, help="of all devices")
     options = parser.parse_args(arguments)
-    if not 1 <= options.clients <= 4096 or not options.seconds > 0 or options.rounds < 1:
+    if not 2 <= options.clients <= 4096 or not options.seconds > 0 or options.rounds < 1:
         raise ConfigError(
-            f"hosl bench service wants 1 to 4096 clients, more than 0 seconds and 1 round at least, got "
+            f"hosl bench service wants 2 to 4096 clients, more than 0 seconds and 1 round at least, got "
             f"--clients {options.clients} --seconds {options.seconds:g} --rounds {options.rounds}"
         )
     need_torch()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hosl.cli.answers import Parser, command_parser
+from hosl.errors import ConfigError
 
 
 def run(arguments: list[str]) -> int:
@@ -23,6 +24,12 @@ def run(arguments: list[str]) -> int:
     from hosl.network.serve import ServeOptions, serve
 
     check_device(options.device, "--device")
+
+    if options.tensor_total < 4 * options.tensor_limit:
+        raise ConfigError(
+            f"--tensor-total {options.tensor_total}: a call may have two activations of --tensor-limit "
+            f"{options.tensor_limit}, as sent and unpacked; give {4 * options.tensor_limit} at least"
+        )
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
@@ -67,7 +74,10 @@ def _add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--tensor-limit", type=int, default=256, help="MiB that one activation may take")
     parser.add_argument(
-        "--tensor-total", type=int, default=2048, help="MiB of them for all clients at once; more wait"
+        "--tensor-total",
+        type=int,
+        default=2048,
+        help="MiB that activations of all clients may take together; a call that does not fit waits",
     )
     parser.add_argument("--calls-per-s", type=int, default=200, help="of one client, on average")
     parser.add_argument(

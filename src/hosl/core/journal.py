@@ -23,7 +23,7 @@ ENTRY = np.dtype([("step", "<u4"), ("seed", "<u8"), ("scale", "<f4")])
 
 
 class Journal:
-    """An append-only list of updates: 16 bytes per direction on disk, up to twice as many in memory."""
+    """An append-only list of updates: 16 bytes per direction on disk, and up to twice as many in memory."""
 
     def __init__(self) -> None:
         self._room = np.empty(0, dtype=ENTRY)

@@ -7,11 +7,13 @@ reply messages. Errors become status codes in one place (`_served`).
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, nullcontext
+from math import prod
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from hosl.core.targets import states_shape
 from hosl.errors import AccessError, CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.giving import Giving
@@ -30,6 +32,8 @@ from hosl.wire.targets import positions_from_message, targets_from_message
 from hosl.wire.tensors import CHUNK_BYTES, WireArray, pack
 from hosl.wire.updates import check_update
 
+_LARGEST_NUMBER_BYTES = 4
+"""Of a number of a state or its gradient: float32."""
 _Call = Callable[["Calls", str, Incoming], AsyncIterator[Any]]
 
 
@@ -143,6 +147,7 @@ class Calls:
             return session.run.half.losses(arrays, targets)
 
         losses, seconds = await self._compute(session, arrays, work)
+        _let_go(incoming, arrays)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
     async def _probe(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LossesReply]:
@@ -159,6 +164,7 @@ class Calls:
             return session.run.half.probe(arrays, targets, request.seed, request.epsilon)
 
         losses, seconds = await self._compute(session, arrays, work)
+        _let_go(incoming, arrays)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
     async def _scores(self, client: str, incoming: Incoming) -> AsyncIterator[pb.ScoresReply]:
@@ -171,6 +177,7 @@ class Calls:
             return session.run.half.scores(arrays[0], targets)
 
         scores, seconds = await self._compute(session, arrays, work)
+        _let_go(incoming, arrays)
         values = scores.astype("<f4").tobytes()
         yield pb.ScoresReply(rows=scores.shape[0], scores=scores.shape[1], values=values, server_s=seconds)
 
@@ -234,7 +241,7 @@ class Calls:
         request = await incoming.request("step_states")
         session, step = self._sessions.of(client, request.where), request.where.step
         arrays, positions = await self._activations(
-            incoming, session, [request.activations], request.positions
+            incoming, session, [request.activations], request.positions, gradient=True
         )
         run = session.run
         in_turn = run.turn.taken(run.training.grace_s) if run.takes_turns else nullcontext()
@@ -379,9 +386,18 @@ class Calls:
     # ---- shared by the calls ----
 
     async def _activations(
-        self, incoming: Incoming, session: Session, headers: Any, targets: pb.Targets | pb.Positions
+        self,
+        incoming: Incoming,
+        session: Session,
+        headers: Any,
+        targets: pb.Targets | pb.Positions,
+        *,
+        gradient: bool = False,
     ) -> tuple[list[WireArray], Any]:
-        """The activations of a request and its targets or positions, checked against each other and the half."""
+        """The activations of a request and its targets or positions, checked against each other and the half.
+
+        `gradient`: whether states go out and their gradient follows, for which room is made as well.
+        """
         if not 1 <= len(headers) <= 2:
             raise WireError(f"a request carries one or two activations, got {len(headers)}")
         shape = tuple(headers[0].shape)
@@ -401,7 +417,10 @@ class Calls:
                 f"the logits of {shape[0]} rows at these positions take {logits} bytes; the limit is {most}: send "
                 "fewer rows, or raise the server's --tensor-limit"
             )
-        await incoming.reserve(headers, tensor_bytes=self._limits.tensor_bytes)
+        states = prod(states_shape(parsed, shape[2])) if gradient else 0
+        await incoming.reserve(
+            headers, tensor_bytes=self._limits.tensor_bytes, beside_bytes=2 * states * _LARGEST_NUMBER_BYTES
+        )
         arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
         if has_labels:  # without labels a gradient may follow, in StepStates
             await incoming.end()

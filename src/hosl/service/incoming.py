@@ -1,6 +1,7 @@
 """The messages that a call receives, one after the other: each is measured, parsed and held to the idle limit.
 
-All calls share one room for tensors: a call whose tensors do not fit reads none of them before others are done with.
+Questions and steps share one room for their tensors: a call whose tensors do not fit reads none of them before others
+are done. Texts have limits of their own (`texts`).
 """
 
 import asyncio
@@ -23,9 +24,10 @@ _UNPACKED_HERE_BYTES = 1 << 16
 
 
 class Room:
-    """The bytes that the tensors of all calls may take together. Whoever came first gets room first. For one loop.
+    """The bytes that the tensors of questions and steps may take together. For one loop.
 
-    One client has a quarter of it at most, or one call: who announces much and sends it slowly holds up nobody else.
+    Room goes to calls in the order in which they came. But a client has a quarter at most beside its first call: one
+    that announces much and sends it slowly is passed over, and its later calls with it.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -80,9 +82,12 @@ class Room:
         return True
 
     def _next(self) -> None:
+        passed_over = set[str]()
         for waiting in list(self._waiting):
             client, wanted_bytes, turn = waiting
-            if client in self._taken and self._taken[client] + wanted_bytes > self._most_bytes // 4:
+            own_bytes = self._taken.get(client, 0)
+            if client in passed_over or (own_bytes and own_bytes + wanted_bytes > self._most_bytes // 4):
+                passed_over.add(client)
                 continue
             if self._taken and self.taken_bytes + wanted_bytes > self._most_bytes:
                 return
@@ -159,13 +164,19 @@ class Incoming:
             raise WireError(f"this call begins with `{name}`, got `{upload.WhichOneof('part')}`")
         return getattr(upload, name)
 
-    async def reserve(self, headers: Iterable[pb.Tensor], *, tensor_bytes: int) -> None:
+    async def reserve(
+        self, headers: Iterable[pb.Tensor], *, tensor_bytes: int, beside_bytes: int = 0
+    ) -> None:
         """Wait for room for all tensors of a request, before the first of them is read: the sender waits, too.
+
+        `beside_bytes`: what the call will take later. It is asked for now: a second wait could be for ever.
 
         Raises:
             WireError, LimitError: see `Unpacking`. BusyError: if there is no room within the idle limit.
         """
-        wanted = sum(Unpacking(header, tensor_bytes=tensor_bytes).takes_bytes for header in headers)
+        wanted = beside_bytes + sum(
+            Unpacking(header, tensor_bytes=tensor_bytes).takes_bytes for header in headers
+        )
         if self._room is not None:
             await self._room.take(self._client, wanted, self._idle_s)
             self._held_bytes += wanted

@@ -21,7 +21,7 @@ class Limits:
     tensor_bytes: int = 256 << 20
     """The largest tensor, both as sent and unpacked."""
     tensor_total_bytes: int = 2 << 30
-    """The tensors of all clients that arrive, or wait to be computed with; more wait before they are read."""
+    """The tensors of questions and steps of all clients that arrive or are computed with; more wait to be read."""
     logits_per_tensor: int = 4
     """The largest logits of one activation, as a multiple of `tensor_bytes`."""
     calls_per_s: int = 200

@@ -9,6 +9,8 @@ SHARE_OF_A_ROUND = 0.5
 """The share of a usual round's length that a round waits for the others, where it is longer than the grace."""
 ROUNDS_REMEMBERED = 9
 """The rounds whose median length is the usual one."""
+ROUNDS_NEEDED = 3
+"""The rounds that must be known: the first one or two may have waited a night for devices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from typing import Any, cast
 
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
-from hosl.service.rounds import ROUNDS_REMEMBERED, SHARE_OF_A_ROUND, Contribution, Round
+from hosl.service.rounds import (
+    ROUNDS_NEEDED,
+    ROUNDS_REMEMBERED,
+    SHARE_OF_A_ROUND,
+    Contribution,
+    Round,
+)
 from hosl.service.turn import Turn
 from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
 from hosl.wire import hosl_pb2 as pb
@@ -365,9 +371,9 @@ class ServedRun:
         """The seconds that a round waits for the others after its first contribution.
 
         They are the run's grace, or half of a usual round if that is longer: devices that take minutes for a step are
-        minutes apart, too.
+        minutes apart, too. After a restart of the server it is the run's grace until three rounds are closed.
         """
-        usual_s = median(self._lengths_s) if self._lengths_s else 0.0
+        usual_s = median_low(self._lengths_s) if len(self._lengths_s) >= ROUNDS_NEEDED else 0.0
         return max(self.training.grace_s, SHARE_OF_A_ROUND * usual_s)
 
     def close_round(self, current: Round) -> list[str] | None:

@@ -13,7 +13,7 @@ CALL_TOKENS = 64
 HELLO_TOKENS = 4096
 """The tokens of a hello or a save: weights are read or written."""
 _KEPT = 1024
-"""The clients whose served tokens are kept before those who are not ahead of the level are forgotten."""
+"""More clients than these: those whose served tokens are not above the level are forgotten, which changes no turn."""
 
 
 class Scheduler:

@@ -138,7 +138,7 @@ class Unpacking:
             )
         unpacked = 0 if self.compression == "none" else largest
         self.takes_bytes = self.wanted + unpacked
-        """The memory of the tensor as sent and, if that is another, unpacked."""
+        """The memory of the tensor as sent and, if that is another, unpacked; not what unpacking takes for a moment."""
         # np.empty takes no memory yet: the system gives a page when bytes are written to it
         self._bytes = np.empty(self.wanted, dtype=np.uint8)
         self.filled = 0

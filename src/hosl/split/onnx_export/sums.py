@@ -13,7 +13,7 @@ from hosl.split.reading.runtime_json import SUM
 def with_sums_(graph: onnx.GraphProto) -> tuple[str, ...]:
     """Every gradient `d.NAME` that is a product A^T B becomes A^T B + `sum.NAME`, a new input; returns these names.
 
-    What is left of the products is in the order in which they can be let go of (`_order_ends_`).
+    The nodes are put in an order in which what gradients are made of can be let go of early (`_order_ends_`).
     """
     made = {output: node for node in graph.node for output in node.output}
     found = list[str]()
@@ -47,12 +47,15 @@ def _drop_unread_transposes_(graph: onnx.GraphProto) -> None:
 
 
 def _order_ends_(graph: onnx.GraphProto) -> None:
-    """Move the nodes that no other reads, as most that make an output are, to the end, the last of them first.
+    """Move the nodes that no other node reads, most of which make an output, to the end, the last of them first.
 
     ONNX Runtime computes what the last node of a file needs first. So a gradient of weights is there as soon as it can
     be, and what it was made of can go: in file order all of them came last. For a block of OPT that is 20 hidden states
     at once in place of 24, and 54 in place of 82 where rows are long (docs/log.md, 2026-11-29).
     """
+    assert not any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute), (
+        "it reads names, too"
+    )
     read = {name for node in graph.node for name in node.input}
     ends = [node for node in graph.node if read.isdisjoint(node.output)]
     others = [node for node in graph.node if not read.isdisjoint(node.output)]
