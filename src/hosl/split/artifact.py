@@ -103,9 +103,7 @@ def split_folder(
     base_digest = checkpoint_digest(folder, name)
     sizes, digests, tied_head = {}, {}, False
     with whole_folder(out) as partial:
-        for side in ("client", "server"):
-            (partial / side).mkdir()
-            config.save_pretrained(partial / side)
+        _make_sides(partial, config)
         for piece in ("client", "server") if labels == "server" else ("client", "server", "head"):
             part, _ = _piece(config, head, piece, cut, labels)
             tied = tied_names(part, config) if piece == "head" else ()
@@ -125,6 +123,13 @@ def split_folder(
             _export_graphs(partial / "client", graphs, say)
     client_bytes = sizes["client"] + sizes.get("head", 0)
     return SplitInfo(config.model_type, cut, base_digest, client_bytes, sizes["server"], notes)
+
+
+def _make_sides(folder: Path, config: Any) -> None:
+    """Make the folders of both sides, with the model's config.json in each."""
+    for side in ("client", "server"):
+        (folder / side).mkdir()
+        config.save_pretrained(folder / side)
 
 
 def _add_companions(folder: Path, client: Path) -> None:
