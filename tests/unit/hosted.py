@@ -73,6 +73,7 @@ class Service:
         self.calls = Calls(
             Access(folder), self.sessions, self.scheduler, status, limits or Limits(), idle_s=5.0
         )
+        status.watch_tensors(lambda: self.calls.room.taken_bytes)
         self.status = status
 
     async def call(self, name, client, *messages):

@@ -151,6 +151,7 @@ async def _serve(
     giving = _giving(options, status.damaged)
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s, giving=giving)
     status.watch_queue(lambda: scheduler.queue)
+    status.watch_tensors(lambda: calls.room.taken_bytes)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
     try:

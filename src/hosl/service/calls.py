@@ -57,7 +57,6 @@ class Calls:
         self._status, self._limits, self._idle_s = status, limits, idle_s
         self._meterage = Meterage(limits)
         self.room = Room(limits.tensor_total_bytes)
-        status.watch_tensors(lambda: self.room.taken_bytes)
         self._texts = Texts(sessions, scheduler, status, limits)
         self._closing: dict[Round, asyncio.Task[None]] = {}
         """The task that closes each open round; no call's own, so that it outlives the client that began it."""
