@@ -34,6 +34,11 @@ def command_parser(command: str, description: str, *, as_json: bool = True) -> P
     return parser
 
 
+def say(text: str, *, by: str = "hosl") -> None:
+    """Write a line for the person to standard error; `by` is the word that it begins with."""
+    sys.stderr.write(f"{by}: {text}\n")
+
+
 def options_and_settings(
     parser: Parser, arguments: list[str], first: str
 ) -> tuple[argparse.Namespace, list[str]]:

@@ -2,15 +2,18 @@
 
 import sys
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hosl.cli.answers import Parser, answer, command_parser, need_torch
+from hosl.cli.answers import Parser, answer, command_parser, need_torch, say
 from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError
 
 if TYPE_CHECKING:
     from hosl.bench.random_halves import BenchSizes
+
+_say = partial(say, by="bench")
 
 
 def run(arguments: list[str]) -> int:
@@ -173,10 +176,6 @@ def _add_methods(parser: Parser) -> None:
         default="torch",
         help="onnx: of clients without torch, on an inference engine, with torch's figures beside them",
     )
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"bench: {text}\n")
 
 
 def _show(result: dict[str, Any], as_json: bool) -> int:

@@ -2,12 +2,15 @@
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import Parser, answer, command_parser, options_and_settings
+from hosl.cli.answers import Parser, answer, command_parser, options_and_settings, say
 from hosl.cli.train import overridden
 from hosl.errors import ConfigError
+
+_say = partial(say, by="plan")
 
 
 def run(arguments: list[str]) -> int:
@@ -124,7 +127,3 @@ def _cuts(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"hosl plan --cuts wants numbers such as 1,3,5, got {text!r}") from None
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"plan: {text}\n")

@@ -1,12 +1,12 @@
 """`hosl split MODEL --cut K OUT`: one checkpoint becomes OUT/client and OUT/server."""
 
-import sys
 from argparse import Namespace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from hosl.cli.answers import Parser, answer, command_parser
+from hosl.cli.answers import Parser, answer, command_parser, say
 from hosl.config import load_config
 from hosl.errors import ConfigError
 from hosl.split.reading.runtime_json import read_runtime_json
@@ -51,11 +51,11 @@ def run(arguments: list[str]) -> int:
 
     info = split_folder(
         options.model, options.cut, Path(options.out), head=options.head, num_labels=options.num_labels,
-        seed=options.seed, labels=labels, graphs=graphs, say=_say,
+        seed=options.seed, labels=labels, graphs=graphs, say=partial(say, by="split"),
     )  # fmt: skip
     for note in info.notes:
-        sys.stderr.write(f"hosl: model {options.model}: {note}\n")
-    sys.stderr.write(f"hosl: {why}\n")
+        say(f"model {options.model}: {note}")
+    say(why)
     facts = {"out": options.out, "cut": options.cut, **info.facts()}
     if graphs is not None:
         runtime = read_runtime_json(Path(options.out) / "client")
@@ -63,10 +63,6 @@ def run(arguments: list[str]) -> int:
         facts["operators"] = runtime.operators if options.json else ", ".join(runtime.operators)
     answer(facts, as_json=options.json)
     return 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"split: {text}\n")
 
 
 def _add_graphs(parser: Parser) -> None:

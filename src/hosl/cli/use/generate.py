@@ -17,6 +17,7 @@ from hosl.cli.answers import (
     check_across,
     command_parser,
     connection,
+    say,
 )
 from hosl.cli.run_argument import BEST_HELP, named_run
 from hosl.cli.use.choice import add_choice, wanted_answers
@@ -70,10 +71,10 @@ def run(arguments: list[str]) -> int:
     columns: dict[str, list[Any]] = {}
     for when, opened in models.items():
         with opened() as ready:
-            _say(f"{when}: {ready.says}")
+            say(f"{when}: {ready.says}")
             tokenizer = TextTokenizer.load(ready.folder, read)
             asked = replace(wanted, chat_template=ready.chat_template)
-            speaker = TextModel(ready.model, tokenizer, ready.folder, asked, _say)
+            speaker = TextModel(ready.model, tokenizer, ready.folder, asked, say)
             columns[when] = [
                 _shown(speaker, number, prompt.text, many=len(prompts) > 1, silent=options.json)
                 for number, prompt in enumerate(prompts)
@@ -113,7 +114,7 @@ def _keep(run: Path, rows: list[dict[str, Any]]) -> None:
 
     whole_file(run / ANSWERS, json.dumps(rows, ensure_ascii=False, indent=1).encode())
     page = write_report(run)
-    _say(f"answers are kept in {run / ANSWERS}" + ("" if page is None else f"; {page} shows them"))
+    say(f"answers are kept in {run / ANSWERS}" + ("" if page is None else f"; {page} shows them"))
 
 
 _Models = dict[str, Callable[[], AbstractContextManager[Any]]]
@@ -129,9 +130,9 @@ def _models_across(options: argparse.Namespace) -> tuple[_Models, None]:
     from hosl.network.generate import SplitUse, split_model_for_use
 
     use = SplitUse(path=Path(options.model), line=line, proof=proof, run=options.run, runtime=options.runtime)
-    models: _Models = {"now": lambda: split_model_for_use(use, _say)}
+    models: _Models = {"now": lambda: split_model_for_use(use, say)}
     if options.before:
-        models["before"] = lambda: split_model_for_use(replace(use, base=True), _say)
+        models["before"] = lambda: split_model_for_use(replace(use, base=True), say)
     return models, None
 
 
@@ -181,7 +182,3 @@ def _shown(speaker: Any, number: int, prompt: str, *, many: bool, silent: bool) 
     made = speaker.answer(prompt, number, write)
     write("\n")
     return made
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"hosl: {text}\n")

@@ -1,10 +1,9 @@
 """The option --gguf of the commands that write a model: also as one GGUF file, for llama.cpp."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import Parser
+from hosl.cli.answers import Parser, say
 
 
 def add_gguf(parser: Parser) -> None:
@@ -23,9 +22,5 @@ def gguf_written(folder: Path, file: Path, dtype: Any) -> dict[str, Any]:
     """
     from hosl.split.gguf_export import write_gguf
 
-    size = write_gguf(folder, file, lambda text: _say(text), dtype=dtype)
+    size = write_gguf(folder, file, say, dtype=dtype)
     return {"gguf": str(file), "gguf_bytes": size}
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"hosl: {text}\n")

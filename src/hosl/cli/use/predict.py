@@ -1,13 +1,20 @@
 """`hosl predict RUN ROWS -o OUT.jsonl`: the labels of new rows, or the answers to them, here or across the split."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import add_connection, add_runtime, answer, check_across, command_parser, connection
+from hosl.cli.answers import (
+    add_connection,
+    add_runtime,
+    answer,
+    check_across,
+    command_parser,
+    connection,
+    say,
+)
 from hosl.cli.run_argument import BEST_HELP, named_run
 from hosl.cli.use.choice import add_choice, given_choice, wanted_answers
 from hosl.config import Config, load_config
@@ -82,7 +89,7 @@ def _answers(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         speaker = TextModel(ready.model, TextTokenizer.load(ready.folder, read), ready.folder, wanted)
         short = check_room(speaker, asked.rows, wanted.max_new_tokens)
         for note in (ready.says, *asked.notes, *short):
-            _say(note)
+            say(note)
         with open_view("predict", 0, len(asked.rows), unit="row") as view:
             return write_answers(
                 speaker,
@@ -119,7 +126,7 @@ def _text_model(options: argparse.Namespace, config: Config) -> Iterator[tuple[A
     elif options.config is not None:
         raise ConfigError(f"{path} is a run and has its own config; leave --config out")
     with split_model_for_use(
-        SplitUse(path=path, line=line, proof=proof, base=base, runtime=options.runtime), _say
+        SplitUse(path=path, line=line, proof=proof, base=base, runtime=options.runtime), say
     ) as ready:
         yield ready, None
 
@@ -135,7 +142,7 @@ def _labels(options: argparse.Namespace) -> dict[str, Any]:
         reader = RowReader(scorer.config.task, scorer.labels, scorer.tokenizer)
         rows = reader.read(options.rows, options.split)
         for note in (scorer.says, *reader.notes):
-            _say(note)
+            say(note)
         predicted = predictions(
             scorer.client, scorer.server, reader.task, reader.encoded(rows),
             rows_per_batch=scorer.config.per_device_eval_batch_size,
@@ -146,9 +153,9 @@ def _labels(options: argparse.Namespace) -> dict[str, Any]:
                 with_columns=options.keep_columns, done=lambda count: view.step(count, {}),
             )  # fmt: skip
     for note in reader.cuts():
-        _say(note)
+        say(note)
     if reader.has_labels(rows) and tally.labelled < tally.rows:
-        _say(
+        say(
             f"{tally.rows - tally.labelled} of {tally.rows} rows have no label of {', '.join(reader.task.labels)}; the "
             "accuracy is that of the others"
         )
@@ -173,10 +180,6 @@ def _scorer(options: argparse.Namespace) -> Iterator[Any]:
     with scorer_across(
         PredictOptions(path=Path(options.model), line=line, proof=proof, runtime=options.runtime),
         config,
-        _say,
+        say,
     ) as scorer:
         yield scorer
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"hosl: {text}\n")
