@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hosl.errors import FailureError
+from hosl.system.machine import peak_bytes_of
 from hosl.transport.join_line import JoinLine
 
 _MIB = 2**20
@@ -34,12 +35,7 @@ class ServedHalf:
     @property
     def peak_mib(self) -> float:
         """The most memory that it has had resident, MiB; 0 where the system does not say."""
-        try:
-            status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        except OSError:
-            return 0.0
-        found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-        return int(found[0]) * 1024 / _MIB if found else 0.0
+        return peak_bytes_of(self.process.pid) / _MIB
 
 
 @contextmanager
@@ -59,7 +55,6 @@ def served_half(halves: Path, *words: str) -> Iterator[ServedHalf]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=os.environ.copy(),
         )
     try:
         yield ServedHalf(process, _line_of(process, halves / "server.log"))

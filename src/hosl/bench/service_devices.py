@@ -63,14 +63,14 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What the devices of one process saw."""
 
-    waits_s: list[float]
-    """Seconds from a call to its whole answer: of each question, or each Step."""
-    answered: list[int]
-    """Questions or rounds of each device."""
-    rounds_s: list[float]
+    waits_s: list[float] = []
+    """Seconds from a question to its whole answer."""
+    answered: list[int] = []
+    """Questions of each device."""
+    sent_bytes: int = 0
+    """Bytes of the questions' tensors."""
+    rounds_s: list[float] = []
     """Seconds of each round, from the first Step to the last Journal's answer, by this process's devices."""
-    sent_bytes: int
-    """Bytes of tensors."""
 
 
 class _Device:
@@ -85,7 +85,7 @@ class _Device:
         shape = (orders.rows, orders.seq, orders.width)
         values = np.random.Generator(np.random.Philox(key=number)).standard_normal(shape, np.float32)
         self._packed = pack(WireArray(values, "float32"), "none")
-        self._chunks = [pb.Upload(chunk=bytes(chunk)) for chunk in self._packed.chunks()]
+        self._chunks = [pb.Upload(chunk=chunk) for chunk in self._packed.chunks()]
         self._targets = targets_to_message(synthetic_batch(_VOCABULARY, orders.rows, orders.seq).targets)
         self._session = ""
         self.updates = 0
@@ -149,7 +149,7 @@ class _Device:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of the activation as sent."""
-        return sum(len(chunk.chunk) for chunk in self._chunks)
+        return self._packed.size_bytes
 
 
 async def _questions(devices: list[_Device], seconds: float) -> Seen:
@@ -167,17 +167,14 @@ async def _questions(devices: list[_Device], seconds: float) -> Seen:
                 answered[index] += 1
 
     await asyncio.gather(*(asking(i, device) for i, device in enumerate(devices) for _ in range(_AT_ONCE)))
-    return Seen(waits_s=waits_s, answered=answered, rounds_s=[], sent_bytes=sent_bytes)
+    return Seen(waits_s=waits_s, answered=answered, sent_bytes=sent_bytes)
 
 
 async def _rounds(devices: list[_Device], rounds: int, directions: int) -> Seen:
-    waits_s: list[float] = []
     rounds_s: list[float] = []
 
     async def part(device: _Device, number: int) -> None:
-        begin_s = time.monotonic()
         await device.step(number)
-        waits_s.append(time.monotonic() - begin_s)
         first = (number * len(devices) + device.number) * directions * 1000
         await device.journal(number, list(range(first, first + directions)))
 
@@ -185,8 +182,7 @@ async def _rounds(devices: list[_Device], rounds: int, directions: int) -> Seen:
         begin_s = time.monotonic()
         await asyncio.gather(*(part(device, number) for device in devices))
         rounds_s.append(time.monotonic() - begin_s)
-    sent_bytes = rounds * sum(device.tensor_bytes for device in devices)
-    return Seen(waits_s=waits_s, answered=[rounds] * len(devices), rounds_s=rounds_s, sent_bytes=sent_bytes)
+    return Seen(rounds_s=rounds_s)
 
 
 async def _work(orders: Orders) -> Seen:

@@ -66,6 +66,11 @@ def process_peak_bytes() -> int:
     return max(_status_bytes("VmHWM"), _EARLIER_PEAK_BYTES[0])
 
 
+def peak_bytes_of(pid: int) -> int:
+    """The most memory that another process has had resident; 0 where the system does not say."""
+    return _status_bytes("VmHWM", pid)
+
+
 def begin_peak() -> None:
     """Let the system's own count of the most memory begin anew; `process_peak_bytes` remembers what was before."""
     _EARLIER_PEAK_BYTES[0] = process_peak_bytes()
@@ -91,10 +96,10 @@ def process_pages() -> tuple[int, int]:
     return _status_bytes("RssAnon"), _status_bytes("RssFile")
 
 
-def _status_bytes(field: str) -> int:
-    """A field of /proc/self/status, which holds KiB, in bytes; 0 where there is none."""
+def _status_bytes(field: str, pid: int | str = "self") -> int:
+    """A field of /proc/PID/status, which holds KiB, in bytes; 0 where there is none."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
+        with open(f"/proc/{pid}/status", encoding="ascii") as status:
             for line in status:
                 if line.startswith(f"{field}:"):
                     return int(line.split()[1]) * 1024
