@@ -281,6 +281,14 @@ def test_plaintext_beyond_loopback_is_refused(halves, tmp_path, capsys):
     assert "plaintext is for loopback only" in capsys.readouterr().err
 
 
+def test_room_for_less_than_one_call_is_refused_before_anything_is_served(tmp_path, capsys):
+    half, service = str(tmp_path / "half"), tmp_path / "service"
+    words = ["serve", half, "--service", str(service), "--tensor-limit", "256", "--tensor-total", "1023"]
+    assert main(words) == 2
+    assert "--tensor-total 1023: a call may have two activations" in capsys.readouterr().err
+    assert not service.exists()
+
+
 def test_nobody_at_the_address_is_said(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

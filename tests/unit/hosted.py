@@ -62,6 +62,18 @@ class CountingHalf(HostedHalf):
         return read.state, Journal.from_bytes(read.journal or b"")
 
 
+def step_messages(session, step):
+    """The messages of a training step: the question, and the chunk of its activations."""
+    packed = pack(WireArray(ACTIVATIONS, "float32"), "none")
+    rows, seq, _ = ACTIVATIONS.shape
+    targets = pb.Targets(
+        mask=pb.Mask(rows=rows, seq=seq, bits=b"\xff"), classes=pb.Classes(labels=[0] * rows)
+    )
+    where = pb.Where(session=session, step=step)
+    ask = pb.Upload(step=pb.AskStep(where=where, activations=packed.header, targets=targets))
+    return [ask, *(pb.Upload(chunk=chunk) for chunk in packed.chunks())]
+
+
 class Service:
     """Calls, sessions and compute thread over one folder; `call` makes one call and returns its replies."""
 
@@ -98,16 +110,7 @@ class Service:
 
     async def step(self, client, session, step):
         """One training step; returns its loss."""
-        packed = pack(WireArray(ACTIVATIONS, "float32"), "none")
-        rows, seq, _ = ACTIVATIONS.shape
-        targets = pb.Targets(
-            mask=pb.Mask(rows=rows, seq=seq, bits=b"\xff"), classes=pb.Classes(labels=[0] * rows)
-        )
-        where = pb.Where(session=session, step=step)
-        ask = pb.Upload(step=pb.AskStep(where=where, activations=packed.header, targets=targets))
-        reply, *_ = await self.call(
-            "_step", client, ask, *(pb.Upload(chunk=chunk) for chunk in packed.chunks())
-        )
+        reply, *_ = await self.call("_step", client, *step_messages(session, step))
         return reply.done.loss
 
     async def save(self, client, session, step):

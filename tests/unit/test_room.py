@@ -13,7 +13,7 @@ from hosl.service.incoming import Incoming, Room
 from hosl.service.limits import Limits
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray, pack
-from tests.unit.hosted import ACTIVATIONS, Service, in_loop, training
+from tests.unit.hosted import ACTIVATIONS, Service, in_loop, step_messages, training
 
 LONG = 60.0
 
@@ -116,9 +116,8 @@ def test_a_call_that_is_cancelled_as_it_gets_room_takes_none():
         room.give_back("first", 100)
         late.cancel()
         ended = await asyncio.gather(late, return_exceptions=True)
-        if ended == [
-            None
-        ]:  # Python 3.11 may lose a cancellation that comes with the result: the call then goes on
+        # Python 3.11 may lose a cancellation that comes with the result: the call then goes on
+        if ended == [None]:
             room.give_back("other", 50)
         return room.taken_bytes
 
@@ -175,13 +174,8 @@ class _Context:
 
 def _asking(session, data):
     """The messages of a Step whose tensor has these bytes."""
-    packed = pack(WireArray(ACTIVATIONS, "float32"), "none")
-    rows, seq, _ = ACTIVATIONS.shape
-    targets = pb.Targets(
-        mask=pb.Mask(rows=rows, seq=seq, bits=b"\xff"), classes=pb.Classes(labels=[0] * rows)
-    )
-    step = pb.AskStep(where=pb.Where(session=session, step=1), activations=packed.header, targets=targets)
-    return [pb.Upload(step=step), *([pb.Upload(chunk=data)] if data else [])]
+    ask, _ = step_messages(session, 1)
+    return [ask, *([pb.Upload(chunk=data)] if data else [])]
 
 
 @pytest.mark.parametrize(

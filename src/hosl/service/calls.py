@@ -417,10 +417,9 @@ class Calls:
                 "fewer rows, or raise the server's --tensor-limit"
             )
         states = prod(states_shape(parsed, shape[2])) if gradient else 0
-        await incoming.reserve(
+        arrays = await incoming.tensors(
             headers, tensor_bytes=self._limits.tensor_bytes, beside_bytes=2 * states * _LARGEST_NUMBER_BYTES
         )
-        arrays = [await incoming.tensor(header, tensor_bytes=self._limits.tensor_bytes) for header in headers]
         if has_labels:  # without labels a gradient may follow, in StepStates
             await incoming.end()
         return arrays, parsed

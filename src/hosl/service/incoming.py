@@ -164,22 +164,23 @@ class Incoming:
             raise WireError(f"this call begins with `{name}`, got `{upload.WhichOneof('part')}`")
         return getattr(upload, name)
 
-    async def reserve(
+    async def tensors(
         self, headers: Iterable[pb.Tensor], *, tensor_bytes: int, beside_bytes: int = 0
-    ) -> None:
-        """Wait for room for all tensors of a request, before the first of them is read: the sender waits, too.
+    ) -> list[WireArray]:
+        """All tensors of a request, once there is room for them: before, none is read, and the sender waits, too.
 
         `beside_bytes`: what the call will take later. It is asked for now: a second wait could be for ever.
 
         Raises:
-            WireError, LimitError: see `Unpacking`. BusyError: if there is no room within the idle limit.
+            WireError, LimitError: see `Unpacking`. BusyError: if there is no room within the idle limit. LinkError: see
+                `message`.
         """
-        wanted = beside_bytes + sum(
-            Unpacking(header, tensor_bytes=tensor_bytes).takes_bytes for header in headers
-        )
+        arriving = [Unpacking(header, tensor_bytes=tensor_bytes) for header in headers]
         if self._room is not None:
+            wanted = beside_bytes + sum(tensor.takes_bytes for tensor in arriving)
             await self._room.take(self._client, wanted, self._idle_s)
             self._held_bytes += wanted
+        return [await self._unpacked(tensor, pb.Upload) for tensor in arriving]
 
     def give_back(self) -> None:
         """Give the room back that this call has; its tensors are let go of by now."""
@@ -195,7 +196,10 @@ class Incoming:
         Raises:
             WireError, LimitError: see `Unpacking`. LinkError: see `message`.
         """
-        arriving = Unpacking(header, tensor_bytes=tensor_bytes)
+        return await self._unpacked(Unpacking(header, tensor_bytes=tensor_bytes), kind)
+
+    async def _unpacked(self, arriving: Unpacking, kind: type[pb.Upload | pb.GenerateRequest]) -> WireArray:
+        """The tensor, once its chunks have come."""
         self._end_s = time.monotonic() + self._idle_s + arriving.wanted / _SLOWEST_BYTES_PER_S
         while not arriving.complete:
             part = await self.message(kind)
