@@ -23,6 +23,18 @@ class Stepped:
     """dL/dh, shaped like the activations."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What one of several clients asks of a half, when they are answered together."""
+
+    activations: Sequence[WireArray]
+    """One or two, of one shape."""
+    targets: Targets
+    weight: int = 0
+    """In a round: how much this batch weighs among the others."""
+    want_gradient: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class TextSizes:
     """The sizes of a half that goes on with texts."""
@@ -77,6 +89,10 @@ class HostedHalf(Protocol):
         """Mean losses in nats; nothing changes."""
         ...
 
+    def losses_together(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """`losses` of several clients, in few forward passes: equal to each one's alone but for rounding."""
+        ...
+
     def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
         """Log-probabilities [rows, classes or 1], float32; nothing changes."""
         ...
@@ -115,6 +131,10 @@ class HostedHalf(Protocol):
         self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
     ) -> Stepped:
         """Add this batch's gradient, weighed by `examples`, to the round's; no update yet."""
+        ...
+
+    def contribute_together(self, parts: Sequence[Asked]) -> list[Stepped]:
+        """`contribute` of several clients, in few passes; if it raises, nothing was added of any."""
         ...
 
     def apply(self, step: int) -> None:

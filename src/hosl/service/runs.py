@@ -16,7 +16,7 @@ from typing import Any, cast
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
-from hosl.service.hosted_half import HostedHalf, Stepped
+from hosl.service.hosted_half import Asked, HostedHalf, Stepped
 from hosl.service.rounds import (
     ROUNDS_NEEDED,
     ROUNDS_REMEMBERED,
@@ -31,6 +31,17 @@ from hosl.wire.tensors import WireArray
 
 BASE = "(base)"
 """The name of what is no run: a half as it was split, opened for use. No run can have it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """What a client asks of a run at a step, when others may be answered with it."""
+
+    client: str
+    step: int
+    activations: list[WireArray]
+    targets: Targets
+    want_gradient: bool = False
 
 
 @dataclass
@@ -262,7 +273,39 @@ class ServedRun:
                 f"step {step} of client {client} is from the {when}: the server waits for step {wanted}"
             )
 
+    def losses(self, questions: Sequence[Question]) -> list[list[float]]:
+        """The mean losses of each question's activations, nats; several questions are answered together.
+
+        Raises:
+            StepError, SessionError: see `check_now`.
+        """
+        for question in questions:
+            self.check_now(question.client, question.step)
+        if len(questions) == 1:
+            return [self.half.losses(questions[0].activations, questions[0].targets)]
+        return self.half.losses_together([Asked(q.activations, q.targets) for q in questions])
+
     # ---- requests that change the half: once per (client, step) ----
+
+    def step_together(self, questions: Sequence[Question]) -> list[Stepped]:
+        """`step` of several clients; their gradients are added to the round together. Synchronous only if several.
+
+        If it raises, nothing was added of any.
+        """
+        new = dict[str, tuple[Question, int]]()
+        for question in questions if len(questions) > 1 else ():
+            done, _ = self._replies.get(question.client, (None, None))
+            if done != question.step and question.client not in new:
+                self.check_now(question.client, question.step)
+                new[question.client] = (question, weight_of(question.targets))
+        if len(new) > 1:
+            parts = [Asked(q.activations, q.targets, weight, q.want_gradient) for q, weight in new.values()]
+            for (q, weight), reply in zip(new.values(), self.half.contribute_together(parts), strict=True):
+                self._weights[q.client], self._replies[q.client] = (q.step, weight), (q.step, reply)
+        return [
+            self.step(q.client, q.step, q.activations[0], q.targets, want_gradient=q.want_gradient)
+            for q in questions
+        ]
 
     def step(
         self, client: str, step: int, activations: WireArray, targets: Targets, *, want_gradient: bool
