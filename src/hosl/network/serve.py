@@ -60,6 +60,8 @@ class ServeOptions:
     """The largest activation that is accepted."""
     tensor_total_bytes: int = 2 << 30
     """The activations of all clients that are held at once."""
+    merge_tokens: int = 512
+    """Tokens of questions of several clients of a run that are answered in one forward pass, at most; 0: none are."""
     calls_per_s: int = 200
     """Calls of one client per second, on average."""
     idle_s: float = 60.0
@@ -138,7 +140,8 @@ async def _serve(
     from hosl.service.sessions import Sessions, each_run
     from hosl.service.status import Status
 
-    access, scheduler, status = Access(options.service), Scheduler(), Status()
+    access, status = Access(options.service), Status()
+    scheduler = Scheduler(options.merge_tokens, tell=status.answered_together)
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
         cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
@@ -329,6 +332,7 @@ def _announce(
         options.say("clients of a run may fetch this server's half of it (--give-half)")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
     options.say(_generation(options))
+    options.say(_merging(options))
     options.say(
         f"serving {options.half} on {address_of(host, port)}" + (f"; live page on {page.url}" if page else "")
     )
@@ -341,6 +345,16 @@ def _generation(options: ServeOptions) -> str:
     return (
         f"generation: {options.texts_at_once} texts at once, with caches of up to {options.cache_limit_bytes >> 20:,} "
         f"MiB a client and {options.cache_total_bytes >> 20:,} MiB in all"
+    )
+
+
+def _merging(options: ServeOptions) -> str:
+    """The line about questions that are answered together."""
+    if not options.merge_tokens:
+        return "each question is answered alone (--merge-tokens 0)"
+    return (
+        f"merging: questions of several devices of a run that wait are answered together, up to {options.merge_tokens} "
+        "tokens (--merge-tokens)"
     )
 
 
