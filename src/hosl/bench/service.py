@@ -102,12 +102,13 @@ class _Bench:
         }
 
     def ingest(self, seconds: float) -> dict[str, float]:
-        """Large activations by two devices: CPU seconds of the server for each GiB of them."""
+        """Large activations by two devices, refused once they are here: CPU seconds of the server for each GiB."""
         orders = self._orders(
-            "large", self._tokens[:2], work="questions", seconds=seconds, rows=_LARGE_ROWS, seq=_LARGE_TOKENS
+            "large", self._tokens[:2], work="refused", seconds=seconds, rows=_LARGE_ROWS, seq=_LARGE_TOKENS
         )
-        (seen,), loop_cpu_s, _ = self._run(orders)
-        return {"loop_cpu_s_per_gib": loop_cpu_s / (seen.sent_bytes / _GIB)}
+        (seen,), loop_cpu_s, cpu_s = self._run(orders)
+        gib = seen.sent_bytes / _GIB
+        return {"loop_cpu_s_per_gib": loop_cpu_s / gib, "all_cpu_s_per_gib": cpu_s / gib}
 
     def rounds(self, clients: int, rounds: int) -> dict[str, float]:
         """Rounds of all devices, each with a Step and an update of its own."""
@@ -126,7 +127,7 @@ class _Bench:
         run: str,
         tokens: Sequence[str],
         *,
-        work: Literal["questions", "rounds"],
+        work: Literal["questions", "refused", "rounds"],
         count: int | None = None,
         **more: Any,
     ) -> Orders:
