@@ -53,7 +53,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     """Tokens of a row."""
     work: Literal["questions", "refused", "rounds"]
-    """questions: as many as the server answers, for `seconds`. refused: the same, of a step that is none, so that all is
+    """questions: as many as the server answers, for `seconds`. refused: the same, of a step that is none: all is
     received and nothing computed. rounds: a Step and a Journal for each of `rounds`."""
     seconds: float = 5.0
     """Of questions."""

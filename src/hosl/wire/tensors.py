@@ -23,7 +23,7 @@ Compression: TypeAlias = Literal["none", "bf16", "int8"]
 CHUNK_BYTES = 1 << 19
 """The largest part of a tensor that one message carries."""
 _KEPT_FROM_BYTES = 1 << 16
-"""Chunks of these bytes and more wait for the whole tensor before they are copied; smaller ones are not worth a list."""
+"""Chunks of so many bytes are copied when the tensor is whole; smaller ones at once, they are not worth a list."""
 _DELIMITED = 2
 """The wire type of a field of bytes in protobuf's encoding: a length, then as many bytes."""
 
