@@ -134,7 +134,8 @@ class _Bench:
         config = Config(
             method="hosl", max_steps=10_000, model=ModelConfig(cut=_SIZES.cut), zo=ZOConfig(directions=10),
             clients=ClientsConfig(
-                count=max(count or len(tokens), 2), halves="shared", schedule="synchronous", grace_s=600.0
+                count=max(count or len(tokens), 2), halves="shared", schedule="synchronous", grace_s=600.0,
+                directions="common",
             ),
         )  # fmt: skip
         given: dict[str, Any] = {"rows": _SIZES.rows, "seq": _SIZES.tokens} | more

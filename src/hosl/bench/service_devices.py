@@ -192,8 +192,10 @@ async def _rounds(devices: list[_Device], rounds: int, directions: int) -> Seen:
 
     async def part(device: _Device, number: int) -> None:
         await device.step(number)
-        first = (number * len(devices) + device.number) * directions * 1000
-        await device.journal(number, list(range(first, first + directions)))
+        first = number * directions
+        await device.journal(
+            number, list(range(first, first + directions))
+        )  # common: all devices draw the same
 
     for number in range(1, rounds + 1):
         begin_s = time.monotonic()

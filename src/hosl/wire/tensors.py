@@ -245,7 +245,9 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype("<u4") << 16).view("<f4")
+    wide = bits.astype("<u4")
+    wide <<= 16  # in place: an activation may be large
+    return wide.view("<f4")
 
 
 def _to_int8(values: np.ndarray, noise: str) -> tuple[np.ndarray, np.ndarray]:
