@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.reading.half_json import half_facts
+from hosl.system.allocator import keep_freed_memory
 from hosl.system.run_folder import RunLock
 from hosl.transport.join_line import JoinLine, address_of, check_public
 from hosl.wire import hosl_pb2 as pb
@@ -105,6 +106,7 @@ def serve(options: ServeOptions) -> None:
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
     check_public(*_public(options, port or 1))  # refused before anything is made
+    keep_freed_memory()
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
