@@ -180,7 +180,7 @@ async def _serve(
     scheduler.close()
     if page:
         page.close()
-    status.line("stopped")
+    status.line("stopped", **status.merged())
 
 
 def _server_options(message_bytes: int, idle_s: float) -> list[tuple[str, int]]:

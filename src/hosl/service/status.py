@@ -184,6 +184,13 @@ class Status:
         """Write one structured log line: a JSON object."""
         self._log(json.dumps({"time": round(time.time(), 3), "event": event, **facts}))
 
+    def merged(self) -> dict[str, int]:
+        """The passes that may answer questions of several clients, and the questions that they answered."""
+        return {
+            "merged_passes": int(_value(self._passes)),
+            "merged_questions": int(_value(self._merged)),
+        }
+
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -196,10 +203,8 @@ class Status:
                 for name, facts in self._runs.items()
             }
             clients = {name: dict(facts) for name, facts in self._clients.items()}
-        queue, texts, cache_bytes, passes, merged = (
-            next(sample.value for metric in gauge.collect() for sample in metric.samples)
-            for gauge in (self._queue, self._texts, self._cache, self._passes, self._merged)
-        )
+        queue, texts, cache_bytes = map(_value, (self._queue, self._texts, self._cache))
+        merged = self.merged()
         return {
             "started": self.started,
             "now": time.time(),
@@ -208,8 +213,12 @@ class Status:
             "queue": queue,
             "texts": texts,
             "cache_bytes": cache_bytes,
-            "questions_per_pass": round(merged / passes, 2) if passes else None,
+            "questions_per_pass": merged["merged_questions"] / max(merged["merged_passes"], 1),
         }
+
+
+def _value(metric: Counter | Gauge) -> float:
+    return next(sample.value for family in metric.collect() for sample in family.samples)
 
 
 def _to_stderr(line: str) -> None:
