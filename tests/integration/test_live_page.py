@@ -41,7 +41,10 @@ def test_metrics_and_state_are_behind_the_token_and_health_is_not(trained):
     with pytest.raises(urllib.error.HTTPError, match="404"):
         _get(url + "clients.json", token)
     metrics = _get(url + "metrics", token)
-    assert 'hosl_steps_total{client="first",run="joined-' in metrics
+    assert "\nhosl_steps_total 10.0\n" in metrics
+    assert 'hosl_run_step{run="joined-' in metrics
+    assert 'hosl_compute_seconds_count{call="Step"} 10.0' in metrics
+    assert "first" not in metrics  # no series of a client
     state = json.loads(_get(url + "state.json", token))
     (facts,) = state["runs"].values()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,11 @@ class Scheduler:
     A client that was away does not save up turns: it starts at the level of the one served least among the waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, worked: Callable[[str, float, float], None] = lambda client, wait_s, took_s: None
+    ) -> None:
+        """`worked` is called after each piece of work: whose it was, the seconds that it waited, and that it took."""
+        self._worked = worked
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosl-compute")
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._served: dict[str, int] = {}
@@ -43,6 +47,7 @@ class Scheduler:
         if len(self._served) > self._most_served:  # else everyone who ever came would stay
             self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
             self._most_served = max(_KEPT, 2 * len(self._served))
+        asked = time.perf_counter()
         turn = asyncio.get_running_loop().create_future()
         self._count += 1
         heapq.heappush(self._waiting, (served, self._count, turn))
@@ -55,14 +60,19 @@ class Scheduler:
             raise
         begin = time.perf_counter()
         computed = asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+        def ended(_: object = None) -> None:
+            self._worked(client, begin - asked, time.perf_counter() - begin)
+            self._done()
+
         try:
             # a caller that goes away does not stop the work half way: what it changes, it changes whole
             return await asyncio.shield(computed), time.perf_counter() - begin
         finally:
             if computed.done():
-                self._done()
+                ended()
             else:
-                computed.add_done_callback(lambda _: self._done())
+                computed.add_done_callback(ended)
 
     async def drain(self) -> None:
         """Wait until nothing is running."""
