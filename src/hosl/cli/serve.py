@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
             runs_per_client=options.runs_per_client, disk_per_client_bytes=parse_bytes(options.disk_per_client),
             tensor_limit_bytes=options.tensor_limit << 20,
             tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-            give_half=options.give_half,
+            give_half=options.give_half, traces=options.traces,
             cache_limit_bytes=options.cache_limit << 20,
             cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
         )
@@ -79,23 +79,6 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--away", type=float, default=600.0, help="seconds without a call until a run makes room for another"
     )
-    parser.add_argument(
-        "--seat-days",
-        type=float,
-        default=30.0,
-        help="days without a call until a client's seat in a full run is free for another; its runs stay",
-    )
-    parser.add_argument(
-        "--runs-per-client",
-        type=int,
-        default=100,
-        help="runs with checkpoints that one client may have begun",
-    )
-    parser.add_argument(
-        "--disk-per-client",
-        default="64GiB",
-        help="size on disk of the runs that one client has begun, such as 500GB; more is refused, nothing deleted",
-    )
     parser.add_argument("--tensor-limit", type=int, default=256, help="MiB that one activation may take")
     parser.add_argument(
         "--tensor-total",
@@ -118,4 +101,30 @@ def _add_arguments(parser: Parser) -> None:
         "--give-half",
         action="store_true",
         help="let the devices of a run have the server's half (hosl merge)",
+    )
+    _add_operation(parser)
+
+
+def _add_operation(parser: Parser) -> None:
+    parser.add_argument(
+        "--seat-days",
+        type=float,
+        default=30.0,
+        help="days without a call until a client's seat in a full run is free for another; its runs stay",
+    )
+    parser.add_argument(
+        "--runs-per-client",
+        type=int,
+        default=100,
+        help="runs with checkpoints that one client may have begun",
+    )
+    parser.add_argument(
+        "--disk-per-client",
+        default="64GiB",
+        help="size on disk of the runs that one client has begun, such as 500GB; more is refused, nothing deleted",
+    )
+    parser.add_argument(
+        "--traces",
+        metavar="URL",
+        help="an OpenTelemetry collector (OTLP over HTTP) that gets a span of each call; default: none",
     )

@@ -79,6 +79,8 @@ class ServeOptions:
     """Keys and values of all clients."""
     texts_at_once: int = 4
     """Texts that are generated at once; 0: none."""
+    traces: str | None = None
+    """The address of an OpenTelemetry collector that gets a span of each call; None: no spans."""
     give_half: bool = False
     """Whether clients of a run may have the server's half of it."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
@@ -146,9 +148,8 @@ async def _serve(
     from hosl.service.page import Page
     from hosl.service.scheduler import Scheduler
     from hosl.service.sessions import Sessions, save_all
-    from hosl.service.status import Status
 
-    access, status = Access(options.service), Status()
+    access, status = Access(options.service), _status(options)
     scheduler = Scheduler(status.worked)
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
@@ -188,6 +189,19 @@ async def _serve(
     if page:
         page.close()
     status.line("stopped")
+    if options.traces is not None:
+        status.close()
+
+
+def _status(options: ServeOptions) -> Any:
+    """The counters, with spans where they are asked for; else nothing of them is imported, and no call does more."""
+    if options.traces is None:
+        from hosl.service.status import Status
+
+        return Status()
+    from hosl.service.operation.traces import traced_to
+
+    return traced_to(options.traces)
 
 
 def _watch(status: Any, options: ServeOptions, scheduler: Any, sessions: Any, calls: Any) -> None:
