@@ -81,6 +81,19 @@ def test_every_metric_of_hosl_is_drawn(dashboard, samples):
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in left} - bases == {"hosl_build_info"}
 
 
+def test_the_page_about_operation_names_every_metric_and_no_other(samples):
+    page = (ROOT / "docs" / "how-to" / "operate-a-server.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\n\| metric \|.*?\n\n", page, flags=re.DOTALL)
+    said = set()
+    for row in table.splitlines():
+        for name in re.findall(
+            r"`(\w+)(?:{[^}]*})?`", row.partition("gauge" if "_max_steps" in row else "\0")[0]
+        ):
+            said.add(f"hosl_run{name}" if name.startswith("_") else name)
+    known = {re.sub(r"_(bucket|count|sum)$", "", name) for name in samples if name.startswith("hosl_")}
+    assert {name for name in said if name.startswith("hosl_")} == known
+
+
 def test_the_panels_of_the_dashboard_lie_beside_each_other(dashboard):
     taken = set()
     for panel in dashboard["panels"]:

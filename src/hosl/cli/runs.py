@@ -132,11 +132,10 @@ def _drop(service: Path, name: str, *, sure: bool, as_json: bool) -> int:
 
 def _said(run: "StoredRun") -> dict[str, Any]:
     """The lines of one run whose handshake is whole."""
-    training = dict(run.training)
     lines: dict[str, Any] = {
         "method": run.method,
         "model": ", ".join(f"{key} {str(value)[:16]}" for key, value in run.model.items()),
-        "settings": ", ".join(f"{key} {value}" for key, value in training.items() if key != "method"),
+        "settings": ", ".join(_flat(run.training)),
         "step": f"{run.step} of {run.max_steps}",
         "loss": "not known" if run.loss_nats is None else f"{run.loss_nats:.4f} nats",
         "in memory": "yes" if run.in_memory else "no",
@@ -148,6 +147,17 @@ def _said(run: "StoredRun") -> dict[str, Any]:
     for gone, heir in run.heirs.items():
         lines[f"seat of {gone}"] = f"is {heir}'s now"
     return lines
+
+
+def _flat(settings: dict[str, Any], within: str = "") -> list[str]:
+    """The settings of a run in words, `optimiser.name SGD`, but the method and what only a program compares."""
+    words = list[str]()
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            words += _flat(value, f"{key}.")
+        elif key not in ("method", "labelsDigest"):
+            words.append(f"{within}{key} {', '.join(value) if isinstance(value, list) else value}")
+    return words
 
 
 def _facts(run: "StoredRun") -> dict[str, Any]:
