@@ -82,7 +82,7 @@ class Service:
         self.half = half or CountingHalf()
         self.sessions = Sessions(folder, lambda model, training: self.half, **how)
         status = status(lambda line: self.log.append(msgspec.json.decode(line)))
-        self.scheduler = Scheduler(status.worked)
+        self.scheduler = Scheduler(worked=status.worked)
         self.calls = Calls(
             Access(folder), self.sessions, self.scheduler, status, limits or Limits(), idle_s=5.0
         )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.reading.half_json import half_facts
+from hosl.system.allocator import keep_freed_memory
 from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock
 from hosl.transport.join_line import JoinLine, address_of, check_public
@@ -114,6 +115,7 @@ def serve(options: ServeOptions) -> None:
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
     check_public(*_public(options, port or 1))  # refused before anything is made
+    keep_freed_memory()
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
@@ -150,7 +152,7 @@ async def _serve(
     from hosl.service.sessions import Sessions, save_all
 
     access, status = Access(options.service), _status(options)
-    scheduler = Scheduler(status.worked)
+    scheduler = Scheduler(worked=status.worked)
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
         cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
