@@ -38,7 +38,9 @@ def trained(tiny_run, tmp_path):
     assert not (tmp_path / "service" / "running.json").exists()  # it ended in order
 
 
-def test_metrics_and_state_are_behind_the_token_and_health_is_not(trained):
+def test_metrics_and_state_are_behind_the_token_health_is_not_and_the_owner_looks_beside_it(
+    trained, tmp_path, capsys
+):
     url, token, run = trained
     assert _get(url + "health") == "ready\n"
     for place in ("metrics", "state.json"):
@@ -58,11 +60,13 @@ def test_metrics_and_state_are_behind_the_token_and_health_is_not(trained):
     assert [loss for _, loss in facts["losses"]] == losses
     assert facts["step"] == 10
     assert state["clients"]["first"]["bytes_up"] > 10_000
+    assert state["clients"]["first"]["compute_s"] > 0
+    _owner_looks(tmp_path / "service", losses[-1], capsys)
+    _container_asks(tmp_path / "service", url)
 
 
-def test_the_owner_and_the_container_look_beside_a_running_server(trained, tmp_path, capsys):
-    url, _, run = trained
-    service = tmp_path / "service"
+def _owner_looks(service, last_loss, capsys):
+    """`hosl runs` beside the running server."""
     wait_until(lambda: '"step":10' in _progress(service))  # within some seconds
     assert main(["runs", "ls", "--service", str(service), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -74,10 +78,13 @@ def test_the_owner_and_the_container_look_beside_a_running_server(trained, tmp_p
         True,
         ["first"],
     )
-    last = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    assert facts["loss_nats"] == [line["loss_nats"] for line in last if "split" not in line][-1]
+    assert facts["loss_nats"] == last_loss
     assert main(["runs", "show", facts["name"], "--service", str(service), "--json"]) == 0
     assert [saved["damage"] for saved in json.loads(capsys.readouterr().out)["checkpoints"]] == [None, None]
+
+
+def _container_asks(service, url):
+    """The health check of deploy/Containerfile, of this server's port and certificate."""
     container = (Path(__file__).parents[2] / "deploy" / "Containerfile").read_text(encoding="utf-8")
     (asks,) = [line for line in container.splitlines() if line.startswith("HEALTHCHECK")]
     program = json.loads(asks.partition(" CMD ")[2])[-1]

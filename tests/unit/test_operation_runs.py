@@ -233,6 +233,15 @@ def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path):
     assert (tmp_path / "runs" / "second" / "checkpoints" / "step-00000001").is_dir()
 
 
+def test_a_write_that_comes_late_does_not_bring_an_ended_server_back(tmp_path):
+    files = LiveFiles(tmp_path, list)
+    files._write(())
+    assert read_running(tmp_path).alive
+    files.close()
+    files._write(())  # of a thread that outlived its task
+    assert read_running(tmp_path) is None
+
+
 def test_a_disk_that_takes_no_files_is_said_once_and_stops_nobody(tmp_path):
     said = []
     files = LiveFiles(tmp_path / "nowhere", list, said.append)

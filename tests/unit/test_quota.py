@@ -68,6 +68,28 @@ def test_room_that_the_owner_makes_is_used_at_once(tmp_path):
     in_loop(run())
 
 
+def test_a_finished_run_and_a_damaged_handshake_are_no_reason_to_refuse(tmp_path):
+    short = training(clients=1, halves=pb.PERSONAL, order=pb.SEQUENTIAL, max_steps=2)
+
+    async def run():
+        service = Service(tmp_path, half=Heavy(), runs_at_once=2)
+        await _steps(service, (await service.hello("a", short, run="finished")).session, 1, 2)
+        session = (await service.hello("a", ALONE)).session
+        await _steps(service, session, 1, 1)
+        save_all(service.sessions)
+        tight = Service(tmp_path, half=Heavy(), quota=Quota(disk_bytes=1000), runs_at_once=2)
+        greeted = await tight.hello("a", short, run="finished", restorable=[0, 1, 2], current=2)
+        assert greeted.start == 2
+        with pytest.raises(LimitError, match="--disk-per-client"):  # before it trains
+            await tight.hello("a", ALONE, restorable=[0, 1], current=1)
+        await service.step("a", session, 2)
+        (tmp_path / "runs" / "run" / "handshake.json").write_text("{")
+        save_all(service.sessions)
+        return sorted(path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir())
+
+    assert in_loop(run()) == ["step-00000001", "step-00000002"]
+
+
 def test_a_run_of_several_clients_counts_at_the_one_that_began_it(tmp_path):
     settings = training(clients=2, halves=pb.PERSONAL, order=pb.SEQUENTIAL, max_steps=100)
 

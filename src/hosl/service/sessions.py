@@ -18,6 +18,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from hosl.core.methods import METHODS
 from hosl.errors import (
     AccessError,
+    CheckpointError,
     FailureError,
     HandshakeError,
     LimitError,
@@ -161,13 +162,15 @@ class Sessions:
             SessionError: if the owner has dropped the run. LimitError: if its client has more on disk than it may.
         """
         folder = run.folder.parent
-        stored = None if run.name == BASE else handshake_in(folder)
-        if stored is None:
+        if run.name == BASE or handshake_file(folder) is None:
             if asked:
                 raise SessionError(f"run {run.name} was dropped by the server's owner; say hello again")
             return run.server_step
         if asked and run.server_step not in run.saved_steps():
-            self._check_disk(run.name, stored["first_client"])
+            with suppress(
+                CheckpointError
+            ):  # a handshake that is damaged names no client; what was trained is saved
+                self._check_disk(run.name, (handshake_in(folder) or {}).get("first_client", ""))
         step = run.save(asked=asked)
         if handshake_file(folder) is None:  # dropped meanwhile
             shutil.rmtree(folder, ignore_errors=True)
@@ -313,15 +316,17 @@ class Sessions:
                         "set clients.count higher for all, or choose another output_dir"
                     )
             roster = [client if name == gone else name for name in roster] + ([] if gone else [client])
-        if run is not None and request.run in self._over_quota and stored is not None:
+        if run is not None and request.run in self._over_quota and stored is not None and not run.finished:
             self._check_disk(request.run, stored["first_client"])  # else it would train until its next Save
         if run is None:
             check_training(training)
             self._make_room()
             if stored is None:
                 self._count_runs(client)
-            self._check_disk(request.run, client if stored is None else stored["first_client"])
+                self._check_disk(request.run, client)
             run = self._opened(request.run, model, training)
+            if stored is not None and not run.finished:
+                self._check_disk(request.run, stored["first_client"])
             if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
                 folder.mkdir(parents=True)

@@ -8,6 +8,7 @@ Both are hints: nothing is trained from them, and a run without them goes on as 
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,7 +56,9 @@ class LiveFiles:
         self._service, self._now, self._say = service, now, say
         self._started = time.time()
         self._written: dict[str, RunNow] = {}
-        self._failed = False
+        self._failed = self._closed = False
+        self._lock = threading.Lock()
+        """Is held while files are written: a write that outlives its task must not come after the last one."""
 
     async def write(self) -> None:
         """Write what has changed; beside the event loop, since a disk may be slow."""
@@ -63,11 +66,18 @@ class LiveFiles:
         await asyncio.to_thread(self._write, runs)
 
     def close(self) -> None:
-        """Write for the last time: the server ends in order. Requires: nobody writes meanwhile."""
-        self._write(tuple(self._now()))
-        (self._service / _RUNNING).unlink(missing_ok=True)
+        """Write for the last time: the server ends in order."""
+        self._write(tuple(self._now()), last=True)
 
-    def _write(self, runs: tuple[RunNow, ...]) -> None:
+    def _write(self, runs: tuple[RunNow, ...], *, last: bool = False) -> None:
+        with self._lock:
+            if not self._closed:
+                self._write_all(runs)
+            if last:
+                self._closed = True
+                (self._service / _RUNNING).unlink(missing_ok=True)
+
+    def _write_all(self, runs: tuple[RunNow, ...]) -> None:
         running = Running(
             pid=os.getpid(), started=self._started, written=time.time(), runs=[run.name for run in runs]
         )

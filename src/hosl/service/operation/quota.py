@@ -1,10 +1,11 @@
 """What one client may take of the server: runs, and bytes on disk. A run counts at the client that began it."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hosl.errors import CheckpointError, LimitError
-from hosl.service.operation.stored import handshake_file, handshake_in, size_bytes
+from hosl.service.operation.stored import RUN_NAME, handshake_file, handshake_in, size_bytes
 from hosl.system.checkpoint import checkpoint_path, checkpoint_steps
 from hosl.system.readable import readable_bytes
 
@@ -62,14 +63,15 @@ class Quota:
 
     def _runs_of(self, folder: Path, client: str) -> set[str]:
         """The names of the runs that a client began; a damaged handshake names none."""
-        for path in folder.iterdir() if folder.is_dir() else ():
-            file = handshake_file(path)
-            changed = None if file is None else file.stat().st_mtime_ns
-            if changed is not None and self._begun.get(path.name, (None, ""))[0] != changed:
-                self._begun[path.name] = (changed, _first_client(path))
-        return {
-            name for name, (_, first) in self._begun.items() if first == client and (folder / name).is_dir()
-        }
+        known, self._begun = self._begun, {}
+        for path in folder.glob("*"):
+            file = handshake_file(path) if RUN_NAME.fullmatch(path.name) else None
+            with suppress(FileNotFoundError):  # dropped meanwhile
+                if file is not None:
+                    changed = file.stat().st_mtime_ns
+                    same = known.get(path.name, (-1, ""))
+                    self._begun[path.name] = same if same[0] == changed else (changed, _first_client(path))
+        return {name for name, (_, first) in self._begun.items() if first == client}
 
 
 def _first_client(folder: Path) -> str:
