@@ -368,6 +368,7 @@ class Calls:
 
         async def close() -> None:
             await asyncio.sleep(seconds)
+            self._status.closing_round()
             try:
                 dropped, _ = await self._scheduler.run(
                     "round", 0, lambda: run.close_round(current), holds_back=_kinds_of(run)

@@ -25,7 +25,7 @@ _RUNS_SHOWN = 100
 _REFUSALS_KEPT = 1024
 """More refusals than these: those of which the next would be logged anyhow are forgotten."""
 _CALL: ContextVar[str] = ContextVar("call", default="none")
-"""The name of the call that a task serves; of work that is no call's, `none`."""
+"""The name of the call that a task serves, or `Round` of one that closes rounds; of other work `none`."""
 
 
 class Status:
@@ -150,6 +150,10 @@ class Status:
                 losses.append((run.server_step, run.last_loss))
                 if len(losses) > _POINTS:
                     self._losses[run.name] = deque(list(losses)[::2])
+
+    def closing_round(self) -> None:
+        """Count the compute of this task as that of closing rounds, which is no call's."""
+        _CALL.set("Round")
 
     def round_closed(self, run: ServedRun, number: int, dropped: list[str]) -> None:
         """Record that a synchronous round was applied; the clients `dropped` did not contribute."""
