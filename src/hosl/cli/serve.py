@@ -1,6 +1,7 @@
 """`hosl serve OUT/server --listen HOST:PORT`: the server process."""
 
 from pathlib import Path
+from typing import Any
 
 from hosl.cli.answers import Parser, command_parser
 from hosl.errors import ConfigError
@@ -20,10 +21,15 @@ def run(arguments: list[str]) -> int:
     _add_arguments(parser)
     options = parser.parse_args(arguments)
 
-    from hosl.methods.torch_parties import check_device
     from hosl.network.serve import ServeOptions, serve
 
-    check_device(options.device, "--device")
+    if options.ranks != 1:
+        layout = _layout(options)
+    else:
+        layout = None
+        from hosl.methods.torch_parties import check_device
+
+        check_device(options.device, "--device")
 
     if options.tensor_total < 4 * options.tensor_limit:
         raise ConfigError(
@@ -34,19 +40,32 @@ def run(arguments: list[str]) -> int:
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
 
-    serve(
-        ServeOptions(
-            half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
-            public=options.public, certificate=path(options.certificate), key=path(options.key),
-            client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
-            runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
-            tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-            give_half=options.give_half,
-            cache_limit_bytes=options.cache_limit << 20,
-            cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
-        )
+    asked = ServeOptions(
+        half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
+        public=options.public, certificate=path(options.certificate), key=path(options.key),
+        client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
+        runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
+        tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
+        give_half=options.give_half,
+        cache_limit_bytes=options.cache_limit << 20,
+        cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
     )  # fmt: skip
-    return 0
+    if layout is None:
+        serve(asked)
+        return 0
+    from hosl.ranks.serve import serve_ranks
+
+    return serve_ranks(asked, layout)
+
+
+def _layout(options: Any) -> Any:
+    """The layout of several ranks, by the arguments."""
+    from hosl.ranks.layout import Layout
+
+    return Layout(
+        ranks=options.ranks, per_copy=options.ranks_per_copy or options.ranks, rows=options.rows,
+        keep_gathered=options.keep_gathered,
+    )  # fmt: skip
 
 
 def _add_arguments(parser: Parser) -> None:
@@ -89,6 +108,25 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--cache-total", type=int, default=1024, help="MiB of them for all clients")
     parser.add_argument(
         "--texts-at-once", type=int, default=4, help="texts that are generated at once; 0: none ever"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that hold the half together, one GPU each; default 1"
+    )
+    parser.add_argument(
+        "--ranks-per-copy",
+        type=int,
+        help="ranks that share one copy of the weights; default: all. 1: each has all weights, and a share of the rows",
+    )
+    parser.add_argument(
+        "--rows",
+        choices=("split", "all"),
+        default="split",
+        help="all: every rank computes every row, for the bits of one process",
+    )
+    parser.add_argument(
+        "--keep-gathered",
+        action="store_true",
+        help="weights that the ranks of a copy put together stay so until they change: more memory, fewer gathers",
     )
     parser.add_argument(
         "--give-half",

@@ -43,6 +43,8 @@ class Checkpoint:
     """Values for state.json, all of them JSON."""
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The tensors of each file, by the file's name without its ending, such as `server/trained`."""
+    written: dict[str, Callable[[Path], object]] = field(default_factory=dict)
+    """The functions that write more such files, whose tensors are never in memory together; empty once it is read."""
     journal: bytes | None = None
     """The zeroth-order client's journal; None: the client has none."""
     linked: tuple[str, ...] = ()
@@ -249,6 +251,8 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     (partial / "server").mkdir()
     for name, tensors in checkpoint.tensors.items():
         _save_tensors(tensors, partial / f"{name}.safetensors")
+    for name, write in checkpoint.written.items():
+        write(partial / f"{name}.safetensors")
     if checkpoint.journal is not None:
         (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
     digests = {
