@@ -1,7 +1,9 @@
 """Several ranks as forked processes on loopback: rank 0 runs a scenario, the others follow it."""
 
+import gc
 import multiprocessing
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +15,13 @@ import torch
 
 from hosl.config import Config, ServerConfig
 from hosl.core.targets import ClassTargets, OptionTargets
+from hosl.errors import NonFiniteError
 from hosl.network.torch_hosting import TorchHosted
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.remote.torch_wire import to_wire
 from hosl.ranks.layout import Layout, Place
 from hosl.split import load_half, split_folder
+from hosl.wire.tensors import WireArray
 from tests.conftest import build
 
 _PARENT = multiprocessing.get_context("forkserver")
@@ -172,3 +176,88 @@ def cases(ranks, named):
 def layout(ranks, per_copy=None, **more):
     """A layout; by default one copy."""
     return Layout(ranks=ranks, per_copy=per_copy or ranks, **more)
+
+
+def gone_on(ranks, config, parts, out):
+    """A scenario: each part's (questions, step from which it goes on): the answers, each on a half that is restored."""
+    said = []
+    for asked, step in parts:
+        hosted = ranked(ranks, config)
+        hosted.restore(out, step)
+        said.append(answers(hosted, asked, out, step))
+    return said
+
+
+def rounds(ranks, config, asked, out):
+    """A scenario: rounds with several contributions each; ranks None: in this process."""
+    hosted = (
+        one_process(config, ranks, synchronous=True)
+        if isinstance(ranks, Path)
+        else ranked(ranks, config, True)
+    )
+    said = {}
+    for number in (1, 2):
+        for part, (h, targets) in enumerate(asked):
+            reply = hosted.contribute(h, targets, len(targets.mask), True)
+            said[f"loss{number}-{part}"] = np.array(reply.loss)
+            said[f"at-cut{number}-{part}"] = reply.gradient.data.copy()
+        hosted.apply(number)
+    hosted.save(out, 2, {}, None, [])
+    return said | checkpoint_tensors(out)
+
+
+def ruined(ranks, config, asked, out):
+    """A scenario: a step with NaN in one row, a contribution of the like, then a step as if nothing had been."""
+    hosted = ranked(ranks, config, True)
+    (h, targets), _ = asked
+    data = h.data.copy()
+    data[1] = np.nan
+    refused = []
+    for call in (hosted.step, hosted.contribute):
+        try:
+            call(WireArray(data, "float32"), targets, 1, True)
+        except NonFiniteError as error:
+            refused.append(str(error))
+    return refused, answers(hosted, asked, out)
+
+
+def texts(ranks, config, states):
+    """A scenario: what the half says to the hidden states of two texts at once, and the sizes of a text."""
+    hosted = one_process(config, ranks) if isinstance(ranks, Path) else ranked(ranks, config)
+    sizes = hosted.text_sizes()
+    both = [hosted.open_text(5), hosted.open_text(0)]
+    said = []
+    for state in states:
+        first, second = (text.go_on(to_wire(torch.from_numpy(state))) for text in both)
+        said += [first.tokens, first.logits, second.tensor.data.copy()]
+    held = [text.size_bytes for text in both]
+    for text in both:
+        text.close()
+    hosted.losses(*questions_of_text())
+    left = len(getattr(hosted, "ranks", None).texts) if not isinstance(ranks, Path) else 0
+    return (sizes, held, left), said
+
+
+def questions_of_text():
+    """A question for losses, whatever it is about."""
+    ((h, targets),) = questions("opt", 2, steps=1)
+    return [h], targets
+
+
+def idle(ranks, config, asked, seconds):
+    """A scenario: two questions with a pause between them."""
+    hosted = ranked(ranks, config)
+    (h, targets), *_ = asked
+    first = hosted.losses([h], targets)
+    time.sleep(seconds)
+    return first, hosted.losses([h], targets)
+
+
+def dropped_parties(ranks, config):
+    """A scenario: how many parties there are after a half was let go of, and another was opened."""
+    first = ranked(ranks, config)
+    del first
+    gc.collect()
+    second = ranked(ranks, config)
+    second.apply(1)
+    return len(ranks.parties)
