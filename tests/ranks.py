@@ -19,14 +19,24 @@ from hosl.errors import NonFiniteError
 from hosl.network.torch_hosting import TorchHosted
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.remote.torch_wire import to_wire
+from hosl.ranks import hosting
+from hosl.ranks.group import Group
+from hosl.ranks.hosting import RankedHosted, Ranks
 from hosl.ranks.layout import Layout, Place
 from hosl.split import load_half, split_folder
+from hosl.system.machine import begin_peak, peak_since_begin_bytes, process_bytes
 from hosl.wire.tensors import WireArray
 from tests.conftest import build
 
 _PARENT = multiprocessing.get_context("forkserver")
 _PARENT.set_forkserver_preload(
-    ["hosl.network.serve", "hosl.ranks.hosting", "tests.ranks", "transformers.models.opt.modeling_opt"]
+    [
+        "hosl.network.serve",
+        "hosl.ranks.hosting",
+        "tests.ranks",
+        "transformers.models.opt.modeling_opt",
+        "torch._dynamo",
+    ]
 )
 
 
@@ -65,9 +75,7 @@ def on_ranks(scenario, layout, folder, *args, wait_s=None, followers=None):
 
 def _rank(place, layout, folder, end, wait_s, work, args):
     torch.set_num_threads(1)
-
-    from hosl.ranks.group import Group
-    from hosl.ranks.hosting import Ranks
+    gc.freeze()  # what was loaded before the fork is not looked through at each collection
 
     options = {} if wait_s is None else {"numbers_wait": timedelta(seconds=wait_s)}
     ranks = Ranks(Group(place, layout, torch.device("cpu"), **options), Path(folder))
@@ -84,13 +92,14 @@ def _rank(place, layout, folder, end, wait_s, work, args):
     ranks.stop()
 
 
-def halves_of(folder, family, **changed):
-    """The server's folder of a tiny model of a family that was split after block 0."""
-    if not (folder / family).exists():
-        build(family, **changed).save_pretrained(folder / f"{family}-in")
+def halves_of(folder, family, name=None, **changed):
+    """The server's folder of a tiny model of a family that was split after block 0; `name`: one with other sizes."""
+    out = folder / (name or family)
+    if not out.exists():
+        build(family, **changed).save_pretrained(folder / f"{out.name}-in")
         head = "classification" if family == "bert" else "causal"
-        split_folder(folder / f"{family}-in", 1, folder / family, head=head)
-    return folder / family / "server"
+        split_folder(folder / f"{out.name}-in", 1, out, head=head)
+    return out / "server"
 
 
 def settings(family, trainable="all", optimiser="sgd", **more):
@@ -160,8 +169,6 @@ def one_process(config, folder, synchronous=False):
 
 def ranked(ranks, config, synchronous=False):
     """The half of a run on all ranks."""
-    from hosl.ranks.hosting import RankedHosted
-
     return RankedHosted(ranks, config, [], synchronous=synchronous)
 
 
@@ -259,5 +266,35 @@ def dropped_parties(ranks, config):
     del first
     gc.collect()
     second = ranked(ranks, config)
-    second.apply(1)
+    second.losses(*questions_of_text())
     return len(ranks.parties)
+
+
+def loaded(ranks, config, warm_folder, out):
+    """A scenario: every rank opens a half of `warm_folder`, then this one, and writes by how much its memory rose."""
+    warm = Ranks(ranks.group, warm_folder)
+    ranked(warm, config)
+    warm.stop()
+    watch_opening(ranks, out)
+    ranked(ranks, config)
+
+
+def follow_loaded(ranks, config, warm_folder, out):
+    """What the other ranks do in `loaded`, before they follow."""
+    Ranks(ranks.group, warm_folder).follow()
+    watch_opening(ranks, out)
+
+
+def watch_opening(ranks, out):
+    """Have `out` told the bytes by which the memory of this rank rises at most, while a half is opened."""
+    open_half = hosting.ranked_server
+
+    def watched(*args, **options):
+        gc.collect()
+        begin_peak()
+        before = process_bytes()
+        party = open_half(*args, **options)
+        (out / str(ranks.group.rank)).write_text(str(peak_since_begin_bytes() - before))
+        return party
+
+    hosting.ranked_server = watched

@@ -7,10 +7,12 @@ from tests.ranks import (
     answers,
     cases,
     dropped_parties,
+    follow_loaded,
     gone_on,
     halves_of,
     idle,
     layout,
+    loaded,
     on_ranks,
     one_process,
     questions,
@@ -184,3 +186,18 @@ def test_a_group_survives_without_clients_for_longer_than_its_limit(folder):
 
 def test_a_half_that_is_let_go_of_leaves_every_rank(folder):
     assert on_ranks(dropped_parties, layout(2), halves_of(folder, "opt"), settings("opt")) == 1
+
+
+def test_a_rank_loads_its_part_of_the_file_and_one_tensor_more(folder):
+    wide = {"hidden_size": 256, "ffn_dim": 2048, "word_embed_proj_dim": 256, "vocab_size": 8192}
+    server, out = halves_of(folder, "opt", "wide", **wide), folder / "loaded"
+    out.mkdir()
+    on_ranks(
+        loaded, layout(4), server, settings("opt"), halves_of(folder, "opt"), out, followers=follow_loaded
+    )
+    file_bytes = (server / "model.safetensors").stat().st_size
+    largest_bytes = 4 * 8192 * 256
+    other_bytes = 2 << 20  # Python's own objects, pages that are begun, the header of the file
+    rises = [int((out / str(rank)).read_text()) for rank in range(4)]
+    assert file_bytes > 4 * other_bytes
+    assert max(rises) <= file_bytes / 4 + largest_bytes + other_bytes, rises

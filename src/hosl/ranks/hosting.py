@@ -179,7 +179,7 @@ class RankedHosted(TorchHosted):
         Raises:
             HandshakeError: if the run's server needs one process.
         """
-        _check(config)
+        check_server(config)
         self._ranks, self._number = ranks, ranks.new_number()
         weakref.finalize(self, ranks.dropped.append, ("party", self._number))
         super().__init__(config, _not_called, new_weights, synchronous=synchronous)
@@ -283,8 +283,8 @@ class _RankedText(HostedText):
         self._hosted.ranks.dropped.append(("text", self._text))
 
 
-def _check(config: Config) -> None:
-    """Refuse runs that one process alone can serve.
+def check_server(config: Config) -> None:
+    """Refuse runs that one process alone can serve; the authors' profile is never served over a network.
 
     Raises:
         HandshakeError: naming the setting.
@@ -293,11 +293,6 @@ def _check(config: Config) -> None:
         raise HandshakeError(
             f"method {config.method} probes the server's half, and this server has several ranks, which train by "
             "backprop alone; choose a method with a first-order server, such as hosl, or serve without --ranks"
-        )
-    if config.profile == "authors-head":
-        raise HandshakeError(
-            "profile authors-head draws dropout in one process, and this server has several ranks; serve without "
-            "--ranks"
         )
 
 

@@ -85,11 +85,14 @@ class Launcher:
             self._processes[0].send_signal(self._ending)
 
     def _first_end(self) -> tuple[int, int]:
-        """The rank that ends first, and its exit status; rank 0 if several have ended."""
+        """The rank whose end ends all, and its exit status: rank 0, or one that fails; of several the cause."""
         while True:
-            for rank, process in enumerate(self._processes):
-                if (status := process.poll()) is not None:
-                    return rank, status
+            statuses = {rank: process.poll() for rank, process in enumerate(self._processes)}
+            ended = {rank: status for rank, status in statuses.items() if status is not None}
+            failed = {rank: status for rank, status in ended.items() if status}
+            if failed or 0 in ended:
+                causes = {rank: status for rank, status in failed.items() if status != BROKEN}
+                return next(iter((causes or failed or ended).items()))
             time.sleep(_LOOK_S)
 
     def _end_all(self, *, patiently: bool) -> None:
