@@ -104,13 +104,9 @@ def halves_of(folder, family, name=None, **changed):
 
 def settings(family, trainable="all", optimiser="sgd", **more):
     """The config of a run of a server half."""
-    base = Config(
-        server=ServerConfig(
-            trainable=trainable, learning_rate=1e-2, optimiser=OptimiserSpec(name=optimiser),
-        ),
-        max_steps=10,
-        **more,
-    )  # fmt: skip
+    rate = 1e-2 if optimiser == "sgd" else 1e-3
+    server = ServerConfig(trainable=trainable, learning_rate=rate, optimiser=OptimiserSpec(name=optimiser))
+    base = Config(server=server, max_steps=10, **more)
     return msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, cut=1))
 
 
@@ -298,3 +294,24 @@ def watch_opening(ranks, out):
         return party
 
     hosting.ranked_server = watched
+
+
+def _same_everywhere(ranks, of):
+    party = ranks.parties[of]
+    tensors = [*party.trained.values(), *(t for s in party.optimiser.state.values() for t in s.values())]
+    own = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    everyone = ranks.group.gathered(own[None])
+    return bool((everyone == own).all())
+
+
+hosting._COMMANDS["same-everywhere"] = _same_everywhere  # every rank has this module
+
+
+def copies(ranks, config, asked, out):
+    """A scenario: whether copies of the weights are the same on every rank, after steps and a round."""
+    hosted = ranked(ranks, config, True)
+    answers(hosted, asked, out)
+    (h, targets), *_ = asked
+    hosted.contribute(h, targets, 1, False)
+    hosted.apply(len(asked) + 1)
+    return ranks.lead("same-everywhere", hosted._number)

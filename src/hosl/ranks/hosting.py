@@ -34,12 +34,13 @@ from hosl.ranks.sharding import (
 )
 from hosl.service.hosted_half import HostedText, NextToken
 from hosl.split.caches import HalfCache
+from hosl.split.reading.row_ranges import each_tensor, names_of
 from hosl.split.reading.tensors import DTYPES, Source, write_tensors
 from hosl.system.checkpoint import (
     Checkpoint,
     checkpoint_path,
     drop_checkpoints_after,
-    read_checkpoint,
+    read_without_tensors,
     write_checkpoint,
 )
 from hosl.training.client_part import check_same_names
@@ -140,9 +141,16 @@ class Ranks:
         self.parties.pop(of, None)
         gc.collect()  # FSDP's modules are in cycles: the old half goes before the new one is loaded
         config = msgspec.json.decode(config_json, type=Config)
-        self.parties[of] = ranked_server(
-            config, self._folder, new_weights, self.group, synchronous=synchronous
-        )
+        try:
+            self.parties[of] = ranked_server(
+                config, self._folder, new_weights, self.group, synchronous=synchronous
+            )
+        except HoslError:
+            raise
+        except (
+            Exception
+        ) as cause:  # such as too little memory: no rank waits for another yet, so it can be answered
+            raise ModelError(f"the half cannot be opened: {type(cause).__name__}: {cause}") from cause
 
     def _whole(self, of: int, name: str, entry: str) -> torch.Tensor:
         """All of a weight, or of an entry of its optimiser state."""
@@ -207,15 +215,16 @@ class RankedHosted(TorchHosted):
         Raises:
             CheckpointError: if the checkpoint is missing or damaged.
         """
-        checkpoint = read_checkpoint(checkpoint_path(folder, step)) if step else Checkpoint(step=0)
+        checkpoint, files = Checkpoint(step=0), dict[str, Path]()
+        if step:
+            checkpoint, files = read_without_tensors(checkpoint_path(folder, step))
         self.party = self._fresh()
         if step:
-            check_same_names(self.party.trained, checkpoint.tensors["server/trained"])
-        for name, tensor in checkpoint.tensors.get("server/trained", {}).items():
-            self._ranks.lead("set", self._number, name, "", tensor)
-        for key, tensor in checkpoint.tensors.get("server/optimiser", {}).items():
-            name, entry = key.rsplit("/", 1)
-            self._ranks.lead("set", self._number, name, entry, tensor)
+            check_same_names(self.party.trained, dict.fromkeys(names_of(files["server/trained"])))
+        for part, file in files.items():
+            for key, tensor in each_tensor(file):
+                name, _, entry = key.rpartition("/") if part == "server/optimiser" else (key, "", "")
+                self._ranks.lead("set", self._number, name, entry, tensor)
         drop_checkpoints_after(folder, step)
         return checkpoint.state, Journal.from_bytes(checkpoint.journal or b"")
 

@@ -37,6 +37,18 @@ class Layout:
             )
 
     @property
+    def described(self) -> str:
+        """A line about what each rank has."""
+        copies = "one copy" if self.copies == 1 else f"{self.copies} copies"
+        weights = (
+            f"{copies} of the weights over {self.per_copy} each"
+            if self.per_copy > 1
+            else "each with all weights"
+        )
+        rows = "every row on each" if self.rows == "all" else "rows shared out"
+        return f"{self.ranks} ranks: {weights}, {rows}"
+
+    @property
     def copies(self) -> int:
         """The number of copies of the weights."""
         return self.ranks // self.per_copy

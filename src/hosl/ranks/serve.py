@@ -72,6 +72,7 @@ def serve_rank(options: ServeOptions, layout: Layout, place: Place) -> None:
         def host(config: Config, new_weights: Sequence[str], synchronous: bool) -> Any:
             return RankedHosted(ranks, config, new_weights, synchronous=synchronous)
 
+        options.say(f"{layout.described}; frozen weights under adapters are whole on each")
         try:
             serve(dataclasses.replace(options, device=device), host)
         finally:

@@ -182,6 +182,19 @@ def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
     return _read(path, _checked(path), arrays=arrays)
 
 
+def read_without_tensors(path: Path) -> tuple[Checkpoint, dict[str, Path]]:
+    """A checkpoint without its tensors, and the files that hold them by their names without ending, all checked.
+
+    Raises:
+        CheckpointError: as of `read_checkpoint`.
+    """
+    state = _checked(path)
+    files = [name for name in state["digests"] if name != _JOURNAL]
+    journal = (path / _JOURNAL).read_bytes() if _JOURNAL in state["digests"] else None
+    checkpoint = Checkpoint(step=state["step"], state=state["facts"], journal=journal)
+    return checkpoint, {name.removesuffix(".safetensors"): path / name for name in files}
+
+
 def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpoint:
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
     for name in state["digests"]:

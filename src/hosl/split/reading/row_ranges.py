@@ -1,8 +1,9 @@
-"""Rows of stored tensors, read without the rest of the file.
+"""Stored tensors, or rows of them, read without the rest of the file.
 
 The file is opened anew for each: what safetensors maps of it counts as memory of the process until it is closed.
 """
 
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,7 +24,30 @@ def read_rows(file: Path, name: str, start: int, stop: int) -> torch.Tensor:
         with safetensors.safe_open(file, "pt") as content:
             return content.get_slice(name)[start:stop].clone()
     except (OSError, safetensors.SafetensorError) as cause:
-        raise ModelError(f"{file}: {name} cannot be read: {cause}; split the model again") from cause
+        raise ModelError(f"{file}: {name} cannot be read: {cause}") from cause
+
+
+def names_of(file: Path) -> list[str]:
+    """The names of the stored tensors, in order; errors as of `each_tensor`."""
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            return sorted(content.keys())
+    except (OSError, safetensors.SafetensorError) as cause:
+        raise ModelError(f"{file} cannot be read: {cause}") from cause
+
+
+def each_tensor(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and content of every stored tensor, in the order of the names; one in memory at a time.
+
+    Raises:
+        ModelError: if the file cannot be read.
+    """
+    try:
+        for name in names_of(file):
+            with safetensors.safe_open(file, "pt") as content:
+                yield name, content.get_tensor(name)
+    except (OSError, safetensors.SafetensorError) as cause:
+        raise ModelError(f"{file} cannot be read: {cause}") from cause
 
 
 def stored_digest(file: Path) -> str:
@@ -33,12 +57,6 @@ def stored_digest(file: Path) -> str:
         ModelError: if the file cannot be read.
     """
     digest = sha256()
-    try:
-        with safetensors.safe_open(file, "pt") as content:
-            names = sorted(content.keys())
-        for name in names:
-            with safetensors.safe_open(file, "pt") as content:
-                add_to_digest(digest, name, content.get_tensor(name))
-    except (OSError, safetensors.SafetensorError) as cause:
-        raise ModelError(f"{file} cannot be read: {cause}; split the model again") from cause
+    for name, tensor in each_tensor(file):
+        add_to_digest(digest, name, tensor)
     return digest.hexdigest()
