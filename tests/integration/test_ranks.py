@@ -111,6 +111,8 @@ def test_ranks_end_when_their_launcher_is_killed(halves, tmp_path):
     ("words", "said"),
     [
         (("--ranks", "0"), "two or more"),
+        (("--rows", "all", "--keep-gathered"), "--rows, --keep-gathered: these are about several ranks"),
+        (("--ranks", "4", "--ranks-per-copy", "0"), "must divide --ranks 4"),
         (("--ranks", "4", "--ranks-per-copy", "3"), "must divide --ranks 4"),
         (("--ranks", "2", "--device", "cuda:1"), "give cpu or cuda"),
     ],

@@ -113,6 +113,12 @@ def test_only_the_ranks_know_of_torch_distributed_and_nobody_loads_them_for_one_
     assert importers == []  # the command does it within functions
 
 
+def test_the_launcher_is_a_process_without_torch():
+    script = "import sys, hosl.ranks.serve, hosl.ranks.launcher; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(SOURCES.parent)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0
+
+
 LAUNCH = """
 import sys
 from hosl.ranks.launcher import Launcher

@@ -23,10 +23,8 @@ def run(arguments: list[str]) -> int:
 
     from hosl.network.serve import ServeOptions, serve
 
-    if options.ranks != 1:
-        layout = _layout(options)
-    else:
-        layout = None
+    layout = _layout(options)
+    if layout is None:  # else each rank checks its own
         from hosl.methods.torch_parties import check_device
 
         check_device(options.device, "--device")
@@ -59,13 +57,26 @@ def run(arguments: list[str]) -> int:
 
 
 def _layout(options: Any) -> Any:
-    """The layout of several ranks, by the arguments."""
+    """The layout of several ranks, by the arguments; None: there is one.
+
+    Raises:
+        ConfigError: if arguments about several ranks come without them.
+    """
+    several = {
+        "--ranks-per-copy": options.ranks_per_copy is not None, "--rows": options.rows != "split",
+        "--keep-gathered": options.keep_gathered,
+    }  # fmt: skip
+    if options.ranks == 1 and any(several.values()):
+        names = ", ".join(name for name, given in several.items() if given)
+        raise ConfigError(f"{names}: these are about several ranks, and --ranks is 1; give --ranks too")
+    if options.ranks == 1:
+        return None
     from hosl.ranks.layout import Layout
 
+    per_copy = options.ranks if options.ranks_per_copy is None else options.ranks_per_copy
     return Layout(
-        ranks=options.ranks, per_copy=options.ranks_per_copy or options.ranks, rows=options.rows,
-        keep_gathered=options.keep_gathered,
-    )  # fmt: skip
+        ranks=options.ranks, per_copy=per_copy, rows=options.rows, keep_gathered=options.keep_gathered
+    )
 
 
 def _add_arguments(parser: Parser) -> None:
@@ -110,6 +121,15 @@ def _add_arguments(parser: Parser) -> None:
         "--texts-at-once", type=int, default=4, help="texts that are generated at once; 0: none ever"
     )
     parser.add_argument(
+        "--give-half",
+        action="store_true",
+        help="let the devices of a run have the server's half (hosl merge)",
+    )
+    _add_rank_arguments(parser)
+
+
+def _add_rank_arguments(parser: Parser) -> None:
+    parser.add_argument(
         "--ranks", type=int, default=1, help="processes that hold the half together, one GPU each; default 1"
     )
     parser.add_argument(
@@ -127,9 +147,4 @@ def _add_arguments(parser: Parser) -> None:
         "--keep-gathered",
         action="store_true",
         help="weights that the ranks of a copy put together stay so until they change: more memory, fewer gathers",
-    )
-    parser.add_argument(
-        "--give-half",
-        action="store_true",
-        help="let the devices of a run have the server's half (hosl merge)",
     )

@@ -45,9 +45,9 @@ class Launcher:
         """The signal by which this process was told to end."""
 
     def run(self) -> int:
-        """Run the ranks until SIGTERM or SIGINT, or until one refuses to start; returns rank 0's exit status.
+        """Run the ranks until SIGTERM or SIGINT, or until one refuses to start; returns the exit status.
 
-        The exit status of a rank that refuses is that of the whole.
+        It is that of the rank whose end ended all: of rank 0 in order, or of one that refuses.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
@@ -59,7 +59,7 @@ class Launcher:
                 rank, status = self._first_end()
                 self._end_all(patiently=rank == 0 and status == 0)
             if self._ending is not None or (status >= 0 and status != BROKEN):
-                return status if rank == 0 or status > 0 else 1
+                return status if status >= 0 else 128 - status
             died = 1 if time.monotonic() - begin > _CALM_S else died + 1
             pause_s = _PAUSES_S[min(died, len(_PAUSES_S)) - 1]
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
