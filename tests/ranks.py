@@ -1,7 +1,6 @@
 """Several ranks as forked processes on loopback: rank 0 runs a scenario, the others follow it."""
 
 import gc
-import multiprocessing
 import tempfile
 import time
 import traceback
@@ -27,17 +26,7 @@ from hosl.split import load_half, split_folder
 from hosl.system.machine import begin_peak, peak_since_begin_bytes, process_bytes
 from hosl.wire.tensors import WireArray
 from tests.conftest import build
-
-_PARENT = multiprocessing.get_context("forkserver")
-_PARENT.set_forkserver_preload(
-    [
-        "hosl.network.serve",
-        "hosl.ranks.hosting",
-        "tests.ranks",
-        "transformers.models.opt.modeling_opt",
-        "torch._dynamo",
-    ]
-)
+from tests.integration.forked import PARENT
 
 
 def on_ranks(scenario, layout, folder, *args, wait_s=None, followers=None):
@@ -52,12 +41,12 @@ def on_ranks(scenario, layout, folder, *args, wait_s=None, followers=None):
         followers: a function of a module that the other ranks run in place of following.
     """
     with tempfile.TemporaryDirectory() as store:
-        ends = [_PARENT.Pipe() for _ in range(layout.ranks)]
+        ends = [PARENT.Pipe() for _ in range(layout.ranks)]
         processes = []
         for rank, (_, end) in enumerate(ends):
             place = Place(rank=rank, local_rank=rank, ranks=layout.ranks, store=Path(store) / "store")
             work = scenario if rank == 0 else followers
-            process = _PARENT.Process(target=_rank, args=(place, layout, folder, end, wait_s, work, args))
+            process = PARENT.Process(target=_rank, args=(place, layout, folder, end, wait_s, work, args))
             process.start()
             end.close()
             processes.append(process)

@@ -161,11 +161,15 @@ def test_all_ranks_are_started_again_when_one_is_killed(tmp_path):
     assert not any(Path(store).parent.exists() for store in stores)
 
 
-def test_the_signal_to_end_goes_to_rank_0_and_its_status_is_that_of_all():
-    told = "import signal; signal.signal(15, lambda *_: sys.exit(0) if rank == '0' else os._exit(9)); "
-    process = launch(
-        f"{WAITS} {told} print(rank, flush=True); time.sleep(60) if rank == '0' else sys.stdin.read()"
+def test_the_signal_to_end_goes_to_rank_0_and_its_status_is_that_of_all(tmp_path):
+    stop = str(tmp_path / "stop")
+    program = (
+        f"{WAITS} import signal\n"
+        f"def told(*_): rank == '0' and open({stop!r}, 'w'); sys.exit(0 if rank == '0' else 9)\n"
+        "signal.signal(15, told); print(rank, flush=True)\n"
+        f"while not os.path.exists({stop!r}): time.sleep(0.01)"
     )
+    process = launch(program)
     assert {process.stdout.readline().strip() for _ in range(2)} == {"0", "1"}
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
