@@ -145,7 +145,7 @@ def test_all_ranks_are_started_again_when_one_is_killed(tmp_path):
     marker = tmp_path / "killed"
     up = tmp_path / "up"
     program = (
-        f"{WAITS} there = os.path.exists({str(marker)!r}); print(rank, os.environ['{STORE}'], flush=True)\n"
+        f"{WAITS} there = os.path.exists({str(marker)!r}); os.write(1, (rank + ' ' + os.environ['{STORE}'] + chr(10)).encode())\n"
         f"if rank == '0': open({str(up)!r}, 'w')\n"
         f"while not os.path.exists({str(up)!r}): time.sleep(0.01)\n"
         f"if rank == '1' and not there: open({str(marker)!r}, 'w'); os.kill(os.getpid(), 9)\n"
@@ -166,7 +166,7 @@ def test_the_signal_to_end_goes_to_rank_0_and_its_status_is_that_of_all(tmp_path
     program = (
         f"{WAITS} import signal\n"
         f"def told(*_): rank == '0' and open({stop!r}, 'w'); sys.exit(0 if rank == '0' else 9)\n"
-        "signal.signal(15, told); print(rank, flush=True)\n"
+        "signal.signal(15, told); os.write(1, (rank + chr(10)).encode())\n"
         f"while not os.path.exists({stop!r}): time.sleep(0.01)"
     )
     process = launch(program)
