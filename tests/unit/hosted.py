@@ -77,11 +77,12 @@ def step_messages(session, step):
 class Service:
     """Calls, sessions and compute thread over one folder; `call` makes one call and returns its replies."""
 
-    def __init__(self, folder, *, limits=None, half=None, **how):
-        self.scheduler, self.log = Scheduler(), []
+    def __init__(self, folder, *, limits=None, half=None, status=Status, **how):
+        self.log = []
         self.half = half or CountingHalf()
         self.sessions = Sessions(folder, lambda model, training: self.half, **how)
-        status = Status(log=lambda line: self.log.append(msgspec.json.decode(line)))
+        status = status(lambda line: self.log.append(msgspec.json.decode(line)))
+        self.scheduler = Scheduler(worked=status.worked)
         self.calls = Calls(
             Access(folder), self.sessions, self.scheduler, status, limits or Limits(), idle_s=5.0
         )

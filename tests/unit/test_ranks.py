@@ -145,7 +145,8 @@ def test_all_ranks_are_started_again_when_one_is_killed(tmp_path):
     marker = tmp_path / "killed"
     up = tmp_path / "up"
     program = (
-        f"{WAITS} there = os.path.exists({str(marker)!r}); os.write(1, (rank + ' ' + os.environ['{STORE}'] + chr(10)).encode())\n"
+        f"{WAITS} there = os.path.exists({str(marker)!r})\n"
+        f"os.write(1, (rank + ' ' + os.environ['{STORE}'] + chr(10)).encode())\n"
         f"if rank == '0': open({str(up)!r}, 'w')\n"
         f"while not os.path.exists({str(up)!r}): time.sleep(0.01)\n"
         f"if rank == '1' and not there: open({str(marker)!r}, 'w'); os.kill(os.getpid(), 9)\n"

@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from hosl.network.serve import ServeOptions, serve
+    from hosl.system.byte_sizes import parse_bytes
 
     layout = _layout(options)
     if layout is None:  # else each rank checks its own
@@ -35,6 +36,10 @@ def run(arguments: list[str]) -> int:
             f"{options.tensor_limit}, as sent and unpacked; give {4 * options.tensor_limit} at least"
         )
 
+    for flag in ("runs_per_client", "seat_days"):
+        if not getattr(options, flag) > 0:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be above 0, got {getattr(options, flag):g}")
+
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
 
@@ -42,9 +47,11 @@ def run(arguments: list[str]) -> int:
         half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
         public=options.public, certificate=path(options.certificate), key=path(options.key),
         client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
-        runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
+        runs_at_once=options.runs_at_once, away_s=options.away, seat_s=86400.0 * options.seat_days,
+        runs_per_client=options.runs_per_client, disk_per_client_bytes=parse_bytes(options.disk_per_client),
+        tensor_limit_bytes=options.tensor_limit << 20,
         tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-        give_half=options.give_half,
+        give_half=options.give_half, traces=options.traces,
         cache_limit_bytes=options.cache_limit << 20,
         cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
     )  # fmt: skip
@@ -126,6 +133,7 @@ def _add_arguments(parser: Parser) -> None:
         help="let the devices of a run have the server's half (hosl merge)",
     )
     _add_rank_arguments(parser)
+    _add_operation(parser)
 
 
 def _add_rank_arguments(parser: Parser) -> None:
@@ -147,4 +155,29 @@ def _add_rank_arguments(parser: Parser) -> None:
         "--keep-gathered",
         action="store_true",
         help="weights that the ranks of a copy put together stay so until they change: more memory, fewer gathers",
+    )
+
+
+def _add_operation(parser: Parser) -> None:
+    parser.add_argument(
+        "--seat-days",
+        type=float,
+        default=30.0,
+        help="days without a call until a client's seat in a full run is free for another; its runs stay",
+    )
+    parser.add_argument(
+        "--runs-per-client",
+        type=int,
+        default=100,
+        help="runs with checkpoints that one client may have begun",
+    )
+    parser.add_argument(
+        "--disk-per-client",
+        default="64GiB",
+        help="size on disk of the runs that one client has begun, such as 500GB; more is refused, nothing deleted",
+    )
+    parser.add_argument(
+        "--traces",
+        metavar="URL",
+        help="an OpenTelemetry collector (OTLP over HTTP) that gets a span of each call; default: none",
     )

@@ -4,10 +4,12 @@ import asyncio
 import json
 import os
 import resource
+import shutil
 import signal
 import ssl
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.service.hosted_half import HostedHalf, OpenHalf
 from hosl.split.reading.half_json import half_facts
+from hosl.system.allocator import keep_freed_memory
+from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock
 from hosl.transport.join_line import JoinLine, address_of, check_public
 from hosl.wire import hosl_pb2 as pb
@@ -58,6 +62,12 @@ class ServeOptions:
     """Runs whose halves are in memory together."""
     away_s: float = 600.0
     """Seconds without a call after which a run makes room for another one."""
+    seat_s: float = 30 * 86400.0
+    """Seconds without a call after which a client's seat in a full run is free for another client."""
+    runs_per_client: int = 100
+    """Runs with checkpoints that one client may have begun."""
+    disk_per_client_bytes: int = 64 << 30
+    """Bytes on disk of the runs that one client has begun."""
     tensor_limit_bytes: int = 256 << 20
     """The largest activation that is accepted."""
     tensor_total_bytes: int = 2 << 30
@@ -72,6 +82,8 @@ class ServeOptions:
     """Keys and values of all clients."""
     texts_at_once: int = 4
     """Texts that are generated at once; 0: none."""
+    traces: str | None = None
+    """The address of an OpenTelemetry collector that gets a span of each call; None: no spans."""
     give_half: bool = False
     """Whether clients of a run may have the server's half of it."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
@@ -111,6 +123,7 @@ def serve(options: ServeOptions, host: Host | None = None) -> None:
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
     check_public(*_public(options, port or 1))  # refused before anything is made
+    keep_freed_memory()
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
@@ -140,12 +153,13 @@ async def _serve(
     from hosl.service.access import Access
     from hosl.service.calls import Calls
     from hosl.service.limits import Limits
+    from hosl.service.operation.quota import Quota
     from hosl.service.page import Page
     from hosl.service.scheduler import Scheduler
-    from hosl.service.sessions import Sessions, each_run
-    from hosl.service.status import Status
+    from hosl.service.sessions import Sessions, save_all
 
-    access, scheduler, status = Access(options.service), Scheduler(), Status()
+    access, status = Access(options.service), _status(options)
+    scheduler = Scheduler(worked=status.worked)
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
         cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
@@ -153,12 +167,12 @@ async def _serve(
     )  # fmt: skip
     sessions = Sessions(
         options.service, open_half, status.damaged, revoked=access.revoked,
-        runs_at_once=options.runs_at_once, away_s=options.away_s,
+        runs_at_once=options.runs_at_once, away_s=options.away_s, seat_s=options.seat_s,
+        quota=Quota(options.runs_per_client, options.disk_per_client_bytes),
     )  # fmt: skip
     giving = _giving(options, status.damaged)
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s, giving=giving)
-    status.watch_queue(lambda: scheduler.queue)
-    status.watch_tensors(lambda: calls.room.taken_bytes)
+    _watch(status, options, scheduler, sessions, calls)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
     try:
@@ -174,15 +188,60 @@ async def _serve(
     await server.start()
     _announce(options, access, address[0], bound, credentials, page)
     status.ready = True
-    await ended.wait()
-    status.ready = False
-    status.line("draining")
-    await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
-    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save(asked=False)))
+    async with _tended(options.service, sessions, scheduler, status):
+        await ended.wait()
+        status.ready = False
+        status.line("draining")
+        await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
+        await scheduler.run("drain", 0, lambda: save_all(sessions))
     scheduler.close()
     if page:
         page.close()
     status.line("stopped")
+    if options.traces is not None:
+        status.close()
+
+
+def _status(options: ServeOptions) -> Any:
+    """The counters, with spans where they are asked for; else nothing of them is imported, and no call does more."""
+    if options.traces is None:
+        from hosl.service.status import Status
+
+        return Status()
+    from hosl.service.operation.traces import traced_to
+
+    return traced_to(options.traces)
+
+
+def _watch(status: Any, options: ServeOptions, scheduler: Any, sessions: Any, calls: Any) -> None:
+    """Let the metrics ask for what is known elsewhere."""
+    status.watch_queue(lambda: scheduler.queue)
+    status.watch_tensors(lambda: calls.room.taken_bytes)
+    status.watch_disk(lambda: shutil.disk_usage(options.service).free)
+    status.watch_runs(sessions.now)
+
+
+@asynccontextmanager
+async def _tended(service: Path, sessions: Any, scheduler: Any, status: Any) -> AsyncIterator[None]:
+    """Let `hosl runs` see what this server does, and let the memory go of runs that it dropped."""
+    from hosl.service.operation.live_files import PERIOD_S, LiveFiles
+
+    files = LiveFiles(service, sessions.now, status.unwritten)
+
+    async def tend() -> None:
+        while True:
+            await files.write()
+            await asyncio.sleep(PERIOD_S)
+            if sessions.dropped():
+                await scheduler.run("drop", 0, sessions.forget_dropped)
+
+    task = asyncio.create_task(tend())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        files.close()
 
 
 def _server_options(message_bytes: int, idle_s: float) -> list[tuple[str, int]]:
@@ -341,6 +400,10 @@ def _announce(
     if options.give_half:
         options.say("clients of a run may fetch this server's half of it (--give-half)")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
+    options.say(
+        f"each client: {options.runs_per_client} runs and {readable_bytes(options.disk_per_client_bytes)} on disk "
+        f"(--runs-per-client, --disk-per-client); a seat is kept for {options.seat_s / 86400:g} days of silence"
+    )
     options.say(_generation(options))
     options.say(
         f"serving {options.half} on {address_of(host, port)}" + (f"; live page on {page.url}" if page else "")

@@ -105,6 +105,7 @@ class Calls:
                             yield data
                     finally:
                         incoming.give_back()
+                        self._status.transferred(client, up=incoming.received_bytes, down=0)
             except HoslError as error:
                 self._status.refused(client, name, error)
                 context.set_trailing_metadata(((ERROR_KEY, type(error).__name__),))
@@ -232,7 +233,7 @@ class Calls:
             ),
         )
         _let_go(incoming, arrays)
-        self._status.stepped(session.run, client, seconds)
+        self._status.stepped(session.run, client)
         for reply in _step_replies(stepped, seconds):
             yield reply
 
@@ -258,7 +259,7 @@ class Calls:
                 session, arrays, lambda: update(gradient, request.want_gradient)
             )
         _let_go(incoming, arrays)
-        self._status.stepped(session.run, client, forward_s + backward_s)
+        self._status.stepped(session.run, client)
         for reply in _step_replies(stepped, forward_s + backward_s):
             yield (
                 pb.StepStatesReply(done=reply.done)
@@ -277,7 +278,7 @@ class Calls:
             lambda: session.run.descend(client, request.where.step, request.seeds, request.coefficients),
             tokens=CALL_TOKENS * len(request.seeds),
         )
-        self._status.stepped(session.run, client, seconds)
+        self._status.stepped(session.run, client)
         yield pb.DescendReply(server_s=seconds)
 
     async def _save(self, client: str, incoming: Incoming) -> AsyncIterator[pb.SaveReply]:
@@ -288,7 +289,7 @@ class Calls:
         def work() -> int:
             session.run.check_now(client, request.where.step, evaluation=True)
             try:
-                return session.run.save(asked=True)
+                return self._sessions.save(session.run, asked=True)
             except OSError as cause:  # such as too many open files: the client tries again
                 raise CheckpointError(
                     f"run {session.run.name} could not be saved: {cause.strerror}"
@@ -369,8 +370,8 @@ class Calls:
         async def close() -> None:
             await asyncio.sleep(seconds)
             try:
-                dropped, compute_s = await self._scheduler.run("round", 0, lambda: run.close_round(current))
-                self._status.round_closed(run, current.number, dropped or [], compute_s)
+                dropped, _ = await self._scheduler.run("round", 0, lambda: run.close_round(current))
+                self._status.round_closed(run, current.number, dropped or [])
             except HoslError as error:
                 self._status.refused("round", "close", error)
             self._closing.pop(current, None)
@@ -429,7 +430,9 @@ class Calls:
     ) -> tuple[Any, float]:
         """The result of `work` in the compute thread and its seconds; costs `tokens`, the arrays', or `CALL_TOKENS`."""
         of_arrays = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
-        return await self._scheduler.run(session.client, max(CALL_TOKENS, tokens, of_arrays), work)
+        worked = await self._scheduler.run(session.client, max(CALL_TOKENS, tokens, of_arrays), work)
+        self._status.computed(of_arrays)
+        return worked
 
 
 def _let_go(incoming: Incoming, arrays: list[WireArray]) -> None:

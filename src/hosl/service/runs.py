@@ -17,6 +17,7 @@ from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, SessionError, StepError, WireError
 from hosl.service.hosted_half import HostedHalf, Stepped
+from hosl.service.replies import Replies
 from hosl.service.rounds import (
     ROUNDS_NEEDED,
     ROUNDS_REMEMBERED,
@@ -59,7 +60,7 @@ class ServedRun:
     """Is held from the states of a step to its update, where each step of several clients is applied as it comes."""
     round: Round | None = None
     """The round that collects contributions; None under the sequential schedule."""
-    _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    _replies: Replies = field(init=False)
     """The newest (step, reply) of each client, for a request that is repeated."""
     _weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The newest (step, weight) of each client whose gradient was added to a round: its rows or scored tokens."""
@@ -77,6 +78,7 @@ class ServedRun:
     """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
     def __post_init__(self) -> None:
+        self._replies = Replies(self.folder.parent)
         if self.training.order == pb.SYNCHRONOUS:
             self.round = Round(number=1, expected=self.training.clients)
 
@@ -180,7 +182,7 @@ class ServedRun:
         for of_client in (self.steps, self._journaled):
             if gone in of_client:
                 of_client[client] = of_client.pop(gone)
-        self._replies.pop(gone, None)
+        self._replies.pop(gone)
         self._states.pop(gone, None)
         self._missed.discard(gone)
         if self.round is not None:
@@ -285,11 +287,11 @@ class ServedRun:
         self, client: str, step: int, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
         """The states of a step whose labels stay with the client, and the function that updates from their gradient."""
-        cached, in_round = self._replies.get(client), self.round is not None
-        if cached is not None and cached[0] == step:
-            # the gradient of the cached reply was taken at these states
+        in_round = self.round is not None
+        if self._replies.step_of(client) == step:
+            cached = self._replies.of(client)  # its gradient was taken at these states
             return self._states[client], lambda gradient, want_gradient: self._once(
-                client, step, lambda: cached[1], is_update=not in_round
+                client, step, lambda: cached, is_update=not in_round
             )
         self.check_now(client, step)
         weight = weight_of(positions)
@@ -317,11 +319,12 @@ class ServedRun:
 
         A client that went back to a checkpoint does its steps again: the newest one counts as done, though not twice.
         """
-        number, reply = self._replies.get(client, (None, None))
-        if number != step:
+        if self._replies.step_of(client) == step:
+            reply = self._replies.of(client)
+        else:
             self.check_now(client, step)
             reply = work()
-            self._replies[client] = (step, reply)
+            self._replies.put(client, step, reply)
             self.server_step += is_update
         if is_update:
             self.steps[client] = step

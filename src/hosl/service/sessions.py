@@ -6,20 +6,20 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.json_format import MessageToDict, ParseDict
 
 from hosl.core.methods import METHODS
 from hosl.errors import (
     AccessError,
     CheckpointError,
-    ConfigError,
+    FailureError,
     HandshakeError,
     LimitError,
     SessionError,
@@ -27,6 +27,11 @@ from hosl.errors import (
     WireError,
 )
 from hosl.service.hosted_half import OpenHalf
+from hosl.service.operation.heard import Heard
+from hosl.service.operation.live_files import read_progress, write_progress
+from hosl.service.operation.now import ClientNow, RunNow
+from hosl.service.operation.quota import Quota
+from hosl.service.operation.stored import RUN_NAME, handshake_file, handshake_in, stored_runs
 from hosl.service.runs import BASE, ServedRun
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import checkpoint_steps, intact_steps, newest_checkpoint
@@ -35,9 +40,6 @@ from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
 PROTOCOL = 1
-RUNS_PER_CLIENT = 100
-"""The runs with checkpoints that one client may have begun; the owner makes room by `hosl runs drop`."""
-_RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MOST_RESTORABLE = 1024
 UNTRAINED = pb.Training(
     method=pb.FROZEN, distribution=pb.GAUSSIAN, trainable=pb.ALL, optimiser=pb.Optimiser(name=pb.SGD), max_steps=1,
@@ -87,13 +89,27 @@ class Sessions:
         revoked: Callable[[str], bool] = lambda client: False,
         runs_at_once: int = 1,
         away_s: float = 600.0,
+        seat_s: float = 30 * 86400.0,
+        quota: Quota | None = None,
     ) -> None:
-        """`revoked` says of a client's name whether it has lost its access: its seat is then free for another."""
+        """Begin without a run in memory.
+
+        Args:
+            folder: that of the service.
+            open_half: opens the half for a Hello.
+            say: is called with a line about each damaged checkpoint.
+            revoked: says of a client's name whether it has lost its access: its seat is then free for another.
+            runs_at_once: the runs in memory together.
+            away_s: the seconds without a call after which a run makes room for another one.
+            seat_s: the seconds without a call after which a client's seat in a full run is free for another.
+            quota: of each client; None: the usual one.
+        """
+        self._quota, self._heard = quota or Quota(), Heard(folder / "runs", seat_s)
+        self._over_quota: set[str] = set()
+        """The runs whose last Save was refused for their size."""
         self._revoked = revoked
         self._folder, self._say = folder / "runs", say
         self._open_half, self._runs_at_once, self._away_s = open_half, runs_at_once, away_s
-        self._heard_s: dict[str, float] = {}
-        """The time of the last call in each run in memory, by a monotonic clock."""
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
@@ -114,7 +130,7 @@ class Sessions:
         dropped = (
             session is not None
             and session.run.name != BASE
-            and _handshake_file(session.run.folder.parent) is None
+            and handshake_file(session.run.folder.parent) is None
         )
         if session is not None and dropped:
             self._forget(session.run)
@@ -130,7 +146,7 @@ class Sessions:
             raise SessionError("this session is not known here (any more); say hello again")
         if session.looks and not reads:
             raise WireError("this session only looks at its run: it may ask for scores and states")
-        self._heard_s[session.run.name] = time.monotonic()
+        self._heard.note(session.run.name, client)
         return session
 
     def leave(self, client: str, where: pb.Where) -> None:
@@ -138,6 +154,57 @@ class Sessions:
         session = self._sessions.get(where.session)
         if session is not None and session.client == client:
             self._sessions.pop(where.session, None)
+
+    def save(self, run: ServedRun, *, asked: bool) -> int:
+        """Write a checkpoint of a run, as `ServedRun.save`; one that nobody asked for is never refused for its size.
+
+        Raises:
+            SessionError: if the owner has dropped the run. LimitError: if its client has more on disk than it may.
+        """
+        folder = run.folder.parent
+        if run.name == BASE or handshake_file(folder) is None:
+            if asked:
+                raise SessionError(f"run {run.name} was dropped by the server's owner; say hello again")
+            return run.server_step
+        if asked and run.server_step not in run.saved_steps():
+            with suppress(
+                CheckpointError
+            ):  # a handshake that is damaged names no client; what was trained is saved
+                self._check_disk(run.name, (handshake_in(folder) or {}).get("first_client", ""))
+        step = run.save(asked=asked)
+        if handshake_file(folder) is None:  # dropped meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+        return step
+
+    def dropped(self) -> list[ServedRun]:
+        """The runs in memory that the owner has dropped, without those of which a text is under way."""
+        return [
+            run
+            for run in list(self.runs.values())
+            if run.name != BASE and not self._used[run.name] and handshake_file(run.folder.parent) is None
+        ]
+
+    def forget_dropped(self) -> None:
+        """Let the memory go of runs that the owner has dropped. Runs in the compute thread, so between two Hellos."""
+        for run in self.dropped():
+            self._forget(run)
+
+    def now(self) -> list[RunNow]:
+        """The runs in memory, and when their clients were heard."""
+        return [self._run_now(run) for run in list(self.runs.values()) if run.name != BASE]
+
+    def _run_now(self, run: ServedRun) -> RunNow:
+        here = {session.client for session in list(self._sessions.values()) if session.run is run}
+        heard, since = self._heard.clients(run.name), time.time() - self._away_s
+        steps = dict(run.steps)
+        return RunNow(
+            name=run.name, step=run.server_step, max_steps=run.training.max_steps, loss=run.last_loss,
+            expected=max(run.training.clients, 1),
+            clients={
+                name: ClientNow(steps.get(name, 0), heard.get(name), name in here and heard.get(name, 0.0) > since)
+                for name in sorted({*here, *heard, *steps})
+            },
+        )  # fmt: skip
 
     def clients_of(self, run: ServedRun) -> list[str]:
         """The names of the clients that have a session in a run, sorted; those that were revoked are left out."""
@@ -160,7 +227,7 @@ class Sessions:
                 f"this server speaks protocol {PROTOCOL}, the client {request.protocol}; install the same version of "
                 "hosl on both sides"
             )
-        if not _RUN_NAME.fullmatch(request.run):
+        if not RUN_NAME.fullmatch(request.run):
             raise WireError(
                 f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
             )
@@ -174,7 +241,7 @@ class Sessions:
             )
         check_numbers(request.training)
         folder = self._folder / request.run
-        stored = _stored_handshake(folder)
+        stored = handshake_in(folder)
         run, roster, gone = self._find_or_open(client, request, stored)
         try:
             run.agree(request.model, request.training)
@@ -189,13 +256,17 @@ class Sessions:
                 shutil.rmtree(folder)
             raise
         if stored is None or roster != stored.get("clients"):
+            heirs: dict[str, str] = {} if stored is None else stored.get("heirs", {})
             facts: dict[str, Any] = {
                 "model": MessageToDict(run.model), "training": MessageToDict(run.training),
                 "first_client": roster[0], "clients": roster,
-                "heirs": ({} if stored is None else stored.get("heirs", {})) | ({gone: client} if gone else {}),
+                "heirs": {old: new for old, new in heirs.items() if old != client} | ({gone: client} if gone else {}),
             }  # fmt: skip
             whole_file(folder / "handshake.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        self._heard_s[run.name] = time.monotonic()
+        if gone:
+            self._end_sessions(run, gone)
+            self._heard.left(run.name, gone)
+        self._heard.note(run.name, client)
         for before in self._end_sessions(run, client):
             self._taken_over[run.name, client] = before
         return self._begun(Session(client, run)), start, run
@@ -206,7 +277,7 @@ class Sessions:
             protocol=request.protocol, model=request.model, run=request.run, base=not request.run
         )
         run = self.for_use(client, ask)
-        self._heard_s[run.name] = time.monotonic()
+        self._heard.note(run.name, client)
         return self._begun(Session(client, run, looks=True)), run.server_step, run
 
     def _begun(self, session: Session) -> str:
@@ -232,19 +303,30 @@ class Sessions:
         seats, gone = max(training.clients, 1), None
         if client not in roster:
             if len(roster) >= seats:
-                gone = next(filter(self._revoked, roster), None)
+                gone = next(filter(self._revoked, roster), None) or self._heard.vanished(request.run, roster)
                 if gone is None:
+                    heir = (stored or {}).get("heirs", {}).get(client)
+                    lost = (
+                        f"; the seat of {client}, which was not heard for long, went to {heir}"
+                        if heir
+                        else ""
+                    )
                     raise HandshakeError(
-                        f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}; "
+                        f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}{lost}; "
                         "set clients.count higher for all, or choose another output_dir"
                     )
             roster = [client if name == gone else name for name in roster] + ([] if gone else [client])
+        if run is not None and request.run in self._over_quota and stored is not None and not run.finished:
+            self._check_disk(request.run, stored["first_client"])  # else it would train until its next Save
         if run is None:
             check_training(training)
             self._make_room()
             if stored is None:
                 self._count_runs(client)
+                self._check_disk(request.run, client)
             run = self._opened(request.run, model, training)
+            if stored is not None and not run.finished:
+                self._check_disk(request.run, stored["first_client"])
             if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
                 folder.mkdir(parents=True)
@@ -254,11 +336,15 @@ class Sessions:
         """A run in memory, at its newest intact checkpoint if it has one. Requires: there is room."""
         half = self._open_half(model, training)
         run = ServedRun(name, model, training, half, self._folder / name / "checkpoints", self._say)
-        stored = _stored_handshake(run.folder.parent)
+        stored = handshake_in(run.folder.parent)
         if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
             run.go_back(saved)
             for old, new in stored.get("heirs", {}).items():  # since the checkpoint
                 run.hand_over(old, new)
+        progress = read_progress(run.folder.parent)
+        if progress is not None and progress.step == run.server_step:
+            run.last_loss = progress.loss
+        self._heard.opened(name, progress)
         self.runs[name] = run
         return run
 
@@ -285,7 +371,7 @@ class Sessions:
             self._forget(run)
             run = None
         if run is None:
-            stored = _stored_handshake(self._folder / name) or {}
+            stored = handshake_in(self._folder / name) or {}
             model = ParseDict(stored["model"], pb.Model()) if stored else ask.model
             training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
             check_same_halves(model, ask.model)
@@ -325,8 +411,7 @@ class Sessions:
     def _changed_s(self, name: str) -> float:
         """The time of a run's newest checkpoint, or of its last call in this process if that is later."""
         folder = newest_checkpoint(self._folder / name / "checkpoints") or self._folder / name
-        silent_s = time.monotonic() - self._heard_s.get(name, float("-inf"))
-        return max(folder.stat().st_mtime, time.time() - silent_s)
+        return max(folder.stat().st_mtime, time.time() - self._heard.silent_s(name))
 
     def _make_room(self) -> None:
         """Save and drop runs that are finished, or whose clients have left or were not heard of, until one more fits.
@@ -352,14 +437,18 @@ class Sessions:
                     f"until one is finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
                     "`hosl serve --runs-at-once`"
                 )
-            left.save(asked=False)
+            self.save(left, asked=False)
+            if left.name != BASE:
+                with suppress(OSError):  # a hint for `hosl runs`
+                    write_progress(left.folder.parent, self._run_now(left))
             self._forget(left)
 
     def _is_left(self, run: ServedRun) -> bool:
-        return not self.clients_of(run) or time.monotonic() - self._heard_s[run.name] > self._away_s
+        return not self.clients_of(run) or self._heard.silent_s(run.name) > self._away_s
 
     def _forget(self, run: ServedRun) -> None:
         self.runs.pop(run.name, None)
+        self._heard.closed(run.name)
         self._end_sessions(run)
 
     def _end_sessions(self, run: ServedRun, client: str | None = None) -> list[str]:
@@ -384,11 +473,12 @@ class Sessions:
         for name in [name for name in begun if not checkpoint_steps(self._folder / name / "checkpoints")]:
             shutil.rmtree(self._folder / name)
             begun.remove(name)
-        if len(begun) >= RUNS_PER_CLIENT:
-            raise LimitError(
-                f"client {client} has begun {len(begun)} runs here, {RUNS_PER_CLIENT} are allowed; the server's owner "
-                "makes room by `hosl runs drop NAME`"
-            )
+        self._quota.check_count(client, len(begun))
+
+    def _check_disk(self, name: str, first_client: str) -> None:
+        self._over_quota.add(name)
+        self._quota.check_disk(self._folder, name, first_client)
+        self._over_quota.discard(name)
 
 
 def check_same_halves(ours: pb.Model, theirs: pb.Model) -> None:
@@ -406,74 +496,20 @@ def check_same_halves(ours: pb.Model, theirs: pb.Model) -> None:
             )
 
 
-def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """Name and handshake of every run below the folder `runs` of a service, by name; None: the file is damaged."""
-    names = sorted(path.name for path in folder.glob("*") if _RUN_NAME.fullmatch(path.name))
-    runs: list[tuple[str, dict[str, Any] | None]] = []
-    for name in names:
-        try:
-            stored = _stored_handshake(folder / name)
-        except CheckpointError:
-            runs.append((name, None))
-        else:
-            runs += [] if stored is None else [(name, stored)]
-    return runs
-
-
-def stored_handshake(folder: Path, name: str) -> dict[str, Any] | None:
-    """The handshake of the run of this name below the folder `runs` of a service; None: there is no such run.
+def save_all(sessions: Sessions) -> None:
+    """Save every run in memory, though no client asked for it.
 
     Raises:
-        CheckpointError: if the file is damaged.
+        FailureError: the first of those that could not be saved, once the others are.
     """
-    return _stored_handshake(folder / name) if _RUN_NAME.fullmatch(name) else None
-
-
-def drop_run(folder: Path, name: str) -> None:
-    """Delete a run of a service; a running server hears of it at the next call.
-
-    Raises:
-        ConfigError: if there is no such run.
-    """
-    names = [known for known, _ in stored_runs(folder)]
-    if name not in names:
-        raise ConfigError(f"no run is called {name}; there are {', '.join(names) or 'none'}")
-    gone = folder / f".{name}.dropped"
-    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed
-    (folder / name).rename(gone)
-    shutil.rmtree(gone)
-
-
-def _handshake_file(folder: Path) -> Path | None:
-    names = ("handshake.json", "agreement.json")  # the second before version 0.2
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _stored_handshake(folder: Path) -> dict[str, Any] | None:
-    """The model and training of a run's first Hello; None: there is no such run yet."""
-    file = _handshake_file(folder)
-    if file is None:
-        return None
-    try:
-        stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
-        training = stored["training"]
-        if "law" in training:  # the name of `distribution` before version 0.2
-            training["distribution"] = training.pop("law")
-        ParseDict(stored["model"], pb.Model())
-        ParseDict(training, pb.Training())
-        stored.setdefault("clients", [stored["first_client"]])
-    except (OSError, msgspec.MsgspecError, ParseError, LookupError, TypeError, AttributeError) as cause:
-        raise CheckpointError(
-            f"run {folder.name}: {file.name} on the server is damaged: {cause}; put it back, or choose another "
-            "output_dir for a new run"
-        ) from cause
-    return stored
-
-
-def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
-    """Call `act` with every run in memory."""
+    failed: list[FailureError] = []
     for run in list(sessions.runs.values()):
-        act(run)
+        try:
+            sessions.save(run, asked=False)
+        except FailureError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def check_numbers(training: pb.Training) -> None:

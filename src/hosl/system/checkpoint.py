@@ -167,6 +167,24 @@ def _intact(
         ) from damaged[0]
 
 
+def damage_of(path: Path) -> str | None:
+    """Words for what is damaged in a checkpoint; None: every file is as it was written, each of which is hashed."""
+    try:
+        state = _checked(path)
+    except CheckpointError as damage:
+        return str(damage)
+    return f"{_SNAPSHOT} is damaged; the journal rebuilds it" if state["snapshot_damaged"] else None
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """The values that a checkpoint's writer put into its state.json; its other files are not looked at.
+
+    Raises:
+        CheckpointError: if state.json is missing or damaged.
+    """
+    return _state(path)["facts"]
+
+
 def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
     """Read a checkpoint back and check every file against its digest.
 
