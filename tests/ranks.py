@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import safetensors.torch
 import torch
+from torch.distributed.tensor import DTensor
 
 from hosl.config import Config, ServerConfig
 from hosl.core.targets import ClassTargets, OptionTargets
@@ -246,13 +247,20 @@ def idle(ranks, config, asked, seconds):
 
 
 def dropped_parties(ranks, config):
-    """A scenario: how many parties there are after a half was let go of, and another was opened."""
+    """A scenario: how many parties there are after a half was let go of and another was opened, and what is shared out.
+
+    Returns:
+        The number of parties, and the weights that are shared out over the ranks and those that are whole, by name.
+    """
     first = ranked(ranks, config)
     del first
     gc.collect()
     second = ranked(ranks, config)
     second.losses(*questions_of_text())
-    return len(ranks.parties)
+    (party,) = ranks.parties.values()
+    weights = dict(party.half.named_parameters())
+    shared_out = {name for name, p in weights.items() if isinstance(p, DTensor)}
+    return len(ranks.parties), shared_out, weights.keys() - shared_out
 
 
 def loaded(ranks, config, warm_folder, out):

@@ -121,3 +121,12 @@ def test_layouts_that_cannot_be_are_refused(halves, tmp_path, capsys, words, sai
     assert main(["serve", str(halves / "server"), "--service", str(tmp_path / "service"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "service").exists()
+
+
+def test_labels_at_the_client_need_one_process(tiny_run, tmp_path, capsys):
+    tiny_run()
+    halves = split(tmp_path / "model-in", tmp_path / "halves", **{"labels-at": "client"})
+    words = ["serve", str(halves / "server"), "--service", str(tmp_path / "service"), "--ranks", "2"]
+    assert main(words) == 2
+    assert "was split with labels at the client" in capsys.readouterr().err
+    assert not (tmp_path / "service").exists()

@@ -183,8 +183,13 @@ def test_a_group_survives_without_clients_for_longer_than_its_limit(folder):
     assert first == then
 
 
-def test_a_half_that_is_let_go_of_leaves_every_rank(folder):
-    assert on_ranks(dropped_parties, layout(2), halves_of(folder, "opt"), settings("opt")) == 1
+def test_a_half_that_is_let_go_of_leaves_every_rank_and_frozen_weights_are_whole_under_adapters(folder):
+    config = settings("opt", "lora")
+    parties, shared_out, whole = on_ranks(dropped_parties, layout(2), halves_of(folder, "opt"), config)
+    assert parties == 1
+    assert shared_out
+    assert all(".lora_" in name for name in shared_out)
+    assert not any(".lora_" in name for name in whole)
 
 
 def test_a_rank_loads_its_part_of_the_file_and_one_tensor_more(folder):
