@@ -8,14 +8,16 @@ import shutil
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hosl.config import Config
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
+from hosl.service.hosted_half import HostedHalf, OpenHalf
 from hosl.split.reading.half_json import half_facts
 from hosl.system.allocator import keep_freed_memory
 from hosl.system.readable import readable_bytes
@@ -105,14 +107,20 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def serve(options: ServeOptions) -> None:
+Host = Callable[[Config, Sequence[str], bool], HostedHalf]
+"""Makes the half of a run: (its settings, the names of weights that the checkpoint did not hold, synchronous)."""
+
+
+def serve(options: ServeOptions, host: Host | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then finish the work in hand and save every run.
+
+    `host`: makes the halves of runs; None: in this process alone.
 
     Raises:
         RequestError: if the half, the address or the certificate cannot be used.
     """
     facts = half_facts(options.half, "server")
-    host, port = parse_address(options.listen)
+    name, port = parse_address(options.listen)
     for flag, address in (("--listen", options.listen), ("--page", options.page)):
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
@@ -121,7 +129,7 @@ def serve(options: ServeOptions) -> None:
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
-        asyncio.run(_serve(options, facts, host, port, credentials))
+        asyncio.run(_serve(options, (name, port), credentials, _opener(options, facts, host)))
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -138,10 +146,9 @@ def parse_address(text: str) -> tuple[str, int]:
 
 async def _serve(
     options: ServeOptions,
-    facts: dict[str, Any],
-    host: str,
-    port: int,
+    address: tuple[str, int],
     credentials: _Credentials | None,
+    open_half: OpenHalf,
 ) -> None:
     import grpc.aio
 
@@ -161,7 +168,7 @@ async def _serve(
         texts_at_once=options.texts_at_once, tensor_total_bytes=options.tensor_total_bytes,
     )  # fmt: skip
     sessions = Sessions(
-        options.service, _opener(options, facts), status.damaged, revoked=access.revoked,
+        options.service, open_half, status.damaged, revoked=access.revoked,
         runs_at_once=options.runs_at_once, away_s=options.away_s, seat_s=options.seat_s,
         quota=Quota(options.runs_per_client, options.disk_per_client_bytes),
     )  # fmt: skip
@@ -171,7 +178,7 @@ async def _serve(
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
     try:
-        bound = _bind(server, address_of(host, port), credentials, options)
+        bound = _bind(server, address_of(*address), credentials, options)
     except RuntimeError as cause:
         raise ConfigError(f"{options.listen} cannot be listened on: {cause}; is the port taken?") from cause
     ended = asyncio.Event()
@@ -181,7 +188,7 @@ async def _serve(
         parse_address(options.page), access, status, _page_context(options)
     )  # fmt: skip
     await server.start()
-    _announce(options, access, host, bound, credentials, page)
+    _announce(options, access, address[0], bound, credentials, page)
     status.ready = True
     async with _tended(options.service, sessions, scheduler, status):
         await ended.wait()
@@ -322,13 +329,11 @@ def _page_context(options: ServeOptions) -> ssl.SSLContext | None:
     return context
 
 
-def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
+def _opener(options: ServeOptions, facts: dict[str, Any], host: Host | None) -> OpenHalf:
     """The function that opens the half for a Hello, and refuses a Hello for another half."""
-    from hosl.methods.torch_parties import DTYPES
-    from hosl.network.torch_hosting import TorchHosted
-    from hosl.split import load_half
+    make = host or _in_this_process(options.half)
 
-    def open_half(model: pb.Model, training: pb.Training) -> TorchHosted:
+    def open_half(model: pb.Model, training: pb.Training) -> HostedHalf:
         ours = pb.Model(
             family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"],
             client_digest=facts["client_digest"], server_digest=facts["server_digest"], dtype=model.dtype,
@@ -342,15 +347,23 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
                     "the client; use both folders of one `hosl split`"
                 )
         config = config_of(model, training, device=options.device)
-        dtype = DTYPES[config.model.dtype]
-
-        def fresh() -> Any:
-            return load_half(options.half, dtype)
-
-        synchronous = training.order == pb.SYNCHRONOUS
-        return TorchHosted(config, fresh, facts.get("new_weights", ()), synchronous=synchronous)
+        return make(config, facts.get("new_weights", ()), training.order == pb.SYNCHRONOUS)
 
     return open_half
+
+
+def _in_this_process(folder: Path) -> Host:
+    from hosl.methods.torch_parties import DTYPES
+    from hosl.network.torch_hosting import TorchHosted
+    from hosl.split import load_half
+
+    def host(config: Config, new_weights: Sequence[str], synchronous: bool) -> HostedHalf:
+        def fresh() -> Any:
+            return load_half(folder, DTYPES[config.model.dtype])
+
+        return TorchHosted(config, fresh, new_weights, synchronous=synchronous)
+
+    return host
 
 
 def _giving(options: ServeOptions, say: Callable[[str], None]) -> Any:

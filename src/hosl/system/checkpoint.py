@@ -43,6 +43,8 @@ class Checkpoint:
     """Values for state.json, all of them JSON."""
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The tensors of each file, by the file's name without its ending, such as `server/trained`."""
+    written: dict[str, Callable[[Path], object]] = field(default_factory=dict)
+    """The functions that write more such files, whose tensors are never in memory together; empty once it is read."""
     journal: bytes | None = None
     """The zeroth-order client's journal; None: the client has none."""
     linked: tuple[str, ...] = ()
@@ -198,6 +200,19 @@ def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
     return _read(path, _checked(path), arrays=arrays)
 
 
+def read_without_tensors(path: Path) -> tuple[Checkpoint, dict[str, Path]]:
+    """A checkpoint without its tensors, and the files that hold them by their names without ending, all checked.
+
+    Raises:
+        CheckpointError: as of `read_checkpoint`.
+    """
+    state = _checked(path)
+    files = [name for name in state["digests"] if name != _JOURNAL]
+    journal = (path / _JOURNAL).read_bytes() if _JOURNAL in state["digests"] else None
+    checkpoint = Checkpoint(step=state["step"], state=state["facts"], journal=journal)
+    return checkpoint, {name.removesuffix(".safetensors"): path / name for name in files}
+
+
 def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpoint:
     checkpoint = Checkpoint(step=state["step"], state=state["facts"])
     for name in state["digests"]:
@@ -267,6 +282,8 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     (partial / "server").mkdir()
     for name, tensors in checkpoint.tensors.items():
         _save_tensors(tensors, partial / f"{name}.safetensors")
+    for name, write in checkpoint.written.items():
+        write(partial / f"{name}.safetensors")
     if checkpoint.journal is not None:
         (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
     digests = {
