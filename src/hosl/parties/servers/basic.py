@@ -92,6 +92,10 @@ class FirstOrderServer(TorchServer):
         self._last_reply = (step, reply)
         return reply
 
+    def forget(self) -> None:
+        """Let go of the last reply, which only a repeated call would need."""
+        self._last_reply = None
+
     def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
         loss = self._loss(h, targets)
         if not torch.isfinite(loss.detach()):

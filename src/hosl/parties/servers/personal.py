@@ -1,0 +1,231 @@
+"""The servers of several clients over one frozen base: adapters, head and optimiser state are each client's own.
+
+What one client's server computes does not depend on the others. A party of a client is an ordinary server whose trained
+weights are put into the one half before it computes; several clients' steps are made in one pass (`steps`).
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hosl.core.targets import StepReply, Targets
+from hosl.errors import HoslError, NonFiniteError
+from hosl.parties.engine.loss import mean_loss, wanted_positions
+from hosl.parties.engine.optimisers import optimiser_step
+from hosl.parties.engine.own_weights import own_weights
+from hosl.parties.engine.perturbation import trained_parameters
+from hosl.parties.servers.basic import FirstOrderServer
+from hosl.parties.servers.trunk import TrunkServer
+from hosl.split import ServerHalf, TrunkHalf
+
+Party = FirstOrderServer | TrunkServer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AskedStep:
+    """A training step that one client asks for; see `FirstOrderServer.step`."""
+
+    client: str
+    activations: torch.Tensor
+    targets: Targets
+    step: int
+    want_gradient: bool = False
+
+
+class PersonalServers:
+    """The servers of several clients that share a half's frozen weights. Not for several threads at once."""
+
+    def __init__(
+        self,
+        half: ServerHalf | TrunkHalf,
+        make_party: Callable[[ServerHalf | TrunkHalf], Party],
+        *,
+        slots: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Take over a half whose trained weights are chosen: those that each client gets a copy of.
+
+        Args:
+            half: the half at the weights that every client begins with.
+            make_party: makes the server of one client on the half as it is.
+            slots: the clients whose weights and optimiser state are on the device at once; those used least lately wait
+                in the memory of the host. None: all are on the device.
+            device: a torch device.
+        """
+        half.to(torch.device(device))
+        self.half, self._make_party, self._device = half, make_party, torch.device(device)
+        self._slots = slots or None
+        self._first = {
+            name: p.detach().to("cpu", copy=True) for name, p in trained_parameters(half.model).items()
+        }
+        self._parties: dict[str, Party] = {}
+        self._in_slots: OrderedDict[str, None] = OrderedDict()
+        """The clients whose weights are on the device, the one used least lately first."""
+        self._mounted: dict[str, nn.Parameter] | None = None
+
+    def begin(self, client: str) -> None:
+        """Give a client new weights and a new optimiser, as a server has at its first step."""
+        self.forget(client)
+        self._make_room()
+        self._mount({name: nn.Parameter(p.to(self._device, copy=True)) for name, p in self._first.items()})
+        self._parties[client] = self._make_party(self.half)
+        self._in_slots[client] = None
+
+    def forget(self, client: str) -> None:
+        """Let go of a client's weights and optimiser."""
+        self._parties.pop(client, None)
+        self._in_slots.pop(client, None)
+
+    def kept(self, client: str) -> Party:
+        """A client's server wherever its weights are: to be read or written, not to compute with."""
+        return self._parties[client]
+
+    def of(self, client: str) -> Party:
+        """A client's server, with its weights on the device and in the half, until another client's is asked for."""
+        party = self._in_slot(client)
+        self._mount(party.trained)
+        return party
+
+    def in_two_parts(self, client: str) -> Party:
+        """As `of`, for a step whose gradient comes later: of all clients' graphs one is kept at most, the newest."""
+        for other, party in self._parties.items():
+            if other != client:
+                party.forget()
+        return self.of(client)
+
+    @property
+    def in_slots(self) -> list[str]:
+        """The clients whose weights are on the device, the one used least lately first."""
+        return list(self._in_slots)
+
+    def steps(self, asked: Sequence[AskedStep]) -> list[StepReply | HoslError]:
+        """A training step of each of several clients in one pass over the base; the reply or the error of each.
+
+        The loss of each is the mean over its own rows, and its gradients are of that loss alone. A client whose loss or
+        gradient is not finite gets NonFiniteError and keeps its weights; the others' steps count.
+
+        Requires: no client twice, activations of one length, at most as many clients as slots; labels at the server.
+        """
+        if len(asked) == 1:
+            return [_tried(lambda: _stepped_alone(self.of(asked[0].client), asked[0]))]
+        parties = [self._in_slot(one.client) for one in asked]
+        rows = [len(one.activations) for one in asked]
+        h = torch.cat([one.activations.detach().to(self._device) for one in asked])
+        h.requires_grad_(any(one.want_gradient for one in asked))
+        with own_weights(self.half.model, [party.trained for party in parties], rows):
+            losses = self._losses(h, rows, [one.targets for one in asked])
+            finite = [loss for loss in losses if torch.isfinite(loss.detach())]
+            if finite:
+                torch.stack(finite).sum().backward()
+        gradients = [None] * len(asked) if h.grad is None else h.grad.split(rows)
+        replies: list[StepReply | HoslError] = []
+        for one, party, loss, gradient in zip(asked, parties, losses, gradients, strict=True):
+            reply = StepReply(loss=float(loss.detach()), gradient=gradient if one.want_gradient else None)
+            replies.append(_tried(lambda: _updated(party, one.step, reply)))  # noqa: B023  (called at once)
+        return replies
+
+    def losses(self, asked: Sequence[tuple[str, Sequence[torch.Tensor], Targets]]) -> list[list[float]]:
+        """The mean losses, nats, of several clients' activations in one pass: `losses` of each client's server.
+
+        Requires: as `steps`, but a client may ask twice.
+        """
+        of_client = [self._in_slot(client).trained for client, _, _ in asked]
+        each = [
+            (weights, h, targets)
+            for weights, (_, hs, targets) in zip(of_client, asked, strict=True)
+            for h in hs
+        ]
+        rows = [len(h) for _, h, _ in each]
+        h = torch.cat([h.to(self._device) for _, h, _ in each])
+        with torch.no_grad(), own_weights(self.half.model, [weights for weights, _, _ in each], rows):
+            found = iter([float(loss) for loss in self._losses(h, rows, [targets for _, _, targets in each])])
+        return [[next(found) for _ in hs] for _, hs, _ in asked]
+
+    def _losses(self, h: torch.Tensor, rows: Sequence[int], targets: Sequence[Targets]) -> list[torch.Tensor]:
+        """The mean loss of each client's rows, from one forward pass."""
+        mask = torch.cat([torch.from_numpy(of_client.mask) for of_client in targets]).to(
+            self._device, torch.int64
+        )
+        wanted = [wanted_positions(of_client) for of_client in targets]
+        scored = [positions for positions in wanted if positions is not None]
+        union = torch.cat(scored).unique() if scored else None
+        half: Any = self.half
+        logits = half(h, mask, None if union is None else union.to(self._device))
+        return [
+            mean_loss(_at(part, positions, union), of_client)
+            for part, positions, of_client in zip(logits.split(list(rows)), wanted, targets, strict=True)
+        ]
+
+    def _in_slot(self, client: str) -> Party:
+        party = self._parties[client]
+        if client not in self._in_slots:
+            self._make_room()
+            _move_(party, self._device)
+        self._in_slots[client] = None
+        self._in_slots.move_to_end(client)
+        return party
+
+    def _make_room(self) -> None:
+        """Move the clients used least lately to the host until one more has a slot."""
+        while self._slots is not None and len(self._in_slots) >= self._slots:
+            client, _ = self._in_slots.popitem(last=False)
+            _move_(self._parties[client], torch.device("cpu"))
+
+    def _mount(self, weights: dict[str, nn.Parameter]) -> None:
+        """Put trained weights into the half."""
+        if self._mounted is weights:
+            return
+        self._mounted = weights
+        for name, p in weights.items():
+            module, _, key = name.rpartition(".")
+            self.half.model.get_submodule(module)._parameters[key] = p
+
+
+def _at(logits: torch.Tensor, positions: torch.Tensor | None, union: torch.Tensor | None) -> torch.Tensor:
+    """The logits of one client at its own positions, from those at the positions of all."""
+    if positions is None or union is None or len(positions) == len(union):
+        return logits
+    return logits[:, torch.searchsorted(union, positions).to(logits.device)]
+
+
+def _updated(party: Party, step: int, reply: StepReply) -> StepReply:
+    assert party.optimiser is not None, "a half without trained weights has no step of its own"
+    if not math.isfinite(reply.loss):
+        party.optimiser.zero_grad(set_to_none=True)
+        raise NonFiniteError(
+            f"the training loss of step {step} is {reply.loss}; it must be finite: lower server.learning_rate or "
+            "client.learning_rate, and look for extreme values in the data"
+        )
+    optimiser_step(party.optimiser, party.learning_rate(step))
+    return reply
+
+
+def _stepped_alone(party: Party, one: AskedStep) -> StepReply:
+    assert isinstance(party, FirstOrderServer), "labels at the client: a step comes in two parts"
+    party.forget()
+    return party.step(one.activations, one.targets, step=one.step, want_gradient=one.want_gradient)
+
+
+def _tried(work: Callable[[], StepReply]) -> StepReply | HoslError:
+    try:
+        return work()
+    except HoslError as error:
+        return error
+
+
+def _move_(party: Party, device: torch.device) -> None:
+    """Move a server's weights and optimiser state to a device, in place; what a repeated call needs is let go."""
+    party.forget()
+    for p in party.trained.values():
+        p.data = p.data.to(device)
+    for state in party.optimiser.state.values() if party.optimiser is not None else ():
+        for entry, value in state.items():
+            if (
+                isinstance(value, torch.Tensor) and entry != "step"
+            ):  # torch keeps the count of steps on the CPU
+                state[entry] = value.to(device)
