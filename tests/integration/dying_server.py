@@ -20,12 +20,12 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def dying(self, client, tokens, work):
+async def dying(self, *asked, **how):
     if current[0] == call:
         seen[0] += 1
         if seen[0] == number and when == "before":
             die()
-    answer = await run(self, client, tokens, work)
+    answer = await run(self, *asked, **how)
     if current[0] == call and seen[0] == number and when == "after":
         die()
     return answer

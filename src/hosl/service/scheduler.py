@@ -1,13 +1,21 @@
-"""Fair scheduling: one piece of compute at a time, for the waiting client that has been served fewest tokens."""
+"""Fair scheduling: one piece of compute at a time, for the waiting client that has been served fewest tokens.
+
+Questions of one kind that wait can be answered together (`run_merged`). The turn is still that of one question, the
+one due; others ride along with it. No client starves by that: the order of turns stays, a rider pays for its tokens as
+if it had waited, and a pass with riders has `merge_tokens` tokens at most. So whoever waits has no more turns before
+its own than without merging, each of them a pass of that length at most.
+"""
 
 import asyncio
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 _Result = TypeVar("_Result")
+_Question = TypeVar("_Question")
 CALL_TOKENS = 64
 """The tokens that a call costs at least, however little it carries: about a pass over the weights without tokens."""
 HELLO_TOKENS = 4096
@@ -16,15 +24,49 @@ _KEPT = 1024
 """More clients than these: those whose served tokens are not above the level are forgotten, which changes no turn."""
 
 
+@dataclass(order=True, slots=True)
+class _Waiting:
+    """One question that waits for its turn, or work that is asked nothing."""
+
+    served: int
+    """The tokens that its client had been served when it came."""
+    number: int
+    """How many came before it."""
+    client: str = field(compare=False)
+    tokens: int = field(compare=False)
+    question: Any = field(compare=False)
+    answer: Callable[[Sequence[Any]], Sequence[Any]] = field(compare=False)
+    kind: Hashable = field(compare=False)
+    """Of which others may be answered with it; None: it is answered alone."""
+    holds_back: Collection[Hashable] = field(compare=False)
+    answered: asyncio.Future[tuple[Any, float]] = field(compare=False)
+    """The answer and the seconds; is cancelled when the asker goes away."""
+
+
+class _Answer(NamedTuple):
+    result: Any
+    error: BaseException | None
+
+
 class Scheduler:
     """Fair queueing over clients, weighed by tokens (rows x positions). One thread computes; for one event loop.
 
     A client that was away does not save up turns: it starts at the level of the one served least among the waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, merge_tokens: int = 0, *, tell: Callable[[int], None] = lambda questions: None
+    ) -> None:
+        """Nothing waits yet.
+
+        Args:
+            merge_tokens: the tokens of questions that are answered together, at most; 0: each is answered alone.
+            tell: is called with the number of questions of each pass that could have been of several.
+        """
+        self.merge_tokens = merge_tokens
+        self._tell = tell
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosl-compute")
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting: list[_Waiting] = []
         self._served: dict[str, int] = {}
         self._most_served = _KEPT
         self._level = 0
@@ -34,35 +76,58 @@ class Scheduler:
     @property
     def queue(self) -> int:
         """The number of pieces of work that wait."""
-        return sum(1 for _, _, turn in self._waiting if not turn.done())
+        return sum(1 for waiting in self._waiting if not waiting.answered.done())
 
-    async def run(self, client: str, tokens: int, work: Callable[[], _Result]) -> tuple[_Result, float]:
-        """Run `work` in the compute thread when it is `client`'s turn; returns its result and its seconds."""
-        served = max(self._served.get(client, 0), self._level)
-        self._served[client] = served + tokens
-        if len(self._served) > self._most_served:  # else everyone who ever came would stay
-            self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
-            self._most_served = max(_KEPT, 2 * len(self._served))
-        turn = asyncio.get_running_loop().create_future()
-        self._count += 1
-        heapq.heappush(self._waiting, (served, self._count, turn))
-        self._next()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._done()
-            raise
-        begin = time.perf_counter()
-        computed = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        try:
-            # a caller that goes away does not stop the work half way: what it changes, it changes whole
-            return await asyncio.shield(computed), time.perf_counter() - begin
-        finally:
-            if computed.done():
-                self._done()
-            else:
-                computed.add_done_callback(lambda _: self._done())
+    async def run(
+        self,
+        client: str,
+        tokens: int,
+        work: Callable[[], _Result],
+        *,
+        holds_back: Collection[Hashable] = (),
+    ) -> tuple[_Result, float]:
+        """Run `work` in the compute thread when it is `client`'s turn; returns its result and its seconds.
+
+        A caller that goes away after its turn has come does not stop the work: what it changes, it changes whole.
+
+        Args:
+            client: who pays.
+            tokens: what the work costs.
+            work: the work.
+            holds_back: the kinds of questions of which none rides past this work while it waits: they are asked of what
+                it changes.
+        """
+        return await self._asked(client, tokens, tokens, None, lambda _: [work()], None, holds_back)
+
+    async def run_merged(
+        self,
+        client: str,
+        tokens: int,
+        kind: Hashable,
+        question: _Question,
+        answer: Callable[[Sequence[_Question]], Sequence[_Result]],
+    ) -> tuple[_Result, float]:
+        """The answer to `question` and its share of the seconds, by its tokens, of the pass that answered it.
+
+        When it is the turn of a question, questions of equal `kind` that wait are answered with it, by one call of its
+        `answer` in the compute thread, in the order of their turns: as many as fit into `merge_tokens`. None passes an
+        earlier call of its own client, or work that holds its kind back. With `merge_tokens` 0 this is `run`.
+
+        Whoever goes away before its turn is not asked for; after it, its answer is dropped. If `answer` raises for
+        several questions, it is called again for each of them alone, so that an error is told to the one whose question
+        causes it: what it did until it raised must not count, or must not be done twice.
+
+        Args:
+            client: who pays: `CALL_TOKENS` at least.
+            tokens: the tokens of the question, as they are.
+            kind: what may be answered together; never None.
+            question: what `answer` is asked.
+            answer: (questions) -> results, one for each, in the same order. Of one kind, all do the same.
+        """
+        paid = max(CALL_TOKENS, tokens)
+        if not self.merge_tokens:
+            return await self.run(client, paid, lambda: answer([question])[0])
+        return await self._asked(client, paid, tokens, question, answer, kind, ())
 
     async def drain(self) -> None:
         """Wait until nothing is running."""
@@ -73,13 +138,94 @@ class Scheduler:
         """Let the compute thread end."""
         self._thread.shutdown(wait=True)
 
-    def _next(self) -> None:
-        while not self._busy and self._waiting:
-            served, _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                self._busy, self._level = True, max(self._level, served)
-                turn.set_result(None)
+    async def _asked(
+        self,
+        client: str,
+        paid: int,
+        tokens: int,
+        question: Any,
+        answer: Callable[[Sequence[Any]], Sequence[Any]],
+        kind: Hashable,
+        holds_back: Collection[Hashable],
+    ) -> tuple[Any, float]:
+        served = max(self._served.get(client, 0), self._level)
+        self._served[client] = served + paid
+        if len(self._served) > self._most_served:  # else everyone who ever came would stay
+            self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
+            self._most_served = max(_KEPT, 2 * len(self._served))
+        self._count += 1
+        answered = asyncio.get_running_loop().create_future()
+        heapq.heappush(
+            self._waiting,
+            _Waiting(served, self._count, client, tokens, question, answer, kind, holds_back, answered),
+        )
+        self._next()
+        return await answered
 
-    def _done(self) -> None:
+    def _next(self) -> None:
+        """Begin with the question that is due, and those that ride along."""
+        while not self._busy and self._waiting:
+            due = heapq.heappop(self._waiting)
+            if due.answered.done():
+                continue
+            self._busy, self._level = True, max(self._level, due.served)
+            together = [due, *self._riders(due)]
+            if due.kind is not None:
+                self._tell(len(together))
+            try:
+                computed = asyncio.get_running_loop().run_in_executor(self._thread, _answers, together)
+            except RuntimeError as error:  # the thread has ended
+                self._done(together, [_Answer(None, error)] * len(together), 0.0)
+                return
+            computed.add_done_callback(lambda done, together=together: self._done(together, *done.result()))
+
+    def _riders(self, due: _Waiting) -> list[_Waiting]:
+        """Take those that are answered with `due` out of the queue, and return them in the order of their turns."""
+        left, riders, passed = self.merge_tokens - due.tokens, list[_Waiting](), set[str]()
+        if due.kind is None or left <= 0:
+            return riders
+        queue = sorted(self._waiting)
+        for waiting in queue:
+            if waiting.answered.done():
+                continue
+            if due.kind in waiting.holds_back:
+                break
+            if waiting.kind == due.kind and waiting.tokens <= left and waiting.client not in passed:
+                riders.append(waiting)
+                left -= waiting.tokens
+            else:
+                passed.add(waiting.client)
+        taken = {rider.number for rider in riders}
+        self._waiting = [waiting for waiting in queue if waiting.number not in taken]  # sorted is a heap
+        return riders
+
+    def _done(self, together: Sequence[_Waiting], answers: Sequence[_Answer], seconds: float) -> None:
+        tokens = sum(waiting.tokens for waiting in together)
+        for waiting, (result, error) in zip(together, answers, strict=True):
+            if waiting.answered.done():  # who asked has gone away
+                continue
+            if error is not None:
+                waiting.answered.set_exception(error)
+            else:
+                share = waiting.tokens / tokens if len(together) > 1 else 1.0
+                waiting.answered.set_result((result, seconds * share))
         self._busy = False
         self._next()
+
+
+def _answers(together: Sequence[_Waiting]) -> tuple[list[_Answer], float]:
+    """The answers and the seconds that they took. In the compute thread."""
+    begin = time.perf_counter()
+    answers = _tried(together)
+    if len(together) > 1 and answers[0].error is not None:
+        answers = [answer for waiting in together for answer in _tried([waiting])]
+    return answers, time.perf_counter() - begin
+
+
+def _tried(together: Sequence[_Waiting]) -> list[_Answer]:
+    try:
+        results = together[0].answer([waiting.question for waiting in together])
+        assert len(results) == len(together), "an answer for each question"
+    except BaseException as error:  # told to who asked, whatever it is; the thread goes on
+        return [_Answer(None, error)] * len(together)
+    return [_Answer(result, None) for result in results]
