@@ -1,6 +1,7 @@
 """`hosl runs ls | drop NAME`: the runs that a service keeps; on the server's machine."""
 
 from pathlib import Path
+from typing import Any
 
 from hosl.cli.answers import answer, command_parser
 from hosl.errors import FolderError
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> int:
         {
             "name": name,
             "clients": stored["clients"] if stored else ["handshake.json is damaged"],
-            "saved_steps": checkpoint_steps(folder / name / "checkpoints"),
+            "saved_steps": _saved_steps(folder / name, stored),
             "max_steps": stored["training"]["maxSteps"] if stored else None,
         }
         for name, stored in stored_runs(folder)
@@ -50,3 +51,14 @@ def run(arguments: list[str]) -> int:
     }
     answer({"runs": runs} if options.json else lines, as_json=options.json)
     return 0
+
+
+def _saved_steps(folder: Path, stored: dict[str, Any] | None) -> list[int] | dict[str, list[int]]:
+    """The steps of which a run has checkpoints; where each client has adapters of its own, those of each."""
+    from hosl.service.runs import CLIENTS
+
+    if stored is None or not stored["training"].get("personalServer"):
+        return checkpoint_steps(folder / "checkpoints")
+    return {
+        client: checkpoint_steps(folder / CLIENTS / client / "checkpoints") for client in stored["clients"]
+    }

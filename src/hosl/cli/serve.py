@@ -31,6 +31,9 @@ def run(arguments: list[str]) -> int:
             f"{options.tensor_limit}, as sent and unpacked; give {4 * options.tensor_limit} at least"
         )
 
+    if options.adapter_slots < 0:
+        raise ConfigError(f"--adapter-slots must be 1 or more, or 0 for all, got {options.adapter_slots}")
+
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
 
@@ -41,7 +44,7 @@ def run(arguments: list[str]) -> int:
             client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
             runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
             tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-            give_half=options.give_half,
+            give_half=options.give_half, adapter_slots=options.adapter_slots,
             cache_limit_bytes=options.cache_limit << 20,
             cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
         )
@@ -89,6 +92,13 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--cache-total", type=int, default=1024, help="MiB of them for all clients")
     parser.add_argument(
         "--texts-at-once", type=int, default=4, help="texts that are generated at once; 0: none ever"
+    )
+    parser.add_argument(
+        "--adapter-slots",
+        type=int,
+        default=0,
+        help="clients whose own adapters (clients.server: personal) are on the device at once, others wait in the "
+        "host's memory; default: all of a run",
     )
     parser.add_argument(
         "--give-half",

@@ -28,6 +28,7 @@ from hosl.network.handshake import config_of
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.service.giving import given_of
+from hosl.service.runs import checkpoints_below
 from hosl.service.sessions import stored_handshake, stored_runs
 from hosl.split import (
     ClientHalf,
@@ -127,7 +128,7 @@ def merge_on_device(
         )  # fmt: skip
         check = _expected(config, folder, facts)
         try:
-            step = checkpoint.step if config.clients.count <= 1 else 0
+            step = checkpoint.step if config.clients.alone else 0
             listing, file = fetch_half(channel, record["run_id"], step, run / "server-half", check, say)
         finally:
             channel.close()
@@ -270,11 +271,14 @@ def merge_on_server(
         )
     _check_options(options, facts)
     _check_labels(labels, facts, training)
-    state = newest_intact(service / "runs" / run / "checkpoints", say, weights_only=True)
+    if client is None and training.personal_server:
+        client = _only_one(given_of(service / "runs", run), run)
+    checkpoints = checkpoints_below(service / "runs" / run, training, client or "")
+    state = newest_intact(checkpoints, say, weights_only=True)
     if state is None:
         raise FolderError(f"run {run} has no checkpoint on this server yet; merge it when it has saved one")
     given, step, file = _given(service / "runs", run, client, training)
-    if training.clients <= 1 and step != state.step:
+    if (training.clients <= 1 or training.personal_server) and step != state.step:
         raise CheckpointError(
             f"the half that was given is of step {step}, the server's of {state.step}: the device gives its newest by "
             "the same `hosl join --give-half`"
@@ -324,18 +328,23 @@ def _given(
     given = given_of(runs, run)
     if client is None and training.halves == pb.SHARED:
         client = next(iter(given), None)  # whoever tells: the halves are one
-    if client is None and len(given) != 1:
-        names = f"those of {', '.join(given)}: say whose by --client" if given else "none"
-        raise ConfigError(
-            f"run {run} needs its client's half, and this server has {names}; a device gives its own by "
-            "`hosl join --give-half`, after a finished run, too"
-        )
-    client = client or next(iter(given))
+    client = client or _only_one(given, run)
     if client not in given:
         raise ConfigError(
             f"client {client} gave no half of run {run}; there are {', '.join(given) or 'none'}"
         )
     return given[client]
+
+
+def _only_one(given: dict[str, Any], run: str) -> str:
+    """The only client that gave its half."""
+    if len(given) == 1:
+        return next(iter(given))
+    names = f"those of {', '.join(given)}: say whose by --client" if given else "none"
+    raise ConfigError(
+        f"run {run} needs its client's half, and this server has {names}; a device gives its own by "
+        "`hosl join --give-half`, after a finished run, too"
+    )
 
 
 def _with_client(config: Config, given: pb.Given) -> Config:

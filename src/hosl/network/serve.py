@@ -70,6 +70,8 @@ class ServeOptions:
     """Keys and values of all clients."""
     texts_at_once: int = 4
     """Texts that are generated at once; 0: none."""
+    adapter_slots: int = 0
+    """The clients with adapters of their own whose weights are on the device at once; 0: all of a run."""
     give_half: bool = False
     """Whether clients of a run may have the server's half of it."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
@@ -263,11 +265,12 @@ def _page_context(options: ServeOptions) -> ssl.SSLContext | None:
 
 def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
     """The function that opens the half for a Hello, and refuses a Hello for another half."""
-    from hosl.methods.torch_parties import DTYPES
+    from hosl.methods.torch_parties import DTYPES, make_server
+    from hosl.network.personal_hosting import PersonalBank
     from hosl.network.torch_hosting import TorchHosted
     from hosl.split import load_half
 
-    def open_half(model: pb.Model, training: pb.Training) -> TorchHosted:
+    def open_half(model: pb.Model, training: pb.Training) -> TorchHosted | PersonalBank:
         ours = pb.Model(
             family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"],
             client_digest=facts["client_digest"], server_digest=facts["server_digest"], dtype=model.dtype,
@@ -286,8 +289,10 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
         def fresh() -> Any:
             return load_half(options.half, dtype)
 
-        synchronous = training.order == pb.SYNCHRONOUS
-        return TorchHosted(config, fresh, facts.get("new_weights", ()), synchronous=synchronous)
+        new_weights, synchronous = facts.get("new_weights", ()), training.order == pb.SYNCHRONOUS
+        if training.personal_server:
+            return PersonalBank(config, fresh(), new_weights, slots=options.adapter_slots or None)
+        return TorchHosted(config, lambda: make_server(config, fresh(), new_weights, synchronous=synchronous))
 
     return open_half
 

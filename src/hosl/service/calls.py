@@ -7,6 +7,7 @@ reply messages. Errors become status codes in one place (`_served`).
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, nullcontext
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,10 +18,11 @@ from hosl.core.targets import states_shape
 from hosl.errors import AccessError, CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.giving import Giving
+from hosl.service.hosted_half import HostedBank
 from hosl.service.incoming import Incoming, Room
 from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
-from hosl.service.runs import ServedRun
+from hosl.service.runs import AskedLosses, AskedStep, ServedRun, losses_together, steps_together
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
 from hosl.service.status import Status
@@ -145,7 +147,12 @@ class Calls:
             session.run.check_now(client, request.where.step)
             return session.run.half.losses(arrays, targets)
 
-        losses, seconds = await self._compute(session, arrays, work)
+        bank = self._sessions.bank(session.run)
+        if bank is None:
+            losses, seconds = await self._compute(session, arrays, work)
+        else:
+            asked = AskedLosses(session.run, client, request.where.step, arrays[:], targets)
+            losses, seconds = await self._with_others("losses", bank, asked, arrays, losses_together)
         _let_go(incoming, arrays)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
@@ -224,13 +231,20 @@ class Calls:
         request = await incoming.request("step")
         session = self._sessions.of(client, request.where)
         arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
-        stepped, seconds = await self._compute(
-            session,
-            arrays,
-            lambda: session.run.step(
-                client, request.where.step, arrays[0], targets, want_gradient=request.want_gradient
-            ),
+        step, want_gradient, bank = (
+            request.where.step,
+            request.want_gradient,
+            self._sessions.bank(session.run),
         )
+        if bank is None:
+            stepped, seconds = await self._compute(
+                session,
+                arrays,
+                lambda: session.run.step(client, step, arrays[0], targets, want_gradient=want_gradient),
+            )
+        else:
+            asked = AskedStep(session.run, client, step, arrays[0], targets, want_gradient)
+            stepped, seconds = await self._with_others("step", bank, asked, arrays, steps_together)
         _let_go(incoming, arrays)
         self._status.stepped(session.run, client, seconds)
         for reply in _step_replies(stepped, seconds):
@@ -430,6 +444,19 @@ class Calls:
         """The result of `work` in the compute thread and its seconds; costs `tokens`, the arrays', or `CALL_TOKENS`."""
         of_arrays = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
         return await self._scheduler.run(session.client, max(CALL_TOKENS, tokens, of_arrays), work)
+
+    async def _with_others(
+        self, call: str, bank: HostedBank, asked: Any, arrays: list[WireArray], answer: Any
+    ) -> tuple[Any, float]:
+        """The answer to a question about a client's own half, by one pass with what others ask of theirs meanwhile."""
+        kind = (call, id(bank), arrays[0].data.shape[1])
+        tokens = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
+        found, seconds = await self._scheduler.run_merged(
+            asked.client, tokens, kind, asked, partial(answer, bank)
+        )
+        if isinstance(found, HoslError):
+            raise found
+        return found, seconds
 
 
 def _let_go(incoming: Incoming, arrays: list[WireArray]) -> None:

@@ -7,16 +7,16 @@ recorded one gets its reply from the cache; any other is refused. `settle` finds
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
-from hosl.errors import HandshakeError, SessionError, StepError, WireError
-from hosl.service.hosted_half import HostedHalf, Stepped
+from hosl.errors import HandshakeError, HoslError, SessionError, StepError, WireError
+from hosl.service.hosted_half import HostedBank, HostedHalf, Stepped, TogetherLosses, TogetherStep
 from hosl.service.rounds import (
     ROUNDS_NEEDED,
     ROUNDS_REMEMBERED,
@@ -29,6 +29,9 @@ from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, int
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
+_Asked = TypeVar("_Asked")
+CLIENTS = "clients"
+"""The folder below a run's that has a folder for each client with server adapters of its own."""
 BASE = "(base)"
 """The name of what is no run: a half as it was split, opened for use. No run can have it."""
 
@@ -45,6 +48,8 @@ class ServedRun:
     """The folder of its checkpoints."""
     say: Callable[[str], None] = lambda text: None
     """Is called with a line about each damaged checkpoint."""
+    client: str = ""
+    """Personal adapters: the client whose part of a run this is, named NAME/CLIENT; it is alone in it."""
     steps: dict[str, int] = field(default_factory=dict)
     """The last step of each client that changed the half, or that a Hello settled on."""
     journal: Journal = field(default_factory=Journal)
@@ -57,6 +62,8 @@ class ServedRun:
     """The loss of the newest step, nats; None where the labels stay with the client."""
     turn: Turn = field(default_factory=Turn)
     """Is held from the states of a step to its update, where each step of several clients is applied as it comes."""
+    let_go: bool = False
+    """Whether another object has taken its place in memory, or will: what is asked of it is asked again."""
     round: Round | None = None
     """The round that collects contributions; None under the sequential schedule."""
     _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -83,12 +90,22 @@ class ServedRun:
     @property
     def shown(self) -> str:
         """The name for people and peers; empty for a half as it was split, which is no run."""
-        return "" if self.name == BASE else self.name
+        return "" if self.name == BASE else self.of
+
+    @property
+    def of(self) -> str:
+        """The name of the whole run, where this is one client's part of it."""
+        return self.name.partition("/")[0]
+
+    @property
+    def home(self) -> Path:
+        """The folder of the whole run."""
+        return self.folder.parents[2] if self.client else self.folder.parent
 
     @property
     def alone(self) -> bool:
-        """Whether one client trains this run, so that both sides can go back together."""
-        return self.training.clients <= 1
+        """Whether one client trains this half, so that both sides can go back together."""
+        return self.training.clients <= 1 or self.training.personal_server
 
     @property
     def takes_turns(self) -> bool:
@@ -241,9 +258,11 @@ class ServedRun:
         Raises:
             StepError: if `step` is from the past or the future.
             SessionError: if the client's part of the round of `step` was taken, the last round is closed, or the run
-                went back to a state without this client.
+                went back to a state without this client, or is not the one in memory any more.
         """
         recorded = self.steps.get(client)
+        if self.let_go:
+            raise SessionError(f"run {self.name} was let go of meanwhile; say hello again")
         if recorded is None:
             raise SessionError(
                 f"run {self.name} went back to a checkpoint without client {client}; say hello again"
@@ -317,12 +336,27 @@ class ServedRun:
 
         A client that went back to a checkpoint does its steps again: the newest one counts as done, though not twice.
         """
-        number, reply = self._replies.get(client, (None, None))
+        if self.is_due(client, step):
+            self._replies[client] = (step, work())
+            self.server_step += is_update
+        return self._counted(client, step, is_update=is_update)
+
+    def is_due(self, client: str, step: int) -> bool:
+        """Whether a step is to be executed, not answered from the cache; raises as `check_now`."""
+        number, _ = self._replies.get(client, (None, None))
         if number != step:
             self.check_now(client, step)
-            reply = work()
+        return number != step
+
+    def answer_step(self, client: str, step: int, reply: Stepped | None = None) -> Stepped:
+        """Note the reply to a step that was executed elsewhere, None: before; returns the reply to send."""
+        if reply is not None:
             self._replies[client] = (step, reply)
-            self.server_step += is_update
+            self.server_step += 1
+        return self._counted(client, step, is_update=True)
+
+    def _counted(self, client: str, step: int, *, is_update: bool) -> Any:
+        _, reply = self._replies[client]
         if is_update:
             self.steps[client] = step
         if isinstance(reply, Stepped) and self.model.labels == pb.LABELS_AT_SERVER:
@@ -420,6 +454,90 @@ class ServedRun:
             ]
             self._told = (asked, updates)
         return self._told[1]
+
+
+class AskedStep(NamedTuple):
+    """A training step of a client with server adapters of its own; see `ServedRun.step`."""
+
+    run: ServedRun
+    client: str
+    step: int
+    activations: WireArray
+    targets: Targets
+    want_gradient: bool
+
+
+class AskedLosses(NamedTuple):
+    """A question for losses of a client with server adapters of its own; see `HostedHalf.losses`."""
+
+    run: ServedRun
+    client: str
+    step: int
+    activations: Sequence[WireArray]
+    targets: Targets
+
+
+def steps_together(bank: HostedBank, asked: Sequence[AskedStep]) -> list[Stepped | HoslError]:
+    """`ServedRun.step` of several clients' parts of a run, by one pass; the reply or the error of each."""
+    due, failed = dict[str, AskedStep](), dict[str, HoslError]()
+    errors: list[HoslError | None] = [None] * len(asked)
+    for place, one in enumerate(asked):
+        try:
+            if one.run.is_due(one.client, one.step):
+                due.setdefault(one.client, one)  # a request that was repeated meanwhile has the same reply
+        except HoslError as error:
+            errors[place] = error
+    for some in _passes(
+        list(due.values()), bank.at_once
+    ):  # what a pass did is noted before the next, which may fail
+        replies = bank.step_together(
+            [
+                TogetherStep(o.client, o.activations, o.targets, o.run.server_step + 1, o.want_gradient)
+                for o in some
+            ]
+        )
+        for one, reply in zip(some, replies, strict=True):
+            if isinstance(reply, HoslError):
+                failed[one.client] = reply
+            else:
+                one.run.answer_step(one.client, one.step, reply)
+    return [
+        error or failed.get(one.client) or one.run.answer_step(one.client, one.step)
+        for one, error in zip(asked, errors, strict=True)
+    ]
+
+
+def losses_together(bank: HostedBank, asked: Sequence[AskedLosses]) -> list[list[float] | HoslError]:
+    """The losses of several clients' parts of a run, by one pass; the error of each that asks of another state."""
+    answers: list[Any] = []
+    for one in asked:
+        try:
+            one.run.check_now(one.client, one.step)
+            answers.append(None)
+        except HoslError as error:
+            answers.append(error)
+    now = [one for one, error in zip(asked, answers, strict=True) if error is None]
+    found: list[list[float]] = []
+    for some in _passes(now, bank.at_once):
+        found += bank.losses_together([TogetherLosses(o.client, o.activations, o.targets) for o in some])
+    left = iter(found)
+    return [next(left) if answer is None else answer for answer in answers]
+
+
+def _passes(asked: list[_Asked], most: int) -> Iterator[list[_Asked]]:
+    """The questions in as many parts as there are passes."""
+    return (asked[first : first + most] for first in range(0, len(asked), most))
+
+
+def checkpoints_below(folder: Path, training: pb.Training, client: str) -> Path:
+    """The folder of the checkpoints of the half that a client trains, below its run's folder."""
+    return (folder / CLIENTS / client if training.personal_server else folder) / "checkpoints"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of which a run has checkpoints, of any client, ascending."""
+    folders = [folder / "checkpoints", *folder.glob(f"{CLIENTS}/*/checkpoints")]
+    return sorted({step for checkpoints in folders for step in checkpoint_steps(checkpoints)})
 
 
 def _shown(value: Any) -> str:

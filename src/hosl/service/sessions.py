@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
@@ -26,15 +26,17 @@ from hosl.errors import (
     StepError,
     WireError,
 )
-from hosl.service.hosted_half import OpenHalf
-from hosl.service.runs import BASE, ServedRun
+from hosl.service.hosted_half import HostedBank, HostedHalf, OpenHalf
+from hosl.service.runs import BASE, CLIENTS, ServedRun, checkpoints_below, saved_steps
 from hosl.system.atomic import whole_file
-from hosl.system.checkpoint import checkpoint_steps, intact_steps, newest_checkpoint
+from hosl.system.checkpoint import intact_steps, newest_checkpoint
 from hosl.system.readable import readable_count
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 
 PROTOCOL = 1
+PERSONAL_PROTOCOL = 2
+"""The protocol of a Hello with server adapters of each client: a server that knows none must not overlook them."""
 RUNS_PER_CLIENT = 100
 """The runs with checkpoints that one client may have begun; the owner makes room by `hosl runs drop`."""
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -97,6 +99,9 @@ class Sessions:
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
+        """The runs in memory by name; where each client has adapters of its own, each client's part NAME/CLIENT."""
+        self._banks: dict[str, HostedBank] = {}
+        """Run -> what its clients' parts share."""
         self._sessions: dict[str, Session] = {}
         self._taken_over: dict[tuple[str, str], str] = {}
         """The last session of each (run, client) that ended because the same client said hello again."""
@@ -112,9 +117,7 @@ class Sessions:
         """
         session = self._sessions.get(where.session)
         dropped = (
-            session is not None
-            and session.run.name != BASE
-            and _handshake_file(session.run.folder.parent) is None
+            session is not None and session.run.name != BASE and _handshake_file(session.run.home) is None
         )
         if session is not None and dropped:
             self._forget(session.run)
@@ -155,11 +158,7 @@ class Sessions:
         """
         if request.look:
             return self._look(client, request)
-        if request.protocol != PROTOCOL:
-            raise HandshakeError(
-                f"this server speaks protocol {PROTOCOL}, the client {request.protocol}; install the same version of "
-                "hosl on both sides"
-            )
+        _check_protocol(request.protocol, personal=request.training.personal_server)
         if not _RUN_NAME.fullmatch(request.run):
             raise WireError(
                 f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
@@ -184,9 +183,12 @@ class Sessions:
         except HandshakeError:
             if gone:
                 run.hand_over(client, gone)  # back: the seat is still free
-            if stored is None:  # begun by this Hello, and nothing was trained in it
-                self._forget(run)
+            if stored is None or (run.client and (gone or client not in stored["clients"])):
+                self._forget(run)  # begun by this Hello, and nothing was trained in it
+            if stored is None:
                 shutil.rmtree(folder)
+            elif gone and run.client:
+                self._move(folder, client, gone)
             raise
         if stored is None or roster != stored.get("clients"):
             facts: dict[str, Any] = {
@@ -221,11 +223,10 @@ class Sessions:
     ) -> tuple[ServedRun, list[str], str | None]:
         """The run of a Hello; the clients that take part in it, this one included; the one whose seat it takes."""
         folder, model, training = self._folder / request.run, request.model, request.training
-        run = self.runs.get(request.run)
-        if run is not None and stored is None:
-            self._forget(run)  # dropped by the owner
-            run = None
-        if stored is not None:
+        if stored is None:
+            for part in self._parts(request.run):
+                self._forget(part)  # dropped by the owner
+        else:
             model = ParseDict(stored["model"], pb.Model())
             training = ParseDict(stored["training"], pb.Training())
         roster: list[str] = [] if stored is None else stored["clients"]
@@ -239,28 +240,62 @@ class Sessions:
                         "set clients.count higher for all, or choose another output_dir"
                     )
             roster = [client if name == gone else name for name in roster] + ([] if gone else [client])
+        if gone and training.personal_server:
+            self._move(folder, gone, client)
+        run = self.runs.get(_name_of(request.run, training, client))
         if run is None:
             check_training(training)
-            self._make_room()
+            if not self._parts(request.run):
+                self._make_room()
             if stored is None:
                 self._count_runs(client)
-            run = self._opened(request.run, model, training)
+            run = self._opened(request.run, model, training, client)
             if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
                 folder.mkdir(parents=True)
         return run, roster, gone
 
-    def _opened(self, name: str, model: pb.Model, training: pb.Training) -> ServedRun:
-        """A run in memory, at its newest intact checkpoint if it has one. Requires: there is room."""
-        half = self._open_half(model, training)
-        run = ServedRun(name, model, training, half, self._folder / name / "checkpoints", self._say)
-        stored = _stored_handshake(run.folder.parent)
+    def _parts(self, name: str) -> list[ServedRun]:
+        """What is in memory of a run: the run, or its clients' parts."""
+        return [run for run in list(self.runs.values()) if run.of == name]
+
+    def _move(self, folder: Path, client: str, heir: str) -> None:
+        """Give a client's part of the run in `folder` to another client; nothing of it need be in memory."""
+        for part in self._parts(folder.name):
+            if part.client == client:
+                part.save(asked=False)
+                self._forget(part)
+        parts = folder / CLIENTS
+        if (parts / client).is_dir():
+            shutil.rmtree(parts / heir, ignore_errors=True)
+            (parts / client).rename(parts / heir)
+
+    def _opened(self, of: str, model: pb.Model, training: pb.Training, client: str) -> ServedRun:
+        """A run in memory, or a client's part of it, at its newest intact checkpoint. Requires: there is room."""
+        half, name = self._half(of, model, training, client), _name_of(of, training, client)
+        folder = checkpoints_below(self._folder / of, training, client)
+        own = client if training.personal_server else ""
+        run = ServedRun(name, model, training, half, folder, self._say, own)
+        stored = _stored_handshake(run.home)
         if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
             run.go_back(saved)
             for old, new in stored.get("heirs", {}).items():  # since the checkpoint
                 run.hand_over(old, new)
         self.runs[name] = run
         return run
+
+    def _half(self, of: str, model: pb.Model, training: pb.Training, client: str) -> HostedHalf:
+        """A half at its base weights; where each client has adapters of its own, over what they share."""
+        if not training.personal_server:
+            return cast(HostedHalf, self._open_half(model, training))
+        if of not in self._banks:
+            self._banks[of] = cast(HostedBank, self._open_half(model, training))
+        return self._banks[of].of(client)
+
+    def bank(self, run: ServedRun) -> HostedBank | None:
+        """What the half of a client shares with those of others, which may compute together; None: nothing."""
+        computes_losses = run.model.labels == pb.LABELS_AT_SERVER
+        return self._banks.get(run.of) if run.client and computes_losses else None
 
     # ---- use of a half, without a session ----
 
@@ -274,23 +309,20 @@ class Sessions:
             AccessError: if the client takes no part in the run.
             LimitError: if this server is busy with other runs.
         """
-        if ask.protocol != PROTOCOL:
-            raise HandshakeError(
-                f"this server speaks protocol {PROTOCOL}, the client {ask.protocol}; install the same version of hosl "
-                "on both sides"
-            )
-        name = self._named(client, ask)
-        run = self.runs.get(name)
-        if run is not None and (name == BASE and run.model.dtype != ask.model.dtype):
+        _check_protocol(ask.protocol, personal=False)
+        of = self._named(client, ask)
+        stored = _stored_handshake(self._folder / of) or {}
+        training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
+        run = self.runs.get(_name_of(of, training, client))
+        if run is not None and (of == BASE and run.model.dtype != ask.model.dtype):
             self._forget(run)
             run = None
         if run is None:
-            stored = _stored_handshake(self._folder / name) or {}
             model = ParseDict(stored["model"], pb.Model()) if stored else ask.model
-            training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
             check_same_halves(model, ask.model)
-            self._make_room()
-            run = self._opened(name, model, training)
+            if not self._parts(of):
+                self._make_room()
+            run = self._opened(of, model, training, client)
         check_same_halves(run.model, ask.model)
         return run
 
@@ -310,7 +342,7 @@ class Sessions:
         if ask.base:
             return BASE
         if not ask.run:
-            return max(mine, key=self._changed_s, default=BASE)
+            return max(mine, key=lambda name: self._changed_s(name, client), default=BASE)
         if ask.run not in stored:
             raise HandshakeError(
                 f"no run is called {ask.run[:80]!r} here; those of client {client} are {', '.join(mine) or 'none'}"
@@ -322,10 +354,13 @@ class Sessions:
             )
         return ask.run
 
-    def _changed_s(self, name: str) -> float:
-        """The time of a run's newest checkpoint, or of its last call in this process if that is later."""
-        folder = newest_checkpoint(self._folder / name / "checkpoints") or self._folder / name
-        silent_s = time.monotonic() - self._heard_s.get(name, float("-inf"))
+    def _changed_s(self, name: str, client: str) -> float:
+        """The time of the newest checkpoint of a client's run, or of its last call here if that is later."""
+        stored = _stored_handshake(self._folder / name) or {}
+        training = ParseDict(stored.get("training", {}), pb.Training())
+        checkpoints = checkpoints_below(self._folder / name, training, client)
+        folder = newest_checkpoint(checkpoints) or self._folder / name
+        silent_s = time.monotonic() - self._heard_s.get(_name_of(name, training, client), float("-inf"))
         return max(folder.stat().st_mtime, time.time() - silent_s)
 
     def _make_room(self) -> None:
@@ -333,34 +368,38 @@ class Sessions:
 
         A run that was dropped from memory is found on disk by the next Hello.
         """
-        while len(self.runs) >= self._runs_at_once:
-            left = next(
-                (
-                    run
-                    for run in self.runs.values()
-                    if not self._used[run.name] and (run.finished or self._is_left(run))
-                ),
-                None,
-            )
+        while len(names := dict.fromkeys(run.of for run in self.runs.values())) >= self._runs_at_once:
+            left = next(filter(self._may_go, names), None)
             if left is None:
                 busy = ", ".join(
                     f"{run.name} ({', '.join(self.clients_of(run)) or 'texts and scores of it'})"
                     for run in self.runs.values()
                 )
                 raise LimitError(
-                    f"this server has room for {readable_count(len(self.runs), 'run')} and is busy with {busy}; wait "
+                    f"this server has room for {readable_count(len(names), 'run')} and is busy with {busy}; wait "
                     f"until one is finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
                     "`hosl serve --runs-at-once`"
                 )
-            left.save(asked=False)
-            self._forget(left)
+            for part in self._parts(left):
+                part.save(asked=False)
+                self._forget(part)
+
+    def _may_go(self, name: str) -> bool:
+        return all(
+            not self._used[run.name] and (run.finished or self._is_left(run)) for run in self._parts(name)
+        )
 
     def _is_left(self, run: ServedRun) -> bool:
         return not self.clients_of(run) or time.monotonic() - self._heard_s[run.name] > self._away_s
 
     def _forget(self, run: ServedRun) -> None:
         self.runs.pop(run.name, None)
+        run.let_go = True
         self._end_sessions(run)
+        if run.client:
+            self._banks[run.of].forget(run.client)
+            if not self._parts(run.of):
+                del self._banks[run.of]
 
     def _end_sessions(self, run: ServedRun, client: str | None = None) -> list[str]:
         """End the sessions of a run, or those in which one client trains it; returns their names."""
@@ -379,9 +418,9 @@ class Sessions:
         begun = [
             name
             for name, stored in stored_runs(self._folder)
-            if stored is not None and stored["first_client"] == client and name not in self.runs
+            if stored is not None and stored["first_client"] == client and not self._parts(name)
         ]
-        for name in [name for name in begun if not checkpoint_steps(self._folder / name / "checkpoints")]:
+        for name in [name for name in begun if not saved_steps(self._folder / name)]:
             shutil.rmtree(self._folder / name)
             begun.remove(name)
         if len(begun) >= RUNS_PER_CLIENT:
@@ -389,6 +428,19 @@ class Sessions:
                 f"client {client} has begun {len(begun)} runs here, {RUNS_PER_CLIENT} are allowed; the server's owner "
                 "makes room by `hosl runs drop NAME`"
             )
+
+
+def _name_of(run: str, training: pb.Training, client: str) -> str:
+    """The name in memory of a run, or of a client's part of it."""
+    return f"{run}/{client}" if training.personal_server else run
+
+
+def _check_protocol(told: int, *, personal: bool) -> None:
+    spoken = PERSONAL_PROTOCOL if personal else PROTOCOL
+    if told != spoken:
+        raise HandshakeError(
+            f"this server speaks protocol {spoken}, the client {told}; install the same version of hosl on both sides"
+        )
 
 
 def check_same_halves(ours: pb.Model, theirs: pb.Model) -> None:
@@ -515,4 +567,11 @@ def check_training(training: pb.Training) -> None:
     if training.halves == pb.SHARED and method.client_state == "weights":
         raise HandshakeError(
             f"shared client halves need a journal, and a client of method {method.name} has none; use personal"
+        )
+    together = training.order == pb.SYNCHRONOUS or training.halves == pb.SHARED or training.clients < 2
+    backprop = method.server == "first-order"
+    if training.personal_server and (together or not backprop or training.trainable != pb.LORA):
+        raise HandshakeError(
+            "personal_server needs server.trainable: lora, a server that is trained by backprop, two clients or more, "
+            "personal client halves and the sequential schedule"
         )

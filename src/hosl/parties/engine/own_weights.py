@@ -73,22 +73,23 @@ def _own_forward(module: nn.Module, names: Mapping[str, str], one_pass: _Pass) -
 def _linear(module: nn.Linear, names: Mapping[str, str], one_pass: _Pass) -> Callable[..., torch.Tensor]:
     """y = W_t x + b_t for the rows of each client t: one batched product where all have as many rows."""
 
-    def own(key: str) -> list[torch.Tensor]:
+    def own(key: str) -> Sequence[torch.Tensor]:
         """This tensor of each client; its layer's own where it is not trained; empty: the layer has none."""
         frozen = module._parameters[key]
-        of_layer = [] if frozen is None else [frozen] * len(one_pass.weights)
-        return [weights[names[key]] for weights in one_pass.weights] if key in names else of_layer
+        if key in names:
+            return [weights[names[key]] for weights in one_pass.weights]
+        return [] if frozen is None else [frozen] * len(one_pass.weights)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         own_weight, own_bias = own("weight"), own("bias")
         if len(own_weight) == 1 or len(set(one_pass.rows)) > 1:
-            biases = own_bias or [None] * len(own_weight)
+            biases: Sequence[torch.Tensor | None] = own_bias or [None] * len(own_weight)
             parts = zip(one_pass.parts(len(x)), own_weight, biases, strict=True)
             return torch.cat([F.linear(x[rows], weight, bias) for rows, weight, bias in parts])
         stacked = x.reshape(len(own_weight), -1, module.in_features)
-        y = torch.bmm(stacked, torch.stack(own_weight).transpose(1, 2))
+        y = torch.bmm(stacked, torch.stack(list(own_weight)).transpose(1, 2))
         if own_bias:
-            y = y + torch.stack(own_bias)[:, None]
+            y = y + torch.stack(list(own_bias))[:, None]
         return y.view(*x.shape[:-1], module.out_features)
 
     return forward

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hosl.core.targets import StepReply, Targets
-from hosl.errors import HoslError, NonFiniteError
+from hosl.errors import HoslError, NonFiniteError, SessionError
 from hosl.parties.engine.loss import mean_loss, wanted_positions
 from hosl.parties.engine.optimisers import optimiser_step
 from hosl.parties.engine.own_weights import own_weights
@@ -59,7 +59,7 @@ class PersonalServers:
         """
         half.to(torch.device(device))
         self.half, self._make_party, self._device = half, make_party, torch.device(device)
-        self._slots = slots or None
+        self.slots = slots
         self._first = {
             name: p.detach().to("cpu", copy=True) for name, p in trained_parameters(half.model).items()
         }
@@ -68,13 +68,14 @@ class PersonalServers:
         """The clients whose weights are on the device, the one used least lately first."""
         self._mounted: dict[str, nn.Parameter] | None = None
 
-    def begin(self, client: str) -> None:
-        """Give a client new weights and a new optimiser, as a server has at its first step."""
+    def begin(self, client: str) -> Party:
+        """A client's server with new weights and a new optimiser, as at the first step, in place of its old one."""
         self.forget(client)
         self._make_room()
         self._mount({name: nn.Parameter(p.to(self._device, copy=True)) for name, p in self._first.items()})
-        self._parties[client] = self._make_party(self.half)
+        party = self._parties[client] = self._make_party(self.half)
         self._in_slots[client] = None
+        return party
 
     def forget(self, client: str) -> None:
         """Let go of a client's weights and optimiser."""
@@ -134,6 +135,10 @@ class PersonalServers:
 
         Requires: as `steps`, but a client may ask twice.
         """
+        if len(asked) == 1:
+            party = self.of(asked[0][0])
+            assert isinstance(party, FirstOrderServer), "labels at the client: the server has no losses"
+            return [party.losses(*asked[0][1:])]
         of_client = [self._in_slot(client).trained for client, _, _ in asked]
         each = [
             (weights, h, targets)
@@ -162,6 +167,8 @@ class PersonalServers:
         ]
 
     def _in_slot(self, client: str) -> Party:
+        if client not in self._parties:
+            raise SessionError(f"the adapters of client {client} are not in memory any more; say hello again")
         party = self._parties[client]
         if client not in self._in_slots:
             self._make_room()
@@ -172,7 +179,7 @@ class PersonalServers:
 
     def _make_room(self) -> None:
         """Move the clients used least lately to the host until one more has a slot."""
-        while self._slots is not None and len(self._in_slots) >= self._slots:
+        while self.slots is not None and len(self._in_slots) >= self.slots:
             client, _ = self._in_slots.popitem(last=False)
             _move_(self._parties[client], torch.device("cpu"))
 
