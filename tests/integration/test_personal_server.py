@@ -1,8 +1,8 @@
 """Devices with server adapters of their own in one run: each ends as with a server to itself, whatever is killed."""
 
+import json
 import signal
 
-import pytest
 import safetensors.torch
 import torch
 
@@ -10,7 +10,6 @@ from hosl.cli import main
 from hosl.system.checkpoint import checkpoint_steps
 from tests.integration.network import Server, enrol, finished, join, newest, split, wait_until
 
-PERSONAL = {"count": 2, "server": "personal"}
 LORA = {
     "learning_rate": 1e-3, "trainable": "lora", "optimiser": {"name": "adamw"}, "lora": {"r": 4, "alpha": 8},
 }  # fmt: skip
@@ -33,56 +32,22 @@ def assert_same(ours, theirs):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.fixture
-def alone(tiny_run, tmp_path):
-    """`alone(seed)`: the digest of a device that has a server to itself, and that server's tensors."""
-    ends = {}
-
-    def end():
-        if not ends:
-            config = tiny_run(**SETTINGS)
-            halves = split(tmp_path / "model-in", tmp_path / "halves")
-            with Server(halves / "server", tmp_path / "single") as server:
-                process = join(
-                    halves / "client", server.line, config, "--output-dir", tmp_path / "single-run"
-                )
-                ends["summary"] = finished(process)
-                assert server.stop() == 0
-            (run,) = (tmp_path / "single" / "runs").iterdir()
-            ends["tensors"] = tensors_of(run / "checkpoints")
-        return ends["summary"], ends["tensors"]
-
-    return end
-
-
-def test_each_of_two_devices_ends_with_the_bits_of_a_server_of_its_own(alone, tiny_run, tmp_path, capsys):
-    summary, tensors = alone()
-    config = tiny_run(**SETTINGS, clients=PERSONAL)
-    halves, service = tmp_path / "halves", tmp_path / "service"
-    runs = [tmp_path / f"device-{place}" / "run" for place in range(2)]
-    with Server(halves / "server", service, "--adapter-slots", "1", "--give-half") as server:
-        lines = [server.line, enrol(service, "second", capsys)]
-        joined = [
-            join(halves / "client", line, config, "--output-dir", run)
-            for line, run in zip(lines, runs, strict=True)
-        ]
-        for process in joined:
-            assert finished(process)["client_digest"] == summary["client_digest"]
-        for line, run in zip(lines, runs, strict=True):  # what each device gets: its half, its own adapters
-            assert main(["merge", str(run), "-o", str(run.parent / "model"), "--to", line, "--json"]) == 0
+def test_each_of_two_devices_ends_as_with_a_server_to_itself_whatever_is_killed(tiny_run, tmp_path, capsys):
+    halves, service, runs = (
+        tmp_path / "halves",
+        tmp_path / "service",
+        [tmp_path / n / "run" for n in ("a", "b")],
+    )
+    config = tiny_run(**SETTINGS)
+    split(tmp_path / "model-in", halves)
+    with Server(halves / "server", tmp_path / "single") as server:
+        single = finished(
+            join(halves / "client", server.line, config, "--output-dir", tmp_path / "single-run")
+        )
         assert server.stop() == 0
-    for name in ("first", "second"):
-        assert_same(tensors_of(service / "runs" / "run" / "clients" / name / "checkpoints"), tensors)
-    capsys.readouterr()
-    assert main(["runs", "ls", "--service", str(service), "--json"]) == 0
-    assert '"saved_steps": {"first": [8, 12], "second": [8, 12]}' in capsys.readouterr().out
-
-
-def test_a_server_that_is_killed_and_a_device_that_is_leave_no_trace(alone, tiny_run, tmp_path, capsys):
-    summary, tensors = alone()
-    config = tiny_run(**SETTINGS, clients=PERSONAL)
-    halves, service = tmp_path / "halves", tmp_path / "service"
-    runs = [tmp_path / f"device-{place}" / "run" for place in range(2)]
+    (served,) = (tmp_path / "single" / "runs").iterdir()
+    alone = tensors_of(served / "checkpoints")
+    config = tiny_run(**SETTINGS, clients={"count": 2, "server": "personal"})
     with Server(halves / "server", service) as server:
         lines, address = [server.line, enrol(service, "second", capsys)], server.address
         first = join(halves / "client", lines[0], config, "--output-dir", runs[0])
@@ -94,9 +59,18 @@ def test_a_server_that_is_killed_and_a_device_that_is_leave_no_trace(alone, tiny
         server.process.send_signal(signal.SIGKILL)  # and the server of the other
         server.process.wait()
     second = join(halves / "client", lines[1], config, "--output-dir", runs[1])
-    with Server(halves / "server", service, listen=address) as server:
+    with Server(halves / "server", service, "--adapter-slots", "1", "--give-half", listen=address) as server:
         for process in (first, second):
-            assert finished(process)["client_digest"] == summary["client_digest"]
+            assert finished(process)["client_digest"] == single["client_digest"]
+        # what each device gets in the end: its own half and its own adapters
+        for line, run in zip(lines, runs, strict=True):
+            assert main(["merge", str(run), "-o", str(run.parent / "model"), "--to", line]) == 0
+            model, due = (folder / "model" / "model.safetensors" for folder in (run.parent, tmp_path))
+            assert model.read_bytes() == due.read_bytes()
         assert server.stop() == 0
     for name in ("first", "second"):
-        assert_same(tensors_of(service / "runs" / "run" / "clients" / name / "checkpoints"), tensors)
+        assert_same(tensors_of(service / "runs" / "run" / "clients" / name / "checkpoints"), alone)
+    capsys.readouterr()
+    assert main(["runs", "ls", "--service", str(service), "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)["runs"]
+    assert listed["saved_steps"] == {"first": [8, 12], "second": [8, 12]}

@@ -18,8 +18,7 @@ from hosl.split import LoraSpec, add_lora, split_model, split_u_shape
 CLIENTS = ("ann", "bob", "cem", "dee", "eve", "fay")
 SEQ = 7
 # each client's rows in each of five steps; 0: it is absent
-EQUAL = [[2] * 6] * 5
-UNEQUAL = [[1, 3, 2, 0, 4, 1], [2, 0, 2, 2, 0, 2], [0, 0, 5, 1, 1, 0], [3, 1, 0, 2, 2, 2], [1, 1, 1, 1, 3, 0]]
+ROWS = [[2, 2, 2, 2, 2, 2], [1, 3, 2, 0, 4, 1], [2, 0, 2, 2, 0, 2], [0, 0, 5, 1, 1, 0], [1, 2, 1, 1, 3, 0]]
 
 
 def adapted_half(tiny, family, dtype=torch.float32):
@@ -94,7 +93,6 @@ SGD = OptimiserSpec(name="sgd", momentum=0.9, weight_decay=0.1)
 ADAMW = OptimiserSpec(name="adamw", weight_decay=0.1)
 
 
-@pytest.mark.parametrize("rows", [EQUAL, UNEQUAL], ids=["equal rows", "unequal rows"])
 @pytest.mark.parametrize(
     ("spec", "dtype", "rate", "within"),
     [
@@ -113,7 +111,7 @@ def test_six_clients_in_one_pass_equal_six_servers_with_peft(tiny, family, spec,
     for client in CLIENTS:
         servers.begin(client)
     done = dict.fromkeys(CLIENTS, 0)
-    for of_step in rows:
+    for of_step in ROWS:
         present = [(client, count) for client, count in zip(CLIENTS, of_step, strict=True) if count]
         asked = []
         for client, count in present:
@@ -144,14 +142,13 @@ def states_of(servers):
     return tensors
 
 
-@pytest.mark.parametrize("slots", [2, 3])
-def test_not_a_bit_depends_on_who_waits_in_the_host_s_memory(tiny, slots):
+def test_not_a_bit_depends_on_who_waits_in_the_host_s_memory(tiny):
     ends = []
-    for of_all in (None, slots):
+    for of_all in (None, 2):
         servers = PersonalServers(adapted_half(tiny, "llama"), make_party(ADAMW), slots=of_all)
         for client in CLIENTS:
             servers.begin(client)
-        for step in range(1, 4):
+        for step in range(1, 3):
             for pair in (CLIENTS[:2], CLIENTS[4:], CLIENTS[2:4]):  # two in a pass: the same sums in both
                 servers.steps([question(client, 1 + step % 2, step, False) for client in pair])
             servers.of("ann")
