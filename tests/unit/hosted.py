@@ -35,6 +35,12 @@ class CountingHalf(HostedHalf):
     def losses(self, activations, targets):
         return [float(self.updates)] * len(activations)
 
+    def losses_together(self, questions):
+        return [self.losses(question.activations, question.targets) for question in questions]
+
+    def contribute_together(self, parts):
+        return [self.contribute(p.activations[0], p.targets, p.weight, p.want_gradient) for p in parts]
+
     def step(self, activations, targets, step, want_gradient):
         self.updates += 1
         return Stepped(float(self.updates), activations if want_gradient else None)
@@ -77,8 +83,9 @@ def step_messages(session, step):
 class Service:
     """Calls, sessions and compute thread over one folder; `call` makes one call and returns its replies."""
 
-    def __init__(self, folder, *, limits=None, half=None, **how):
-        self.scheduler, self.log = Scheduler(), []
+    def __init__(self, folder, *, limits=None, half=None, merge_tokens=0, **how):
+        self.told, self.log = [], []
+        self.scheduler = Scheduler(merge_tokens, tell=self.told.append)
         self.half = half or CountingHalf()
         self.sessions = Sessions(folder, lambda model, training: self.half, **how)
         status = Status(log=lambda line: self.log.append(msgspec.json.decode(line)))

@@ -1,6 +1,7 @@
 """A run in which each client has server adapters of its own: each is alone in its part, in any order of calls."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -41,14 +42,14 @@ class CountingBank(HostedBank):
         self.passes.append([one.client for one in asked])
         return [
             NonFiniteError("ruined")
-            if one.client == self.ruined
-            else self.halves[one.client].step(one.activations, one.targets, one.step, one.want_gradient)
-            for one in asked
+            if client == self.ruined
+            else self.halves[client].step(one.activations[0], one.targets, step, one.want_gradient)
+            for client, one, step in asked
         ]
 
     def losses_together(self, asked):
         self.passes.append([one.client for one in asked])
-        return [self.halves[one.client].losses(one.activations, one.targets) for one in asked]
+        return [self.halves[client].losses(one.activations, one.targets) for client, one, _ in asked]
 
 
 class Personal(Service):
@@ -164,13 +165,15 @@ def test_steps_that_wait_are_made_in_one_pass_and_errors_stay_with_their_client(
         names = ("ann", "bob", "cem")
         sessions = {client: (await service.greeted(client)).session for client in names}
         service.half.ruined = "bob"
+        held = threading.Event()
+        busy = asyncio.create_task(service.scheduler.run("owner", 0, held.wait))  # until all wait
         turns = asyncio.gather(
             *(service.step(client, sessions[client], 1) for client in ("ann", *names)), return_exceptions=True
         )
-        service.scheduler._busy = True  # until all wait
-        await asyncio.sleep(0.05)
-        service.scheduler._busy = False
-        service.scheduler._next()
+        while service.scheduler.queue < 4:
+            await asyncio.sleep(0.01)
+        held.set()
+        await busy
         first, again, ruined, third = await turns
         assert (first, again, third) == (1.0, 1.0, 1.0)  # the request that came twice has one reply
         assert isinstance(ruined, NonFiniteError)

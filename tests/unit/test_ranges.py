@@ -67,3 +67,14 @@ def test_yaml_that_python_cannot_hold_ends_in_one_line(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="is not YAML"):
         load_config(tmp_path / "config.yaml")
+
+
+def test_more_directions_than_a_device_can_make_in_a_round_are_refused_and_common_ones_are_not():
+    rounds = {"halves": "shared", "schedule": "synchronous", "count": 1000}
+    content = {"method": "hosl", "clients": rounds, "zo": {"directions": 10}}
+    with pytest.raises(
+        ConfigError, match=r"are 10000 a round, 4096 are allowed: set clients.directions: common"
+    ):
+        parse_config(content, where="config")
+    parse_config(content | {"clients": rounds | {"directions": "common"}}, where="config")
+    parse_config(content | {"clients": rounds | {"count": 400}}, where="config")

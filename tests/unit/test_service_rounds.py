@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hosl.core.journal import Journal
-from hosl.errors import WireError
+from hosl.errors import LimitError, WireError
 from hosl.wire import hosl_pb2 as pb
-from tests.unit.hosted import Service, in_loop, training
+from tests.unit.hosted import CountingHalf, Service, in_loop, training
 
 
 async def _greeted(service, names, **settings):
@@ -246,3 +246,41 @@ def test_a_round_waits_for_half_of_a_usual_round_where_that_is_longer_than_the_g
     assert lengths_s == pytest.approx([22.0, 220.0, 242.0, 1.1])
     assert [wait_s for wait_s in waits if wait_s] == pytest.approx([30.0, 30.0, 30.0, 110.0])
     assert grace_s == 30.0  # the lower of the two in the middle, 22 s, is no longer than a minute
+
+
+def test_a_round_of_more_directions_than_a_device_can_make_is_refused_and_goes_on(tmp_path):
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "ab", clients=2, grace_s=0.3)
+        many = range(1, 3001)
+        first = asyncio.create_task(service.journal("a", sessions["a"], 1, (0.5,) * 3000, many))
+        await asyncio.sleep(0.05)
+        with pytest.raises(LimitError, match=r"would have 6000 directions.*set clients.directions: common"):
+            await service.journal("b", sessions["b"], 1, (0.5,) * 3000, range(3001, 6001))
+        await service.journal("b", sessions["b"], 1, (0.5,) * 3000, many)  # common ones are counted once
+        await first
+        return service.sessions.runs["run"]
+
+    run = in_loop(run())
+    assert (run.server_step, len(run.updates_after(0)[0].seeds)) == (1, 3000)
+
+
+def test_clients_that_save_after_a_round_write_one_checkpoint(tmp_path, monkeypatch):
+    written = []
+
+    def save(self, folder, step, *others):
+        written.append(step)
+        return kept(self, folder, step, *others)
+
+    kept = CountingHalf.save
+    monkeypatch.setattr(CountingHalf, "save", save)
+
+    async def run():
+        service = Service(tmp_path)
+        sessions = await _greeted(service, "abc")
+        for number in (1, 2):
+            await asyncio.gather(*(service.journal(name, sessions[name], number) for name in "abc"))
+            await asyncio.gather(*(service.save(name, sessions[name], number) for name in "abc"))
+
+    in_loop(run())
+    assert written == [1, 2]

@@ -27,7 +27,7 @@ from hosl.wire.targets import (
     targets_from_message,
     targets_to_message,
 )
-from hosl.wire.tensors import Unpacking, WireArray, pack, packed_bytes
+from hosl.wire.tensors import Unpacking, WireArray, lone_chunk, pack, packed_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,3 +207,36 @@ def test_a_server_knows_every_method_or_its_twin(method):
     twins = {"fo-recompute": "fo-fo", "hosl-residual": "hosl-gradient", "hosl-node": "hosl-gradient"}
     served = config_of(pb.Model(family="bert", dtype=pb.FLOAT32), agreed, device="cpu")
     assert served.method == twins.get(method, method)
+
+
+@given(st.binary(max_size=300), st.sampled_from([pb.Upload, pb.GenerateRequest]))
+def test_a_chunk_read_in_place_is_the_one_that_protobuf_reads(chunk, kind):
+    message = kind(chunk=chunk).SerializeToString()
+    assert lone_chunk(message, kind) == chunk
+    assert bytes(lone_chunk(message, kind)) == kind.FromString(message).chunk
+
+
+@given(st.binary(max_size=40), st.sampled_from([pb.Upload, pb.GenerateRequest]))
+def test_what_is_no_lone_chunk_is_left_to_protobuf(message, kind):
+    chunk = lone_chunk(message, kind)
+    if chunk is not None:
+        assert kind.FromString(message) == kind(chunk=bytes(chunk))
+
+
+def test_other_messages_are_no_lone_chunk():
+    ask = pb.Upload(losses=pb.AskLosses(where=pb.Where(session="s", step=1)))
+    whole = pb.Upload(chunk=bytes(1 << 19)).SerializeToString()
+    for message in (b"", ask.SerializeToString(), whole[:-1], whole + b"\0", whole[:1], whole[:2]):
+        assert lone_chunk(message, pb.Upload) is None
+
+
+def test_a_tensor_is_the_same_however_it_is_cut_into_chunks():
+    values = np.random.Generator(np.random.Philox(key=3)).standard_normal((8, 64, 256), np.float32)
+    packed = pack(WireArray(values, "float32"), "none")
+    sent = b"".join(packed.chunks())
+    for sizes in ([len(sent)], [1 << 17] * 4, [7, 1 << 16, 1, len(sent) - (1 << 16) - 8]):
+        arriving, begin = Unpacking(packed.header, tensor_bytes=1 << 24), 0
+        for size in sizes:
+            arriving.add(sent[begin : begin + size])
+            begin += size
+        np.testing.assert_array_equal(arriving.array().data, values)

@@ -102,12 +102,13 @@ class _Bench:
         }
 
     def ingest(self, seconds: float) -> dict[str, float]:
-        """Large activations by two devices: CPU seconds of the server for each GiB of them."""
+        """Large activations by two devices, refused once they are here: CPU seconds of the server for each GiB."""
         orders = self._orders(
-            "large", self._tokens[:2], work="questions", seconds=seconds, rows=_LARGE_ROWS, seq=_LARGE_TOKENS
+            "large", self._tokens[:2], work="refused", seconds=seconds, rows=_LARGE_ROWS, seq=_LARGE_TOKENS
         )
-        (seen,), loop_cpu_s, _ = self._run(orders)
-        return {"loop_cpu_s_per_gib": loop_cpu_s / (seen.sent_bytes / _GIB)}
+        (seen,), loop_cpu_s, cpu_s = self._run(orders)
+        gib = seen.sent_bytes / _GIB
+        return {"loop_cpu_s_per_gib": loop_cpu_s / gib, "all_cpu_s_per_gib": cpu_s / gib}
 
     def rounds(self, clients: int, rounds: int) -> dict[str, float]:
         """Rounds of all devices, each with a Step and an update of its own."""
@@ -126,14 +127,15 @@ class _Bench:
         run: str,
         tokens: Sequence[str],
         *,
-        work: Literal["questions", "rounds"],
+        work: Literal["questions", "refused", "rounds"],
         count: int | None = None,
         **more: Any,
     ) -> Orders:
         config = Config(
             method="hosl", max_steps=10_000, model=ModelConfig(cut=_SIZES.cut), zo=ZOConfig(directions=10),
             clients=ClientsConfig(
-                count=max(count or len(tokens), 2), halves="shared", schedule="synchronous", grace_s=600.0
+                count=max(count or len(tokens), 2), halves="shared", schedule="synchronous", grace_s=600.0,
+                directions="common",
             ),
         )  # fmt: skip
         given: dict[str, Any] = {"rows": _SIZES.rows, "seq": _SIZES.tokens} | more

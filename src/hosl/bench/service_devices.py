@@ -7,15 +7,17 @@ it saw.
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
 import grpc.aio
 import msgspec
 import numpy as np
 
+from hosl.errors import FailureError, SessionError
 from hosl.methods.synthetic import synthetic_batch
 from hosl.transport.channel import SERVICE
+from hosl.transport.status import ERROR_KEY
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.targets import targets_to_message
 from hosl.wire.tensors import WireArray, pack
@@ -50,8 +52,9 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of an activation."""
     seq: int
     """Tokens of a row."""
-    work: Literal["questions", "rounds"]
-    """questions: as many as the server answers, for `seconds`. rounds: a Step and a Journal for each of `rounds`."""
+    work: Literal["questions", "refused", "rounds"]
+    """questions: as many as the server answers, for `seconds`. refused: the same, of a step that is none: all is
+    received and nothing computed. rounds: a Step and a Journal for each of `rounds`."""
     seconds: float = 5.0
     """Of questions."""
     rounds: int = 3
@@ -105,6 +108,18 @@ class _Device:
         ask = pb.AskLosses(where=where, activations=[self._packed.header], targets=self._targets)
         await self._upload("Losses", pb.Upload(losses=ask), pb.LossesReply)
 
+    async def refused(self) -> None:
+        """One Losses that is received whole, and refused."""
+        where = pb.Where(session=self._session, step=0)
+        ask = pb.AskLosses(where=where, activations=[self._packed.header], targets=self._targets)
+        try:
+            await self._upload("Losses", pb.Upload(losses=ask), pb.LossesReply)
+        except grpc.aio.AioRpcError as refused:
+            if dict(refused.trailing_metadata() or ()).get(ERROR_KEY) != SessionError.__name__:
+                raise
+        else:
+            raise FailureError("the server answered a question about step 0 of a run")
+
     async def step(self, number: int) -> None:
         """The Step of one round."""
         where = pb.Where(session=self._session, step=number)
@@ -152,7 +167,9 @@ class _Device:
         return self._packed.size_bytes
 
 
-async def _questions(devices: list[_Device], seconds: float) -> Seen:
+async def _questions(
+    devices: list[_Device], seconds: float, ask: Callable[[_Device], Awaitable[None]]
+) -> Seen:
     waits_s: list[float] = []
     answered, sent_bytes = [0] * len(devices), 0
     end_s = time.monotonic() + seconds
@@ -160,7 +177,7 @@ async def _questions(devices: list[_Device], seconds: float) -> Seen:
     async def asking(index: int, device: _Device) -> None:
         nonlocal sent_bytes
         while (begin_s := time.monotonic()) < end_s:
-            await device.question()
+            await ask(device)
             sent_bytes += device.tensor_bytes
             if time.monotonic() < end_s:  # else it was answered after the others had stopped
                 waits_s.append(time.monotonic() - begin_s)
@@ -175,8 +192,10 @@ async def _rounds(devices: list[_Device], rounds: int, directions: int) -> Seen:
 
     async def part(device: _Device, number: int) -> None:
         await device.step(number)
-        first = (number * len(devices) + device.number) * directions * 1000
-        await device.journal(number, list(range(first, first + directions)))
+        first = number * directions
+        await device.journal(
+            number, list(range(first, first + directions))
+        )  # common: all devices draw the same
 
     for number in range(1, rounds + 1):
         begin_s = time.monotonic()
@@ -198,8 +217,9 @@ async def _work(orders: Orders) -> Seen:
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.readline)
     try:
-        if orders.work == "questions":
-            return await _questions(devices, orders.seconds)
+        if orders.work != "rounds":
+            ask = _Device.question if orders.work == "questions" else _Device.refused
+            return await _questions(devices, orders.seconds, ask)
         return await _rounds(devices, orders.rounds, orders.directions)
     finally:
         await asyncio.gather(*(device.close() for device in devices))

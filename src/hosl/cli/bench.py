@@ -1,4 +1,4 @@
-"""`hosl bench step|memory|plan|link|service ...`: measured costs, as ratios within one run."""
+"""`hosl bench step|memory|plan|link|service|merging ...`: measured costs, as ratios within one run."""
 
 import sys
 from argparse import Namespace
@@ -28,7 +28,9 @@ def run(arguments: list[str]) -> int:
         "Measure what a client costs, steps across an emulated link, or a server of many.",
         as_json=False,
     )
-    benchmarks = {"step": _step, "memory": _memory, "plan": _plan, "link": _link, "service": _service}
+    benchmarks = {
+        "step": _step, "memory": _memory, "plan": _plan, "link": _link, "service": _service, "merging": _merging,
+    }  # fmt: skip
     parser.add_argument(
         "what", choices=benchmarks, help="each has settings of its own: hosl bench step --help"
     )
@@ -148,6 +150,35 @@ def _service(arguments: list[str]) -> int:
         as_json=options.json,
     )
     return 0
+
+
+def _merging(arguments: list[str]) -> int:
+    parser = command_parser(
+        "bench merging", "Questions of several clients in one forward pass, against each alone; CPU seconds."
+    )
+    parser.add_argument("--shape", default="opt-125m", help="tiny, opt-125m, opt-1.3b")
+    parser.add_argument("--cut", type=int, default=5)
+    parser.add_argument("--crowds", help="CLIENTSxROWSxTOKENS, separated by commas; default: five of them")
+    parser.add_argument("--repeats", type=int, default=3, help="after one that warms up")
+    options = parser.parse_args(arguments)
+    need_torch()
+
+    from hosl.bench.merging import CROWDS, Crowd, bench_merging
+
+    crowds = CROWDS
+    if options.crowds:
+        try:
+            crowds = tuple(Crowd(*map(int, crowd.split("x"))) for crowd in options.crowds.split(","))
+        except (ValueError, TypeError):
+            raise ConfigError(
+                f"--crowds {options.crowds}: wants CLIENTSxROWSxTOKENS, separated by commas, such as 8x1x16,8x4x64"
+            ) from None
+        if any(crowd.clients < 1 or crowd.rows < 1 or crowd.tokens < 8 for crowd in crowds):
+            raise ConfigError(f"--crowds {options.crowds}: a crowd has a client, a row and 8 tokens at least")
+    if options.repeats < 1:
+        raise ConfigError(f"--repeats must be 1 at least, got {options.repeats}")
+    result = bench_merging(options.shape, options.cut, crowds, repeats=options.repeats, say=_say)
+    return _show(result, options.json)
 
 
 def _parser_with_sizes(benchmark: str, description: str) -> Parser:

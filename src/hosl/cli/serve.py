@@ -33,6 +33,8 @@ def run(arguments: list[str]) -> int:
 
     if options.adapter_slots < 0:
         raise ConfigError(f"--adapter-slots must be 1 or more, or 0 for all, got {options.adapter_slots}")
+    if options.merge_tokens < 0:
+        raise ConfigError(f"--merge-tokens must be 0, for no merging, or more; got {options.merge_tokens}")
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
@@ -44,7 +46,7 @@ def run(arguments: list[str]) -> int:
             client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
             runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
             tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-            give_half=options.give_half, adapter_slots=options.adapter_slots,
+            merge_tokens=options.merge_tokens, adapter_slots=options.adapter_slots, give_half=options.give_half,
             cache_limit_bytes=options.cache_limit << 20,
             cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
         )
@@ -81,6 +83,12 @@ def _add_arguments(parser: Parser) -> None:
         type=int,
         default=2048,
         help="MiB that activations of all clients may take together; a call that does not fit waits",
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        type=int,
+        default=512,
+        help="tokens of questions of a run's several devices that are answered in one forward pass; 0: each alone",
     )
     parser.add_argument("--calls-per-s", type=int, default=200, help="of one client, on average")
     parser.add_argument(

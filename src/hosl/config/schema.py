@@ -21,6 +21,7 @@ from hosl.config.sections import (
     WireConfig,
     ZOConfig,
 )
+from hosl.core.estimators import MOST_DIRECTIONS
 from hosl.core.methods import METHODS, LearningRates, Method
 from hosl.errors import ConfigError
 from hosl.parties.engine.optimisers import OptimiserSpec
@@ -235,6 +236,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if clients.server == "personal":
             self._check_personal_server()
+        in_a_round = clients.count * self.zo.directions
+        own = clients.halves == "shared" and clients.directions == "own"
+        if own and clients.schedule == "synchronous" and in_a_round > MOST_DIRECTIONS:
+            raise ConfigError(
+                f"every device makes the directions of all: {clients.count} devices with {self.zo.directions} of their "
+                f"own are {in_a_round} a round, {MOST_DIRECTIONS} are allowed: set clients.directions: common, or "
+                "zo.directions lower"
+            )
         if self.wire.labels == "client" and method.server != "first-order":
             raise ConfigError(
                 f"wire.labels: client needs a server that is trained by backprop, method is {self.method}; set "

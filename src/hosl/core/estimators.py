@@ -11,6 +11,9 @@ from hosl.errors import NonFiniteError
 
 LARGEST_NUMBER = 1e18
 """The scale or gradient above which weights are ruined for certain: squares of larger ones are beyond float32."""
+MOST_DIRECTIONS = 4096
+"""The directions of one update, of one client or of a round: each costs a pass over the trained weights of all devices
+that apply it; a client draws 16 by default."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from hosl.methods.torch_parties import prepare_server_half_, server_on
 from hosl.network.torch_hosting import TorchHosted, stepped
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.parties.servers.personal import AskedStep, PersonalServers
-from hosl.service.hosted_half import HostedHalf, Stepped, TogetherLosses, TogetherStep
+from hosl.service.hosted_half import HostedHalf, OwnAsked, Stepped
 from hosl.wire.tensors import WireArray
 
 MOST_AT_ONCE = 1023
@@ -50,19 +50,19 @@ class PersonalBank:
         """See `HostedBank`."""
         return self.servers.slots or MOST_AT_ONCE
 
-    def step_together(self, asked: Sequence[TogetherStep]) -> list[Stepped | HoslError]:
+    def step_together(self, asked: Sequence[OwnAsked]) -> list[Stepped | HoslError]:
         """See `HostedBank`."""
         steps = [
-            AskedStep(one.client, from_wire(one.activations), one.targets, one.step, one.want_gradient)
-            for one in asked
+            AskedStep(client, from_wire(one.activations[0]), one.targets, step, one.want_gradient)
+            for client, one, step in asked
         ]
         replies = self.servers.steps(steps)
         return [reply if isinstance(reply, HoslError) else stepped(reply) for reply in replies]
 
-    def losses_together(self, asked: Sequence[TogetherLosses]) -> list[list[float]]:
+    def losses_together(self, asked: Sequence[OwnAsked]) -> list[list[float]]:
         """See `HostedBank`."""
         return self.servers.losses(
-            [(one.client, [from_wire(h) for h in one.activations], one.targets) for one in asked]
+            [(client, [from_wire(h) for h in one.activations], one.targets) for client, one, _ in asked]
         )
 
 

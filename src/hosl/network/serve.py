@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
 from hosl.split.reading.half_json import half_facts
+from hosl.system.allocator import keep_freed_memory
 from hosl.system.run_folder import RunLock
 from hosl.transport.join_line import JoinLine, address_of, check_public
 from hosl.wire import hosl_pb2 as pb
@@ -60,6 +61,8 @@ class ServeOptions:
     """The largest activation that is accepted."""
     tensor_total_bytes: int = 2 << 30
     """The activations of all clients that are held at once."""
+    merge_tokens: int = 512
+    """Tokens of questions of several clients of a run that are answered in one forward pass, at most; 0: none are."""
     calls_per_s: int = 200
     """Calls of one client per second, on average."""
     idle_s: float = 60.0
@@ -105,6 +108,7 @@ def serve(options: ServeOptions) -> None:
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
     check_public(*_public(options, port or 1))  # refused before anything is made
+    keep_freed_memory()
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
@@ -140,7 +144,8 @@ async def _serve(
     from hosl.service.sessions import Sessions, each_run
     from hosl.service.status import Status
 
-    access, scheduler, status = Access(options.service), Scheduler(), Status()
+    access, status = Access(options.service), Status()
+    scheduler = Scheduler(options.merge_tokens, tell=status.answered_together)
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
         cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
@@ -334,6 +339,7 @@ def _announce(
         options.say("clients of a run may fetch this server's half of it (--give-half)")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
     options.say(_generation(options))
+    options.say(_merging(options))
     options.say(
         f"serving {options.half} on {address_of(host, port)}" + (f"; live page on {page.url}" if page else "")
     )
@@ -346,6 +352,16 @@ def _generation(options: ServeOptions) -> str:
     return (
         f"generation: {options.texts_at_once} texts at once, with caches of up to {options.cache_limit_bytes >> 20:,} "
         f"MiB a client and {options.cache_total_bytes >> 20:,} MiB in all"
+    )
+
+
+def _merging(options: ServeOptions) -> str:
+    """The line about questions that are answered together."""
+    if not options.merge_tokens:
+        return "each question is answered alone (--merge-tokens 0)"
+    return (
+        f"merging: questions of several devices of a run that wait are answered together, up to {options.merge_tokens} "
+        "tokens (--merge-tokens)"
     )
 
 

@@ -21,8 +21,9 @@ from hosl.errors import WireError
 from hosl.inference.halves import at_the_end, best_of
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.parties.servers.basic import TorchServer
+from hosl.parties.servers.synchronous import Contributed
 from hosl.parties.servers.trunk import TrunkServer
-from hosl.service.hosted_half import HostedText, NextToken, Stepped, TextSizes
+from hosl.service.hosted_half import Asked, HostedText, NextToken, Stepped, TextSizes
 from hosl.split import TrunkHalf
 from hosl.split.caches import HalfCache
 from hosl.system.checkpoint import (
@@ -104,6 +105,12 @@ class TorchHosted:
         """See `HostedHalf`."""
         return list(self._method("losses")([from_wire(h) for h in activations], targets))
 
+    def losses_together(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """See `HostedHalf`."""
+        return self._method("losses_together")(
+            [([from_wire(h) for h in question.activations], question.targets) for question in questions]
+        )
+
     def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
         """See `HostedHalf`."""
         return self._method("scores")(from_wire(activations), targets)
@@ -178,6 +185,14 @@ class TorchHosted:
             from_wire(activations), targets, examples, want_gradient=want_gradient
         )
         return stepped(reply)
+
+    def contribute_together(self, parts: Sequence[Asked]) -> list[Stepped]:
+        """See `HostedHalf`."""
+        contributed = [
+            Contributed(from_wire(part.activations[0]), part.targets, part.weight, part.want_gradient)
+            for part in parts
+        ]
+        return [stepped(reply) for reply in self._method("contribute_together")(contributed)]
 
     def apply(self, step: int) -> None:
         """See `HostedHalf`."""

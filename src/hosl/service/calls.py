@@ -5,7 +5,7 @@ reply messages. Errors become status codes in one place (`_served`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import aclosing, nullcontext
 from functools import partial
 from math import prod
@@ -22,7 +22,7 @@ from hosl.service.hosted_half import HostedBank
 from hosl.service.incoming import Incoming, Room
 from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
-from hosl.service.runs import AskedLosses, AskedStep, ServedRun, losses_together, steps_together
+from hosl.service.runs import OwnQuestion, Question, ServedRun, losses_together, steps_together
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
 from hosl.service.status import Status
@@ -141,18 +141,13 @@ class Calls:
     async def _losses(self, client: str, incoming: Incoming) -> AsyncIterator[pb.LossesReply]:
         request = await incoming.request("losses")
         session = self._sessions.of(client, request.where)
+        run = session.run
         arrays, targets = await self._activations(incoming, session, request.activations, request.targets)
-
-        def work() -> list[float]:
-            session.run.check_now(client, request.where.step)
-            return session.run.half.losses(arrays, targets)
-
-        bank = self._sessions.bank(session.run)
-        if bank is None:
-            losses, seconds = await self._compute(session, arrays, work)
+        question = Question(client, request.where.step, arrays, targets)
+        if (bank := self._sessions.bank(run)) is not None:
+            losses, seconds = await self._with_others(run, question, bank, "losses", losses_together)
         else:
-            asked = AskedLosses(session.run, client, request.where.step, arrays[:], targets)
-            losses, seconds = await self._with_others("losses", bank, asked, arrays, losses_together)
+            losses, seconds = await self._answered(run, question, _losses_of(run), run.losses)
         _let_go(incoming, arrays)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
@@ -230,21 +225,17 @@ class Calls:
     async def _step(self, client: str, incoming: Incoming) -> AsyncIterator[pb.StepReply]:
         request = await incoming.request("step")
         session = self._sessions.of(client, request.where)
+        run = session.run
         arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
-        step, want_gradient, bank = (
-            request.where.step,
-            request.want_gradient,
-            self._sessions.bank(session.run),
-        )
-        if bank is None:
+        question = Question(client, request.where.step, arrays, targets, request.want_gradient)
+        if (bank := self._sessions.bank(run)) is not None:
+            stepped, seconds = await self._with_others(run, question, bank, "steps", steps_together)
+        elif run.round is None:
             stepped, seconds = await self._compute(
-                session,
-                arrays,
-                lambda: session.run.step(client, step, arrays[0], targets, want_gradient=want_gradient),
+                session, arrays, lambda: run.step_together([question])[0], changes=run
             )
         else:
-            asked = AskedStep(session.run, client, step, arrays[0], targets, want_gradient)
-            stepped, seconds = await self._with_others("step", bank, asked, arrays, steps_together)
+            stepped, seconds = await self._answered(run, question, _parts_of(run), run.step_together)
         _let_go(incoming, arrays)
         self._status.stepped(session.run, client, seconds)
         for reply in _step_replies(stepped, seconds):
@@ -269,7 +260,7 @@ class Calls:
             gradient = await incoming.tensor(packed.header, tensor_bytes=self._limits.tensor_bytes)
             await incoming.end()
             stepped, backward_s = await self._compute(
-                session, arrays, lambda: update(gradient, request.want_gradient)
+                session, arrays, lambda: update(gradient, request.want_gradient), changes=run
             )
         _let_go(incoming, arrays)
         self._status.stepped(session.run, client, forward_s + backward_s)
@@ -290,6 +281,7 @@ class Calls:
             [],
             lambda: session.run.descend(client, request.where.step, request.seeds, request.coefficients),
             tokens=CALL_TOKENS * len(request.seeds),
+            changes=session.run,
         )
         self._status.stepped(session.run, client, seconds)
         yield pb.DescendReply(server_s=seconds)
@@ -383,7 +375,9 @@ class Calls:
         async def close() -> None:
             await asyncio.sleep(seconds)
             try:
-                dropped, compute_s = await self._scheduler.run("round", 0, lambda: run.close_round(current))
+                dropped, compute_s = await self._scheduler.run(
+                    "round", 0, lambda: run.close_round(current), holds_back=_kinds_of(run)
+                )
                 self._status.round_closed(run, current.number, dropped or [], compute_s)
             except HoslError as error:
                 self._status.refused("round", "close", error)
@@ -439,24 +433,68 @@ class Calls:
         return arrays, parsed
 
     async def _compute(
-        self, session: Session, arrays: list[WireArray], work: Callable[[], Any], *, tokens: int = 0
+        self,
+        session: Session,
+        arrays: list[WireArray],
+        work: Callable[[], Any],
+        *,
+        tokens: int = 0,
+        changes: ServedRun | None = None,
     ) -> tuple[Any, float]:
-        """The result of `work` in the compute thread and its seconds; costs `tokens`, the arrays', or `CALL_TOKENS`."""
-        of_arrays = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
-        return await self._scheduler.run(session.client, max(CALL_TOKENS, tokens, of_arrays), work)
+        """The result of `work` in the compute thread and its seconds; costs `tokens`, the arrays', or `CALL_TOKENS`.
+
+        `changes`: the run whose half it updates.
+        """
+        return await self._scheduler.run(
+            session.client,
+            max(CALL_TOKENS, tokens, _tokens_of(arrays)),
+            work,
+            holds_back=() if changes is None else _kinds_of(changes),
+        )
+
+    async def _answered(
+        self,
+        run: ServedRun,
+        question: Question,
+        kind: Hashable,
+        answer: Callable[[Sequence[Question]], Sequence[Any]],
+    ) -> tuple[Any, float]:
+        """The run's answer to a question and its seconds; with those of its other clients, if there can be any."""
+        client, tokens = question.client, _tokens_of(question.activations)
+        if run.alone:  # so that a run has the bits that it has in one process
+            return await self._scheduler.run(client, max(CALL_TOKENS, tokens), lambda: answer([question])[0])
+        return await self._scheduler.run_merged(client, tokens, kind, question, answer)
 
     async def _with_others(
-        self, call: str, bank: HostedBank, asked: Any, arrays: list[WireArray], answer: Any
+        self, run: ServedRun, question: Question, bank: HostedBank, kind: str, answer: Callable[..., Any]
     ) -> tuple[Any, float]:
-        """The answer to a question about a client's own half, by one pass with what others ask of theirs meanwhile."""
-        kind = (call, id(bank), arrays[0].data.shape[1])
-        tokens = sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
+        """The answer of a client's own half and its seconds; computed with what others ask of theirs meanwhile."""
         found, seconds = await self._scheduler.run_merged(
-            asked.client, tokens, kind, asked, partial(answer, bank)
-        )
+            question.client, _tokens_of(question.activations), (kind, id(bank)), OwnQuestion(run, question),
+            partial(answer, bank),
+        )  # fmt: skip
         if isinstance(found, HoslError):
             raise found
         return found, seconds
+
+
+def _tokens_of(arrays: Sequence[WireArray]) -> int:
+    return sum(array.data.shape[0] * array.data.shape[1] for array in arrays)
+
+
+def _losses_of(run: ServedRun) -> Hashable:
+    """The kind of questions that ask for losses at a run's weights."""
+    return "losses", id(run)
+
+
+def _parts_of(run: ServedRun) -> Hashable:
+    """The kind of those that add to the gradient of a run's round."""
+    return "parts", id(run)
+
+
+def _kinds_of(run: ServedRun) -> tuple[Hashable, ...]:
+    """The kinds that are asked of a run's weights as they are."""
+    return _losses_of(run), _parts_of(run)
 
 
 def _let_go(incoming: Incoming, arrays: list[WireArray]) -> None:

@@ -24,6 +24,18 @@ class Stepped:
     """dL/dh, shaped like the activations."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What one of several clients asks of a half, when they are answered together."""
+
+    activations: Sequence[WireArray]
+    """One or two, of one shape."""
+    targets: Targets
+    weight: int = 0
+    """In a round: how much this batch weighs among the others."""
+    want_gradient: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class TextSizes:
     """The sizes of a half that goes on with texts."""
@@ -48,22 +60,13 @@ class NextToken:
     """In place of these: the logits of all tokens [1, 1, vocabulary], float32, or a trunk's state [1, 1, width]."""
 
 
-class TogetherStep(NamedTuple):
-    """A training step of one of several clients; see `HostedHalf.step`."""
+class OwnAsked(NamedTuple):
+    """What a client asks of its own half, when several clients' halves are asked."""
 
     client: str
-    activations: WireArray
-    targets: Targets
-    step: int
-    want_gradient: bool
-
-
-class TogetherLosses(NamedTuple):
-    """A question for losses of one of several clients; see `HostedHalf.losses`."""
-
-    client: str
-    activations: Sequence[WireArray]
-    targets: Targets
+    asked: Asked
+    step: int = 0
+    """Of a training step: the number of the update."""
 
 
 @runtime_checkable
@@ -94,6 +97,10 @@ class HostedHalf(Protocol):
 
     def losses(self, activations: Sequence[WireArray], targets: Targets) -> list[float]:
         """Mean losses in nats; nothing changes."""
+        ...
+
+    def losses_together(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """`losses` of several clients, in few forward passes: equal to each one's alone but for rounding."""
         ...
 
     def scores(self, activations: WireArray, targets: Targets) -> np.ndarray:
@@ -134,6 +141,10 @@ class HostedHalf(Protocol):
         self, activations: WireArray, targets: Targets, examples: int, want_gradient: bool
     ) -> Stepped:
         """Add this batch's gradient, weighed by `examples`, to the round's; no update yet."""
+        ...
+
+    def contribute_together(self, parts: Sequence[Asked]) -> list[Stepped]:
+        """`contribute` of several clients, in few passes; if it raises, nothing was added of any."""
         ...
 
     def apply(self, step: int) -> None:
@@ -185,11 +196,11 @@ class HostedBank(Protocol):
         """The questions that one pass answers at most."""
         ...
 
-    def step_together(self, asked: Sequence[TogetherStep]) -> list[Stepped | HoslError]:
+    def step_together(self, asked: Sequence[OwnAsked]) -> list[Stepped | HoslError]:
         """`HostedHalf.step` for clients, each once, by one pass; the reply or the error of each."""
         ...
 
-    def losses_together(self, asked: Sequence[TogetherLosses]) -> list[list[float]]:
+    def losses_together(self, asked: Sequence[OwnAsked]) -> list[list[float]]:
         """`HostedHalf.losses` for clients, by one pass."""
         ...
 

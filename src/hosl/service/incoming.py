@@ -14,13 +14,14 @@ from google.protobuf.message import DecodeError
 
 from hosl.errors import BusyError, LinkError, WireError
 from hosl.wire import hosl_pb2 as pb
-from hosl.wire.tensors import Unpacking, WireArray
+from hosl.wire.tensors import Unpacking, WireArray, lone_chunk
 
 _Message = TypeVar("_Message")
 _SLOWEST_BYTES_PER_S = 16 << 10
 """The rate at which a tensor must arrive at least; a slower call holds memory for longer than it is worth."""
 _UNPACKED_HERE_BYTES = 1 << 16
 """Larger tensors are unpacked and looked through for NaN by another thread, so that other calls go on meanwhile."""
+_CUT_SHORT = "the call ended before its request was complete; it changed nothing"
 
 
 class Room:
@@ -128,11 +129,16 @@ class Incoming:
         """
         message = await self.message_or_end(kind)
         if message is None:
-            raise WireError("the call ended before its request was complete; it changed nothing")
+            raise WireError(_CUT_SHORT)
         return message
 
     async def message_or_end(self, kind: type[_Message]) -> _Message | None:
         """The next message; None at the end of the stream. Raises as `message` otherwise."""
+        data = await self._frame_or_end()
+        return None if data is None else _parsed(data, kind)
+
+    async def _frame_or_end(self) -> bytes | None:
+        """The next message as it came; None at the end of the stream."""
         wait_s = min(self._idle_s, self._end_s - time.monotonic())
         try:
             data = await asyncio.wait_for(anext(self._frames), max(wait_s, 0.0))
@@ -146,12 +152,19 @@ class Incoming:
             ) from None
         self._check_access()
         self.received_bytes += len(data)
-        parsed: Any = kind()
-        try:
-            parsed.ParseFromString(data)
-        except DecodeError:
-            raise WireError(f"{len(data)} bytes are no {kind.__name__} of protocol 1") from None
-        return parsed
+        return data
+
+    async def _chunk(self, kind: type[pb.Upload | pb.GenerateRequest]) -> bytes | memoryview:
+        """The next part of a tensor."""
+        data = await self._frame_or_end()
+        if data is None:
+            raise WireError(_CUT_SHORT)
+        if (chunk := lone_chunk(data, kind)) is not None:
+            return chunk
+        part = _parsed(data, kind)
+        if part.WhichOneof("part") != "chunk":
+            raise WireError(f"a chunk of a tensor was due, got `{part.WhichOneof('part')}`")
+        return part.chunk
 
     async def request(self, name: str) -> Any:
         """The first message of an upload: the request of the call, in the field `name` of `Upload`.
@@ -202,10 +215,7 @@ class Incoming:
         """The tensor, once its chunks have come."""
         self._end_s = time.monotonic() + self._idle_s + arriving.wanted / _SLOWEST_BYTES_PER_S
         while not arriving.complete:
-            part = await self.message(kind)
-            if part.WhichOneof("part") != "chunk":
-                raise WireError(f"a chunk of a tensor was due, got `{part.WhichOneof('part')}`")
-            arriving.add(part.chunk)
+            arriving.add(await self._chunk(kind))
         self._end_s = float("inf")
         if arriving.wanted <= _UNPACKED_HERE_BYTES:
             return arriving.array()
@@ -224,3 +234,13 @@ class Incoming:
         except TimeoutError:
             raise LinkError(f"the end of the request did not come for {self._idle_s:g} s") from None
         raise WireError("more arrived than the request announced")
+
+
+def _parsed(data: bytes, kind: type[_Message]) -> _Message:
+    """A message from its bytes; raises WireError if they are none."""
+    parsed: Any = kind()
+    try:
+        parsed.ParseFromString(data)
+    except DecodeError:
+        raise WireError(f"{len(data)} bytes are no {kind.__name__} of protocol 1") from None
+    return parsed

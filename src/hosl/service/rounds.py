@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hosl.core.estimators import MOST_DIRECTIONS
+from hosl.errors import LimitError
+
 SHARE_OF_A_ROUND = 0.5
 """The share of a usual round's length that a round waits for the others, where it is longer than the grace."""
 ROUNDS_REMEMBERED = 9
@@ -31,6 +34,8 @@ class Round:
     """The number of clients that must join; once they have, the round waits for the contribution of each member."""
     members: set[str] = field(default_factory=set)
     contributions: dict[str, Contribution] = field(default_factory=dict)
+    seeds: set[int] = field(default_factory=set)
+    """The directions of all contributions: so many has the update that every client applies."""
     length_s: float = 0.0
     """The seconds from the round's beginning to its newest contribution: not those that it waited in vain."""
     _begin_s: float = field(init=False)
@@ -39,7 +44,19 @@ class Round:
         self._begin_s = time.monotonic()
 
     def add(self, client: str, contribution: Contribution) -> None:
-        """Add the part of one client."""
+        """Add the part of one client.
+
+        Raises:
+            LimitError: if all parts together would have more than `MOST_DIRECTIONS`.
+        """
+        new = set(contribution.seeds) - self.seeds
+        together = len(self.seeds) + len(new)
+        if together > MOST_DIRECTIONS:
+            raise LimitError(
+                f"the update of round {self.number} would have {together} directions, of which every device makes "
+                f"each; {MOST_DIRECTIONS} are allowed: set clients.directions: common, or zo.directions lower"
+            )
+        self.seeds |= new
         self.contributions[client] = contribution
         self.length_s = time.monotonic() - self._begin_s
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
 from hosl.errors import HandshakeError, HoslError, SessionError, StepError, WireError
-from hosl.service.hosted_half import HostedBank, HostedHalf, Stepped, TogetherLosses, TogetherStep
+from hosl.service.hosted_half import Asked, HostedBank, HostedHalf, OwnAsked, Stepped
+from hosl.service.replies import IN_MEMORY_BYTES, Replies
 from hosl.service.rounds import (
     ROUNDS_NEEDED,
     ROUNDS_REMEMBERED,
@@ -34,6 +35,17 @@ CLIENTS = "clients"
 """The folder below a run's that has a folder for each client with server adapters of its own."""
 BASE = "(base)"
 """The name of what is no run: a half as it was split, opened for use. No run can have it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """What a client asks of a run at a step, when others may be answered with it."""
+
+    client: str
+    step: int
+    activations: list[WireArray]
+    targets: Targets
+    want_gradient: bool = False
 
 
 @dataclass
@@ -66,7 +78,7 @@ class ServedRun:
     """Whether another object has taken its place in memory, or will: what is asked of it is asked again."""
     round: Round | None = None
     """The round that collects contributions; None under the sequential schedule."""
-    _replies: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    _replies: Replies = field(init=False)
     """The newest (step, reply) of each client, for a request that is repeated."""
     _weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The newest (step, weight) of each client whose gradient was added to a round: its rows or scored tokens."""
@@ -84,6 +96,8 @@ class ServedRun:
     """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
     def __post_init__(self) -> None:
+        share = max(self.training.clients, 1) if self.client else 1
+        self._replies = Replies(self.home, IN_MEMORY_BYTES // share)
         if self.training.order == pb.SYNCHRONOUS:
             self.round = Round(number=1, expected=self.training.clients)
 
@@ -197,7 +211,7 @@ class ServedRun:
         for of_client in (self.steps, self._journaled):
             if gone in of_client:
                 of_client[client] = of_client.pop(gone)
-        self._replies.pop(gone, None)
+        self._replies.pop(gone)
         self._states.pop(gone, None)
         self._missed.discard(gone)
         if self.round is not None:
@@ -281,7 +295,39 @@ class ServedRun:
                 f"step {step} of client {client} is from the {when}: the server waits for step {wanted}"
             )
 
+    def losses(self, questions: Sequence[Question]) -> list[list[float]]:
+        """The mean losses of each question's activations, nats; several questions are answered together.
+
+        Raises:
+            StepError, SessionError: see `check_now`.
+        """
+        for question in questions:
+            self.check_now(question.client, question.step)
+        if len(questions) == 1:
+            return [self.half.losses(questions[0].activations, questions[0].targets)]
+        return self.half.losses_together([Asked(q.activations, q.targets) for q in questions])
+
     # ---- requests that change the half: once per (client, step) ----
+
+    def step_together(self, questions: Sequence[Question]) -> list[Stepped]:
+        """`step` of several clients; their gradients are added to the round together. Synchronous only if several.
+
+        If it raises, nothing was added of any.
+        """
+        new = dict[str, tuple[Question, int]]()
+        for question in questions if len(questions) > 1 else ():
+            if self._replies.step_of(question.client) != question.step and question.client not in new:
+                self.check_now(question.client, question.step)
+                new[question.client] = (question, weight_of(question.targets))
+        if len(new) > 1:
+            parts = [Asked(q.activations, q.targets, weight, q.want_gradient) for q, weight in new.values()]
+            for (q, weight), reply in zip(new.values(), self.half.contribute_together(parts), strict=True):
+                self._weights[q.client] = (q.step, weight)
+                self._replies.put(q.client, q.step, reply)
+        return [
+            self.step(q.client, q.step, q.activations[0], q.targets, want_gradient=q.want_gradient)
+            for q in questions
+        ]
 
     def step(
         self, client: str, step: int, activations: WireArray, targets: Targets, *, want_gradient: bool
@@ -304,11 +350,11 @@ class ServedRun:
         self, client: str, step: int, activations: WireArray, positions: AskedPositions
     ) -> tuple[WireArray, Callable[[WireArray, bool], Stepped]]:
         """The states of a step whose labels stay with the client, and the function that updates from their gradient."""
-        cached, in_round = self._replies.get(client), self.round is not None
-        if cached is not None and cached[0] == step:
-            # the gradient of the cached reply was taken at these states
+        in_round = self.round is not None
+        if self._replies.step_of(client) == step:
+            cached = self._replies.of(client)  # its gradient was taken at these states
             return self._states[client], lambda gradient, want_gradient: self._once(
-                client, step, lambda: cached[1], is_update=not in_round
+                client, step, lambda: cached, is_update=not in_round
             )
         self.check_now(client, step)
         weight = weight_of(positions)
@@ -337,26 +383,26 @@ class ServedRun:
         A client that went back to a checkpoint does its steps again: the newest one counts as done, though not twice.
         """
         if self.is_due(client, step):
-            self._replies[client] = (step, work())
+            self._replies.put(client, step, work())
             self.server_step += is_update
         return self._counted(client, step, is_update=is_update)
 
     def is_due(self, client: str, step: int) -> bool:
         """Whether a step is to be executed, not answered from the cache; raises as `check_now`."""
-        number, _ = self._replies.get(client, (None, None))
-        if number != step:
+        due = self._replies.step_of(client) != step
+        if due:
             self.check_now(client, step)
-        return number != step
+        return due
 
     def answer_step(self, client: str, step: int, reply: Stepped | None = None) -> Stepped:
         """Note the reply to a step that was executed elsewhere, None: before; returns the reply to send."""
         if reply is not None:
-            self._replies[client] = (step, reply)
+            self._replies.put(client, step, reply)
             self.server_step += 1
         return self._counted(client, step, is_update=True)
 
     def _counted(self, client: str, step: int, *, is_update: bool) -> Any:
-        _, reply = self._replies[client]
+        reply = self._replies.of(client)
         if is_update:
             self.steps[client] = step
         if isinstance(reply, Stepped) and self.model.labels == pb.LABELS_AT_SERVER:
@@ -456,72 +502,63 @@ class ServedRun:
         return self._told[1]
 
 
-class AskedStep(NamedTuple):
-    """A training step of a client with server adapters of its own; see `ServedRun.step`."""
+class OwnQuestion(NamedTuple):
+    """What a client with server adapters of its own asks of its part of a run."""
 
     run: ServedRun
-    client: str
-    step: int
-    activations: WireArray
-    targets: Targets
-    want_gradient: bool
+    question: Question
 
 
-class AskedLosses(NamedTuple):
-    """A question for losses of a client with server adapters of its own; see `HostedHalf.losses`."""
-
-    run: ServedRun
-    client: str
-    step: int
-    activations: Sequence[WireArray]
-    targets: Targets
-
-
-def steps_together(bank: HostedBank, asked: Sequence[AskedStep]) -> list[Stepped | HoslError]:
-    """`ServedRun.step` of several clients' parts of a run, by one pass; the reply or the error of each."""
-    due, failed = dict[str, AskedStep](), dict[str, HoslError]()
-    errors: list[HoslError | None] = [None] * len(asked)
-    for place, one in enumerate(asked):
-        try:
-            if one.run.is_due(one.client, one.step):
-                due.setdefault(one.client, one)  # a request that was repeated meanwhile has the same reply
-        except HoslError as error:
-            errors[place] = error
+def steps_together(bank: HostedBank, asked: Sequence[OwnQuestion]) -> list[Stepped | HoslError]:
+    """`ServedRun.step` of several clients' parts of a run, by few passes; the reply or the error of each."""
+    due, failed = dict[str, OwnQuestion](), dict[str, HoslError]()
+    errors = [
+        _refusal(lambda one=one: one.run.is_due(one.question.client, one.question.step)) for one in asked
+    ]
+    for one, error in zip(asked, errors, strict=True):
+        if error is None and one.run.is_due(one.question.client, one.question.step):
+            due.setdefault(
+                one.question.client, one
+            )  # a request that was repeated meanwhile has the same reply
     for some in _passes(
         list(due.values()), bank.at_once
-    ):  # what a pass did is noted before the next, which may fail
-        replies = bank.step_together(
-            [
-                TogetherStep(o.client, o.activations, o.targets, o.run.server_step + 1, o.want_gradient)
-                for o in some
-            ]
-        )
-        for one, reply in zip(some, replies, strict=True):
+    ):  # what one did is noted before the next, which may fail
+        replies = bank.step_together([OwnAsked(q.client, _asked(q), run.server_step + 1) for run, q in some])
+        for (run, q), reply in zip(some, replies, strict=True):
             if isinstance(reply, HoslError):
-                failed[one.client] = reply
+                failed[q.client] = reply
             else:
-                one.run.answer_step(one.client, one.step, reply)
+                run.answer_step(q.client, q.step, reply)
     return [
-        error or failed.get(one.client) or one.run.answer_step(one.client, one.step)
-        for one, error in zip(asked, errors, strict=True)
+        error or failed.get(q.client) or run.answer_step(q.client, q.step)
+        for (run, q), error in zip(asked, errors, strict=True)
     ]
 
 
-def losses_together(bank: HostedBank, asked: Sequence[AskedLosses]) -> list[list[float] | HoslError]:
-    """The losses of several clients' parts of a run, by one pass; the error of each that asks of another state."""
-    answers: list[Any] = []
-    for one in asked:
-        try:
-            one.run.check_now(one.client, one.step)
-            answers.append(None)
-        except HoslError as error:
-            answers.append(error)
-    now = [one for one, error in zip(asked, answers, strict=True) if error is None]
+def losses_together(bank: HostedBank, asked: Sequence[OwnQuestion]) -> list[list[float] | HoslError]:
+    """`ServedRun.losses` of several clients' parts of a run, by few passes; the losses or the error of each."""
+    errors = [
+        _refusal(lambda one=one: one.run.check_now(one.question.client, one.question.step)) for one in asked
+    ]
+    now = [one.question for one, error in zip(asked, errors, strict=True) if error is None]
     found: list[list[float]] = []
     for some in _passes(now, bank.at_once):
-        found += bank.losses_together([TogetherLosses(o.client, o.activations, o.targets) for o in some])
+        found += bank.losses_together([OwnAsked(q.client, _asked(q)) for q in some])
     left = iter(found)
-    return [next(left) if answer is None else answer for answer in answers]
+    return [next(left) if error is None else error for error in errors]
+
+
+def _asked(question: Question) -> Asked:
+    return Asked(question.activations, question.targets, want_gradient=question.want_gradient)
+
+
+def _refusal(check: Callable[[], object]) -> HoslError | None:
+    """The error of a check; None: it passed."""
+    try:
+        check()
+    except HoslError as error:
+        return error
+    return None
 
 
 def _passes(asked: list[_Asked], most: int) -> Iterator[list[_Asked]]:

@@ -8,9 +8,11 @@ its own than without merging, each of them a pass of that length at most.
 
 import asyncio
 import heapq
+import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,6 +74,8 @@ class Scheduler:
         self._level = 0
         self._count = 0
         self._busy = False
+        """Whether the compute thread looks for work."""
+        self._lock = threading.Lock()
 
     @property
     def queue(self) -> int:
@@ -148,36 +152,48 @@ class Scheduler:
         kind: Hashable,
         holds_back: Collection[Hashable],
     ) -> tuple[Any, float]:
-        served = max(self._served.get(client, 0), self._level)
-        self._served[client] = served + paid
-        if len(self._served) > self._most_served:  # else everyone who ever came would stay
-            self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
-            self._most_served = max(_KEPT, 2 * len(self._served))
-        self._count += 1
-        answered = asyncio.get_running_loop().create_future()
-        heapq.heappush(
-            self._waiting,
-            _Waiting(served, self._count, client, tokens, question, answer, kind, holds_back, answered),
-        )
-        self._next()
+        loop = asyncio.get_running_loop()
+        answered = loop.create_future()
+        with self._lock:
+            served = max(self._served.get(client, 0), self._level)
+            self._served[client] = served + paid
+            if len(self._served) > self._most_served:  # else everyone who ever came would stay
+                self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
+                self._most_served = max(_KEPT, 2 * len(self._served))
+            self._count += 1
+            heapq.heappush(
+                self._waiting,
+                _Waiting(served, self._count, client, tokens, question, answer, kind, holds_back, answered),
+            )
+            idle, self._busy = not self._busy, True
+        if idle:
+            try:
+                self._thread.submit(self._compute, loop)
+            except RuntimeError:  # the thread has ended
+                self._busy = False
+                raise
         return await answered
 
-    def _next(self) -> None:
-        """Begin with the question that is due, and those that ride along."""
-        while not self._busy and self._waiting:
-            due = heapq.heappop(self._waiting)
-            if due.answered.done():
-                continue
-            self._busy, self._level = True, max(self._level, due.served)
-            together = [due, *self._riders(due)]
-            if due.kind is not None:
-                self._tell(len(together))
-            try:
-                computed = asyncio.get_running_loop().run_in_executor(self._thread, _answers, together)
-            except RuntimeError as error:  # the thread has ended
-                self._done(together, [_Answer(None, error)] * len(together), 0.0)
-                return
-            computed.add_done_callback(lambda done, together=together: self._done(together, *done.result()))
+    def _compute(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer what waits, one turn after the other, until nothing does. In the compute thread."""
+        while together := self._due():
+            answers, seconds = _answers(together)
+            # the next turn begins at once: the loop, which receives for all clients, tells this one when it comes to it
+            with suppress(RuntimeError):  # the loop has ended: nobody waits
+                loop.call_soon_threadsafe(self._tell_all, together, answers, seconds)
+            del together, answers  # large, and the next turn may be long
+
+    def _due(self) -> list[_Waiting]:
+        """The question that is due, and those that ride along; none: nothing waits, and nothing is computed now."""
+        with self._lock:
+            while self._waiting:
+                due = heapq.heappop(self._waiting)
+                if due.answered.done():
+                    continue
+                self._level = max(self._level, due.served)
+                return [due, *self._riders(due)]
+            self._busy = False
+            return []
 
     def _riders(self, due: _Waiting) -> list[_Waiting]:
         """Take those that are answered with `due` out of the queue, and return them in the order of their turns."""
@@ -199,7 +215,9 @@ class Scheduler:
         self._waiting = [waiting for waiting in queue if waiting.number not in taken]  # sorted is a heap
         return riders
 
-    def _done(self, together: Sequence[_Waiting], answers: Sequence[_Answer], seconds: float) -> None:
+    def _tell_all(self, together: Sequence[_Waiting], answers: Sequence[_Answer], seconds: float) -> None:
+        if together[0].kind is not None:
+            self._tell(len(together))
         tokens = sum(waiting.tokens for waiting in together)
         for waiting, (result, error) in zip(together, answers, strict=True):
             if waiting.answered.done():  # who asked has gone away
@@ -209,8 +227,6 @@ class Scheduler:
             else:
                 share = waiting.tokens / tokens if len(together) > 1 else 1.0
                 waiting.answered.set_result((result, seconds * share))
-        self._busy = False
-        self._next()
 
 
 def _answers(together: Sequence[_Waiting]) -> tuple[list[_Answer], float]:

@@ -35,6 +35,12 @@ class Status:
         self._refusals = Counter("hosl_refusals", "Calls refused", ["call", "error"], registry=self.registry)
         self._loss = Gauge("hosl_loss_nats", "Last training loss", ["run"], registry=self.registry)
         self._queue = Gauge("hosl_queue", "Pieces of work that wait", registry=self.registry)
+        self._passes = Counter(
+            "hosl_merged_passes", "Passes that may answer several questions", registry=self.registry
+        )
+        self._merged = Counter(
+            "hosl_merged_questions", "Questions that they answered", registry=self.registry
+        )
         self._tensors = Gauge(
             "hosl_tensor_bytes", "Bytes of activations that arrive or are held", registry=self.registry
         )
@@ -57,6 +63,11 @@ class Status:
     def watch_queue(self, length: Callable[[], int]) -> None:
         """Set the function that returns the length of the queue."""
         self._queue.set_function(length)
+
+    def answered_together(self, questions: int) -> None:
+        """Count one pass of compute that answered so many questions of a run's clients."""
+        self._passes.inc()
+        self._merged.inc(questions)
 
     def watch_tensors(self, taken_bytes: Callable[[], int]) -> None:
         """Set the function that returns the bytes that the tensors of all calls take."""
@@ -185,9 +196,9 @@ class Status:
                 for name, facts in self._runs.items()
             }
             clients = {name: dict(facts) for name, facts in self._clients.items()}
-        queue, texts, cache_bytes = (
+        queue, texts, cache_bytes, passes, merged = (
             next(sample.value for metric in gauge.collect() for sample in metric.samples)
-            for gauge in (self._queue, self._texts, self._cache)
+            for gauge in (self._queue, self._texts, self._cache, self._passes, self._merged)
         )
         return {
             "started": self.started,
@@ -197,6 +208,7 @@ class Status:
             "queue": queue,
             "texts": texts,
             "cache_bytes": cache_bytes,
+            "questions_per_pass": round(merged / passes, 2) if passes else None,
         }
 
 

@@ -231,12 +231,16 @@ class ServerHalf(Half):
         Args:
             hidden: [rows, seq, width], what the client half returned.
             attention_mask: [rows, seq], int64, the same as the client's.
-            positions: [positions], int64; the positions of the logits, for a causal model. None: all.
+            positions: [positions], int64; the positions of the logits, for a causal model. None: all. Or
+                [scored, 2], int64, each a row and a position in it: of each row its own.
             cache: the tokens before these, for one row of a causal model; is made longer in place.
 
         Returns:
-            Logits: [rows, classes], or [rows, seq or positions, vocabulary].
+            Logits: [rows, classes], or [rows, seq or positions, vocabulary]; of each row its own:
+            [1, scored, vocabulary], in the order of `positions`.
         """
+        if positions is not None and positions.dim() == 2:
+            return self._logits_at(hidden, attention_mask, positions)
         options = self._keeping(cache)
         if self._family.pools_last_token:
             # transformers would look for padding in ids, which a server does not have
@@ -249,6 +253,19 @@ class ServerHalf(Half):
         if cache is not None:
             cache.advance_(hidden.shape[1])
         return logits
+
+    def _logits_at(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits at rows and positions; states are taken before the head, which is most of a small model."""
+        columns, column = places[:, 1].unique(return_inverse=True)
+
+        def take(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            (states,) = arguments  # [rows, columns, width]
+            return (states[places[:, 0], column][None],)
+
+        with self.model.get_output_embeddings().register_forward_pre_hook(take):
+            return self(hidden, attention_mask, columns)
 
 
 def at_last_token(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

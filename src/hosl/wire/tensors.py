@@ -22,6 +22,10 @@ Compression: TypeAlias = Literal["none", "bf16", "int8"]
 
 CHUNK_BYTES = 1 << 19
 """The largest part of a tensor that one message carries."""
+_KEPT_FROM_BYTES = 1 << 16
+"""Chunks of so many bytes are copied when the tensor is whole; smaller ones at once, they are not worth a list."""
+_DELIMITED = 2
+"""The wire type of a field of bytes in protobuf's encoding: a length, then as many bytes."""
 
 _STORED: dict[str, Any] = {
     "float32": np.dtype("<f4"),
@@ -112,6 +116,29 @@ def packed_bytes(shape: tuple[int, ...], dtype: DTypeName, compression: Compress
             return prod(shape) + prod(shape[:-1]) * 4
 
 
+def lone_chunk(message: bytes, kind: Any) -> memoryview | None:
+    """The bytes of a message that consists of its field `chunk` alone, in place; None: it is another message.
+
+    protobuf's parser would copy them twice, which is most of what a server's event loop does for a large tensor.
+
+    Args:
+        message: as it came.
+        kind: a message type whose field `chunk` is of bytes, with a number below 16: its tag is then one byte.
+    """
+    if len(message) < 2 or message[0] != kind.CHUNK_FIELD_NUMBER << 3 | _DELIMITED:
+        return None
+    length, begin = 0, 1
+    for shift in range(0, 35, 7):  # a length takes five bytes at most
+        if begin == len(message):
+            return None
+        byte = message[begin]
+        length |= (byte & 0x7F) << shift
+        begin += 1
+        if not byte & 0x80:
+            return memoryview(message)[begin:] if begin + length == len(message) else None
+    return None
+
+
 class Unpacking:
     """A tensor that is being received: checked against its header, filled by chunks, never larger than announced."""
 
@@ -141,9 +168,11 @@ class Unpacking:
         """The memory of the tensor as sent and, if that is another, unpacked; not what unpacking takes for a moment."""
         # np.empty takes no memory yet: the system gives a page when bytes are written to it
         self._bytes = np.empty(self.wanted, dtype=np.uint8)
+        self._kept: list[tuple[int, bytes | memoryview]] = []
+        """Chunks that are copied when the tensor is whole, by whoever unpacks it; each with its place."""
         self.filled = 0
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | memoryview) -> None:
         """Append the next bytes.
 
         Raises:
@@ -156,7 +185,10 @@ class Unpacking:
                 if chunk
                 else "an empty chunk; a chunk holds at least one byte"
             )
-        self._bytes[self.filled : end] = np.frombuffer(chunk, dtype=np.uint8)
+        if len(chunk) < _KEPT_FROM_BYTES:
+            self._place(self.filled, chunk)
+        else:
+            self._kept.append((self.filled, chunk))
         self.filled = end
 
     @property
@@ -174,12 +206,17 @@ class Unpacking:
             raise WireError(
                 f"a tensor {list(self.shape)} needs {self.wanted} bytes, only {self.filled} arrived"
             )
+        while self._kept:
+            self._place(*self._kept.pop())  # and let go of it: the tensor is in memory once
         array = WireArray(self._unpacked().reshape(self.shape), self.dtype)
         if not array.finite():
             raise WireError(
                 "a tensor holds NaN or Inf; the sender has diverged: lower its learning rate or epsilon"
             )
         return array
+
+    def _place(self, begin: int, chunk: bytes | memoryview) -> None:
+        self._bytes[begin : begin + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
 
     def _unpacked(self) -> np.ndarray:
         match self.compression:
@@ -208,7 +245,9 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype("<u4") << 16).view("<f4")
+    wide = bits.astype("<u4")
+    wide <<= 16  # in place: an activation may be large
+    return wide.view("<f4")
 
 
 def _to_int8(values: np.ndarray, noise: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,28 +2,24 @@
 
 from collections.abc import Sequence
 
-from hosl.core.estimators import LARGEST_NUMBER
+from hosl.core.estimators import LARGEST_NUMBER, MOST_DIRECTIONS
 from hosl.errors import LimitError, WireError
 
-MOST_DIRECTIONS = 4096
-"""The directions of one update: each costs a pass over the trained weights, and a client draws 16 by default."""
 
-
-def check_update(seeds: Sequence[int], numbers: Sequence[float], *, clients: int = 1) -> None:
-    """Refuse what can be no update: `seeds`, and the scale or coefficient of each; `clients` may be merged in it.
+def check_update(seeds: Sequence[int], numbers: Sequence[float]) -> None:
+    """Refuse what can be no update, of a client or of a round: `seeds`, and the scale or coefficient of each.
 
     Raises:
         WireError: if the two differ in length, or a number is NaN or as good as infinite.
-        LimitError: if there are more than `MOST_DIRECTIONS` for each client.
+        LimitError: if there are more than `MOST_DIRECTIONS`.
     """
     if len(seeds) != len(numbers):
         raise WireError(
             f"an update has one number per seed, got {len(seeds)} seeds and {len(numbers)} numbers"
         )
-    if len(seeds) > MOST_DIRECTIONS * clients:
+    if len(seeds) > MOST_DIRECTIONS:
         raise LimitError(
-            f"an update has at most {MOST_DIRECTIONS} directions of each client, got {len(seeds)}; set zo.directions "
-            "lower"
+            f"an update has at most {MOST_DIRECTIONS} directions, got {len(seeds)}; set zo.directions lower"
         )
     if not all(abs(number) < LARGEST_NUMBER for number in numbers):  # NaN is not below it either
         raise WireError(

@@ -24,14 +24,14 @@ def row_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """
     if isinstance(targets, ClassTargets):
         labels = torch.from_numpy(targets.labels).to(logits.device)
-        return F.cross_entropy(_widened(logits), labels, reduction="none")
+        return F.cross_entropy(widened(logits), labels, reduction="none")
     return -_option_log_likelihoods(logits, targets)
 
 
 def mean_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """The loss of a batch, nats: the mean of `row_losses`, or the mean over all scored tokens (`mean_over`)."""
     if isinstance(targets, OptionTargets) and targets.mean_over == "tokens":
-        return F.cross_entropy(_widened(logits).flatten(0, 1), _token_grid(logits, targets).flatten())
+        return F.cross_entropy(widened(logits).flatten(0, 1), _token_grid(logits, targets).flatten())
     return row_losses(logits, targets).mean()
 
 
@@ -41,7 +41,7 @@ def row_scores(logits: torch.Tensor, targets: Targets) -> Float[np.ndarray, "row
     Where the mean is over tokens [rows, 2]: the second score is the number of tokens that the model ranks first.
     """
     if isinstance(targets, ClassTargets):
-        return _widened(logits).log_softmax(dim=-1).cpu().numpy()
+        return widened(logits).log_softmax(dim=-1).cpu().numpy()
     scores = _option_log_likelihoods(logits, targets)[:, None]
     if targets.mean_over == "tokens":
         right = (logits.argmax(-1) == _token_grid(logits, targets)).sum(dim=1, keepdim=True)
@@ -56,13 +56,13 @@ def mean_loss_of_scored(logits: torch.Tensor, targets: OptionTargets) -> torch.T
         logits: [1, scored, vocabulary], row by row.
         targets: the targets.
     """
-    return F.cross_entropy(_widened(logits[0]), _tokens_row_by_row(logits, targets))
+    return F.cross_entropy(widened(logits[0]), _tokens_row_by_row(logits, targets))
 
 
 def row_scores_of_scored(logits: torch.Tensor, targets: OptionTargets) -> Float[np.ndarray, "rows scores"]:
     """`row_scores` [rows, 2], where the mean is over tokens, from logits as `mean_loss_of_scored` takes them."""
     tokens = _tokens_row_by_row(logits, targets)
-    losses = F.cross_entropy(_widened(logits[0]), tokens, reduction="none")
+    losses = F.cross_entropy(widened(logits[0]), tokens, reduction="none")
     right = (logits[0].argmax(-1) == tokens).to(losses)
     counts = (targets.tokens >= 0).sum(axis=1).tolist()
     rows = zip(losses.split(counts), right.split(counts), strict=True)
@@ -77,13 +77,13 @@ def _tokens_row_by_row(logits: torch.Tensor, targets: OptionTargets) -> torch.Te
 def _option_log_likelihoods(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
     if targets.mean_over == "tokens":
         grid = _token_grid(logits, targets)
-        losses = F.cross_entropy(_widened(logits).transpose(1, 2), grid, reduction="none")
+        losses = F.cross_entropy(widened(logits).transpose(1, 2), grid, reduction="none")
         return -losses.sum(dim=1) / (grid != _NOT_SCORED).sum(dim=1)
     scored = torch.from_numpy(targets.tokens >= 0).to(logits.device)
     tokens = torch.from_numpy(targets.tokens.astype(np.int64)).to(logits.device).clamp(min=0)
     rows = torch.arange(len(tokens), device=logits.device)[:, None]
     columns = torch.from_numpy(_columns(targets)).to(logits.device)
-    at_tokens = _widened(logits[rows, columns]).log_softmax(dim=-1)
+    at_tokens = widened(logits[rows, columns]).log_softmax(dim=-1)
     log_likelihoods = at_tokens.gather(-1, tokens[..., None])[..., 0]
     return (log_likelihoods * scored).sum(dim=1) / scored.sum(dim=1)
 
@@ -109,5 +109,6 @@ def _columns(targets: OptionTargets) -> Int[np.ndarray, "rows span"]:
     return np.searchsorted(positions, targets.positions).clip(max=len(positions) - 1)
 
 
-def _widened(logits: torch.Tensor) -> torch.Tensor:
+def widened(logits: torch.Tensor) -> torch.Tensor:
+    """The logits in float32 or better: half precision would round a loss to three digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -310,7 +310,7 @@ class RemoteServer(Packing):
                             f"the server's journal has update {update.step} after {newest}; updates ascend up to "
                             f"{self._most_updates} in this run"
                         )
-                    check_update(update.seeds, update.scales, clients=max(self._training.clients, 1))
+                    check_update(update.seeds, update.scales)
                     newest = update.step
                 replies.append(reply)
             return replies

@@ -11,6 +11,7 @@ from hosl.core.estimators import mean_scales
 from hosl.core.targets import Pair, StepReply, Targets
 from hosl.errors import NonFiniteError
 from hosl.parties.engine.loss import mean_loss, row_scores, wanted_positions
+from hosl.parties.engine.merging import Part, loss_of, merged_losses
 from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
 from hosl.parties.engine.perturbation import Probe, descend_, stacked, trained_parameters
 from hosl.split import ServerHalf
@@ -35,6 +36,15 @@ class TorchServer:
         with torch.no_grad():
             return [float(self._loss(h, targets)) for h in activations]
 
+    def losses_together(
+        self, questions: Sequence[tuple[Sequence[torch.Tensor], Targets]]
+    ) -> list[list[float]]:
+        """`losses` of several batches, in as few forward passes as they allow; equal but for rounding."""
+        parts = [Part(h.to(self.device), targets) for activations, targets in questions for h in activations]
+        with torch.no_grad():
+            found = iter([float(loss) for loss in merged_losses(self.half, parts)])
+        return [[next(found) for _ in activations] for activations, _ in questions]
+
     def scores(self, activations: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
         """Log-probabilities per class, or per option, mean per token. Inference."""
         with torch.no_grad():
@@ -54,7 +64,7 @@ class TorchServer:
         return self.half(h.to(self.device), mask, None if positions is None else positions.to(self.device))
 
     def _loss(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
-        return mean_loss(self._logits(h, targets), targets)
+        return loss_of(self.half, Part(h.to(self.device), targets))
 
 
 class FirstOrderServer(TorchServer):

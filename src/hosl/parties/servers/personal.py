@@ -8,6 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import nn
 
 from hosl.core.targets import StepReply, Targets
 from hosl.errors import HoslError, NonFiniteError, SessionError
-from hosl.parties.engine.loss import mean_loss, wanted_positions
+from hosl.parties.engine.merging import Part, groups, merged_losses
 from hosl.parties.engine.optimisers import optimiser_step
-from hosl.parties.engine.own_weights import own_weights
+from hosl.parties.engine.own_weights import Weights, own_weights
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.parties.servers.basic import FirstOrderServer
 from hosl.parties.servers.trunk import TrunkServer
@@ -105,33 +106,33 @@ class PersonalServers:
         return list(self._in_slots)
 
     def steps(self, asked: Sequence[AskedStep]) -> list[StepReply | HoslError]:
-        """A training step of each of several clients in one pass over the base; the reply or the error of each.
+        """A training step of each of several clients in few passes over the base; the reply or the error of each.
 
         The loss of each is the mean over its own rows, and its gradients are of that loss alone. A client whose loss or
         gradient is not finite gets NonFiniteError and keeps its weights; the others' steps count.
 
-        Requires: no client twice, activations of one length, at most as many clients as slots; labels at the server.
+        Requires: no client twice, at most as many clients as slots; labels at the server.
         """
         if len(asked) == 1:
             return [_tried(lambda: _stepped_alone(self.of(asked[0].client), asked[0]))]
         parties = [self._in_slot(one.client) for one in asked]
-        rows = [len(one.activations) for one in asked]
-        h = torch.cat([one.activations.detach().to(self._device) for one in asked])
-        h.requires_grad_(any(one.want_gradient for one in asked))
-        with own_weights(self.half.model, [party.trained for party in parties], rows):
-            losses = self._losses(h, rows, [one.targets for one in asked])
-            finite = [loss for loss in losses if torch.isfinite(loss.detach())]
-            if finite:
-                torch.stack(finite).sum().backward()
-        gradients = [None] * len(asked) if h.grad is None else h.grad.split(rows)
-        replies: list[StepReply | HoslError] = []
-        for one, party, loss, gradient in zip(asked, parties, losses, gradients, strict=True):
-            reply = StepReply(loss=float(loss.detach()), gradient=gradient if one.want_gradient else None)
-            replies.append(_tried(lambda: _updated(party, one.step, reply)))  # noqa: B023  (called at once)
-        return replies
+        leaves = [
+            one.activations.detach().to(self._device).requires_grad_(one.want_gradient) for one in asked
+        ]
+        losses = self._losses(
+            [party.trained for party in parties],
+            [Part(h, one.targets) for h, one in zip(leaves, asked, strict=True)],
+        )
+        finite = [loss for loss in losses if torch.isfinite(loss.detach())]
+        if finite:
+            torch.stack(finite).sum().backward()
+        return [
+            _tried(partial(_updated, party, one.step, StepReply(loss=float(loss.detach()), gradient=h.grad)))
+            for one, party, loss, h in zip(asked, parties, losses, leaves, strict=True)
+        ]
 
     def losses(self, asked: Sequence[tuple[str, Sequence[torch.Tensor], Targets]]) -> list[list[float]]:
-        """The mean losses, nats, of several clients' activations in one pass: `losses` of each client's server.
+        """The mean losses, nats, of several clients' activations in few passes: `losses` of each client's server.
 
         Requires: as `steps`, but a client may ask twice.
         """
@@ -139,32 +140,26 @@ class PersonalServers:
             party = self.of(asked[0][0])
             assert isinstance(party, FirstOrderServer), "labels at the client: the server has no losses"
             return [party.losses(*asked[0][1:])]
-        of_client = [self._in_slot(client).trained for client, _, _ in asked]
+        weights = [self._in_slot(client).trained for client, _, _ in asked]
         each = [
-            (weights, h, targets)
-            for weights, (_, hs, targets) in zip(of_client, asked, strict=True)
+            (own, Part(h.to(self._device), targets))
+            for own, (_, hs, targets) in zip(weights, asked, strict=True)
             for h in hs
         ]
-        rows = [len(h) for _, h, _ in each]
-        h = torch.cat([h.to(self._device) for _, h, _ in each])
-        with torch.no_grad(), own_weights(self.half.model, [weights for weights, _, _ in each], rows):
-            found = iter([float(loss) for loss in self._losses(h, rows, [targets for _, _, targets in each])])
-        return [[next(found) for _ in hs] for _, hs, _ in asked]
+        with torch.no_grad():
+            found = iter(self._losses([own for own, _ in each], [part for _, part in each]))
+            return [[float(next(found)) for _ in hs] for _, hs, _ in asked]
 
-    def _losses(self, h: torch.Tensor, rows: Sequence[int], targets: Sequence[Targets]) -> list[torch.Tensor]:
-        """The mean loss of each client's rows, from one forward pass."""
-        mask = torch.cat([torch.from_numpy(of_client.mask) for of_client in targets]).to(
-            self._device, torch.int64
-        )
-        wanted = [wanted_positions(of_client) for of_client in targets]
-        scored = [positions for positions in wanted if positions is not None]
-        union = torch.cat(scored).unique() if scored else None
+    def _losses(self, weights: Sequence[Weights], parts: Sequence[Part]) -> list[torch.Tensor]:
+        """The mean loss of each batch at weights of its own, in as few passes as lengths and dtypes allow."""
         half: Any = self.half
-        logits = half(h, mask, None if union is None else union.to(self._device))
-        return [
-            mean_loss(_at(part, positions, union), of_client)
-            for part, positions, of_client in zip(logits.split(list(rows)), wanted, targets, strict=True)
-        ]
+        losses: dict[int, torch.Tensor] = {}
+        for group in groups(parts):
+            batches = [parts[index] for index in group]
+            rows = [len(h) for h, _ in batches]
+            with own_weights(half.model, [weights[index] for index in group], rows):
+                losses |= dict(zip(group, merged_losses(half, batches), strict=True))
+        return [losses[index] for index in range(len(parts))]
 
     def _in_slot(self, client: str) -> Party:
         if client not in self._parties:
@@ -191,13 +186,6 @@ class PersonalServers:
         for name, p in weights.items():
             module, _, key = name.rpartition(".")
             self.half.model.get_submodule(module)._parameters[key] = p
-
-
-def _at(logits: torch.Tensor, positions: torch.Tensor | None, union: torch.Tensor | None) -> torch.Tensor:
-    """The logits of one client at its own positions, from those at the positions of all."""
-    if positions is None or union is None or len(positions) == len(union):
-        return logits
-    return logits[:, torch.searchsorted(union, positions).to(logits.device)]
 
 
 def _updated(party: Party, step: int, reply: StepReply) -> StepReply:

@@ -1,14 +1,27 @@
 """A first-order server that several clients train together, one update per round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hosl.core.targets import StepReply, Targets
 from hosl.errors import NonFiniteError
+from hosl.parties.engine.merging import Part, merged_losses
 from hosl.parties.engine.optimisers import check_gradients, optimiser_step
 from hosl.parties.servers.basic import FirstOrderServer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contributed:
+    """One client's batch of a round."""
+
+    activations: torch.Tensor
+    targets: Targets
+    weight: int
+    """How much it weighs among the others: its rows or scored tokens."""
+    want_gradient: bool
 
 
 class RoundGradient:
@@ -34,16 +47,43 @@ class RoundGradient:
         Raises:
             NonFiniteError: if a gradient is NaN or infinite; nothing was added then.
         """
-        inputs = self._trained if h is None else [*self._trained, h]
         weighed = output * weight if gradient is None else output
         at = None if gradient is None else gradient * weight
-        gradients: Any = torch.autograd.grad(weighed, inputs, at, allow_unused=True) if inputs else ()
+        found = self._add(weighed, [] if h is None else [h], weight, at)
+        return found[0] / weight if found else None
+
+    def add_losses(
+        self, losses: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor | None], weights: Sequence[int]
+    ) -> list[torch.Tensor | None]:
+        """`add` of several batches' mean losses in one backward pass: of their sum, each times its weight.
+
+        Each loss depends on its own leaf alone, so the gradient there is that of its own batch.
+
+        Raises:
+            NonFiniteError: if a gradient is NaN or infinite; nothing was added then, of no batch.
+        """
+        weighed = torch.stack([loss * weight for loss, weight in zip(losses, weights, strict=True)]).sum()
+        found = iter(self._add(weighed, [h for h in leaves if h is not None], sum(weights)))
+        return [
+            None if h is None else next(found) / weight for h, weight in zip(leaves, weights, strict=True)
+        ]
+
+    def _add(
+        self,
+        output: torch.Tensor,
+        leaves: Sequence[torch.Tensor],
+        weight: int,
+        at: torch.Tensor | None = None,
+    ) -> Sequence[torch.Tensor]:
+        """Add the gradient of `output`, which is weighed; returns that at `leaves`."""
+        inputs = [*self._trained, *leaves]
+        gradients: Any = torch.autograd.grad(output, inputs, at, allow_unused=True) if inputs else ()
         check_gradients(gradients)
         for p, found in zip(self._trained, gradients, strict=False):
             if found is not None:
                 p.grad = found.clone() if p.grad is None else p.grad.add_(found)
         self._weight += weight
-        return gradients[-1] / weight if h is not None else None
+        return gradients[len(self._trained) :]
 
     def close(self) -> bool:
         """Divide by the weights added since the last time; returns whether there were any."""
@@ -72,14 +112,36 @@ class SynchronousServer(FirstOrderServer):
         """
         h = activations.detach().to(self.device).requires_grad_(want_gradient)
         loss = self._loss(h, targets)
-        if not torch.isfinite(loss.detach()):
-            raise NonFiniteError(
-                f"a client's training loss is {float(loss.detach())}; it must be finite: lower the learning rates"
-            )
+        _check_finite(loss)
         found = self._round.add(loss, h if want_gradient else None, examples)
         return StepReply(float(loss.detach()), found)
+
+    def contribute_together(self, parts: Sequence[Contributed]) -> list[StepReply]:
+        """`contribute` of several clients' batches, in one forward and one backward pass; equal but for rounding.
+
+        Raises:
+            NonFiniteError: if a loss or a gradient is NaN or infinite; nothing was added then, of no batch.
+        """
+        leaves = [
+            part.activations.detach().to(self.device).requires_grad_(part.want_gradient) for part in parts
+        ]
+        losses = merged_losses(
+            self.half, [Part(h, part.targets) for h, part in zip(leaves, parts, strict=True)]
+        )
+        for loss in losses:
+            _check_finite(loss)
+        wanted = [h if part.want_gradient else None for h, part in zip(leaves, parts, strict=True)]
+        found = self._round.add_losses(losses, wanted, [part.weight for part in parts])
+        return [StepReply(float(loss.detach()), g) for loss, g in zip(losses, found, strict=True)]
 
     def apply(self, step: int) -> None:
         """One update from the mean over all examples contributed since the last one; without any, nothing changes."""
         if self._round.close():
             optimiser_step(self.optimiser, self.learning_rate(step))
+
+
+def _check_finite(loss: torch.Tensor) -> None:
+    if not torch.isfinite(loss.detach()):
+        raise NonFiniteError(
+            f"a client's training loss is {float(loss.detach())}; it must be finite: lower the learning rates"
+        )
