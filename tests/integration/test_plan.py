@@ -253,6 +253,12 @@ def test_a_way_of_another_method_is_written_with_its_own_usual_rate(capsys, tiny
     assert (written.method, written.client_rate) == ("hosl-node", 1e-2)
 
 
+def test_devices_that_share_their_half_are_planned_beside_ways_that_cannot(capsys, tiny_run):
+    config = str(tiny_run(clients={"count": 3, "halves": "shared", "schedule": "synchronous"}))
+    rows = planned(capsys, config, "--cuts", "2", "--ways", "hosl; frozen; zo-zo")["ways"]
+    assert {row["way"] for row in rows} == {"hosl", "frozen", "zo-zo"}
+
+
 @pytest.mark.parametrize(
     ("client", "residual"),
     [

@@ -223,6 +223,20 @@ def test_the_parts_of_a_run_make_room_together(tmp_path):
     assert checkpoint_steps(tmp_path / "runs" / "run" / CLIENTS / "ann" / "checkpoints") == [1]
 
 
+def test_a_client_that_has_left_leaves_memory_when_another_comes(tmp_path):
+    async def work():
+        service = Personal(tmp_path)
+        ann, bob = [(await service.greeted(client)).session for client in ("ann", "bob")]
+        await service.step("ann", ann, 1)
+        await service.step("bob", bob, 1)
+        await service.leave("ann", ann)
+        await service.greeted("cem")
+        assert sorted(service.half.halves) == ["bob", "cem"]
+        return (await service.greeted("ann", restorable=(0, 1), current=1)).start
+
+    assert in_loop(work()) == 1  # it goes on where it was
+
+
 def test_a_look_is_at_the_client_s_own_adapters(tmp_path):
     async def work():
         service = Personal(tmp_path)

@@ -80,6 +80,10 @@ class Variant:
                 settings[section][name] = defaults[section][name]
         if base.method_row.keeps_by_blocks != self.method_row.keeps_by_blocks:  # they adapt other layers
             settings["client"]["lora"]["target_modules"] = None
+        if self.method_row.client_state != "journal":  # it has no updates that devices could share
+            settings["clients"]["halves"] = "personal"
+        if self.method_row.server != "first-order":
+            settings["clients"]["schedule"] = "sequential"
         settings |= {"method": self.method, "profile": "paper"}
         settings["zo"] |= self.zo
         settings["residual"] |= self.residual

@@ -273,10 +273,7 @@ def merge_on_server(
     _check_labels(labels, facts, training)
     if client is None and training.personal_server:
         client = _only_one(given_of(service / "runs", run), run)
-    checkpoints = checkpoints_below(service / "runs" / run, training, client or "")
-    state = newest_intact(checkpoints, say, weights_only=True)
-    if state is None:
-        raise FolderError(f"run {run} has no checkpoint on this server yet; merge it when it has saved one")
+    state = _server_state(service / "runs" / run, training, client or "", say)
     given, step, file = _given(service / "runs", run, client, training)
     if (training.clients <= 1 or training.personal_server) and step != state.step:
         raise CheckpointError(
@@ -300,6 +297,16 @@ def merge_on_server(
             base=_base_of(options.base, config),
         )  # fmt: skip
         return {"run": run, **_written(whole, options, say)}
+
+
+def _server_state(run: Path, training: pb.Training, client: str, say: Say) -> Checkpoint:
+    """The newest checkpoint of the server's half of a run that a client trained."""
+    state = newest_intact(checkpoints_below(run, training, client), say, weights_only=True)
+    if state is None:
+        raise FolderError(
+            f"run {run.name} has no checkpoint on this server yet; merge it when it has saved one"
+        )
+    return state
 
 
 def _handshake(runs: Path, run: str) -> tuple[pb.Model, pb.Training]:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
-from hosl.config import Config
+from hosl.config import ClientsConfig, Config
 from hosl.core.methods import FROZEN, METHODS
 from hosl.core.targets import Batch, ClassTargets, OptionTargets, PositionTargets, Targets, scored_positions
 from hosl.errors import ConfigError
@@ -216,7 +216,8 @@ def clean_pass(config: Config) -> Config:
     plain = msgspec.structs.replace(
         config.zo, server_gradient_at="clean", sides="two", derivative="difference", row_clip=None
     )
-    return msgspec.structs.replace(config, method=FROZEN, profile="paper", zo=plain)
+    alone = ClientsConfig()  # a frozen client has no journal to share
+    return msgspec.structs.replace(config, method=FROZEN, profile="paper", zo=plain, clients=alone)
 
 
 def _extrapolated(

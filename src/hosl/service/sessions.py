@@ -263,8 +263,7 @@ class Sessions:
         """Give a client's part of the run in `folder` to another client; nothing of it need be in memory."""
         for part in self._parts(folder.name):
             if part.client == client:
-                part.save(asked=False)
-                self._forget(part)
+                self._save_and_forget(part)
         parts = folder / CLIENTS
         if (parts / client).is_dir():
             shutil.rmtree(parts / heir, ignore_errors=True)
@@ -282,7 +281,14 @@ class Sessions:
             for old, new in stored.get("heirs", {}).items():  # since the checkpoint
                 run.hand_over(old, new)
         self.runs[name] = run
+        for part in self._parts(of):  # else all clients that ever came would stay in memory
+            if part is not run and part.client and not self._used[part.name] and self._is_left(part):
+                self._save_and_forget(part)
         return run
+
+    def _save_and_forget(self, run: ServedRun) -> None:
+        run.save(asked=False)
+        self._forget(run)
 
     def _half(self, of: str, model: pb.Model, training: pb.Training, client: str) -> HostedHalf:
         """A half at its base weights; where each client has adapters of its own, over what they share."""
@@ -381,8 +387,7 @@ class Sessions:
                     "`hosl serve --runs-at-once`"
                 )
             for part in self._parts(left):
-                part.save(asked=False)
-                self._forget(part)
+                self._save_and_forget(part)
 
     def _may_go(self, name: str) -> bool:
         return all(

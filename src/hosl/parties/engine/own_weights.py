@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hosl.parties.engine.block_calls import of_rows
 from hosl.parties.engine.perturbation import replaced_forwards, together
@@ -27,13 +26,9 @@ class _Pass:
 
     weights: Sequence[Weights]
     rows: Sequence[int]
-    """The number of rows of each client."""
 
     def parts(self, total: int) -> list[slice]:
-        """Each client's rows of a tensor of `total`: some families flatten [rows, seq] before a layer.
-
-        Of one client all: what has no rows may be read, too, such as a table of distances.
-        """
+        """Each client's rows of a tensor of `total`, which may be [rows, seq] in one, or of one client a table."""
         if len(self.rows) == 1:
             return [slice(0, total)]
         whole = sum(self.rows)
@@ -60,37 +55,27 @@ def own_weights(model: nn.Module, weights: Sequence[Weights], rows: Sequence[int
     that the model trains, and each batch has `sum(rows)` rows.
     """
     one_pass = _Pass(weights, rows)
-    with replaced_forwards(model, lambda module, names: _own_forward(module, names, one_pass)):
+
+    def forward_of(module: nn.Module, names: Mapping[str, str]) -> Callable[..., Any]:
+        linear = type(module) is nn.Linear and "weight" in names
+        return _linear(module, names, one_pass) if linear else _by_client(module, names, one_pass)
+
+    with replaced_forwards(model, forward_of):
         yield
 
 
-def _own_forward(module: nn.Module, names: Mapping[str, str], one_pass: _Pass) -> Callable[..., Any]:
-    if type(module) is nn.Linear and "weight" in names:
-        return _linear(module, names, one_pass)
-    return _by_client(module, names, one_pass)
-
-
-def _linear(module: nn.Linear, names: Mapping[str, str], one_pass: _Pass) -> Callable[..., torch.Tensor]:
+def _linear(module: Any, names: Mapping[str, str], one_pass: _Pass) -> Callable[..., torch.Tensor]:
     """y = W_t x + b_t for the rows of each client t: one batched product where all have as many rows."""
-
-    def own(key: str) -> Sequence[torch.Tensor]:
-        """This tensor of each client; its layer's own where it is not trained; empty: the layer has none."""
-        frozen = module._parameters[key]
-        if key in names:
-            return [weights[names[key]] for weights in one_pass.weights]
-        return [] if frozen is None else [frozen] * len(one_pass.weights)
+    by_client = _by_client(module, names, one_pass)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        own_weight, own_bias = own("weight"), own("bias")
-        if len(own_weight) == 1 or len(set(one_pass.rows)) > 1:
-            biases: Sequence[torch.Tensor | None] = own_bias or [None] * len(own_weight)
-            parts = zip(one_pass.parts(len(x)), own_weight, biases, strict=True)
-            return torch.cat([F.linear(x[rows], weight, bias) for rows, weight, bias in parts])
-        stacked = x.reshape(len(own_weight), -1, module.in_features)
-        y = torch.bmm(stacked, torch.stack(list(own_weight)).transpose(1, 2))
-        if own_bias:
-            y = y + torch.stack(list(own_bias))[:, None]
-        return y.view(*x.shape[:-1], module.out_features)
+        if len(one_pass.rows) == 1 or len(set(one_pass.rows)) > 1:
+            return by_client(x)
+        own = {key: torch.stack([w[name] for w in one_pass.weights]) for key, name in names.items()}
+        y = torch.bmm(x.reshape(len(one_pass.rows), -1, x.shape[-1]), own["weight"].transpose(1, 2))
+        if module.bias is not None:
+            y = y + (own["bias"][:, None] if "bias" in own else module.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
 

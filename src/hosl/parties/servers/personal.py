@@ -4,11 +4,9 @@ What one client's server computes does not depend on the others. A party of a cl
 weights are put into the one half before it computes; several clients' steps are made in one pass (`steps`).
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from hosl.parties.engine.merging import Part, groups, merged_losses
 from hosl.parties.engine.optimisers import optimiser_step
 from hosl.parties.engine.own_weights import Weights, own_weights
 from hosl.parties.engine.perturbation import trained_parameters
-from hosl.parties.servers.basic import FirstOrderServer
+from hosl.parties.servers.basic import FirstOrderServer, check_loss
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.split import ServerHalf, TrunkHalf
 
@@ -61,13 +59,11 @@ class PersonalServers:
         half.to(torch.device(device))
         self.half, self._make_party, self._device = half, make_party, torch.device(device)
         self.slots = slots
-        self._first = {
-            name: p.detach().to("cpu", copy=True) for name, p in trained_parameters(half.model).items()
-        }
+        first = trained_parameters(half.model)
+        self._first = {name: p.detach().to("cpu", copy=True) for name, p in first.items()}
         self._parties: dict[str, Party] = {}
-        self._in_slots: OrderedDict[str, None] = OrderedDict()
+        self.in_slots: OrderedDict[str, None] = OrderedDict()
         """The clients whose weights are on the device, the one used least lately first."""
-        self._mounted: dict[str, nn.Parameter] | None = None
 
     def begin(self, client: str) -> Party:
         """A client's server with new weights and a new optimiser, as at the first step, in place of its old one."""
@@ -75,13 +71,13 @@ class PersonalServers:
         self._make_room()
         self._mount({name: nn.Parameter(p.to(self._device, copy=True)) for name, p in self._first.items()})
         party = self._parties[client] = self._make_party(self.half)
-        self._in_slots[client] = None
+        self.in_slots[client] = None
         return party
 
     def forget(self, client: str) -> None:
         """Let go of a client's weights and optimiser."""
         self._parties.pop(client, None)
-        self._in_slots.pop(client, None)
+        self.in_slots.pop(client, None)
 
     def kept(self, client: str) -> Party:
         """A client's server wherever its weights are: to be read or written, not to compute with."""
@@ -95,15 +91,9 @@ class PersonalServers:
 
     def in_two_parts(self, client: str) -> Party:
         """As `of`, for a step whose gradient comes later: of all clients' graphs one is kept at most, the newest."""
-        for other, party in self._parties.items():
-            if other != client:
-                party.forget()
+        for party in self._parties.values():
+            party.forget()
         return self.of(client)
-
-    @property
-    def in_slots(self) -> list[str]:
-        """The clients whose weights are on the device, the one used least lately first."""
-        return list(self._in_slots)
 
     def steps(self, asked: Sequence[AskedStep]) -> list[StepReply | HoslError]:
         """A training step of each of several clients in few passes over the base; the reply or the error of each.
@@ -114,20 +104,21 @@ class PersonalServers:
         Requires: no client twice, at most as many clients as slots; labels at the server.
         """
         if len(asked) == 1:
-            return [_tried(lambda: _stepped_alone(self.of(asked[0].client), asked[0]))]
+            return [_stepped_alone(self.of(asked[0].client), asked[0])]
         parties = [self._in_slot(one.client) for one in asked]
-        leaves = [
-            one.activations.detach().to(self._device).requires_grad_(one.want_gradient) for one in asked
-        ]
-        losses = self._losses(
-            [party.trained for party in parties],
-            [Part(h, one.targets) for h, one in zip(leaves, asked, strict=True)],
-        )
+        leaves = [q.activations.detach().to(self._device).requires_grad_(q.want_gradient) for q in asked]
+        batches = [Part(h, one.targets) for h, one in zip(leaves, asked, strict=True)]
+        losses = self._losses([party.trained for party in parties], batches)
         finite = [loss for loss in losses if torch.isfinite(loss.detach())]
-        if finite:
-            torch.stack(finite).sum().backward()
+        try:
+            if finite:
+                torch.stack(finite).sum().backward()
+        except BaseException:  # such as a full device: what was added so far must not count in the next step
+            for p in (p for party in parties for p in party.trained.values()):
+                p.grad = None
+            raise
         return [
-            _tried(partial(_updated, party, one.step, StepReply(loss=float(loss.detach()), gradient=h.grad)))
+            _updated(party, one.step, float(loss.detach()), h)
             for one, party, loss, h in zip(asked, parties, losses, leaves, strict=True)
         ]
 
@@ -140,14 +131,10 @@ class PersonalServers:
             party = self.of(asked[0][0])
             assert isinstance(party, FirstOrderServer), "labels at the client: the server has no losses"
             return [party.losses(*asked[0][1:])]
-        weights = [self._in_slot(client).trained for client, _, _ in asked]
-        each = [
-            (own, Part(h.to(self._device), targets))
-            for own, (_, hs, targets) in zip(weights, asked, strict=True)
-            for h in hs
-        ]
+        weights = [self._in_slot(client).trained for client, hs, _ in asked for _ in hs]
+        batches = [Part(h.to(self._device), targets) for _, hs, targets in asked for h in hs]
         with torch.no_grad():
-            found = iter(self._losses([own for own, _ in each], [part for _, part in each]))
+            found = iter(self._losses(weights, batches))
             return [[float(next(found)) for _ in hs] for _, hs, _ in asked]
 
     def _losses(self, weights: Sequence[Weights], parts: Sequence[Part]) -> list[torch.Tensor]:
@@ -165,52 +152,46 @@ class PersonalServers:
         if client not in self._parties:
             raise SessionError(f"the adapters of client {client} are not in memory any more; say hello again")
         party = self._parties[client]
-        if client not in self._in_slots:
+        if client not in self.in_slots:
             self._make_room()
             _move_(party, self._device)
-        self._in_slots[client] = None
-        self._in_slots.move_to_end(client)
+        self.in_slots[client] = None
+        self.in_slots.move_to_end(client)
         return party
 
     def _make_room(self) -> None:
         """Move the clients used least lately to the host until one more has a slot."""
-        while self.slots is not None and len(self._in_slots) >= self.slots:
-            client, _ = self._in_slots.popitem(last=False)
+        while self.slots is not None and len(self.in_slots) >= self.slots:
+            client, _ = self.in_slots.popitem(last=False)
             _move_(self._parties[client], torch.device("cpu"))
 
     def _mount(self, weights: dict[str, nn.Parameter]) -> None:
         """Put trained weights into the half."""
-        if self._mounted is weights:
-            return
-        self._mounted = weights
         for name, p in weights.items():
             module, _, key = name.rpartition(".")
             self.half.model.get_submodule(module)._parameters[key] = p
 
 
-def _updated(party: Party, step: int, reply: StepReply) -> StepReply:
+def _updated(party: Party, step: int, loss: float, h: torch.Tensor) -> StepReply | HoslError:
     assert party.optimiser is not None, "a half without trained weights has no step of its own"
-    if not math.isfinite(reply.loss):
-        party.optimiser.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"the training loss of step {step} is {reply.loss}; it must be finite: lower server.learning_rate or "
-            "client.learning_rate, and look for extreme values in the data"
-        )
-    optimiser_step(party.optimiser, party.learning_rate(step))
-    return reply
-
-
-def _stepped_alone(party: Party, one: AskedStep) -> StepReply:
-    assert isinstance(party, FirstOrderServer), "labels at the client: a step comes in two parts"
-    party.forget()
-    return party.step(one.activations, one.targets, step=one.step, want_gradient=one.want_gradient)
-
-
-def _tried(work: Callable[[], StepReply]) -> StepReply | HoslError:
     try:
-        return work()
-    except HoslError as error:
+        check_loss(loss, step)
+        optimiser_step(party.optimiser, party.learning_rate(step))
+    except NonFiniteError as error:
         return error
+    finally:
+        party.optimiser.zero_grad()
+    return StepReply(loss=loss, gradient=h.grad)
+
+
+def _stepped_alone(party: Party, one: AskedStep) -> StepReply | HoslError:
+    assert isinstance(party, FirstOrderServer), "labels at the client: a step comes in two parts"
+    try:
+        return party.step(one.activations, one.targets, step=one.step, want_gradient=one.want_gradient)
+    except NonFiniteError as error:
+        return error
+    finally:
+        party.forget()  # who asks again is answered by the service
 
 
 def _move_(party: Party, device: torch.device) -> None:
@@ -220,7 +201,5 @@ def _move_(party: Party, device: torch.device) -> None:
         p.data = p.data.to(device)
     for state in party.optimiser.state.values() if party.optimiser is not None else ():
         for entry, value in state.items():
-            if (
-                isinstance(value, torch.Tensor) and entry != "step"
-            ):  # torch keeps the count of steps on the CPU
+            if entry != "step":  # torch keeps the count of steps on the CPU
                 state[entry] = value.to(device)
