@@ -132,13 +132,13 @@ class Status:
 
     def stepped(self, run: ServedRun, client: str, seconds: float) -> None:
         """Record that a training step was executed and took `seconds` of compute."""
-        self._steps.labels(run.name, client).inc()
-        self._seconds.labels(run.name).inc(seconds)
+        self._steps.labels(run.of, client).inc()
+        self._seconds.labels(run.of).inc(seconds)
         with self._lock:
             self._clients[client]["steps"] += 1
             self._runs[run.name]["step"] = run.server_step
             if run.last_loss is not None:
-                self._loss.labels(run.name).set(run.last_loss)
+                self._loss.labels(run.of).set(run.last_loss)
                 losses = self._losses.setdefault(run.name, deque())
                 losses.append((run.server_step, run.last_loss))
                 if len(losses) > _POINTS:
@@ -146,7 +146,7 @@ class Status:
 
     def round_closed(self, run: ServedRun, number: int, dropped: list[str], seconds: float) -> None:
         """Record that a synchronous round was applied; the clients `dropped` did not contribute."""
-        self._seconds.labels(run.name).inc(seconds)
+        self._seconds.labels(run.of).inc(seconds)
         with self._lock:
             self._runs[run.name]["step"] = run.server_step
         if dropped:
