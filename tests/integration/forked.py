@@ -14,8 +14,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
-_PARENT = multiprocessing.get_context("forkserver")
-_PARENT.set_forkserver_preload(
+PARENT = multiprocessing.get_context("forkserver")
+"""Forks processes that have loaded what stands here; there is one such parent of all tests."""
+PARENT.set_forkserver_preload(
     [
         "hosl.network.serve",
         "hosl.network.join",
@@ -27,6 +28,10 @@ _PARENT.set_forkserver_preload(
         "matplotlib.figure",
         "transformers.models.bert.modeling_bert",
         "transformers.models.llama.modeling_llama",
+        "transformers.models.opt.modeling_opt",
+        "hosl.ranks.hosting",
+        "torch._dynamo",  # by fully_shard
+        "tests.ranks",
     ]
 )
 
@@ -45,7 +50,7 @@ class Forked:
         out_end, err_end = (
             multiprocessing.connection.Connection(os.dup(file.fileno())) for file in (out, err)
         )
-        self._process = _PARENT.Process(
+        self._process = PARENT.Process(
             target=_become, args=([str(word) for word in command[1:]], dict(env), out_end, err_end)
         )
         self._process.start()

@@ -185,6 +185,7 @@ class TestService:
         assert 0 < found["wait_p50_s"] <= found["wait_p99_s"]
         assert found["loop_cpu_s_per_gib"] > 0
         assert found["round_cpu_s"] > 0
+        assert 0 < found["round_closing_s"] < found["round_s"]
         assert found["server_peak_mib"] > 100
         assert "bench: 2 rounds of 3 devices" in printed.err
 

@@ -83,4 +83,5 @@ def test_each_of_two_devices_ends_as_with_a_server_to_itself_whatever_is_killed(
     capsys.readouterr()
     assert main(["runs", "ls", "--service", str(service), "--json"]) == 0
     (listed,) = json.loads(capsys.readouterr().out)["runs"]
-    assert listed["saved_steps"] == {"first": [8, 12], "second": [8, 12]}
+    saved = {seat["name"]: (seat["step"], seat["saved_steps"]) for seat in listed["seats"]}
+    assert saved == {"first": (12, [8, 12]), "second": (12, [8, 12])}

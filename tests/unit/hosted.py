@@ -83,12 +83,12 @@ def step_messages(session, step):
 class Service:
     """Calls, sessions and compute thread over one folder; `call` makes one call and returns its replies."""
 
-    def __init__(self, folder, *, limits=None, half=None, merge_tokens=0, **how):
+    def __init__(self, folder, *, limits=None, half=None, merge_tokens=0, status=Status, **how):
         self.told, self.log = [], []
-        self.scheduler = Scheduler(merge_tokens, tell=self.told.append)
         self.half = half or CountingHalf()
         self.sessions = Sessions(folder, lambda model, training: self.half, **how)
-        status = Status(log=lambda line: self.log.append(msgspec.json.decode(line)))
+        status = status(lambda line: self.log.append(msgspec.json.decode(line)))
+        self.scheduler = Scheduler(merge_tokens, tell=self.told.append, worked=status.worked)
         self.calls = Calls(
             Access(folder), self.sessions, self.scheduler, status, limits or Limits(), idle_s=5.0
         )

@@ -8,8 +8,8 @@ import pytest
 
 from hosl.cli import main
 from hosl.errors import HandshakeError, LimitError, SessionError
-from hosl.service import sessions
-from hosl.service.sessions import each_run
+from hosl.service.operation.quota import Quota
+from hosl.service.sessions import save_all
 from hosl.wire import hosl_pb2 as pb
 from tests.unit.hosted import Service, in_loop, training
 
@@ -66,7 +66,7 @@ def test_a_server_that_lost_a_run_asks_before_the_device_starts_from_nothing(tmp
             if step % 3 == 0:
                 await service.save("a", session, step)
         if what == "dropped by the owner":
-            assert main(["runs", "drop", "run", "--service", str(tmp_path)]) == 0
+            assert main(["runs", "drop", "run", "--yes", "--service", str(tmp_path)]) == 0
             with pytest.raises(SessionError):
                 await service.step("a", session, 7)
         else:
@@ -132,7 +132,7 @@ def test_a_server_stopped_again_and_again_keeps_the_checkpoints_that_its_client_
         service = Service(tmp_path)
         await _trained(service, 7)
         for stop in (7, 8, 9):
-            each_run(service.sessions, lambda run: run.save(asked=False))
+            save_all(service.sessions)
             service = Service(tmp_path)
             greeted = await service.hello("a", ALONE, restorable=[0, 3, 6], current=stop)
             assert greeted.start == stop
@@ -169,11 +169,9 @@ def test_an_abandoned_run_makes_room_and_can_be_resumed(tmp_path, how):
     assert in_loop(run()) == (0 if how == "refused" else 4)
 
 
-def test_one_client_cannot_fill_the_disk_with_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sessions, "RUNS_PER_CLIENT", 3)
-
+def test_one_client_cannot_fill_the_disk_with_runs(tmp_path):
     async def run():
-        service = Service(tmp_path)
+        service = Service(tmp_path, quota=Quota(runs=3))
         for number in range(40):  # nothing is trained in these
             session = (await service.hello("a", ALONE, run=f"empty-{number}")).session
             await service.leave("a", session)
@@ -192,12 +190,12 @@ def test_one_client_cannot_fill_the_disk_with_runs(tmp_path, monkeypatch):
 def test_the_owner_lists_and_drops_runs(tmp_path, capsys):
     in_loop(_trained(Service(tmp_path), 7))
     assert main(["runs", "ls", "--service", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "runs": [{"name": "run", "clients": ["a"], "saved_steps": [3, 6], "max_steps": 12}]
-    }
-    assert main(["runs", "drop", "other", "--service", str(tmp_path)]) == 2
+    (told,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (told["name"], told["clients"], told["saved_steps"]) == ("run", ["a"], [3, 6])
+    assert (told["step"], told["max_steps"]) == (6, 12)
+    assert main(["runs", "drop", "other", "--yes", "--service", str(tmp_path)]) == 2
     assert "no run is called other; there are run" in capsys.readouterr().err
-    assert main(["runs", "drop", "run", "--service", str(tmp_path)]) == 0
+    assert main(["runs", "drop", "run", "--yes", "--service", str(tmp_path)]) == 0
     assert list((tmp_path / "runs").iterdir()) == []
     assert main(["runs", "ls", "--service", str(tmp_path / "nowhere")]) == 2
     assert "is no service folder" in capsys.readouterr().err
@@ -209,5 +207,5 @@ def test_a_run_whose_handshake_is_damaged_is_listed_and_dropped_and_stops_no_oth
     assert main(["runs", "ls", "--service", str(tmp_path)]) == 0
     assert "handshake.json is damaged" in capsys.readouterr().out
     in_loop(_trained(Service(tmp_path), 2, run="another"))
-    assert main(["runs", "drop", "run", "--service", str(tmp_path)]) == 0
+    assert main(["runs", "drop", "run", "--yes", "--service", str(tmp_path)]) == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another"]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl.config import Config, ZOConfig
+from hosl.config import ClientsConfig, Config, ZOConfig
 from hosl.core.directions import DISTRIBUTIONS
 from hosl.core.methods import METHODS
 from hosl.core.targets import ClassTargets, OptionTargets, PositionTargets, RowPositionTargets
@@ -240,3 +240,12 @@ def test_a_tensor_is_the_same_however_it_is_cut_into_chunks():
             arriving.add(sent[begin : begin + size])
             begin += size
         np.testing.assert_array_equal(arriving.array().data, values)
+
+
+def test_a_server_takes_more_devices_than_could_have_directions_of_their_own():
+    config = Config(
+        method="hosl", zo=ZOConfig(directions=10),
+        clients=ClientsConfig(count=1000, halves="shared", schedule="synchronous", directions="common"),
+    )  # fmt: skip
+    model = pb.Model(dtype=pb.FLOAT32, cut=2, labels=pb.LABELS_AT_SERVER)
+    assert config_of(model, training_message(config), device="cpu").clients.count == 1000

@@ -45,10 +45,19 @@ def bench_merging(
     cut: int,
     crowds: Sequence[Crowd] = CROWDS,
     *,
+    merge_tokens: int = 1024,
     repeats: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure every crowd; `say` is called with lines of progress.
+
+    Args:
+        shape: the name of a known shape.
+        cut: blocks on the client.
+        crowds: the clients.
+        merge_tokens: the tokens of a pass, at most, as of `hosl serve --merge-tokens`.
+        repeats: measured ones, after one that warms up.
+        say: see above.
 
     Returns:
         The settings, and under `methods` for each crowd the CPU seconds and ratios: of one client's pair in one pass
@@ -62,33 +71,39 @@ def bench_merging(
         server = SynchronousServer(half, learning_rate=lambda step: 0.0)
         rows = []
         for number, crowd in enumerate(crowds, start=1):
-            rows.append(_measured(server, crowd, repeats))
+            rows.append(_measured(server, crowd, merge_tokens, repeats))
             say(f"{number} of {len(crowds)}: {crowd.name} done")
     return {
-        "shape": shape, "cut": cut, "repeats": repeats, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "methods": rows,
+        "shape": shape, "cut": cut, "merge_tokens": merge_tokens, "repeats": repeats,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "methods": rows,
     }  # fmt: skip
 
 
-def _measured(server: SynchronousServer, crowd: Crowd, repeats: int) -> dict[str, Any]:
+def _measured(server: SynchronousServer, crowd: Crowd, merge_tokens: int, repeats: int) -> dict[str, Any]:
     questions = _questions(server, crowd)
+    tokens = crowd.rows * crowd.tokens
     (pair, targets), parts = questions[0], [Contributed(h[0], t, crowd.rows, True) for h, t in questions]
 
     def each_alone() -> list[float]:
         return [loss for h, t in questions for loss in server.losses(h, t)]
 
     def together() -> list[float]:
-        return [loss for pair in server.losses_together(questions) for loss in pair]
+        passes = [server.losses_together(some) for some in _passes(questions, 2 * tokens, merge_tokens)]
+        return [loss for answers in passes for pair in answers for loss in pair]
 
     def rounds_alone() -> None:
         for part in parts:
             server.contribute(part.activations, part.targets, part.weight, want_gradient=True)
 
+    def rounds_together() -> None:
+        for some in _passes(parts, tokens, merge_tokens):
+            server.contribute_together(some)
+
     works = {
         "pair alone": lambda: server.losses(pair, targets),
         "pair merged": lambda: server.losses_together([(pair, targets)]),
         "alone": each_alone, "merged": together,
-        "round alone": rounds_alone, "round merged": lambda: server.contribute_together(parts),
+        "round alone": rounds_alone, "round merged": rounds_together,
     }  # fmt: skip
     spent: dict[str, list[float]] = {name: [] for name in works}
     for number in range(repeats + 1):  # round 0 warms up
@@ -101,7 +116,7 @@ def _measured(server: SynchronousServer, crowd: Crowd, repeats: int) -> dict[str
     moved = max(abs(a - b) / abs(a) for a, b in zip(each_alone(), together(), strict=True))
     return {
         "name": crowd.name,
-        "tokens": 2 * crowd.clients * crowd.rows * crowd.tokens,
+        "tokens": 2 * crowd.clients * tokens,
         "pair": cpu_s["pair alone"] / cpu_s["pair merged"],
         "alone_cpu_s": cpu_s["alone"],
         "merged_cpu_s": cpu_s["merged"],
@@ -109,6 +124,12 @@ def _measured(server: SynchronousServer, crowd: Crowd, repeats: int) -> dict[str
         "round": cpu_s["round alone"] / cpu_s["round merged"],
         "moved": moved,
     }
+
+
+def _passes(questions: Sequence[Any], tokens: int, merge_tokens: int) -> list[Sequence[Any]]:
+    """The questions of each pass, where each has so many tokens."""
+    most = max(merge_tokens // tokens, 1)
+    return [questions[first : first + most] for first in range(0, len(questions), most)]
 
 
 def _questions(server: SynchronousServer, crowd: Crowd) -> list[tuple[list[torch.Tensor], OptionTargets]]:

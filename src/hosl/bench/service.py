@@ -119,8 +119,15 @@ class _Bench:
         seen, _, cpu_s = self._run(
             *(self._orders("rounds", part, work="rounds", rounds=rounds, count=clients) for part in parts)
         )
+        closed, took_s = (
+            self._served.metric(f'hosl_compute_seconds_{what}{{call="Round"}}') for what in ("count", "sum")
+        )
         lengths_s = [max(of_round) for of_round in zip(*(part.rounds_s for part in seen), strict=True)]
-        return {"round_s": float(np.median(lengths_s)), "round_cpu_s": cpu_s / rounds}
+        return {
+            "round_s": float(np.median(lengths_s)),
+            "round_cpu_s": cpu_s / rounds,
+            "round_closing_s": took_s / closed,
+        }
 
     def _orders(
         self,

@@ -30,7 +30,7 @@ _COMMANDS = {
     "bench": "measure costs: hosl bench step | memory | plan | link --rtt 50ms --up 10mbit",
     "study": "many runs, resumable, as tables and pictures: hosl study STUDY.yaml [--dry-run]",
     "clients": "who may join: hosl clients ls | add NAME | revoke NAME",
-    "runs": "what the server holds: hosl runs ls | drop NAME",
+    "runs": "what the server holds: hosl runs ls | show NAME | drop NAME",
     "report": "one page of a run, or of many side by side: hosl report RUN... [-o FILE]",
 }
 _ROOMS = {"generate": "use.", "predict": "use.", "merge": "use."}
@@ -39,6 +39,7 @@ _EXTRAS = {
     "torch": "torch", "transformers": "torch", "peft": "lora", "pyarrow": "data", "matplotlib": "report",
     "jinja2": "report", "cryptography": "serve", "prometheus_client": "serve", "gguf": "gguf",
     "onnxruntime": "edge", "onnx": "onnx-export", "onnxscript": "onnx-export",
+    "opentelemetry": "otel",
 }  # fmt: skip
 """Module -> the extra of this package that brings it."""
 _TOKEN = re.compile(

@@ -159,6 +159,9 @@ def _merging(arguments: list[str]) -> int:
     parser.add_argument("--shape", default="opt-125m", help="tiny, opt-125m, opt-1.3b")
     parser.add_argument("--cut", type=int, default=5)
     parser.add_argument("--crowds", help="CLIENTSxROWSxTOKENS, separated by commas; default: five of them")
+    parser.add_argument(
+        "--merge-tokens", type=int, default=1024, help="tokens of a pass, at most, as of hosl serve"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="after one that warms up")
     options = parser.parse_args(arguments)
     need_torch()
@@ -177,7 +180,10 @@ def _merging(arguments: list[str]) -> int:
             raise ConfigError(f"--crowds {options.crowds}: a crowd has a client, a row and 8 tokens at least")
     if options.repeats < 1:
         raise ConfigError(f"--repeats must be 1 at least, got {options.repeats}")
-    result = bench_merging(options.shape, options.cut, crowds, repeats=options.repeats, say=_say)
+    result = bench_merging(
+        options.shape, options.cut, crowds,
+        merge_tokens=options.merge_tokens, repeats=options.repeats, say=_say,
+    )  # fmt: skip
     return _show(result, options.json)
 
 

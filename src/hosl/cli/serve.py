@@ -1,6 +1,7 @@
 """`hosl serve OUT/server --listen HOST:PORT`: the server process."""
 
 from pathlib import Path
+from typing import Any
 
 from hosl.cli.answers import Parser, command_parser
 from hosl.errors import ConfigError
@@ -20,10 +21,14 @@ def run(arguments: list[str]) -> int:
     _add_arguments(parser)
     options = parser.parse_args(arguments)
 
-    from hosl.methods.torch_parties import check_device
     from hosl.network.serve import ServeOptions, serve
+    from hosl.system.byte_sizes import parse_bytes
 
-    check_device(options.device, "--device")
+    layout = _layout(options)
+    if layout is None:  # else each rank checks its own
+        from hosl.methods.torch_parties import check_device
+
+        check_device(options.device, "--device")
 
     if options.tensor_total < 4 * options.tensor_limit:
         raise ConfigError(
@@ -35,23 +40,55 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--adapter-slots must be 1 or more, or 0 for all, got {options.adapter_slots}")
     if options.merge_tokens < 0:
         raise ConfigError(f"--merge-tokens must be 0, for no merging, or more; got {options.merge_tokens}")
+    for flag in ("runs_per_client", "seat_days"):
+        if not getattr(options, flag) > 0:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be above 0, got {getattr(options, flag):g}")
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
 
-    serve(
-        ServeOptions(
-            half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
-            public=options.public, certificate=path(options.certificate), key=path(options.key),
-            client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
-            runs_at_once=options.runs_at_once, away_s=options.away, tensor_limit_bytes=options.tensor_limit << 20,
-            tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-            merge_tokens=options.merge_tokens, adapter_slots=options.adapter_slots, give_half=options.give_half,
-            cache_limit_bytes=options.cache_limit << 20,
-            cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
-        )
+    asked = ServeOptions(
+        half=Path(options.half), listen=options.listen, service=Path(options.service), page=options.page,
+        public=options.public, certificate=path(options.certificate), key=path(options.key),
+        client_authority=path(options.client_authority), plaintext=options.plaintext, device=options.device,
+        runs_at_once=options.runs_at_once, away_s=options.away, seat_s=86400.0 * options.seat_days,
+        runs_per_client=options.runs_per_client, disk_per_client_bytes=parse_bytes(options.disk_per_client),
+        tensor_limit_bytes=options.tensor_limit << 20,
+        tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
+        merge_tokens=options.merge_tokens, adapter_slots=options.adapter_slots, give_half=options.give_half,
+        traces=options.traces,
+        cache_limit_bytes=options.cache_limit << 20,
+        cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
     )  # fmt: skip
-    return 0
+    if layout is None:
+        serve(asked)
+        return 0
+    from hosl.ranks.serve import serve_ranks
+
+    return serve_ranks(asked, layout)
+
+
+def _layout(options: Any) -> Any:
+    """The layout of several ranks, by the arguments; None: there is one.
+
+    Raises:
+        ConfigError: if arguments about several ranks come without them.
+    """
+    several = {
+        "--ranks-per-copy": options.ranks_per_copy is not None, "--rows": options.rows != "split",
+        "--keep-gathered": options.keep_gathered,
+    }  # fmt: skip
+    if options.ranks == 1 and any(several.values()):
+        names = ", ".join(name for name, given in several.items() if given)
+        raise ConfigError(f"{names}: these are about several ranks, and --ranks is 1; give --ranks too")
+    if options.ranks == 1:
+        return None
+    from hosl.ranks.layout import Layout
+
+    per_copy = options.ranks if options.ranks_per_copy is None else options.ranks_per_copy
+    return Layout(
+        ranks=options.ranks, per_copy=per_copy, rows=options.rows, keep_gathered=options.keep_gathered
+    )
 
 
 def _add_arguments(parser: Parser) -> None:
@@ -112,4 +149,53 @@ def _add_arguments(parser: Parser) -> None:
         "--give-half",
         action="store_true",
         help="let the devices of a run have the server's half (hosl merge)",
+    )
+    _add_rank_arguments(parser)
+    _add_operation(parser)
+
+
+def _add_rank_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that hold the half together, one GPU each; default 1"
+    )
+    parser.add_argument(
+        "--ranks-per-copy",
+        type=int,
+        help="ranks that share one copy of the weights; default: all. 1: each has all weights, and a share of the rows",
+    )
+    parser.add_argument(
+        "--rows",
+        choices=("split", "all"),
+        default="split",
+        help="all: every rank computes every row, for the bits of one process",
+    )
+    parser.add_argument(
+        "--keep-gathered",
+        action="store_true",
+        help="weights that the ranks of a copy put together stay so until they change: more memory, fewer gathers",
+    )
+
+
+def _add_operation(parser: Parser) -> None:
+    parser.add_argument(
+        "--seat-days",
+        type=float,
+        default=30.0,
+        help="days without a call until a client's seat in a full run is free for another; its runs stay",
+    )
+    parser.add_argument(
+        "--runs-per-client",
+        type=int,
+        default=100,
+        help="runs with checkpoints that one client may have begun",
+    )
+    parser.add_argument(
+        "--disk-per-client",
+        default="64GiB",
+        help="size on disk of the runs that one client has begun, such as 500GB; more is refused, nothing deleted",
+    )
+    parser.add_argument(
+        "--traces",
+        metavar="URL",
+        help="an OpenTelemetry collector (OTLP over HTTP) that gets a span of each call; default: none",
     )

@@ -4,6 +4,7 @@ The data boundary is these types. A `Batch` stays with the client; of it, only `
 server. No field of `Targets` can carry the input's token ids or text. The calls that carry them: `hosl.core.protocols`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -95,6 +96,14 @@ class StepReply:
     """Mean loss of the batch at the theta_s that entered the step, in nats."""
     gradient: Activations | None = None
     """dL/dh at the same theta_s, shaped like the activations; None unless asked for."""
+
+
+def rows_of(targets: Targets, rows: Sequence[int]) -> Targets:
+    """The targets of these rows, in this order."""
+    at = list(rows)
+    if isinstance(targets, ClassTargets):
+        return ClassTargets(targets.mask[at], targets.labels[at])
+    return OptionTargets(targets.mask[at], targets.positions[at], targets.tokens[at], targets.mean_over)
 
 
 def weight_of(targets: Targets | AskedPositions) -> int:

@@ -75,6 +75,7 @@ def config_of(model: pb.Model, training: pb.Training, *, device: str) -> Config:
         count=training.clients, halves=_name(pb.Halves, training.halves),
         schedule=_name(pb.Order, training.order), grace_s=training.grace_s,
         server="personal" if training.personal_server else "shared",
+        directions="common",  # not told: how many directions a round has is seen when they come (`Round.add`)
     )  # fmt: skip
     base = Config(
         method=_name(pb.Method, training.method), seed=training.seed,

@@ -28,8 +28,7 @@ from hosl.network.handshake import config_of
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.service.giving import given_of
-from hosl.service.runs import checkpoints_below
-from hosl.service.sessions import stored_handshake, stored_runs
+from hosl.service.operation.stored import checkpoints_below, stored_handshake, stored_runs
 from hosl.split import (
     ClientHalf,
     HeadHalf,

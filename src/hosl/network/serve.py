@@ -4,18 +4,23 @@ import asyncio
 import json
 import os
 import resource
+import shutil
 import signal
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hosl.config import Config
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
+from hosl.service.hosted_half import HostedBank, HostedHalf, OpenHalf
 from hosl.split.reading.half_json import half_facts
 from hosl.system.allocator import keep_freed_memory
+from hosl.system.readable import readable_bytes
 from hosl.system.run_folder import RunLock
 from hosl.transport.join_line import JoinLine, address_of, check_public
 from hosl.wire import hosl_pb2 as pb
@@ -57,6 +62,12 @@ class ServeOptions:
     """Runs whose halves are in memory together."""
     away_s: float = 600.0
     """Seconds without a call after which a run makes room for another one."""
+    seat_s: float = 30 * 86400.0
+    """Seconds without a call after which a client's seat in a full run is free for another client."""
+    runs_per_client: int = 100
+    """Runs with checkpoints that one client may have begun."""
+    disk_per_client_bytes: int = 64 << 30
+    """Bytes on disk of the runs that one client has begun."""
     tensor_limit_bytes: int = 256 << 20
     """The largest activation that is accepted."""
     tensor_total_bytes: int = 2 << 30
@@ -75,6 +86,8 @@ class ServeOptions:
     """Texts that are generated at once; 0: none."""
     adapter_slots: int = 0
     """The clients with adapters of their own whose weights are on the device at once; 0: all of a run."""
+    traces: str | None = None
+    """The address of an OpenTelemetry collector that gets a span of each call; None: no spans."""
     give_half: bool = False
     """Whether clients of a run may have the server's half of it."""
     say: Callable[[str], None] = field(default=lambda text: print_line(text))
@@ -96,14 +109,20 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def serve(options: ServeOptions) -> None:
+Host = Callable[[Config, Sequence[str], bool], HostedHalf | HostedBank]
+"""Makes the half of a run: (its settings, the names of weights that the checkpoint did not hold, synchronous)."""
+
+
+def serve(options: ServeOptions, host: Host | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then finish the work in hand and save every run.
+
+    `host`: makes the halves of runs; None: in this process alone.
 
     Raises:
         RequestError: if the half, the address or the certificate cannot be used.
     """
     facts = half_facts(options.half, "server")
-    host, port = parse_address(options.listen)
+    name, port = parse_address(options.listen)
     for flag, address in (("--listen", options.listen), ("--page", options.page)):
         if options.plaintext and address and parse_address(address)[0] not in _LOOPBACK:
             raise ConfigError(f"plaintext is for loopback only, got {flag} {address}; leave --plaintext out")
@@ -112,7 +131,7 @@ def serve(options: ServeOptions) -> None:
     options.service.mkdir(parents=True, exist_ok=True)
     with RunLock(options.service):
         credentials = _credentials(options)  # before grpc is loaded: it reads its cipher list once
-        asyncio.run(_serve(options, facts, host, port, credentials))
+        asyncio.run(_serve(options, (name, port), credentials, _opener(options, facts, host)))
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -129,40 +148,39 @@ def parse_address(text: str) -> tuple[str, int]:
 
 async def _serve(
     options: ServeOptions,
-    facts: dict[str, Any],
-    host: str,
-    port: int,
+    address: tuple[str, int],
     credentials: _Credentials | None,
+    open_half: OpenHalf,
 ) -> None:
     import grpc.aio
 
     from hosl.service.access import Access
     from hosl.service.calls import Calls
     from hosl.service.limits import Limits
+    from hosl.service.operation.quota import Quota
     from hosl.service.page import Page
     from hosl.service.scheduler import Scheduler
-    from hosl.service.sessions import Sessions, each_run
-    from hosl.service.status import Status
+    from hosl.service.sessions import Sessions, save_all
 
-    access, status = Access(options.service), Status()
-    scheduler = Scheduler(options.merge_tokens, tell=status.answered_together)
+    access, status = Access(options.service), _status(options)
+    scheduler = Scheduler(options.merge_tokens, tell=status.answered_together, worked=status.worked)
     limits = Limits(
         tensor_bytes=options.tensor_limit_bytes, calls_per_s=options.calls_per_s,
         cache_bytes=options.cache_limit_bytes, cache_total_bytes=options.cache_total_bytes,
         texts_at_once=options.texts_at_once, tensor_total_bytes=options.tensor_total_bytes,
     )  # fmt: skip
     sessions = Sessions(
-        options.service, _opener(options, facts), status.damaged, revoked=access.revoked,
-        runs_at_once=options.runs_at_once, away_s=options.away_s,
+        options.service, open_half, status.damaged, revoked=access.revoked,
+        runs_at_once=options.runs_at_once, away_s=options.away_s, seat_s=options.seat_s,
+        quota=Quota(options.runs_per_client, options.disk_per_client_bytes),
     )  # fmt: skip
     giving = _giving(options, status.damaged)
     calls = Calls(access, sessions, scheduler, status, limits, idle_s=options.idle_s, giving=giving)
-    status.watch_queue(lambda: scheduler.queue)
-    status.watch_tensors(lambda: calls.room.taken_bytes)
+    _watch(status, options, scheduler, sessions, calls)
     server = grpc.aio.server(options=_server_options(limits.message_bytes, options.idle_s))
     server.add_generic_rpc_handlers((calls.handler(),))
     try:
-        bound = _bind(server, address_of(host, port), credentials, options)
+        bound = _bind(server, address_of(*address), credentials, options)
     except RuntimeError as cause:
         raise ConfigError(f"{options.listen} cannot be listened on: {cause}; is the port taken?") from cause
     ended = asyncio.Event()
@@ -172,17 +190,62 @@ async def _serve(
         parse_address(options.page), access, status, _page_context(options)
     )  # fmt: skip
     await server.start()
-    _announce(options, access, host, bound, credentials, page)
+    _announce(options, access, address[0], bound, credentials, page)
     status.ready = True
-    await ended.wait()
-    status.ready = False
-    status.line("draining")
-    await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
-    await scheduler.run("drain", 0, lambda: each_run(sessions, lambda run: run.save(asked=False)))
+    async with _tended(options.service, sessions, scheduler, status):
+        await ended.wait()
+        status.ready = False
+        status.line("draining")
+        await server.stop(grace=5.0)  # calls in hand may end; new ones are refused
+        await scheduler.run("drain", 0, lambda: save_all(sessions))
     scheduler.close()
     if page:
         page.close()
-    status.line("stopped")
+    status.line("stopped", **status.merged())
+    if options.traces is not None:
+        status.close()
+
+
+def _status(options: ServeOptions) -> Any:
+    """The counters, with spans where they are asked for; else nothing of them is imported, and no call does more."""
+    if options.traces is None:
+        from hosl.service.status import Status
+
+        return Status()
+    from hosl.service.operation.traces import traced_to
+
+    return traced_to(options.traces)
+
+
+def _watch(status: Any, options: ServeOptions, scheduler: Any, sessions: Any, calls: Any) -> None:
+    """Let the metrics ask for what is known elsewhere."""
+    status.watch_queue(lambda: scheduler.queue)
+    status.watch_tensors(lambda: calls.room.taken_bytes)
+    status.watch_disk(lambda: shutil.disk_usage(options.service).free)
+    status.watch_runs(sessions.now)
+
+
+@asynccontextmanager
+async def _tended(service: Path, sessions: Any, scheduler: Any, status: Any) -> AsyncIterator[None]:
+    """Let `hosl runs` see what this server does, and let the memory go of runs that it dropped."""
+    from hosl.service.operation.live_files import PERIOD_S, LiveFiles
+
+    files = LiveFiles(service, sessions.now, status.unwritten)
+
+    async def tend() -> None:
+        while True:
+            await files.write()
+            await asyncio.sleep(PERIOD_S)
+            if sessions.dropped():
+                await scheduler.run("drop", 0, sessions.forget_dropped)
+
+    task = asyncio.create_task(tend())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        files.close()
 
 
 def _server_options(message_bytes: int, idle_s: float) -> list[tuple[str, int]]:
@@ -268,14 +331,11 @@ def _page_context(options: ServeOptions) -> ssl.SSLContext | None:
     return context
 
 
-def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
+def _opener(options: ServeOptions, facts: dict[str, Any], host: Host | None) -> OpenHalf:
     """The function that opens the half for a Hello, and refuses a Hello for another half."""
-    from hosl.methods.torch_parties import DTYPES, make_server
-    from hosl.network.personal_hosting import PersonalBank
-    from hosl.network.torch_hosting import TorchHosted
-    from hosl.split import load_half
+    make = host or _in_this_process(options)
 
-    def open_half(model: pb.Model, training: pb.Training) -> TorchHosted | PersonalBank:
+    def open_half(model: pb.Model, training: pb.Training) -> HostedHalf | HostedBank:
         ours = pb.Model(
             family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"],
             client_digest=facts["client_digest"], server_digest=facts["server_digest"], dtype=model.dtype,
@@ -289,17 +349,26 @@ def _opener(options: ServeOptions, facts: dict[str, Any]) -> Any:
                     "the client; use both folders of one `hosl split`"
                 )
         config = config_of(model, training, device=options.device)
-        dtype = DTYPES[config.model.dtype]
+        return make(config, facts.get("new_weights", ()), training.order == pb.SYNCHRONOUS)
 
+    return open_half
+
+
+def _in_this_process(options: ServeOptions) -> Host:
+    from hosl.methods.torch_parties import DTYPES, make_server
+    from hosl.network.personal_hosting import PersonalBank
+    from hosl.network.torch_hosting import TorchHosted
+    from hosl.split import load_half
+
+    def host(config: Config, new_weights: Sequence[str], synchronous: bool) -> HostedHalf | HostedBank:
         def fresh() -> Any:
-            return load_half(options.half, dtype)
+            return load_half(options.half, DTYPES[config.model.dtype])
 
-        new_weights, synchronous = facts.get("new_weights", ()), training.order == pb.SYNCHRONOUS
-        if training.personal_server:
+        if config.clients.server == "personal":
             return PersonalBank(config, fresh(), new_weights, slots=options.adapter_slots or None)
         return TorchHosted(config, lambda: make_server(config, fresh(), new_weights, synchronous=synchronous))
 
-    return open_half
+    return host
 
 
 def _giving(options: ServeOptions, say: Callable[[str], None]) -> Any:
@@ -338,6 +407,10 @@ def _announce(
     if options.give_half:
         options.say("clients of a run may fetch this server's half of it (--give-half)")
     options.say(f"state is kept in {options.service.resolve()}: certificate, clients, runs")
+    options.say(
+        f"each client: {options.runs_per_client} runs and {readable_bytes(options.disk_per_client_bytes)} on disk "
+        f"(--runs-per-client, --disk-per-client); a seat is kept for {options.seat_s / 86400:g} days of silence"
+    )
     options.say(_generation(options))
     options.say(_merging(options))
     options.say(

@@ -168,10 +168,17 @@ class TorchHosted:
             raise WireError("this model classifies: it has no text to say")
         if self._text_sizes is None:
             config: Any = half.config
-            width, cache = config.get_text_config().hidden_size, half.new_cache()
-            at_the_end(half, torch.zeros(1, 1, width), cache)
-            self._text_sizes = TextSizes(width, cache.size_bytes, limits_of(config.to_dict()).positions)
+            width = config.get_text_config().hidden_size
+            token_bytes = self._token_bytes(torch.zeros(1, 1, width))
+            self._text_sizes = TextSizes(width, token_bytes, limits_of(config.to_dict()).positions)
         return self._text_sizes
+
+    def _token_bytes(self, hidden: torch.Tensor) -> int:
+        """The bytes that a token's hidden state [1, 1, width] takes in a text's cache."""
+        half = self.party.half
+        cache = half.new_cache()
+        at_the_end(half, hidden, cache)
+        return cache.size_bytes
 
     def open_text(self, candidates: int) -> HostedText:
         """See `HostedHalf`."""

@@ -107,6 +107,7 @@ class Calls:
                             yield data
                     finally:
                         incoming.give_back()
+                        self._status.transferred(client, up=incoming.received_bytes, down=0)
             except HoslError as error:
                 self._status.refused(client, name, error)
                 context.set_trailing_metadata(((ERROR_KEY, type(error).__name__),))
@@ -237,7 +238,7 @@ class Calls:
         else:
             stepped, seconds = await self._answered(run, question, _parts_of(run), run.step_together)
         _let_go(incoming, arrays)
-        self._status.stepped(session.run, client, seconds)
+        self._status.stepped(session.run, client)
         for reply in _step_replies(stepped, seconds):
             yield reply
 
@@ -263,7 +264,7 @@ class Calls:
                 session, arrays, lambda: update(gradient, request.want_gradient), changes=run
             )
         _let_go(incoming, arrays)
-        self._status.stepped(session.run, client, forward_s + backward_s)
+        self._status.stepped(session.run, client)
         for reply in _step_replies(stepped, forward_s + backward_s):
             yield (
                 pb.StepStatesReply(done=reply.done)
@@ -283,7 +284,7 @@ class Calls:
             tokens=CALL_TOKENS * len(request.seeds),
             changes=session.run,
         )
-        self._status.stepped(session.run, client, seconds)
+        self._status.stepped(session.run, client)
         yield pb.DescendReply(server_s=seconds)
 
     async def _save(self, client: str, incoming: Incoming) -> AsyncIterator[pb.SaveReply]:
@@ -294,7 +295,7 @@ class Calls:
         def work() -> int:
             session.run.check_now(client, request.where.step, evaluation=True)
             try:
-                return session.run.save(asked=True)
+                return self._sessions.save(session.run, asked=True)
             except OSError as cause:  # such as too many open files: the client tries again
                 raise CheckpointError(
                     f"run {session.run.name} could not be saved: {cause.strerror}"
@@ -374,11 +375,12 @@ class Calls:
 
         async def close() -> None:
             await asyncio.sleep(seconds)
+            self._status.closing_round()
             try:
-                dropped, compute_s = await self._scheduler.run(
+                dropped, _ = await self._scheduler.run(
                     "round", 0, lambda: run.close_round(current), holds_back=_kinds_of(run)
                 )
-                self._status.round_closed(run, current.number, dropped or [], compute_s)
+                self._status.round_closed(run, current.number, dropped or [])
             except HoslError as error:
                 self._status.refused("round", "close", error)
             self._closing.pop(current, None)
@@ -445,12 +447,15 @@ class Calls:
 
         `changes`: the run whose half it updates.
         """
-        return await self._scheduler.run(
+        of_arrays = _tokens_of(arrays)
+        worked = await self._scheduler.run(
             session.client,
-            max(CALL_TOKENS, tokens, _tokens_of(arrays)),
+            max(CALL_TOKENS, tokens, of_arrays),
             work,
             holds_back=() if changes is None else _kinds_of(changes),
         )
+        self._status.computed(of_arrays)
+        return worked
 
     async def _answered(
         self,
@@ -462,8 +467,12 @@ class Calls:
         """The run's answer to a question and its seconds; with those of its other clients, if there can be any."""
         client, tokens = question.client, _tokens_of(question.activations)
         if run.alone:  # so that a run has the bits that it has in one process
-            return await self._scheduler.run(client, max(CALL_TOKENS, tokens), lambda: answer([question])[0])
-        return await self._scheduler.run_merged(client, tokens, kind, question, answer)
+            paid = max(CALL_TOKENS, tokens)
+            worked = await self._scheduler.run(client, paid, lambda: answer([question])[0])
+        else:
+            worked = await self._scheduler.run_merged(client, tokens, kind, question, answer)
+        self._status.computed(tokens)
+        return worked
 
     async def _with_others(
         self, run: ServedRun, question: Question, bank: HostedBank, kind: str, answer: Callable[..., Any]
@@ -473,6 +482,7 @@ class Calls:
             question.client, _tokens_of(question.activations), (kind, id(bank)), OwnQuestion(run, question),
             partial(answer, bank),
         )  # fmt: skip
+        self._status.computed(_tokens_of(question.activations))
         if isinstance(found, HoslError):
             raise found
         return found, seconds

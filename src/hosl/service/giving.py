@@ -27,8 +27,7 @@ from hosl.errors import (
     WireError,
 )
 from hosl.service.incoming import Incoming
-from hosl.service.runs import checkpoints_below
-from hosl.service.sessions import stored_handshake
+from hosl.service.operation.stored import checkpoints_below, stored_handshake
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import checkpoint_path, checkpoint_steps, intact_steps
 from hosl.wire import hosl_pb2 as pb

@@ -13,6 +13,9 @@ from hosl.wire.tensors import CHUNK_BYTES
 HELLO_CALLS = 20
 """The calls of its client that a hello counts for: it may load weights. A device says one when a session is lost."""
 
+_KEPT = 1024
+"""More buckets than these: those that are full are forgotten, so that not everyone who ever came stays."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -62,6 +65,7 @@ class Meterage:
     limits: Limits
     clock: Callable[[], float] = time.monotonic
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
+    _most_buckets: int = _KEPT
 
     @contextmanager
     def call(self, client: str, calls: int = 1) -> Iterator[None]:
@@ -71,6 +75,8 @@ class Meterage:
             BusyError: if it is one too many, at once or per second.
         """
         now, burst = self.clock(), 2.0 * self.limits.calls_per_s
+        if client not in self._buckets and len(self._buckets) >= self._most_buckets:
+            self._forget_full(now, burst)
         bucket = self._buckets.setdefault(client, _Bucket(calls_left=burst, refilled_s=now))
         refill = (now - bucket.refilled_s) * self.limits.calls_per_s
         bucket.calls_left, bucket.refilled_s = min(burst, bucket.calls_left + refill), now
@@ -91,3 +97,13 @@ class Meterage:
             yield
         finally:
             bucket.running -= 1
+
+    def _forget_full(self, now: float, burst: float) -> None:
+        """Let the buckets go that are full and of which no call runs: a new one is as good."""
+        self._buckets = {
+            client: bucket
+            for client, bucket in self._buckets.items()
+            if bucket.running
+            or bucket.calls_left + (now - bucket.refilled_s) * self.limits.calls_per_s < burst
+        }
+        self._most_buckets = max(_KEPT, 2 * len(self._buckets))

@@ -31,8 +31,6 @@ from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
 _Asked = TypeVar("_Asked")
-CLIENTS = "clients"
-"""The folder below a run's that has a folder for each client with server adapters of its own."""
 BASE = "(base)"
 """The name of what is no run: a half as it was split, opened for use. No run can have it."""
 
@@ -564,17 +562,6 @@ def _refusal(check: Callable[[], object]) -> HoslError | None:
 def _passes(asked: list[_Asked], most: int) -> Iterator[list[_Asked]]:
     """The questions in as many parts as there are passes."""
     return (asked[first : first + most] for first in range(0, len(asked), most))
-
-
-def checkpoints_below(folder: Path, training: pb.Training, client: str) -> Path:
-    """The folder of the checkpoints of the half that a client trains, below its run's folder."""
-    return (folder / CLIENTS / client if training.personal_server else folder) / "checkpoints"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps of which a run has checkpoints, of any client, ascending."""
-    folders = [folder / "checkpoints", *folder.glob(f"{CLIENTS}/*/checkpoints")]
-    return sorted({step for checkpoints in folders for step in checkpoint_steps(checkpoints)})
 
 
 def _shown(value: Any) -> str:

@@ -43,6 +43,10 @@ class _Waiting:
     holds_back: Collection[Hashable] = field(compare=False)
     answered: asyncio.Future[tuple[Any, float]] = field(compare=False)
     """The answer and the seconds; is cancelled when the asker goes away."""
+    asked_s: float = field(compare=False)
+    """When it came, by `time.perf_counter`."""
+    spent_s: tuple[float, float] | None = field(default=None, compare=False)
+    """The seconds that it waited for its turn, and its share of the pass; None: it was not answered."""
 
 
 class _Answer(NamedTuple):
@@ -57,14 +61,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, merge_tokens: int = 0, *, tell: Callable[[int], None] = lambda questions: None
+        self,
+        merge_tokens: int = 0,
+        *,
+        tell: Callable[[int], None] = lambda questions: None,
+        worked: Callable[[str, float, float], None] = lambda client, wait_s, took_s: None,
     ) -> None:
         """Nothing waits yet.
 
         Args:
             merge_tokens: the tokens of questions that are answered together, at most; 0: each is answered alone.
             tell: is called with the number of questions of each pass that could have been of several.
+            worked: is called in the asker's task after each piece of work: the client, the seconds that it waited for
+                its turn, and those that it took.
         """
+        self._worked = worked
         self.merge_tokens = merge_tokens
         self._tell = tell
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosl-compute")
@@ -161,10 +172,11 @@ class Scheduler:
                 self._served = {name: ahead for name, ahead in self._served.items() if ahead > self._level}
                 self._most_served = max(_KEPT, 2 * len(self._served))
             self._count += 1
-            heapq.heappush(
-                self._waiting,
-                _Waiting(served, self._count, client, tokens, question, answer, kind, holds_back, answered),
-            )
+            waiting = _Waiting(
+                served, self._count, client, tokens, question, answer, kind, holds_back, answered,
+                time.perf_counter(),
+            )  # fmt: skip
+            heapq.heappush(self._waiting, waiting)
             idle, self._busy = not self._busy, True
         if idle:
             try:
@@ -172,15 +184,20 @@ class Scheduler:
             except RuntimeError:  # the thread has ended
                 self._busy = False
                 raise
-        return await answered
+        try:
+            return await answered
+        finally:
+            if waiting.spent_s is not None:
+                self._worked(client, *waiting.spent_s)
 
     def _compute(self, loop: asyncio.AbstractEventLoop) -> None:
         """Answer what waits, one turn after the other, until nothing does. In the compute thread."""
         while together := self._due():
+            begin_s = time.perf_counter()
             answers, seconds = _answers(together)
             # the next turn begins at once: the loop, which receives for all clients, tells this one when it comes to it
             with suppress(RuntimeError):  # the loop has ended: nobody waits
-                loop.call_soon_threadsafe(self._tell_all, together, answers, seconds)
+                loop.call_soon_threadsafe(self._tell_all, together, answers, begin_s, seconds)
             del together, answers  # large, and the next turn may be long
 
     def _due(self) -> list[_Waiting]:
@@ -215,18 +232,22 @@ class Scheduler:
         self._waiting = [waiting for waiting in queue if waiting.number not in taken]  # sorted is a heap
         return riders
 
-    def _tell_all(self, together: Sequence[_Waiting], answers: Sequence[_Answer], seconds: float) -> None:
+    def _tell_all(
+        self, together: Sequence[_Waiting], answers: Sequence[_Answer], begin_s: float, seconds: float
+    ) -> None:
         if together[0].kind is not None:
             self._tell(len(together))
         tokens = sum(waiting.tokens for waiting in together)
         for waiting, (result, error) in zip(together, answers, strict=True):
+            took_s = seconds * (waiting.tokens / tokens if len(together) > 1 else 1.0)
             if waiting.answered.done():  # who asked has gone away
+                self._worked(waiting.client, begin_s - waiting.asked_s, took_s)
                 continue
+            waiting.spent_s = begin_s - waiting.asked_s, took_s
             if error is not None:
                 waiting.answered.set_exception(error)
             else:
-                share = waiting.tokens / tokens if len(together) > 1 else 1.0
-                waiting.answered.set_result((result, seconds * share))
+                waiting.answered.set_result((result, took_s))
 
 
 def _answers(together: Sequence[_Waiting]) -> tuple[list[_Answer], float]:

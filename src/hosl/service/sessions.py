@@ -6,51 +6,51 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.json_format import MessageToDict, ParseDict
 
-from hosl.core.methods import METHODS
 from hosl.errors import (
     AccessError,
     CheckpointError,
-    ConfigError,
+    FailureError,
     HandshakeError,
     LimitError,
     SessionError,
     StepError,
     WireError,
 )
+from hosl.service.hello.checks import check_numbers, check_protocol, check_same_halves, check_training
 from hosl.service.hosted_half import HostedBank, HostedHalf, OpenHalf
-from hosl.service.runs import BASE, CLIENTS, ServedRun, checkpoints_below, saved_steps
+from hosl.service.operation.heard import Heard
+from hosl.service.operation.live_files import read_progress, write_progress
+from hosl.service.operation.now import ClientNow, RunNow
+from hosl.service.operation.quota import Quota
+from hosl.service.operation.stored import (
+    CLIENTS,
+    RUN_NAME,
+    checkpoints_below,
+    handshake_file,
+    handshake_in,
+    saved_steps,
+    stored_runs,
+)
+from hosl.service.runs import BASE, ServedRun
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import intact_steps, newest_checkpoint
 from hosl.system.readable import readable_count
 from hosl.wire import hosl_pb2 as pb
-from hosl.wire.enums import from_enum
 
-PROTOCOL = 1
-PERSONAL_PROTOCOL = 2
-"""The protocol of a Hello with server adapters of each client: a server that knows none must not overlook them."""
-RUNS_PER_CLIENT = 100
-"""The runs with checkpoints that one client may have begun; the owner makes room by `hosl runs drop`."""
-_RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MOST_RESTORABLE = 1024
 UNTRAINED = pb.Training(
     method=pb.FROZEN, distribution=pb.GAUSSIAN, trainable=pb.ALL, optimiser=pb.Optimiser(name=pb.SGD), max_steps=1,
     lora=pb.Lora(r=8, alpha=16), clients=1, grace_s=5.0,
 )  # fmt: skip
 """The settings of a half that is only used."""
-_MOST = {
-    "max_steps": 2**31, "warmup_steps": 2**31, "learning_rate": 1e6, "clients": 4096, "grace_s": 86400.0,
-    "lora.r": 1024, "lora.alpha": 2**20, "optimiser.momentum": 1.0, "optimiser.weight_decay": 1e6,
-}  # fmt: skip
-"""The largest value of each number of a Hello; each decides what a run costs in memory or time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,27 @@ class Sessions:
         revoked: Callable[[str], bool] = lambda client: False,
         runs_at_once: int = 1,
         away_s: float = 600.0,
+        seat_s: float = 30 * 86400.0,
+        quota: Quota | None = None,
     ) -> None:
-        """`revoked` says of a client's name whether it has lost its access: its seat is then free for another."""
+        """Begin without a run in memory.
+
+        Args:
+            folder: that of the service.
+            open_half: opens the half for a Hello.
+            say: is called with a line about each damaged checkpoint.
+            revoked: says of a client's name whether it has lost its access: its seat is then free for another.
+            runs_at_once: the runs in memory together.
+            away_s: the seconds without a call after which a run makes room for another one.
+            seat_s: the seconds without a call after which a client's seat in a full run is free for another.
+            quota: of each client; None: the usual one.
+        """
+        self._quota, self._heard = quota or Quota(), Heard(folder / "runs", seat_s)
+        self._over_quota: set[str] = set()
+        """The runs whose last Save was refused for their size."""
         self._revoked = revoked
         self._folder, self._say = folder / "runs", say
         self._open_half, self._runs_at_once, self._away_s = open_half, runs_at_once, away_s
-        self._heard_s: dict[str, float] = {}
-        """The time of the last call in each run in memory, by a monotonic clock."""
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
@@ -117,7 +131,7 @@ class Sessions:
         """
         session = self._sessions.get(where.session)
         dropped = (
-            session is not None and session.run.name != BASE and _handshake_file(session.run.home) is None
+            session is not None and session.run.name != BASE and handshake_file(session.run.home) is None
         )
         if session is not None and dropped:
             self._forget(session.run)
@@ -133,7 +147,7 @@ class Sessions:
             raise SessionError("this session is not known here (any more); say hello again")
         if session.looks and not reads:
             raise WireError("this session only looks at its run: it may ask for scores and states")
-        self._heard_s[session.run.name] = time.monotonic()
+        self._heard.note(session.run.of, client)
         return session
 
     def leave(self, client: str, where: pb.Where) -> None:
@@ -141,6 +155,73 @@ class Sessions:
         session = self._sessions.get(where.session)
         if session is not None and session.client == client:
             self._sessions.pop(where.session, None)
+
+    def save(self, run: ServedRun, *, asked: bool) -> int:
+        """Write a checkpoint of a run, as `ServedRun.save`; one that nobody asked for is never refused for its size.
+
+        Raises:
+            SessionError: if the owner has dropped the run. LimitError: if its client has more on disk than it may.
+        """
+        folder = run.home
+        if run.name == BASE or handshake_file(folder) is None:
+            if asked:
+                raise SessionError(f"run {run.name} was dropped by the server's owner; say hello again")
+            return run.server_step
+        if asked and run.server_step not in run.saved_steps():
+            with suppress(
+                CheckpointError
+            ):  # a handshake that is damaged names no client; what was trained is saved
+                self._check_disk(run.of, (handshake_in(folder) or {}).get("first_client", ""))
+        step = run.save(asked=asked)
+        if handshake_file(folder) is None:  # dropped meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+        return step
+
+    def dropped(self) -> list[ServedRun]:
+        """The runs in memory that the owner has dropped, without those of which a text is under way."""
+        return [
+            run
+            for run in list(self.runs.values())
+            if run.name != BASE and not self._used[run.name] and handshake_file(run.home) is None
+        ]
+
+    def forget_dropped(self) -> None:
+        """Let the memory go of runs that the owner has dropped. Runs in the compute thread, so between two Hellos."""
+        for run in self.dropped():
+            self._forget(run)
+
+    def now(self) -> list[RunNow]:
+        """The runs in memory, and when their clients were heard."""
+        parts = dict[str, list[ServedRun]]()
+        for run in list(self.runs.values()):
+            if run.name != BASE:
+                parts.setdefault(run.of, []).append(run)
+        return [self._run_now(of_run) for of_run in parts.values()]
+
+    def _run_now(self, parts: list[ServedRun]) -> RunNow:
+        """A run by what is in memory of it: the run, or its clients' parts."""
+        run, since = parts[0], time.time() - self._away_s
+        here = {session.client for session in list(self._sessions.values()) if session.run in parts}
+        heard = self._heard.clients(run.of)
+
+        def now(name: str, step: int, loss: float | None = None) -> ClientNow:
+            present = name in here and heard.get(name, 0.0) > since
+            return ClientNow(step, heard.get(name), present, loss)
+
+        if run.client:
+            clients = self._heard.elsewhere(run.of) | {
+                part.client: now(part.client, part.server_step, part.last_loss) for part in parts
+            }
+            losses = [client for client in clients.values() if client.loss is not None]
+            newest = max(losses, key=lambda client: client.heard or 0.0, default=None)
+            step, loss = min(c.step for c in clients.values()), None if newest is None else newest.loss
+        else:
+            steps, step, loss = dict(run.steps), run.server_step, run.last_loss
+            clients = {name: now(name, steps.get(name, 0)) for name in sorted({*here, *heard, *steps})}
+        return RunNow(
+            name=run.of, step=step, max_steps=run.training.max_steps, loss=loss,
+            expected=max(run.training.clients, 1), clients=clients,
+        )  # fmt: skip
 
     def clients_of(self, run: ServedRun) -> list[str]:
         """The names of the clients that have a session in a run, sorted; those that were revoked are left out."""
@@ -158,8 +239,8 @@ class Sessions:
         """
         if request.look:
             return self._look(client, request)
-        _check_protocol(request.protocol, personal=request.training.personal_server)
-        if not _RUN_NAME.fullmatch(request.run):
+        check_protocol(request.protocol, personal=request.training.personal_server)
+        if not RUN_NAME.fullmatch(request.run):
             raise WireError(
                 f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
             )
@@ -173,7 +254,7 @@ class Sessions:
             )
         check_numbers(request.training)
         folder = self._folder / request.run
-        stored = _stored_handshake(folder)
+        stored = handshake_in(folder)
         run, roster, gone = self._find_or_open(client, request, stored)
         try:
             run.agree(request.model, request.training)
@@ -191,13 +272,17 @@ class Sessions:
                 self._move(folder, client, gone)
             raise
         if stored is None or roster != stored.get("clients"):
+            heirs: dict[str, str] = {} if stored is None else stored.get("heirs", {})
             facts: dict[str, Any] = {
                 "model": MessageToDict(run.model), "training": MessageToDict(run.training),
                 "first_client": roster[0], "clients": roster,
-                "heirs": ({} if stored is None else stored.get("heirs", {})) | ({gone: client} if gone else {}),
+                "heirs": {old: new for old, new in heirs.items() if old != client} | ({gone: client} if gone else {}),
             }  # fmt: skip
             whole_file(folder / "handshake.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        self._heard_s[run.name] = time.monotonic()
+        if gone:
+            self._end_sessions(run, gone)
+            self._heard.left(run.of, gone)
+        self._heard.note(run.of, client)
         for before in self._end_sessions(run, client):
             self._taken_over[run.name, client] = before
         return self._begun(Session(client, run)), start, run
@@ -208,7 +293,7 @@ class Sessions:
             protocol=request.protocol, model=request.model, run=request.run, base=not request.run
         )
         run = self.for_use(client, ask)
-        self._heard_s[run.name] = time.monotonic()
+        self._heard.note(run.of, client)
         return self._begun(Session(client, run, looks=True)), run.server_step, run
 
     def _begun(self, session: Session) -> str:
@@ -234,22 +319,41 @@ class Sessions:
         if client not in roster:
             if len(roster) >= seats:
                 gone = next(filter(self._revoked, roster), None)
+                if gone is None and not training.personal_server:  # whose adapters are nobody else's
+                    gone = self._heard.vanished(request.run, roster)
                 if gone is None:
+                    heir = (stored or {}).get("heirs", {}).get(client)
+                    lost = (
+                        f"; the seat of {client}, which was not heard for long, went to {heir}"
+                        if heir
+                        else ""
+                    )
                     raise HandshakeError(
-                        f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}; "
+                        f"run {request.run} is for {seats} clients and has {', '.join(sorted(roster))}{lost}; "
                         "set clients.count higher for all, or choose another output_dir"
                     )
             roster = [client if name == gone else name for name in roster] + ([] if gone else [client])
-        if gone and training.personal_server:
-            self._move(folder, gone, client)
         run = self.runs.get(_name_of(request.run, training, client))
+        if run is not None and request.run in self._over_quota and stored is not None and not run.finished:
+            self._check_disk(request.run, stored["first_client"])  # else it would train until its next Save
         if run is None:
             check_training(training)
             if not self._parts(request.run):
                 self._make_room()
             if stored is None:
                 self._count_runs(client)
+                self._check_disk(request.run, client)
+            if gone and training.personal_server:
+                self._move(folder, gone, client)
             run = self._opened(request.run, model, training, client)
+            if stored is not None and not run.finished:
+                try:
+                    self._check_disk(request.run, stored["first_client"])
+                except LimitError:
+                    if gone and run.client:
+                        self._forget(run)
+                        self._move(folder, client, gone)
+                    raise
             if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
                 folder.mkdir(parents=True)
@@ -275,11 +379,17 @@ class Sessions:
         folder = checkpoints_below(self._folder / of, training, client)
         own = client if training.personal_server else ""
         run = ServedRun(name, model, training, half, folder, self._say, own)
-        stored = _stored_handshake(run.home)
+        stored = handshake_in(run.home)
         if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
             run.go_back(saved)
             for old, new in stored.get("heirs", {}).items():  # since the checkpoint
                 run.hand_over(old, new)
+        progress = read_progress(run.home)
+        if not self._parts(of):
+            self._heard.opened(of, progress)
+        known = self._heard.elsewhere(of).get(own) if own else progress
+        if known is not None and known.step == run.server_step:
+            run.last_loss = known.loss
         self.runs[name] = run
         for part in self._parts(of):  # else all clients that ever came would stay in memory
             if part is not run and part.client and not self._used[part.name] and self._is_left(part):
@@ -287,7 +397,14 @@ class Sessions:
         return run
 
     def _save_and_forget(self, run: ServedRun) -> None:
-        run.save(asked=False)
+        """Save a run, or a client's part of one, and let its memory go; what `hosl runs` shows of it stays."""
+        self.save(run, asked=False)
+        parts = self._parts(run.of)
+        if run.name != BASE and len(parts) == 1:
+            with suppress(OSError):  # a hint for `hosl runs`
+                write_progress(run.home, self._run_now(parts))
+        if run.client:
+            self._heard.parted(run.of, run.client, run.server_step, run.last_loss)
         self._forget(run)
 
     def _half(self, of: str, model: pb.Model, training: pb.Training, client: str) -> HostedHalf:
@@ -315,9 +432,9 @@ class Sessions:
             AccessError: if the client takes no part in the run.
             LimitError: if this server is busy with other runs.
         """
-        _check_protocol(ask.protocol, personal=False)
+        check_protocol(ask.protocol, personal=False)
         of = self._named(client, ask)
-        stored = _stored_handshake(self._folder / of) or {}
+        stored = handshake_in(self._folder / of) or {}
         training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
         run = self.runs.get(_name_of(of, training, client))
         if run is not None and (of == BASE and run.model.dtype != ask.model.dtype):
@@ -362,11 +479,11 @@ class Sessions:
 
     def _changed_s(self, name: str, client: str) -> float:
         """The time of the newest checkpoint of a client's run, or of its last call here if that is later."""
-        stored = _stored_handshake(self._folder / name) or {}
+        stored = handshake_in(self._folder / name) or {}
         training = ParseDict(stored.get("training", {}), pb.Training())
         checkpoints = checkpoints_below(self._folder / name, training, client)
         folder = newest_checkpoint(checkpoints) or self._folder / name
-        silent_s = time.monotonic() - self._heard_s.get(_name_of(name, training, client), float("-inf"))
+        silent_s = self._heard.silent_s(name, client if training.personal_server else "")
         return max(folder.stat().st_mtime, time.time() - silent_s)
 
     def _make_room(self) -> None:
@@ -395,11 +512,13 @@ class Sessions:
         )
 
     def _is_left(self, run: ServedRun) -> bool:
-        return not self.clients_of(run) or time.monotonic() - self._heard_s[run.name] > self._away_s
+        return not self.clients_of(run) or self._heard.silent_s(run.of, run.client) > self._away_s
 
     def _forget(self, run: ServedRun) -> None:
         self.runs.pop(run.name, None)
         run.let_go = True
+        if not self._parts(run.of):
+            self._heard.closed(run.of)
         self._end_sessions(run)
         if run.client:
             self._banks[run.of].forget(run.client)
@@ -428,11 +547,12 @@ class Sessions:
         for name in [name for name in begun if not saved_steps(self._folder / name)]:
             shutil.rmtree(self._folder / name)
             begun.remove(name)
-        if len(begun) >= RUNS_PER_CLIENT:
-            raise LimitError(
-                f"client {client} has begun {len(begun)} runs here, {RUNS_PER_CLIENT} are allowed; the server's owner "
-                "makes room by `hosl runs drop NAME`"
-            )
+        self._quota.check_count(client, len(begun))
+
+    def _check_disk(self, name: str, first_client: str) -> None:
+        self._over_quota.add(name)
+        self._quota.check_disk(self._folder, name, first_client)
+        self._over_quota.discard(name)
 
 
 def _name_of(run: str, training: pb.Training, client: str) -> str:
@@ -440,143 +560,17 @@ def _name_of(run: str, training: pb.Training, client: str) -> str:
     return f"{run}/{client}" if training.personal_server else run
 
 
-def _check_protocol(told: int, *, personal: bool) -> None:
-    spoken = PERSONAL_PROTOCOL if personal else PROTOCOL
-    if told != spoken:
-        raise HandshakeError(
-            f"this server speaks protocol {spoken}, the client {told}; install the same version of hosl on both sides"
-        )
-
-
-def check_same_halves(ours: pb.Model, theirs: pb.Model) -> None:
-    """Refuse a client half of another split; its dtype may be another.
+def save_all(sessions: Sessions) -> None:
+    """Save every run in memory, though no client asked for it.
 
     Raises:
-        HandshakeError: naming the first difference with both values.
+        FailureError: the first of those that could not be saved, once the others are.
     """
-    for name in ("family", "cut", "base_digest", "client_digest", "server_digest", "labels"):
-        mine, other = str(getattr(ours, name))[:16], str(getattr(theirs, name))[:16]
-        if getattr(ours, name) != getattr(theirs, name):
-            raise HandshakeError(
-                f"the halves do not fit: {name} is {mine} on the server and {other} on the client; use both folders of "
-                "one `hosl split`"
-            )
-
-
-def stored_runs(folder: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """Name and handshake of every run below the folder `runs` of a service, by name; None: the file is damaged."""
-    names = sorted(path.name for path in folder.glob("*") if _RUN_NAME.fullmatch(path.name))
-    runs: list[tuple[str, dict[str, Any] | None]] = []
-    for name in names:
-        try:
-            stored = _stored_handshake(folder / name)
-        except CheckpointError:
-            runs.append((name, None))
-        else:
-            runs += [] if stored is None else [(name, stored)]
-    return runs
-
-
-def stored_handshake(folder: Path, name: str) -> dict[str, Any] | None:
-    """The handshake of the run of this name below the folder `runs` of a service; None: there is no such run.
-
-    Raises:
-        CheckpointError: if the file is damaged.
-    """
-    return _stored_handshake(folder / name) if _RUN_NAME.fullmatch(name) else None
-
-
-def drop_run(folder: Path, name: str) -> None:
-    """Delete a run of a service; a running server hears of it at the next call.
-
-    Raises:
-        ConfigError: if there is no such run.
-    """
-    names = [known for known, _ in stored_runs(folder)]
-    if name not in names:
-        raise ConfigError(f"no run is called {name}; there are {', '.join(names) or 'none'}")
-    gone = folder / f".{name}.dropped"
-    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed
-    (folder / name).rename(gone)
-    shutil.rmtree(gone)
-
-
-def _handshake_file(folder: Path) -> Path | None:
-    names = ("handshake.json", "agreement.json")  # the second before version 0.2
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _stored_handshake(folder: Path) -> dict[str, Any] | None:
-    """The model and training of a run's first Hello; None: there is no such run yet."""
-    file = _handshake_file(folder)
-    if file is None:
-        return None
-    try:
-        stored: dict[str, Any] = msgspec.json.decode(file.read_bytes())
-        training = stored["training"]
-        if "law" in training:  # the name of `distribution` before version 0.2
-            training["distribution"] = training.pop("law")
-        ParseDict(stored["model"], pb.Model())
-        ParseDict(training, pb.Training())
-        stored.setdefault("clients", [stored["first_client"]])
-    except (OSError, msgspec.MsgspecError, ParseError, LookupError, TypeError, AttributeError) as cause:
-        raise CheckpointError(
-            f"run {folder.name}: {file.name} on the server is damaged: {cause}; put it back, or choose another "
-            "output_dir for a new run"
-        ) from cause
-    return stored
-
-
-def each_run(sessions: Sessions, act: Callable[[ServedRun], Any]) -> None:
-    """Call `act` with every run in memory."""
+    failed: list[FailureError] = []
     for run in list(sessions.runs.values()):
-        act(run)
-
-
-def check_numbers(training: pb.Training) -> None:
-    """Refuse numbers that no run has, before anything is made by them.
-
-    Raises:
-        HandshakeError: naming the setting.
-    """
-    for path, most in _MOST.items():
-        value: Any = reduce(getattr, path.split("."), training)
-        if not 0 <= value <= most:
-            raise HandshakeError(f"{path} must lie in 0..{most:g}, got {value}")
-    targets = training.lora.target_modules
-    if len(targets) > 64 or any(len(name) > 64 for name in targets):
-        raise HandshakeError(
-            f"lora.target_modules: at most 64 names of 64 characters, got {len(targets)} names"
-        )
-
-
-def check_training(training: pb.Training) -> None:
-    """Refuse settings that contradict each other, whoever sent them.
-
-    Raises:
-        HandshakeError: naming the settings.
-    """
-    if training.max_steps < 1 or not 0 <= training.learning_rate < float("inf"):
-        raise HandshakeError(
-            f"max_steps must be >= 1 and the learning rate a number >= 0, got {training.max_steps} and "
-            f"{training.learning_rate}"
-        )
-    try:
-        method = METHODS[from_enum(pb.Method, training.method)]
-    except WireError as cause:
-        raise HandshakeError(f"method: {cause}") from cause
-    if training.order == pb.SYNCHRONOUS and method.server != "first-order":
-        raise HandshakeError(
-            f"the synchronous schedule needs a first-order server, method is {method.name}; use sequential"
-        )
-    if training.halves == pb.SHARED and method.client_state == "weights":
-        raise HandshakeError(
-            f"shared client halves need a journal, and a client of method {method.name} has none; use personal"
-        )
-    together = training.order == pb.SYNCHRONOUS or training.halves == pb.SHARED or training.clients < 2
-    backprop = method.server == "first-order"
-    if training.personal_server and (together or not backprop or training.trainable != pb.LORA):
-        raise HandshakeError(
-            "personal_server needs server.trainable: lora, a server that is trained by backprop, two clients or more, "
-            "personal client halves and the sequential schedule"
-        )
+        try:
+            sessions.save(run, asked=False)
+        except FailureError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]

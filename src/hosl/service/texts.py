@@ -117,7 +117,8 @@ class Texts:
                 seen += shape[1]
                 work = _answer(run, text, hidden)
                 (step, answer), seconds = await self._scheduler.run(client, max(CALL_TOKENS, shape[1]), work)
-                count(seconds, text.size_bytes)
+                self._status.computed(shape[1])
+                count(text.size_bytes)
                 for reply in _replies(answer, step, seconds):
                     yield reply
 

@@ -38,8 +38,9 @@ from hosl.system.atomic import whole_folder
 _FORMAT = 1
 Piece = Literal["client", "server", "head"]
 LabelsAt = Literal["server", "client"]
+SERVER_FILE = "server/model.safetensors"
 _FILES: dict[Piece, str] = {
-    "client": "client/model.safetensors", "server": "server/model.safetensors", "head": "client/head.safetensors",
+    "client": "client/model.safetensors", "server": SERVER_FILE, "head": "client/head.safetensors",
 }  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class Checkpoint:
     """Values for state.json, all of them JSON."""
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The tensors of each file, by the file's name without its ending, such as `server/trained`."""
+    written: dict[str, Callable[[Path], object]] = field(default_factory=dict)
+    """The functions that write more such files, whose tensors are never in memory together; empty once it is read."""
     journal: bytes | None = None
     """The zeroth-order client's journal; None: the client has none."""
     linked: tuple[str, ...] = ()
@@ -165,6 +167,24 @@ def _intact(
         ) from damaged[0]
 
 
+def damage_of(path: Path) -> str | None:
+    """Words for what is damaged in a checkpoint; None: every file is as it was written, each of which is hashed."""
+    try:
+        state = _checked(path)
+    except CheckpointError as damage:
+        return str(damage)
+    return f"{_SNAPSHOT} is damaged; the journal rebuilds it" if state["snapshot_damaged"] else None
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """The values that a checkpoint's writer put into its state.json; its other files are not looked at.
+
+    Raises:
+        CheckpointError: if state.json is missing or damaged.
+    """
+    return _state(path)["facts"]
+
+
 def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
     """Read a checkpoint back and check every file against its digest.
 
@@ -178,6 +198,19 @@ def read_checkpoint(path: Path, *, arrays: bool = False) -> Checkpoint:
         CheckpointError: if a file is missing or is not the one that was written.
     """
     return _read(path, _checked(path), arrays=arrays)
+
+
+def read_without_tensors(path: Path) -> tuple[Checkpoint, dict[str, Path]]:
+    """A checkpoint without its tensors, and the files that hold them by their names without ending, all checked.
+
+    Raises:
+        CheckpointError: as of `read_checkpoint`.
+    """
+    state = _checked(path)
+    files = [name for name in state["digests"] if name != _JOURNAL]
+    journal = (path / _JOURNAL).read_bytes() if _JOURNAL in state["digests"] else None
+    checkpoint = Checkpoint(step=state["step"], state=state["facts"], journal=journal)
+    return checkpoint, {name.removesuffix(".safetensors"): path / name for name in files}
 
 
 def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpoint:
@@ -249,6 +282,8 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
     (partial / "server").mkdir()
     for name, tensors in checkpoint.tensors.items():
         _save_tensors(tensors, partial / f"{name}.safetensors")
+    for name, write in checkpoint.written.items():
+        write(partial / f"{name}.safetensors")
     if checkpoint.journal is not None:
         (partial / "client" / "journal.bin").write_bytes(checkpoint.journal)
     digests = {

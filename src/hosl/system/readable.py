@@ -17,6 +17,15 @@ def readable_seconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds >= 0.00995 else f"{1000 * seconds:.1f} ms"
 
 
+def readable_span(seconds: float) -> str:
+    """Long time in its largest whole unit: `12 s`, `5 min`, `3 h`, `2 days`."""
+    if seconds < 60:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min"
+    return f"{seconds // 3600:.0f} h" if seconds < 86400 else readable_count(int(seconds // 86400), "day")
+
+
 def readable_count(count: int, noun: str = "") -> str:
     """Count with its noun in the singular or the plural: `1 run`, `12,345 steps`; without a noun the number alone."""
     return f"{count:,} {noun}{'s' * (count != 1)}" if noun else f"{count:,}"

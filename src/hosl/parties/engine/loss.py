@@ -35,6 +35,20 @@ def mean_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     return row_losses(logits, targets).mean()
 
 
+def weighed_losses(logits: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sums, weights) of the rows, [rows] each: `mean_loss` of any rows is their sums' sum / their weights' sum.
+
+    A row's sum is its loss in nats and its weight 1; where the mean is over tokens, the sum of its scored tokens'
+    losses and their number.
+    """
+    if isinstance(targets, OptionTargets) and targets.mean_over == "tokens":
+        grid = _token_grid(logits, targets)
+        losses = F.cross_entropy(widened(logits).transpose(1, 2), grid, reduction="none")
+        return losses.sum(dim=1), (grid != _NOT_SCORED).sum(dim=1).to(losses)
+    losses = row_losses(logits, targets)
+    return losses, torch.ones_like(losses)
+
+
 def row_scores(logits: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
     """Log-probabilities per class [rows, classes], or of each row's option, mean per token [rows, 1].
 
@@ -76,9 +90,8 @@ def _tokens_row_by_row(logits: torch.Tensor, targets: OptionTargets) -> torch.Te
 
 def _option_log_likelihoods(logits: torch.Tensor, targets: OptionTargets) -> torch.Tensor:
     if targets.mean_over == "tokens":
-        grid = _token_grid(logits, targets)
-        losses = F.cross_entropy(widened(logits).transpose(1, 2), grid, reduction="none")
-        return -losses.sum(dim=1) / (grid != _NOT_SCORED).sum(dim=1)
+        sums, counts = weighed_losses(logits, targets)
+        return -sums / counts
     scored = torch.from_numpy(targets.tokens >= 0).to(logits.device)
     tokens = torch.from_numpy(targets.tokens.astype(np.int64)).to(logits.device).clamp(min=0)
     rows = torch.arange(len(tokens), device=logits.device)[:, None]

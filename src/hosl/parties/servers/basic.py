@@ -97,11 +97,15 @@ class FirstOrderServer(TorchServer):
             return self._last_reply[1]
         h = activations.detach().to(self.device).requires_grad_(want_gradient)
         loss = self._finite_loss(h, targets, step)
-        loss.backward()
+        self._backward(loss)
         reply = StepReply(loss=float(loss.detach()), gradient=h.grad)
         optimiser_step(self.optimiser, self.learning_rate(step))
         self._last_reply = (step, reply)
         return reply
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Leave the gradient of every trained weight in its `grad`."""
+        loss.backward()
 
     def forget(self) -> None:
         """Let go of the last reply, which only a repeated call would need."""

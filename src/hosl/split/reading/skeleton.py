@@ -46,7 +46,7 @@ def skeleton(config: Any, head: Head, dtype: torch.dtype = torch.float32) -> tup
 
 def fill_(model: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Give a skeleton its tensors and buffers, in place; every parameter can be trained afterwards."""
-    _restore_buffers_(model)
+    restore_buffers_(model)
     model.load_state_dict(tensors, assign=True)
     for p in model.parameters():
         p.requires_grad_(True)
@@ -57,7 +57,7 @@ def tied_names(model: Any, config: Any) -> dict[str, str]:
     return dict(type(model)._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
 
 
-def _restore_buffers_(model: Any) -> None:
+def restore_buffers_(model: Any) -> None:
     """Compute the buffers that no file holds (rotary frequencies, position ids): the meta device has none."""
     for module in model.modules():
         lost = [key for key, b in module._buffers.items() if b is not None and b.is_meta]

@@ -56,7 +56,7 @@ def write_tensors(path: Path, sources: Sequence[Source]) -> str:
         file.write(struct.pack("<Q", len(text)) + text)
         for source in ordered:
             tensor = source.read()
-            _add(digest, source.name, tensor)
+            add_to_digest(digest, source.name, tensor)
             file.write(_bytes(tensor))
     return digest.hexdigest()
 
@@ -65,11 +65,12 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
     digest = sha256()
     for name in sorted(tensors):
-        _add(digest, name, tensors[name])
+        add_to_digest(digest, name, tensors[name])
     return digest.hexdigest()
 
 
-def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+def add_to_digest(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    """Have a digest read on with a tensor: its name, dtype, shape and bytes."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(_bytes(tensor))
 
