@@ -142,8 +142,7 @@ def _add_arguments(parser: Parser) -> None:
         "--adapter-slots",
         type=int,
         default=0,
-        help="clients whose own adapters (clients.server: personal) are on the device at once, others wait in the "
-        "host's memory; default: all of a run",
+        help="clients whose own adapters (clients.server) are on the device at once; default: all of a run",
     )
     parser.add_argument(
         "--give-half",

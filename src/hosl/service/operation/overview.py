@@ -121,7 +121,7 @@ def all_stored(service: Path) -> list[StoredRun]:
 
 
 def checkpoints_of(service: Path, name: str) -> list[dict[str, Any]]:
-    """The checkpoints of a run: step, bytes, time of writing, what is damaged (None: nothing; each file is hashed), client.
+    """The checkpoints of a run: step, bytes, time of writing, damage (None: none; each file is hashed), client.
 
     The client is the one whose adapters they are; None: all train one half. One deleted meanwhile is left out.
     """
