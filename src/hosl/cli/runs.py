@@ -93,7 +93,8 @@ def _show(service: Path, name: str, server: "Running | None", *, as_json: bool) 
     lines["on disk"] = f"{readable_bytes(run.disk_bytes)} in {service / 'runs' / name}"
     for checkpoint in saved:
         state = "intact" if checkpoint["damage"] is None else f"DAMAGED: {checkpoint['damage']}"
-        lines[f"checkpoint of step {checkpoint['step']}"] = (
+        whose = f" of {checkpoint['client']}" if checkpoint["client"] else ""
+        lines[f"checkpoint of step {checkpoint['step']}{whose}"] = (
             f"{readable_bytes(checkpoint['bytes'])}, written {_ago(checkpoint['written'])}, {state}"
         )
     if not saved:

@@ -36,6 +36,8 @@ def run(arguments: list[str]) -> int:
             f"{options.tensor_limit}, as sent and unpacked; give {4 * options.tensor_limit} at least"
         )
 
+    if options.adapter_slots < 0:
+        raise ConfigError(f"--adapter-slots must be 1 or more, or 0 for all, got {options.adapter_slots}")
     if options.merge_tokens < 0:
         raise ConfigError(f"--merge-tokens must be 0, for no merging, or more; got {options.merge_tokens}")
     for flag in ("runs_per_client", "seat_days"):
@@ -53,7 +55,8 @@ def run(arguments: list[str]) -> int:
         runs_per_client=options.runs_per_client, disk_per_client_bytes=parse_bytes(options.disk_per_client),
         tensor_limit_bytes=options.tensor_limit << 20,
         tensor_total_bytes=options.tensor_total << 20, calls_per_s=options.calls_per_s, idle_s=options.idle,
-        merge_tokens=options.merge_tokens, give_half=options.give_half, traces=options.traces,
+        merge_tokens=options.merge_tokens, adapter_slots=options.adapter_slots, give_half=options.give_half,
+        traces=options.traces,
         cache_limit_bytes=options.cache_limit << 20,
         cache_total_bytes=options.cache_total << 20, texts_at_once=options.texts_at_once,
     )  # fmt: skip
@@ -134,6 +137,12 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--cache-total", type=int, default=1024, help="MiB of them for all clients")
     parser.add_argument(
         "--texts-at-once", type=int, default=4, help="texts that are generated at once; 0: none ever"
+    )
+    parser.add_argument(
+        "--adapter-slots",
+        type=int,
+        default=0,
+        help="clients whose own adapters (clients.server) are on the device at once; default: all of a run",
     )
     parser.add_argument(
         "--give-half",

@@ -234,6 +234,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 "clients.halves and clients.schedule are for clients.count of 2 and more; leave them out"
             )
+        if clients.server == "personal":
+            self._check_personal_server()
         in_a_round = clients.count * self.zo.directions
         own = clients.halves == "shared" and clients.directions == "own"
         if own and clients.schedule == "synchronous" and in_a_round > MOST_DIRECTIONS:
@@ -246,6 +248,31 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 f"wire.labels: client needs a server that is trained by backprop, method is {self.method}; set "
                 f"wire.labels: server, or method to {_methods_with(lambda row: row.server == 'first-order')}"
+            )
+
+    def _check_personal_server(self) -> None:
+        """Refuse what does not go with adapters of each device on the server."""
+        method, clients = self.method_row, self.clients
+        if self.server.trainable != "lora":
+            raise ConfigError(
+                f"clients.server: personal gives each device adapters of its own, server.trainable is "
+                f"{self.server.trainable}; set server.trainable: lora, or clients.server: shared"
+            )
+        if method.server != "first-order":
+            raise ConfigError(
+                f"clients.server: personal needs a server that is trained by backprop, method is {self.method}; use "
+                f"{_methods_with(lambda row: row.server == 'first-order')}, or clients.server: shared"
+            )
+        if clients.count == 1:
+            raise ConfigError(
+                "clients.server: personal is for clients.count of 2 and more: a single device has its server half to "
+                "itself; leave it out"
+            )
+        if (clients.halves, clients.schedule) != ("personal", "sequential"):
+            raise ConfigError(
+                f"clients.server: personal trains each device by itself, got clients.halves: {clients.halves}, "
+                f"clients.schedule: {clients.schedule}, in which devices train one half together; leave these out, or "
+                "clients.server"
             )
 
     def _check_authors_head(self) -> None:

@@ -185,9 +185,17 @@ class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     comes. sequential, with labels at the client: the most seconds that the others wait for a device's gradient."""
     directions: Literal["own", "common"] = "own"
     """The random directions with shared halves. own: every device draws its own. common: all draw the same."""
+    server: Literal["shared", "personal"] = "shared"
+    """shared: all devices train one server half. personal, with server.trainable: lora: each device has adapters and an
+    optimiser of its own over one frozen base on the server, as if it had a server to itself."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"clients.count must be >= 1, got {self.count}")
         if not self.grace_s > 0:
             raise ConfigError(f"clients.grace_s must be > 0 seconds, got {self.grace_s}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other device changes what a device's server half is."""
+        return self.count == 1 or self.server == "personal"

@@ -165,6 +165,11 @@ def make_server(
         synchronous: whether the gradients of several clients make one update.
     """
     prepare_server_half_(config, half, new_weights)
+    return server_on(config, half, synchronous=synchronous)
+
+
+def server_on(config: Config, half: Any, *, synchronous: bool = False) -> TorchServer | TrunkServer:
+    """The server party of a method on a prepared half."""
     eta = learning_rate(config, config.server_rate)
     device = config.server.device
     if isinstance(half, TrunkHalf):

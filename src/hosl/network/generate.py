@@ -130,7 +130,7 @@ def _fit(config: Config | None, checkpoint: Checkpoint | None, ready: pb.Generat
             f"this half has {has} of the {ready.step} updates of run {ready.run} (clients.halves: shared): these two "
             "were never one model; `hosl merge` takes the server's journal and writes the one that there is"
         )
-    if clients.count > 1:  # each device counts its own
+    if not clients.alone:  # each device counts its own
         return f", of {clients.count} devices", ""
     if checkpoint.step == ready.step:
         return "", ""

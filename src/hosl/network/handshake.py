@@ -20,6 +20,11 @@ def model_message(facts: dict[str, Any], config: Config) -> pb.Model:
     )  # fmt: skip
 
 
+def protocol_of(config: Config) -> int:
+    """The number of the protocol in a Hello: a server that does not know a setting must not overlook it."""
+    return 2 if config.clients.server == "personal" else 1
+
+
 def training_message(config: Config, labels_digest: str = "") -> pb.Training:
     """The message about the training: the settings of a run that the server must know.
 
@@ -41,6 +46,7 @@ def training_message(config: Config, labels_digest: str = "") -> pb.Training:
         max_steps=config.max_steps, compression=to_enum(pb.Compression, config.wire.compression),
         clients=clients.count, halves=to_enum(pb.Halves, clients.halves), order=to_enum(pb.Order, clients.schedule),
         grace_s=clients.grace_s, labels_digest=labels_digest if config.wire.labels == "server" else "",
+        personal_server=clients.server == "personal",
     )  # fmt: skip
 
 
@@ -68,6 +74,7 @@ def config_of(model: pb.Model, training: pb.Training, *, device: str) -> Config:
     clients = ClientsConfig(
         count=training.clients, halves=_name(pb.Halves, training.halves),
         schedule=_name(pb.Order, training.order), grace_s=training.grace_s,
+        server="personal" if training.personal_server else "shared",
         directions="common",  # not told: how many directions a round has is seen when they come (`Round.add`)
     )  # fmt: skip
     base = Config(

@@ -28,7 +28,7 @@ from hosl.core.methods import USUAL_ON_ENGINE
 from hosl.errors import ConfigError, FolderError, HandshakeError
 from hosl.methods.schedule import with_steps
 from hosl.network.half_transfer import give_finished
-from hosl.network.handshake import model_message, training_message
+from hosl.network.handshake import model_message, protocol_of, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.runtime import RuntimeName, open_runtime, what_differs
 from hosl.network.tensor_limit import check_tensor_limit
@@ -253,7 +253,7 @@ def _joined(
 
     def greeting(current: int) -> pb.HelloRequest:
         return pb.HelloRequest(
-            protocol=1, run=run.identity, model=model_message(facts, config),
+            protocol=protocol_of(config), run=run.identity, model=model_message(facts, config),
             training=training_message(config, labels_digest(task.labels)),
             restorable=session.restorable(run.folder, say_once), current=current, version=versions()["hosl"],
             may_go_back=options.may_go_back and session.client is NO_CLIENT_YET,

@@ -61,7 +61,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
             raise StepMoved(self.step)
         client = metered(self.client, self.meters.client)
         clients = self.config.clients
-        own = clients.count > 1 and clients.directions == "own"
+        own = not clients.alone and clients.directions == "own"
         name = f"client/{self.remote.client}" if own else "client"
         result = method_round(self.config, client, self.server, batch, step, half=name, control=self.control)
         self.control = self.control.after(result.coefficients)

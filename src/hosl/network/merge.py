@@ -28,7 +28,7 @@ from hosl.network.handshake import config_of
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.service.giving import given_of
-from hosl.service.operation.stored import stored_handshake, stored_runs
+from hosl.service.operation.stored import checkpoints_below, stored_handshake, stored_runs
 from hosl.split import (
     ClientHalf,
     HeadHalf,
@@ -127,7 +127,7 @@ def merge_on_device(
         )  # fmt: skip
         check = _expected(config, folder, facts)
         try:
-            step = checkpoint.step if config.clients.count <= 1 else 0
+            step = checkpoint.step if config.clients.alone else 0
             listing, file = fetch_half(channel, record["run_id"], step, run / "server-half", check, say)
         finally:
             channel.close()
@@ -270,11 +270,11 @@ def merge_on_server(
         )
     _check_options(options, facts)
     _check_labels(labels, facts, training)
-    state = newest_intact(service / "runs" / run / "checkpoints", say, weights_only=True)
-    if state is None:
-        raise FolderError(f"run {run} has no checkpoint on this server yet; merge it when it has saved one")
+    if client is None and training.personal_server:
+        client = _only_one(given_of(service / "runs", run), run)
+    state = _server_state(service / "runs" / run, training, client or "", say)
     given, step, file = _given(service / "runs", run, client, training)
-    if training.clients <= 1 and step != state.step:
+    if (training.clients <= 1 or training.personal_server) and step != state.step:
         raise CheckpointError(
             f"the half that was given is of step {step}, the server's of {state.step}: the device gives its newest by "
             "the same `hosl join --give-half`"
@@ -296,6 +296,16 @@ def merge_on_server(
             base=_base_of(options.base, config),
         )  # fmt: skip
         return {"run": run, **_written(whole, options, say)}
+
+
+def _server_state(run: Path, training: pb.Training, client: str, say: Say) -> Checkpoint:
+    """The newest checkpoint of the server's half of a run that a client trained."""
+    state = newest_intact(checkpoints_below(run, training, client), say, weights_only=True)
+    if state is None:
+        raise FolderError(
+            f"run {run.name} has no checkpoint on this server yet; merge it when it has saved one"
+        )
+    return state
 
 
 def _handshake(runs: Path, run: str) -> tuple[pb.Model, pb.Training]:
@@ -324,18 +334,23 @@ def _given(
     given = given_of(runs, run)
     if client is None and training.halves == pb.SHARED:
         client = next(iter(given), None)  # whoever tells: the halves are one
-    if client is None and len(given) != 1:
-        names = f"those of {', '.join(given)}: say whose by --client" if given else "none"
-        raise ConfigError(
-            f"run {run} needs its client's half, and this server has {names}; a device gives its own by "
-            "`hosl join --give-half`, after a finished run, too"
-        )
-    client = client or next(iter(given))
+    client = client or _only_one(given, run)
     if client not in given:
         raise ConfigError(
             f"client {client} gave no half of run {run}; there are {', '.join(given) or 'none'}"
         )
     return given[client]
+
+
+def _only_one(given: dict[str, Any], run: str) -> str:
+    """The only client that gave its half."""
+    if len(given) == 1:
+        return next(iter(given))
+    names = f"those of {', '.join(given)}: say whose by --client" if given else "none"
+    raise ConfigError(
+        f"run {run} needs its client's half, and this server has {names}; a device gives its own by "
+        "`hosl join --give-half`, after a finished run, too"
+    )
 
 
 def _with_client(config: Config, given: pb.Given) -> Config:

@@ -168,7 +168,7 @@ def _check(here: _Half, facts: dict[str, Any]) -> None:
 def _check_step(here: _Half, start: int) -> None:
     """Refuse halves of different steps where one device trains the run: no training ever had such a model."""
     mine = 0 if here.checkpoint is None else here.checkpoint.step
-    if here.run and here.config.clients.count == 1 and mine != start:
+    if here.run and here.config.clients.alone and mine != start:
         raise HandshakeError(
             f"this device's half is after step {mine}, the server's after step {start}: the run is under way, or was "
             "broken off; go on with it by `hosl join` to its end, then predict"

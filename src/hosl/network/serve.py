@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from hosl.config import Config
 from hosl.errors import ConfigError, HandshakeError
 from hosl.network.handshake import config_of
-from hosl.service.hosted_half import HostedHalf, OpenHalf
+from hosl.service.hosted_half import HostedBank, HostedHalf, OpenHalf
 from hosl.split.reading.half_json import half_facts
 from hosl.system.allocator import keep_freed_memory
 from hosl.system.readable import readable_bytes
@@ -84,6 +84,8 @@ class ServeOptions:
     """Keys and values of all clients."""
     texts_at_once: int = 4
     """Texts that are generated at once; 0: none."""
+    adapter_slots: int = 0
+    """The clients with adapters of their own whose weights are on the device at once; 0: all of a run."""
     traces: str | None = None
     """The address of an OpenTelemetry collector that gets a span of each call; None: no spans."""
     give_half: bool = False
@@ -107,7 +109,7 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-Host = Callable[[Config, Sequence[str], bool], HostedHalf]
+Host = Callable[[Config, Sequence[str], bool], HostedHalf | HostedBank]
 """Makes the half of a run: (its settings, the names of weights that the checkpoint did not hold, synchronous)."""
 
 
@@ -331,9 +333,9 @@ def _page_context(options: ServeOptions) -> ssl.SSLContext | None:
 
 def _opener(options: ServeOptions, facts: dict[str, Any], host: Host | None) -> OpenHalf:
     """The function that opens the half for a Hello, and refuses a Hello for another half."""
-    make = host or _in_this_process(options.half)
+    make = host or _in_this_process(options)
 
-    def open_half(model: pb.Model, training: pb.Training) -> HostedHalf:
+    def open_half(model: pb.Model, training: pb.Training) -> HostedHalf | HostedBank:
         ours = pb.Model(
             family=facts["family"], cut=facts["cut"], base_digest=facts["base_digest"],
             client_digest=facts["client_digest"], server_digest=facts["server_digest"], dtype=model.dtype,
@@ -352,16 +354,19 @@ def _opener(options: ServeOptions, facts: dict[str, Any], host: Host | None) -> 
     return open_half
 
 
-def _in_this_process(folder: Path) -> Host:
-    from hosl.methods.torch_parties import DTYPES
+def _in_this_process(options: ServeOptions) -> Host:
+    from hosl.methods.torch_parties import DTYPES, make_server
+    from hosl.network.personal_hosting import PersonalBank
     from hosl.network.torch_hosting import TorchHosted
     from hosl.split import load_half
 
-    def host(config: Config, new_weights: Sequence[str], synchronous: bool) -> HostedHalf:
+    def host(config: Config, new_weights: Sequence[str], synchronous: bool) -> HostedHalf | HostedBank:
         def fresh() -> Any:
-            return load_half(folder, DTYPES[config.model.dtype])
+            return load_half(options.half, DTYPES[config.model.dtype])
 
-        return TorchHosted(config, fresh, new_weights, synchronous=synchronous)
+        if config.clients.server == "personal":
+            return PersonalBank(config, fresh(), new_weights, slots=options.adapter_slots or None)
+        return TorchHosted(config, lambda: make_server(config, fresh(), new_weights, synchronous=synchronous))
 
     return host
 

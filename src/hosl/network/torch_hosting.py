@@ -19,13 +19,12 @@ from hosl.core.targets import (
 )
 from hosl.errors import WireError
 from hosl.inference.halves import at_the_end, best_of
-from hosl.methods.torch_parties import make_server
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.parties.servers.basic import TorchServer
 from hosl.parties.servers.synchronous import Contributed
 from hosl.parties.servers.trunk import TrunkServer
 from hosl.service.hosted_half import Asked, HostedText, NextToken, Stepped, TextSizes
-from hosl.split import ServerHalf, TrunkHalf
+from hosl.split import TrunkHalf
 from hosl.split.caches import HalfCache
 from hosl.system.checkpoint import (
     Checkpoint,
@@ -42,26 +41,31 @@ from hosl.wire.tensors import WireArray
 class TorchHosted:
     """Implements `service.hosted_half.HostedHalf`."""
 
-    def __init__(
-        self,
-        config: Config,
-        open_half: Callable[[], ServerHalf],
-        new_weights: Sequence[str],
-        *,
-        synchronous: bool,
-    ) -> None:
+    def __init__(self, config: Config, open_party: Callable[[], TorchServer | TrunkServer]) -> None:
         """Load the half at its base weights.
 
         Args:
             config: the settings of the run, from its Hello.
-            open_half: loads the half from the split folder.
-            new_weights: the names of weights that the checkpoint did not hold.
-            synchronous: whether updates are made from several clients' gradients.
+            open_party: makes the server on the half at its base weights.
         """
-        self._config, self._open_half, self._new_weights = config, open_half, list(new_weights)
-        self._synchronous = synchronous
+        self._config, self._open_party = config, open_party
         self._text_sizes: TextSizes | None = None
-        self.party = self._fresh()
+        self._party: Any = open_party()
+
+    @property
+    def party(self) -> Any:
+        """The server, to compute with."""
+        return self._party
+
+    @property
+    def kept(self) -> Any:
+        """The server, to be read or written."""
+        return self._party
+
+    @property
+    def half(self) -> Any:
+        """The half, to ask it what it is; in any thread."""
+        return self._party.half
 
     def check(self, shape: tuple[int, ...], targets: Targets | AskedPositions) -> int:
         """Refuse activations of the wrong width or length, and targets that the head does not have.
@@ -72,7 +76,7 @@ class TorchHosted:
         Raises:
             WireError: naming both values.
         """
-        config: Any = self.party.half.config
+        config: Any = self.half.config
         text = config.get_text_config()
         if shape[2] != text.hidden_size:
             raise WireError(f"activations are {text.hidden_size} wide in this model, got {shape[2]}")
@@ -85,7 +89,7 @@ class TorchHosted:
             )
         if isinstance(targets, OptionTargets) and int(targets.tokens.max()) >= text.vocab_size:
             raise WireError(f"token {targets.tokens.max()} is outside the vocabulary of {text.vocab_size}")
-        takes_classes = type(self.party.half.model).__name__.endswith("ForSequenceClassification")
+        takes_classes = type(self.half.model).__name__.endswith("ForSequenceClassification")
         if isinstance(targets, ClassTargets | OptionTargets) and (
             isinstance(targets, ClassTargets) != takes_classes
         ):
@@ -113,7 +117,7 @@ class TorchHosted:
 
     def gradient(self, activations: WireArray, targets: Targets) -> Stepped:
         """See `HostedHalf`."""
-        return _stepped(self._method("gradient")(from_wire(activations), targets))
+        return stepped(self._method("gradient")(from_wire(activations), targets))
 
     def probe(
         self, pair: Sequence[WireArray], targets: Targets, seed: int, epsilon: float
@@ -125,7 +129,7 @@ class TorchHosted:
     def step(self, activations: WireArray, targets: Targets, step: int, want_gradient: bool) -> Stepped:
         """See `HostedHalf`."""
         reply = self._method("step")(from_wire(activations), targets, step=step, want_gradient=want_gradient)
-        return _stepped(reply)
+        return stepped(reply)
 
     def states(self, activations: Sequence[WireArray], positions: AskedPositions) -> list[WireArray]:
         """See `HostedHalf`."""
@@ -138,7 +142,7 @@ class TorchHosted:
         states, finish = self._method("states_for_step")(from_wire(activations), positions)
 
         def update(gradient: WireArray, step: int, want_gradient: bool) -> Stepped:
-            return _stepped(finish(from_wire(gradient), step, want_gradient))
+            return stepped(finish(from_wire(gradient), step, want_gradient))
 
         return to_wire(states), update
 
@@ -149,7 +153,7 @@ class TorchHosted:
         states, finish = self._method("states_for_part")(from_wire(activations), positions)
 
         def contribute(gradient: WireArray, weight: int, want_gradient: bool) -> Stepped:
-            return _stepped(finish(from_wire(gradient), weight, want_gradient))
+            return stepped(finish(from_wire(gradient), weight, want_gradient))
 
         return to_wire(states), contribute
 
@@ -187,7 +191,7 @@ class TorchHosted:
         reply = self._method("contribute")(
             from_wire(activations), targets, examples, want_gradient=want_gradient
         )
-        return _stepped(reply)
+        return stepped(reply)
 
     def contribute_together(self, parts: Sequence[Asked]) -> list[Stepped]:
         """See `HostedHalf`."""
@@ -195,7 +199,7 @@ class TorchHosted:
             Contributed(from_wire(part.activations[0]), part.targets, part.weight, part.want_gradient)
             for part in parts
         ]
-        return [_stepped(reply) for reply in self._method("contribute_together")(contributed)]
+        return [stepped(reply) for reply in self._method("contribute_together")(contributed)]
 
     def apply(self, step: int) -> None:
         """See `HostedHalf`."""
@@ -215,7 +219,7 @@ class TorchHosted:
     ) -> None:
         """See `HostedHalf`."""
         checkpoint = Checkpoint(step=step, state=dict(facts))
-        put_server(checkpoint, self.party)
+        put_server(checkpoint, self.kept)
         checkpoint.journal = journal.to_bytes() if journal is not None else None
         write_checkpoint(folder, checkpoint, beside=beside)
 
@@ -226,15 +230,16 @@ class TorchHosted:
             CheckpointError: if the checkpoint is missing or damaged.
         """
         checkpoint = read_checkpoint(checkpoint_path(folder, step)) if step else Checkpoint(step=0)
-        self.party = self._fresh()
+        self._renew()
         if step:
-            restore_server_(self.party, checkpoint)
+            restore_server_(self.kept, checkpoint)
         drop_checkpoints_after(folder, step)
         return checkpoint.state, Journal.from_bytes(checkpoint.journal or b"")
 
-    def _fresh(self) -> TorchServer | TrunkServer:
-        self.party: Any = None  # release the old half before the new one is loaded
-        return make_server(self._config, self._open_half(), self._new_weights, synchronous=self._synchronous)
+    def _renew(self) -> None:
+        """Go back to the base weights."""
+        self._party = None  # release the old half before the new one is loaded
+        self._party = self._open_party()
 
     def _method(self, call: str) -> Any:
         """The party's method of this name; not every server has every call."""
@@ -275,7 +280,8 @@ class _Text(HostedText):
         self._cache = None
 
 
-def _stepped(reply: StepReply) -> Stepped:
+def stepped(reply: StepReply) -> Stepped:
+    """A server's reply to a step, as it goes on the wire."""
     gradient = reply.gradient
     assert gradient is None or isinstance(gradient, torch.Tensor), "a torch server replies with tensors"
     return Stepped(reply.loss, None if gradient is None else to_wire(gradient))

@@ -190,7 +190,15 @@ class RankedHosted(TorchHosted):
         check_server(config)
         self._ranks, self._number = ranks, ranks.new_number()
         weakref.finalize(self, ranks.dropped.append, ("party", self._number))
-        super().__init__(config, _not_called, new_weights, synchronous=synchronous)
+        number, settings = self._number, msgspec.json.encode(config).decode()
+
+        def opened() -> (
+            Any
+        ):  # knows nothing of this object, which else would stay until cycles are looked for
+            ranks.lead("open", number, settings, list(new_weights), synchronous)
+            return ranks.parties[number]
+
+        super().__init__(config, opened)
 
     def save(
         self,
@@ -218,7 +226,7 @@ class RankedHosted(TorchHosted):
         checkpoint, files = Checkpoint(step=0), dict[str, Path]()
         if step:
             checkpoint, files = read_without_tensors(checkpoint_path(folder, step))
-        self.party = self._fresh()
+        self._renew()
         if step:
             check_same_names(self.party.trained, dict.fromkeys(names_of(files["server/trained"])))
         for part, file in files.items():
@@ -254,12 +262,6 @@ class RankedHosted(TorchHosted):
         self.next_token(text, hidden)
         self._ranks.dropped.append(("text", text))
         return self._ranks.texts[text].size_bytes
-
-    def _fresh(self) -> Any:
-        self.party: Any = None
-        config = msgspec.json.encode(self._config).decode()
-        self._ranks.lead("open", self._number, config, self._new_weights, self._synchronous)
-        return self._ranks.parties[self._number]
 
     def _method(self, call: str) -> Any:
         super()._method(call)  # refuses a call that this server does not have
@@ -303,7 +305,8 @@ def check_server(config: Config) -> None:
             f"method {config.method} probes the server's half, and this server has several ranks, which train by "
             "backprop alone; choose a method with a first-order server, such as hosl, or serve without --ranks"
         )
-
-
-def _not_called() -> Any:
-    raise AssertionError("every rank reads its own part of the half")
+    if config.clients.server == "personal":
+        raise HandshakeError(
+            "clients.server: personal gives each device server adapters of its own, and this server has several ranks, "
+            "which train one set of weights; set clients.server: shared, or serve without --ranks"
+        )

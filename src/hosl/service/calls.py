@@ -7,6 +7,7 @@ reply messages. Errors become status codes in one place (`_served`).
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import aclosing, nullcontext
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,10 +18,11 @@ from hosl.core.targets import states_shape
 from hosl.errors import AccessError, CheckpointError, HoslError, LimitError, LinkError, WireError
 from hosl.service.access import Access, bearer
 from hosl.service.giving import Giving
+from hosl.service.hosted_half import HostedBank
 from hosl.service.incoming import Incoming, Room
 from hosl.service.limits import HELLO_CALLS, Limits, Meterage
 from hosl.service.rounds import Contribution, Round
-from hosl.service.runs import Question, ServedRun
+from hosl.service.runs import OwnQuestion, Question, ServedRun, losses_together, steps_together
 from hosl.service.scheduler import CALL_TOKENS, HELLO_TOKENS, Scheduler
 from hosl.service.sessions import Session, Sessions
 from hosl.service.status import Status
@@ -143,7 +145,10 @@ class Calls:
         run = session.run
         arrays, targets = await self._activations(incoming, session, request.activations, request.targets)
         question = Question(client, request.where.step, arrays, targets)
-        losses, seconds = await self._answered(run, question, _losses_of(run), run.losses)
+        if (bank := self._sessions.bank(run)) is not None:
+            losses, seconds = await self._with_others(run, question, bank, "losses", losses_together)
+        else:
+            losses, seconds = await self._answered(run, question, _losses_of(run), run.losses)
         _let_go(incoming, arrays)
         yield pb.LossesReply(losses=losses, server_s=seconds)
 
@@ -224,7 +229,9 @@ class Calls:
         run = session.run
         arrays, targets = await self._activations(incoming, session, [request.activations], request.targets)
         question = Question(client, request.where.step, arrays, targets, request.want_gradient)
-        if run.round is None:
+        if (bank := self._sessions.bank(run)) is not None:
+            stepped, seconds = await self._with_others(run, question, bank, "steps", steps_together)
+        elif run.round is None:
             stepped, seconds = await self._compute(
                 session, arrays, lambda: run.step_together([question])[0], changes=run
             )
@@ -466,6 +473,19 @@ class Calls:
             worked = await self._scheduler.run_merged(client, tokens, kind, question, answer)
         self._status.computed(tokens)
         return worked
+
+    async def _with_others(
+        self, run: ServedRun, question: Question, bank: HostedBank, kind: str, answer: Callable[..., Any]
+    ) -> tuple[Any, float]:
+        """The answer of a client's own half and its seconds; computed with what others ask of theirs meanwhile."""
+        found, seconds = await self._scheduler.run_merged(
+            question.client, _tokens_of(question.activations), (kind, id(bank)), OwnQuestion(run, question),
+            partial(answer, bank),
+        )  # fmt: skip
+        self._status.computed(_tokens_of(question.activations))
+        if isinstance(found, HoslError):
+            raise found
+        return found, seconds
 
 
 def _tokens_of(arrays: Sequence[WireArray]) -> int:

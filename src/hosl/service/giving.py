@@ -27,7 +27,7 @@ from hosl.errors import (
     WireError,
 )
 from hosl.service.incoming import Incoming
-from hosl.service.operation.stored import stored_handshake
+from hosl.service.operation.stored import checkpoints_below, stored_handshake
 from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import checkpoint_path, checkpoint_steps, intact_steps
 from hosl.wire import hosl_pb2 as pb
@@ -60,8 +60,8 @@ class Giving:
     """The largest half of a client that is taken."""
     say: Callable[[str], None] = lambda text: None
     """Is called with a line about each damaged checkpoint."""
-    _listings: dict[tuple[str, int, str], HalfListing] = field(default_factory=dict)
-    """By run, step and the digest of the checkpoint's state.json."""
+    _listings: dict[tuple[Path, int, str], HalfListing] = field(default_factory=dict)
+    """By folder of checkpoints, step and the digest of the checkpoint's state.json."""
     _arriving: set[Path] = field(default_factory=set)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -76,9 +76,9 @@ class Giving:
         await incoming.end()
         if not self.allowed:
             raise AccessError("this server keeps its half; its owner starts it with --give-half")
-        self._check_took_part(client, request.run)
+        folder = self._checkpoints_of(client, request.run)
         async with self._lock:  # one pass over the files at a time
-            departing = await asyncio.to_thread(self._departing, request.run, request.step)
+            departing = await asyncio.to_thread(self._departing, request.run, folder, request.step)
         try:
             listing = departing.listing
             if not request.list_digest:
@@ -106,7 +106,7 @@ class Giving:
             BusyError: if another call of the client sends the same.
         """
         given = (await incoming.message(pb.GiveRequest)).given
-        self._check_took_part(client, given.run)
+        self._checkpoints_of(client, given.run)
         _check_given(given)
         parts = [(await incoming.message(pb.GiveRequest)).list]
         while parts[-1].more and parts[-1].tensors:
@@ -136,17 +136,18 @@ class Giving:
         finally:
             self._arriving.discard(folder)
 
-    def _check_took_part(self, client: str, run: str) -> None:
+    def _checkpoints_of(self, client: str, run: str) -> Path:
+        """The folder of the checkpoints of the half that a client trained in a run; refuses who took no part."""
         stored = stored_handshake(self.runs, run)
         if stored is None or client not in stored["clients"]:
             raise HandshakeError(
                 f"client {client} took part in no run {run[:64]!r} of this server; `hosl runs ls` there shows who did"
             )
+        return checkpoints_below(self.runs / run, ParseDict(stored["training"], pb.Training()), client)
 
-    def _departing(self, run: str, step: int) -> DepartingHalf:
+    def _departing(self, run: str, folder: Path, step: int) -> DepartingHalf:
         """The files of the server's half after a step, 0: of the newest checkpoint. Each is checked once."""
-        folder = self.runs / run / "checkpoints"
-        known = next((key for key in self._listings if key[:2] == (run, step)), None)
+        known = next((key for key in self._listings if key[:2] == (folder, step)), None)
         if known is None or known[2] != _state_digest(folder, step):
             found = next((at for at in intact_steps(folder, self.say) if step in (0, at)), None)
             if found is None:
@@ -159,7 +160,7 @@ class Giving:
         departing = DepartingHalf(step, tensors, self._listings.get(known) if known else None)
         while len(self._listings) >= _LISTINGS:
             self._listings.pop(next(iter(self._listings)))
-        self._listings[run, step, _state_digest(folder, step)] = departing.listing
+        self._listings[folder, step, _state_digest(folder, step)] = departing.listing
         return departing
 
 

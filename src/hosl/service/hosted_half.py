@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets
+from hosl.errors import HoslError
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
@@ -57,6 +58,15 @@ class NextToken:
     """One per candidate."""
     tensor: WireArray | None = None
     """In place of these: the logits of all tokens [1, 1, vocabulary], float32, or a trunk's state [1, 1, width]."""
+
+
+class OwnAsked(NamedTuple):
+    """What a client asks of its own half, when several clients' halves are asked."""
+
+    client: str
+    asked: Asked
+    step: int = 0
+    """Of a training step: the number of the update."""
 
 
 @runtime_checkable
@@ -169,5 +179,32 @@ class HostedHalf(Protocol):
         ...
 
 
-OpenHalf = Callable[[pb.Model, pb.Training], HostedHalf]
-"""Makes the half that a Hello names, at its base weights; raises HandshakeError if this server has another one."""
+@runtime_checkable
+class HostedBank(Protocol):
+    """The halves of several clients over one frozen base: each is trained by its client alone."""
+
+    def of(self, client: str) -> HostedHalf:
+        """A client's half, at the weights that every client begins with."""
+        ...
+
+    def forget(self, client: str) -> None:
+        """Let go of a client's half."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """The questions that one pass answers at most."""
+        ...
+
+    def step_together(self, asked: Sequence[OwnAsked]) -> list[Stepped | HoslError]:
+        """`HostedHalf.step` for clients, each once, by one pass; the reply or the error of each."""
+        ...
+
+    def losses_together(self, asked: Sequence[OwnAsked]) -> list[list[float]]:
+        """`HostedHalf.losses` for clients, by one pass."""
+        ...
+
+
+OpenHalf = Callable[[pb.Model, pb.Training], HostedHalf | HostedBank]
+"""Makes the half that a Hello names, at its base weights, or where each client has a server half of its own the bank of
+these; raises HandshakeError if this server has another one."""

@@ -7,17 +7,17 @@ recorded one gets its reply from the cache; any other is refused. `settle` finds
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from hosl.core.journal import Journal
 from hosl.core.targets import AskedPositions, Targets, weight_of
-from hosl.errors import HandshakeError, SessionError, StepError, WireError
-from hosl.service.hosted_half import Asked, HostedHalf, Stepped
-from hosl.service.replies import Replies
+from hosl.errors import HandshakeError, HoslError, SessionError, StepError, WireError
+from hosl.service.hosted_half import Asked, HostedBank, HostedHalf, OwnAsked, Stepped
+from hosl.service.replies import IN_MEMORY_BYTES, Replies
 from hosl.service.rounds import (
     ROUNDS_NEEDED,
     ROUNDS_REMEMBERED,
@@ -30,6 +30,7 @@ from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, int
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
+_Asked = TypeVar("_Asked")
 BASE = "(base)"
 """The name of what is no run: a half as it was split, opened for use. No run can have it."""
 
@@ -57,6 +58,8 @@ class ServedRun:
     """The folder of its checkpoints."""
     say: Callable[[str], None] = lambda text: None
     """Is called with a line about each damaged checkpoint."""
+    client: str = ""
+    """Personal adapters: the client whose part of a run this is, named NAME/CLIENT; it is alone in it."""
     steps: dict[str, int] = field(default_factory=dict)
     """The last step of each client that changed the half, or that a Hello settled on."""
     journal: Journal = field(default_factory=Journal)
@@ -69,6 +72,8 @@ class ServedRun:
     """The loss of the newest step, nats; None where the labels stay with the client."""
     turn: Turn = field(default_factory=Turn)
     """Is held from the states of a step to its update, where each step of several clients is applied as it comes."""
+    let_go: bool = False
+    """Whether another object has taken its place in memory, or will: what is asked of it is asked again."""
     round: Round | None = None
     """The round that collects contributions; None under the sequential schedule."""
     _replies: Replies = field(init=False)
@@ -89,19 +94,30 @@ class ServedRun:
     """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
     def __post_init__(self) -> None:
-        self._replies = Replies(self.folder.parent)
+        share = max(self.training.clients, 1) if self.client else 1
+        self._replies = Replies(self.home, IN_MEMORY_BYTES // share)
         if self.training.order == pb.SYNCHRONOUS:
             self.round = Round(number=1, expected=self.training.clients)
 
     @property
     def shown(self) -> str:
         """The name for people and peers; empty for a half as it was split, which is no run."""
-        return "" if self.name == BASE else self.name
+        return "" if self.name == BASE else self.of
+
+    @property
+    def of(self) -> str:
+        """The name of the whole run, where this is one client's part of it."""
+        return self.name.partition("/")[0]
+
+    @property
+    def home(self) -> Path:
+        """The folder of the whole run."""
+        return self.folder.parents[2] if self.client else self.folder.parent
 
     @property
     def alone(self) -> bool:
-        """Whether one client trains this run, so that both sides can go back together."""
-        return self.training.clients <= 1
+        """Whether one client trains this half, so that both sides can go back together."""
+        return self.training.clients <= 1 or self.training.personal_server
 
     @property
     def takes_turns(self) -> bool:
@@ -254,9 +270,11 @@ class ServedRun:
         Raises:
             StepError: if `step` is from the past or the future.
             SessionError: if the client's part of the round of `step` was taken, the last round is closed, or the run
-                went back to a state without this client.
+                went back to a state without this client, or is not the one in memory any more.
         """
         recorded = self.steps.get(client)
+        if self.let_go:
+            raise SessionError(f"run {self.name} was let go of meanwhile; say hello again")
         if recorded is None:
             raise SessionError(
                 f"run {self.name} went back to a checkpoint without client {client}; say hello again"
@@ -362,13 +380,27 @@ class ServedRun:
 
         A client that went back to a checkpoint does its steps again: the newest one counts as done, though not twice.
         """
-        if self._replies.step_of(client) == step:
-            reply = self._replies.of(client)
-        else:
-            self.check_now(client, step)
-            reply = work()
-            self._replies.put(client, step, reply)
+        if self.is_due(client, step):
+            self._replies.put(client, step, work())
             self.server_step += is_update
+        return self._counted(client, step, is_update=is_update)
+
+    def is_due(self, client: str, step: int) -> bool:
+        """Whether a step is to be executed, not answered from the cache; raises as `check_now`."""
+        due = self._replies.step_of(client) != step
+        if due:
+            self.check_now(client, step)
+        return due
+
+    def answer_step(self, client: str, step: int, reply: Stepped | None = None) -> Stepped:
+        """Note the reply to a step that was executed elsewhere, None: before; returns the reply to send."""
+        if reply is not None:
+            self._replies.put(client, step, reply)
+            self.server_step += 1
+        return self._counted(client, step, is_update=True)
+
+    def _counted(self, client: str, step: int, *, is_update: bool) -> Any:
+        reply = self._replies.of(client)
         if is_update:
             self.steps[client] = step
         if isinstance(reply, Stepped) and self.model.labels == pb.LABELS_AT_SERVER:
@@ -466,6 +498,70 @@ class ServedRun:
             ]
             self._told = (asked, updates)
         return self._told[1]
+
+
+class OwnQuestion(NamedTuple):
+    """What a client with server adapters of its own asks of its part of a run."""
+
+    run: ServedRun
+    question: Question
+
+
+def steps_together(bank: HostedBank, asked: Sequence[OwnQuestion]) -> list[Stepped | HoslError]:
+    """`ServedRun.step` of several clients' parts of a run, by few passes; the reply or the error of each."""
+    due, failed = dict[str, OwnQuestion](), dict[str, HoslError]()
+    errors = [
+        _refusal(lambda one=one: one.run.is_due(one.question.client, one.question.step)) for one in asked
+    ]
+    for one, error in zip(asked, errors, strict=True):
+        if error is None and one.run.is_due(one.question.client, one.question.step):
+            due.setdefault(
+                one.question.client, one
+            )  # a request that was repeated meanwhile has the same reply
+    for some in _passes(
+        list(due.values()), bank.at_once
+    ):  # what one did is noted before the next, which may fail
+        replies = bank.step_together([OwnAsked(q.client, _asked(q), run.server_step + 1) for run, q in some])
+        for (run, q), reply in zip(some, replies, strict=True):
+            if isinstance(reply, HoslError):
+                failed[q.client] = reply
+            else:
+                run.answer_step(q.client, q.step, reply)
+    return [
+        error or failed.get(q.client) or run.answer_step(q.client, q.step)
+        for (run, q), error in zip(asked, errors, strict=True)
+    ]
+
+
+def losses_together(bank: HostedBank, asked: Sequence[OwnQuestion]) -> list[list[float] | HoslError]:
+    """`ServedRun.losses` of several clients' parts of a run, by few passes; the losses or the error of each."""
+    errors = [
+        _refusal(lambda one=one: one.run.check_now(one.question.client, one.question.step)) for one in asked
+    ]
+    now = [one.question for one, error in zip(asked, errors, strict=True) if error is None]
+    found: list[list[float]] = []
+    for some in _passes(now, bank.at_once):
+        found += bank.losses_together([OwnAsked(q.client, _asked(q)) for q in some])
+    left = iter(found)
+    return [next(left) if error is None else error for error in errors]
+
+
+def _asked(question: Question) -> Asked:
+    return Asked(question.activations, question.targets, want_gradient=question.want_gradient)
+
+
+def _refusal(check: Callable[[], object]) -> HoslError | None:
+    """The error of a check; None: it passed."""
+    try:
+        check()
+    except HoslError as error:
+        return error
+    return None
+
+
+def _passes(asked: list[_Asked], most: int) -> Iterator[list[_Asked]]:
+    """The questions in as many parts as there are passes."""
+    return (asked[first : first + most] for first in range(0, len(asked), most))
 
 
 def _shown(value: Any) -> str:

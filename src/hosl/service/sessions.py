@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from google.protobuf.json_format import MessageToDict, ParseDict
 
-from hosl.core.methods import METHODS
 from hosl.errors import (
     AccessError,
     CheckpointError,
@@ -26,31 +24,33 @@ from hosl.errors import (
     StepError,
     WireError,
 )
-from hosl.service.hosted_half import OpenHalf
+from hosl.service.hello.checks import check_numbers, check_protocol, check_same_halves, check_training
+from hosl.service.hosted_half import HostedBank, HostedHalf, OpenHalf
 from hosl.service.operation.heard import Heard
 from hosl.service.operation.live_files import read_progress, write_progress
 from hosl.service.operation.now import ClientNow, RunNow
 from hosl.service.operation.quota import Quota
-from hosl.service.operation.stored import RUN_NAME, handshake_file, handshake_in, stored_runs
+from hosl.service.operation.stored import (
+    CLIENTS,
+    RUN_NAME,
+    checkpoints_below,
+    handshake_file,
+    handshake_in,
+    saved_steps,
+    stored_runs,
+)
 from hosl.service.runs import BASE, ServedRun
 from hosl.system.atomic import whole_file
-from hosl.system.checkpoint import checkpoint_steps, intact_steps, newest_checkpoint
+from hosl.system.checkpoint import intact_steps, newest_checkpoint
 from hosl.system.readable import readable_count
 from hosl.wire import hosl_pb2 as pb
-from hosl.wire.enums import from_enum
 
-PROTOCOL = 1
 _MOST_RESTORABLE = 1024
 UNTRAINED = pb.Training(
     method=pb.FROZEN, distribution=pb.GAUSSIAN, trainable=pb.ALL, optimiser=pb.Optimiser(name=pb.SGD), max_steps=1,
     lora=pb.Lora(r=8, alpha=16), clients=1, grace_s=5.0,
 )  # fmt: skip
 """The settings of a half that is only used."""
-_MOST = {
-    "max_steps": 2**31, "warmup_steps": 2**31, "learning_rate": 1e6, "clients": 4096, "grace_s": 86400.0,
-    "lora.r": 1024, "lora.alpha": 2**20, "optimiser.momentum": 1.0, "optimiser.weight_decay": 1e6,
-}  # fmt: skip
-"""The largest value of each number of a Hello; each decides what a run costs in memory or time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,9 @@ class Sessions:
         self._incarnation = secrets.token_hex(8)  # so that no session of an earlier process is valid
         self._count = 0
         self.runs: dict[str, ServedRun] = {}
+        """The runs in memory by name; where each client has adapters of its own, each client's part NAME/CLIENT."""
+        self._banks: dict[str, HostedBank] = {}
+        """Run -> what its clients' parts share."""
         self._sessions: dict[str, Session] = {}
         self._taken_over: dict[tuple[str, str], str] = {}
         """The last session of each (run, client) that ended because the same client said hello again."""
@@ -128,9 +131,7 @@ class Sessions:
         """
         session = self._sessions.get(where.session)
         dropped = (
-            session is not None
-            and session.run.name != BASE
-            and handshake_file(session.run.folder.parent) is None
+            session is not None and session.run.name != BASE and handshake_file(session.run.home) is None
         )
         if session is not None and dropped:
             self._forget(session.run)
@@ -146,7 +147,7 @@ class Sessions:
             raise SessionError("this session is not known here (any more); say hello again")
         if session.looks and not reads:
             raise WireError("this session only looks at its run: it may ask for scores and states")
-        self._heard.note(session.run.name, client)
+        self._heard.note(session.run.of, client)
         return session
 
     def leave(self, client: str, where: pb.Where) -> None:
@@ -161,7 +162,7 @@ class Sessions:
         Raises:
             SessionError: if the owner has dropped the run. LimitError: if its client has more on disk than it may.
         """
-        folder = run.folder.parent
+        folder = run.home
         if run.name == BASE or handshake_file(folder) is None:
             if asked:
                 raise SessionError(f"run {run.name} was dropped by the server's owner; say hello again")
@@ -170,7 +171,7 @@ class Sessions:
             with suppress(
                 CheckpointError
             ):  # a handshake that is damaged names no client; what was trained is saved
-                self._check_disk(run.name, (handshake_in(folder) or {}).get("first_client", ""))
+                self._check_disk(run.of, (handshake_in(folder) or {}).get("first_client", ""))
         step = run.save(asked=asked)
         if handshake_file(folder) is None:  # dropped meanwhile
             shutil.rmtree(folder, ignore_errors=True)
@@ -181,7 +182,7 @@ class Sessions:
         return [
             run
             for run in list(self.runs.values())
-            if run.name != BASE and not self._used[run.name] and handshake_file(run.folder.parent) is None
+            if run.name != BASE and not self._used[run.name] and handshake_file(run.home) is None
         ]
 
     def forget_dropped(self) -> None:
@@ -191,19 +192,35 @@ class Sessions:
 
     def now(self) -> list[RunNow]:
         """The runs in memory, and when their clients were heard."""
-        return [self._run_now(run) for run in list(self.runs.values()) if run.name != BASE]
+        parts = dict[str, list[ServedRun]]()
+        for run in list(self.runs.values()):
+            if run.name != BASE:
+                parts.setdefault(run.of, []).append(run)
+        return [self._run_now(of_run) for of_run in parts.values()]
 
-    def _run_now(self, run: ServedRun) -> RunNow:
-        here = {session.client for session in list(self._sessions.values()) if session.run is run}
-        heard, since = self._heard.clients(run.name), time.time() - self._away_s
-        steps = dict(run.steps)
+    def _run_now(self, parts: list[ServedRun]) -> RunNow:
+        """A run by what is in memory of it: the run, or its clients' parts."""
+        run, since = parts[0], time.time() - self._away_s
+        here = {session.client for session in list(self._sessions.values()) if session.run in parts}
+        heard = self._heard.clients(run.of)
+
+        def now(name: str, step: int, loss: float | None = None) -> ClientNow:
+            present = name in here and heard.get(name, 0.0) > since
+            return ClientNow(step, heard.get(name), present, loss)
+
+        if run.client:
+            clients = self._heard.elsewhere(run.of) | {
+                part.client: now(part.client, part.server_step, part.last_loss) for part in parts
+            }
+            losses = [client for client in clients.values() if client.loss is not None]
+            newest = max(losses, key=lambda client: client.heard or 0.0, default=None)
+            step, loss = min(c.step for c in clients.values()), None if newest is None else newest.loss
+        else:
+            steps, step, loss = dict(run.steps), run.server_step, run.last_loss
+            clients = {name: now(name, steps.get(name, 0)) for name in sorted({*here, *heard, *steps})}
         return RunNow(
-            name=run.name, step=run.server_step, max_steps=run.training.max_steps, loss=run.last_loss,
-            expected=max(run.training.clients, 1),
-            clients={
-                name: ClientNow(steps.get(name, 0), heard.get(name), name in here and heard.get(name, 0.0) > since)
-                for name in sorted({*here, *heard, *steps})
-            },
+            name=run.of, step=step, max_steps=run.training.max_steps, loss=loss,
+            expected=max(run.training.clients, 1), clients=clients,
         )  # fmt: skip
 
     def clients_of(self, run: ServedRun) -> list[str]:
@@ -222,11 +239,7 @@ class Sessions:
         """
         if request.look:
             return self._look(client, request)
-        if request.protocol != PROTOCOL:
-            raise HandshakeError(
-                f"this server speaks protocol {PROTOCOL}, the client {request.protocol}; install the same version of "
-                "hosl on both sides"
-            )
+        check_protocol(request.protocol, personal=request.training.personal_server)
         if not RUN_NAME.fullmatch(request.run):
             raise WireError(
                 f"run name {request.run[:80]!r}: 1 to 64 of a-z, 0-9, dot, hyphen, underscore are allowed"
@@ -251,9 +264,12 @@ class Sessions:
         except HandshakeError:
             if gone:
                 run.hand_over(client, gone)  # back: the seat is still free
-            if stored is None:  # begun by this Hello, and nothing was trained in it
-                self._forget(run)
+            if stored is None or (run.client and (gone or client not in stored["clients"])):
+                self._forget(run)  # begun by this Hello, and nothing was trained in it
+            if stored is None:
                 shutil.rmtree(folder)
+            elif gone and run.client:
+                self._move(folder, client, gone)
             raise
         if stored is None or roster != stored.get("clients"):
             heirs: dict[str, str] = {} if stored is None else stored.get("heirs", {})
@@ -265,8 +281,8 @@ class Sessions:
             whole_file(folder / "handshake.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
         if gone:
             self._end_sessions(run, gone)
-            self._heard.left(run.name, gone)
-        self._heard.note(run.name, client)
+            self._heard.left(run.of, gone)
+        self._heard.note(run.of, client)
         for before in self._end_sessions(run, client):
             self._taken_over[run.name, client] = before
         return self._begun(Session(client, run)), start, run
@@ -277,7 +293,7 @@ class Sessions:
             protocol=request.protocol, model=request.model, run=request.run, base=not request.run
         )
         run = self.for_use(client, ask)
-        self._heard.note(run.name, client)
+        self._heard.note(run.of, client)
         return self._begun(Session(client, run, looks=True)), run.server_step, run
 
     def _begun(self, session: Session) -> str:
@@ -292,18 +308,19 @@ class Sessions:
     ) -> tuple[ServedRun, list[str], str | None]:
         """The run of a Hello; the clients that take part in it, this one included; the one whose seat it takes."""
         folder, model, training = self._folder / request.run, request.model, request.training
-        run = self.runs.get(request.run)
-        if run is not None and stored is None:
-            self._forget(run)  # dropped by the owner
-            run = None
-        if stored is not None:
+        if stored is None:
+            for part in self._parts(request.run):
+                self._forget(part)  # dropped by the owner
+        else:
             model = ParseDict(stored["model"], pb.Model())
             training = ParseDict(stored["training"], pb.Training())
         roster: list[str] = [] if stored is None else stored["clients"]
         seats, gone = max(training.clients, 1), None
         if client not in roster:
             if len(roster) >= seats:
-                gone = next(filter(self._revoked, roster), None) or self._heard.vanished(request.run, roster)
+                gone = next(filter(self._revoked, roster), None)
+                if gone is None and not training.personal_server:  # whose adapters are nobody else's
+                    gone = self._heard.vanished(request.run, roster)
                 if gone is None:
                     heir = (stored or {}).get("heirs", {}).get(client)
                     lost = (
@@ -316,37 +333,92 @@ class Sessions:
                         "set clients.count higher for all, or choose another output_dir"
                     )
             roster = [client if name == gone else name for name in roster] + ([] if gone else [client])
+        run = self.runs.get(_name_of(request.run, training, client))
         if run is not None and request.run in self._over_quota and stored is not None and not run.finished:
             self._check_disk(request.run, stored["first_client"])  # else it would train until its next Save
         if run is None:
             check_training(training)
-            self._make_room()
+            if not self._parts(request.run):
+                self._make_room()
             if stored is None:
                 self._count_runs(client)
                 self._check_disk(request.run, client)
-            run = self._opened(request.run, model, training)
+            if gone and training.personal_server:
+                self._move(folder, gone, client)
+            run = self._opened(request.run, model, training, client)
             if stored is not None and not run.finished:
-                self._check_disk(request.run, stored["first_client"])
+                try:
+                    self._check_disk(request.run, stored["first_client"])
+                except LimitError:
+                    if gone and run.client:
+                        self._forget(run)
+                        self._move(folder, client, gone)
+                    raise
             if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a dropped run's last call may have left
                 folder.mkdir(parents=True)
         return run, roster, gone
 
-    def _opened(self, name: str, model: pb.Model, training: pb.Training) -> ServedRun:
-        """A run in memory, at its newest intact checkpoint if it has one. Requires: there is room."""
-        half = self._open_half(model, training)
-        run = ServedRun(name, model, training, half, self._folder / name / "checkpoints", self._say)
-        stored = handshake_in(run.folder.parent)
+    def _parts(self, name: str) -> list[ServedRun]:
+        """What is in memory of a run: the run, or its clients' parts."""
+        return [run for run in list(self.runs.values()) if run.of == name]
+
+    def _move(self, folder: Path, client: str, heir: str) -> None:
+        """Give a client's part of the run in `folder` to another client; nothing of it need be in memory."""
+        for part in self._parts(folder.name):
+            if part.client == client:
+                self._save_and_forget(part)
+        parts = folder / CLIENTS
+        if (parts / client).is_dir():
+            shutil.rmtree(parts / heir, ignore_errors=True)
+            (parts / client).rename(parts / heir)
+
+    def _opened(self, of: str, model: pb.Model, training: pb.Training, client: str) -> ServedRun:
+        """A run in memory, or a client's part of it, at its newest intact checkpoint. Requires: there is room."""
+        half, name = self._half(of, model, training, client), _name_of(of, training, client)
+        folder = checkpoints_below(self._folder / of, training, client)
+        own = client if training.personal_server else ""
+        run = ServedRun(name, model, training, half, folder, self._say, own)
+        stored = handshake_in(run.home)
         if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
             run.go_back(saved)
             for old, new in stored.get("heirs", {}).items():  # since the checkpoint
                 run.hand_over(old, new)
-        progress = read_progress(run.folder.parent)
-        if progress is not None and progress.step == run.server_step:
-            run.last_loss = progress.loss
-        self._heard.opened(name, progress)
+        progress = read_progress(run.home)
+        if not self._parts(of):
+            self._heard.opened(of, progress)
+        known = self._heard.elsewhere(of).get(own) if own else progress
+        if known is not None and known.step == run.server_step:
+            run.last_loss = known.loss
         self.runs[name] = run
+        for part in self._parts(of):  # else all clients that ever came would stay in memory
+            if part is not run and part.client and not self._used[part.name] and self._is_left(part):
+                self._save_and_forget(part)
         return run
+
+    def _save_and_forget(self, run: ServedRun) -> None:
+        """Save a run, or a client's part of one, and let its memory go; what `hosl runs` shows of it stays."""
+        self.save(run, asked=False)
+        parts = self._parts(run.of)
+        if run.name != BASE and len(parts) == 1:
+            with suppress(OSError):  # a hint for `hosl runs`
+                write_progress(run.home, self._run_now(parts))
+        if run.client:
+            self._heard.parted(run.of, run.client, run.server_step, run.last_loss)
+        self._forget(run)
+
+    def _half(self, of: str, model: pb.Model, training: pb.Training, client: str) -> HostedHalf:
+        """A half at its base weights; where each client has adapters of its own, over what they share."""
+        if not training.personal_server:
+            return cast(HostedHalf, self._open_half(model, training))
+        if of not in self._banks:
+            self._banks[of] = cast(HostedBank, self._open_half(model, training))
+        return self._banks[of].of(client)
+
+    def bank(self, run: ServedRun) -> HostedBank | None:
+        """What the half of a client shares with those of others, which may compute together; None: nothing."""
+        computes_losses = run.model.labels == pb.LABELS_AT_SERVER
+        return self._banks.get(run.of) if run.client and computes_losses else None
 
     # ---- use of a half, without a session ----
 
@@ -360,23 +432,20 @@ class Sessions:
             AccessError: if the client takes no part in the run.
             LimitError: if this server is busy with other runs.
         """
-        if ask.protocol != PROTOCOL:
-            raise HandshakeError(
-                f"this server speaks protocol {PROTOCOL}, the client {ask.protocol}; install the same version of hosl "
-                "on both sides"
-            )
-        name = self._named(client, ask)
-        run = self.runs.get(name)
-        if run is not None and (name == BASE and run.model.dtype != ask.model.dtype):
+        check_protocol(ask.protocol, personal=False)
+        of = self._named(client, ask)
+        stored = handshake_in(self._folder / of) or {}
+        training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
+        run = self.runs.get(_name_of(of, training, client))
+        if run is not None and (of == BASE and run.model.dtype != ask.model.dtype):
             self._forget(run)
             run = None
         if run is None:
-            stored = handshake_in(self._folder / name) or {}
             model = ParseDict(stored["model"], pb.Model()) if stored else ask.model
-            training = ParseDict(stored["training"], pb.Training()) if stored else UNTRAINED
             check_same_halves(model, ask.model)
-            self._make_room()
-            run = self._opened(name, model, training)
+            if not self._parts(of):
+                self._make_room()
+            run = self._opened(of, model, training, client)
         check_same_halves(run.model, ask.model)
         return run
 
@@ -396,7 +465,7 @@ class Sessions:
         if ask.base:
             return BASE
         if not ask.run:
-            return max(mine, key=self._changed_s, default=BASE)
+            return max(mine, key=lambda name: self._changed_s(name, client), default=BASE)
         if ask.run not in stored:
             raise HandshakeError(
                 f"no run is called {ask.run[:80]!r} here; those of client {client} are {', '.join(mine) or 'none'}"
@@ -408,48 +477,53 @@ class Sessions:
             )
         return ask.run
 
-    def _changed_s(self, name: str) -> float:
-        """The time of a run's newest checkpoint, or of its last call in this process if that is later."""
-        folder = newest_checkpoint(self._folder / name / "checkpoints") or self._folder / name
-        return max(folder.stat().st_mtime, time.time() - self._heard.silent_s(name))
+    def _changed_s(self, name: str, client: str) -> float:
+        """The time of the newest checkpoint of a client's run, or of its last call here if that is later."""
+        stored = handshake_in(self._folder / name) or {}
+        training = ParseDict(stored.get("training", {}), pb.Training())
+        checkpoints = checkpoints_below(self._folder / name, training, client)
+        folder = newest_checkpoint(checkpoints) or self._folder / name
+        silent_s = self._heard.silent_s(name, client if training.personal_server else "")
+        return max(folder.stat().st_mtime, time.time() - silent_s)
 
     def _make_room(self) -> None:
         """Save and drop runs that are finished, or whose clients have left or were not heard of, until one more fits.
 
         A run that was dropped from memory is found on disk by the next Hello.
         """
-        while len(self.runs) >= self._runs_at_once:
-            left = next(
-                (
-                    run
-                    for run in self.runs.values()
-                    if not self._used[run.name] and (run.finished or self._is_left(run))
-                ),
-                None,
-            )
+        while len(names := dict.fromkeys(run.of for run in self.runs.values())) >= self._runs_at_once:
+            left = next(filter(self._may_go, names), None)
             if left is None:
                 busy = ", ".join(
                     f"{run.name} ({', '.join(self.clients_of(run)) or 'texts and scores of it'})"
                     for run in self.runs.values()
                 )
                 raise LimitError(
-                    f"this server has room for {readable_count(len(self.runs), 'run')} and is busy with {busy}; wait "
+                    f"this server has room for {readable_count(len(names), 'run')} and is busy with {busy}; wait "
                     f"until one is finished or silent for {self._away_s:g} s, or ask its owner for `hosl runs drop` or "
                     "`hosl serve --runs-at-once`"
                 )
-            self.save(left, asked=False)
-            if left.name != BASE:
-                with suppress(OSError):  # a hint for `hosl runs`
-                    write_progress(left.folder.parent, self._run_now(left))
-            self._forget(left)
+            for part in self._parts(left):
+                self._save_and_forget(part)
+
+    def _may_go(self, name: str) -> bool:
+        return all(
+            not self._used[run.name] and (run.finished or self._is_left(run)) for run in self._parts(name)
+        )
 
     def _is_left(self, run: ServedRun) -> bool:
-        return not self.clients_of(run) or self._heard.silent_s(run.name) > self._away_s
+        return not self.clients_of(run) or self._heard.silent_s(run.of, run.client) > self._away_s
 
     def _forget(self, run: ServedRun) -> None:
         self.runs.pop(run.name, None)
-        self._heard.closed(run.name)
+        run.let_go = True
+        if not self._parts(run.of):
+            self._heard.closed(run.of)
         self._end_sessions(run)
+        if run.client:
+            self._banks[run.of].forget(run.client)
+            if not self._parts(run.of):
+                del self._banks[run.of]
 
     def _end_sessions(self, run: ServedRun, client: str | None = None) -> list[str]:
         """End the sessions of a run, or those in which one client trains it; returns their names."""
@@ -468,9 +542,9 @@ class Sessions:
         begun = [
             name
             for name, stored in stored_runs(self._folder)
-            if stored is not None and stored["first_client"] == client and name not in self.runs
+            if stored is not None and stored["first_client"] == client and not self._parts(name)
         ]
-        for name in [name for name in begun if not checkpoint_steps(self._folder / name / "checkpoints")]:
+        for name in [name for name in begun if not saved_steps(self._folder / name)]:
             shutil.rmtree(self._folder / name)
             begun.remove(name)
         self._quota.check_count(client, len(begun))
@@ -481,19 +555,9 @@ class Sessions:
         self._over_quota.discard(name)
 
 
-def check_same_halves(ours: pb.Model, theirs: pb.Model) -> None:
-    """Refuse a client half of another split; its dtype may be another.
-
-    Raises:
-        HandshakeError: naming the first difference with both values.
-    """
-    for name in ("family", "cut", "base_digest", "client_digest", "server_digest", "labels"):
-        mine, other = str(getattr(ours, name))[:16], str(getattr(theirs, name))[:16]
-        if getattr(ours, name) != getattr(theirs, name):
-            raise HandshakeError(
-                f"the halves do not fit: {name} is {mine} on the server and {other} on the client; use both folders of "
-                "one `hosl split`"
-            )
+def _name_of(run: str, training: pb.Training, client: str) -> str:
+    """The name in memory of a run, or of a client's part of it."""
+    return f"{run}/{client}" if training.personal_server else run
 
 
 def save_all(sessions: Sessions) -> None:
@@ -510,45 +574,3 @@ def save_all(sessions: Sessions) -> None:
             failed.append(error)
     if failed:
         raise failed[0]
-
-
-def check_numbers(training: pb.Training) -> None:
-    """Refuse numbers that no run has, before anything is made by them.
-
-    Raises:
-        HandshakeError: naming the setting.
-    """
-    for path, most in _MOST.items():
-        value: Any = reduce(getattr, path.split("."), training)
-        if not 0 <= value <= most:
-            raise HandshakeError(f"{path} must lie in 0..{most:g}, got {value}")
-    targets = training.lora.target_modules
-    if len(targets) > 64 or any(len(name) > 64 for name in targets):
-        raise HandshakeError(
-            f"lora.target_modules: at most 64 names of 64 characters, got {len(targets)} names"
-        )
-
-
-def check_training(training: pb.Training) -> None:
-    """Refuse settings that contradict each other, whoever sent them.
-
-    Raises:
-        HandshakeError: naming the settings.
-    """
-    if training.max_steps < 1 or not 0 <= training.learning_rate < float("inf"):
-        raise HandshakeError(
-            f"max_steps must be >= 1 and the learning rate a number >= 0, got {training.max_steps} and "
-            f"{training.learning_rate}"
-        )
-    try:
-        method = METHODS[from_enum(pb.Method, training.method)]
-    except WireError as cause:
-        raise HandshakeError(f"method: {cause}") from cause
-    if training.order == pb.SYNCHRONOUS and method.server != "first-order":
-        raise HandshakeError(
-            f"the synchronous schedule needs a first-order server, method is {method.name}; use sequential"
-        )
-    if training.halves == pb.SHARED and method.client_state == "weights":
-        raise HandshakeError(
-            f"shared client halves need a journal, and a client of method {method.name} has none; use personal"
-        )

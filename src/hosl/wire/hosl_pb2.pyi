@@ -146,7 +146,7 @@ class Model(_message.Message):
     def __init__(self, family: _Optional[str] = ..., cut: _Optional[int] = ..., base_digest: _Optional[str] = ..., client_digest: _Optional[str] = ..., server_digest: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., labels: _Optional[_Union[Labels, str]] = ...) -> None: ...
 
 class Training(_message.Message):
-    __slots__ = ("method", "seed", "distribution", "trainable", "learning_rate", "optimiser", "lora", "schedule", "warmup_steps", "max_steps", "compression", "clients", "halves", "order", "grace_s", "labels_digest")
+    __slots__ = ("method", "seed", "distribution", "trainable", "learning_rate", "optimiser", "lora", "schedule", "warmup_steps", "max_steps", "compression", "clients", "halves", "order", "grace_s", "labels_digest", "personal_server")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DISTRIBUTION_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,7 @@ class Training(_message.Message):
     ORDER_FIELD_NUMBER: _ClassVar[int]
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
     LABELS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_SERVER_FIELD_NUMBER: _ClassVar[int]
     method: Method
     seed: int
     distribution: Distribution
@@ -179,7 +180,8 @@ class Training(_message.Message):
     order: Order
     grace_s: float
     labels_digest: str
-    def __init__(self, method: _Optional[_Union[Method, str]] = ..., seed: _Optional[int] = ..., distribution: _Optional[_Union[Distribution, str]] = ..., trainable: _Optional[_Union[Trainable, str]] = ..., learning_rate: _Optional[float] = ..., optimiser: _Optional[_Union[Optimiser, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., warmup_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., clients: _Optional[int] = ..., halves: _Optional[_Union[Halves, str]] = ..., order: _Optional[_Union[Order, str]] = ..., grace_s: _Optional[float] = ..., labels_digest: _Optional[str] = ...) -> None: ...
+    personal_server: bool
+    def __init__(self, method: _Optional[_Union[Method, str]] = ..., seed: _Optional[int] = ..., distribution: _Optional[_Union[Distribution, str]] = ..., trainable: _Optional[_Union[Trainable, str]] = ..., learning_rate: _Optional[float] = ..., optimiser: _Optional[_Union[Optimiser, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., warmup_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., clients: _Optional[int] = ..., halves: _Optional[_Union[Halves, str]] = ..., order: _Optional[_Union[Order, str]] = ..., grace_s: _Optional[float] = ..., labels_digest: _Optional[str] = ..., personal_server: _Optional[bool] = ...) -> None: ...
 
 class Optimiser(_message.Message):
     __slots__ = ("name", "momentum", "weight_decay")

@@ -38,15 +38,18 @@ def merged_losses(half: ServerHalf, parts: Sequence[Part]) -> list[torch.Tensor]
     A batch that no other goes with has the loss of `loss_of`, bit for bit.
     """
     losses: dict[int, torch.Tensor] = {}
-    for group in _groups(parts):
+    for group in groups(parts):
         together = [parts[index] for index in group]
         found = _losses(half, together) if len(together) > 1 else [loss_of(half, together[0])]
         losses |= dict(zip(group, found, strict=True))
     return [losses[index] for index in range(len(parts))]
 
 
-def _groups(parts: Sequence[Part]) -> Iterator[list[int]]:
-    """Indices of the batches that go into one pass: one kind of targets, one dtype, lengths within an eighth."""
+def groups(parts: Sequence[Part]) -> Iterator[list[int]]:
+    """Indices of the batches that go into one pass: one kind of targets, one dtype, lengths within an eighth.
+
+    The batches of a group are one group, in the same order.
+    """
 
     def sort(index: int) -> tuple[str, str, int]:
         h, targets = parts[index]

@@ -198,16 +198,16 @@ def _signed_rows(module: nn.Module, names: Mapping[str, str], one_pass: _Pass) -
                         )
         finally:
             module._parameters.update(weights)
-        return _together(outputs)
+        return together(outputs)
 
     return forward
 
 
-def _together(outputs: Sequence[Any]) -> Any:
+def together(outputs: Sequence[Any]) -> Any:
     """The outputs of all evaluations as one; an expert layer's router returns several tensors."""
     if isinstance(outputs[0], torch.Tensor):
         return torch.cat(list(outputs))
-    return None if outputs[0] is None else tuple(_together(parts) for parts in zip(*outputs, strict=True))
+    return None if outputs[0] is None else tuple(together(parts) for parts in zip(*outputs, strict=True))
 
 
 def _signed_linear(

@@ -112,7 +112,7 @@ class RemoteServer(Packing):
         if request.look:  # at a run as it is, whatever its step
             self._session, self._limits, self.client = reply.session, reply.limits, reply.client
             return reply.start
-        alone = request.training.clients <= 1
+        alone = request.training.clients <= 1 or request.training.personal_server
         if reply.start > request.training.max_steps or (alone and reply.start not in ours):
             raise WireError(
                 f"the server goes on from step {reply.start}; this client can from {sorted(ours)}, and the run has "

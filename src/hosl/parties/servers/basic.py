@@ -1,5 +1,6 @@
 """The servers on PyTorch, first-order and zeroth-order. They only reply to the calls of a round (hosl.core.rounds)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -106,14 +107,23 @@ class FirstOrderServer(TorchServer):
         """Leave the gradient of every trained weight in its `grad`."""
         loss.backward()
 
+    def forget(self) -> None:
+        """Let go of the last reply, which only a repeated call would need."""
+        self._last_reply = None
+
     def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
         loss = self._loss(h, targets)
-        if not torch.isfinite(loss.detach()):
-            raise NonFiniteError(
-                f"the training loss of step {step} is {float(loss.detach())}; it must be finite: lower "
-                "server.learning_rate or client.learning_rate, and look for extreme values in the data"
-            )
+        check_loss(float(loss.detach()), step)
         return loss
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Refuse a training loss that is NaN or infinite, by NonFiniteError."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the training loss of step {step} is {loss}; it must be finite: lower server.learning_rate or "
+            "client.learning_rate, and look for extreme values in the data"
+        )
 
 
 class ZerothOrderServer(TorchServer):

@@ -65,6 +65,10 @@ class TrunkServer:
 
         return states, update
 
+    def forget(self) -> None:
+        """Let go of the graph of the newest states; where their gradient still comes, they are computed again."""
+        self._graph = None
+
     def _begun(
         self, activations: torch.Tensor, targets: AskedPositions
     ) -> tuple[torch.Tensor, Callable[[], Graph]]:

@@ -13,6 +13,8 @@ class ClientNow:
     """The time of its last call, in seconds since 1970; None: not known."""
     present: bool
     """Whether it has a session and was heard within the time after which a run makes room."""
+    loss: float | None = None
+    """The loss of its newest step, nats, where it has server adapters of its own."""
 
 
 @dataclass(frozen=True, slots=True)

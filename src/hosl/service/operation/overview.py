@@ -9,7 +9,15 @@ from google.protobuf.json_format import ParseDict
 from hosl.errors import CheckpointError, WireError
 from hosl.service.operation.live_files import Running, read_progress, read_running
 from hosl.service.operation.now import RunNow
-from hosl.service.operation.stored import handshake_in, size_bytes, stored_runs, written
+from hosl.service.operation.stored import (
+    CLIENTS,
+    checkpoint_folders,
+    handshake_in,
+    saved_steps,
+    size_bytes,
+    stored_runs,
+    written,
+)
 from hosl.system.checkpoint import checkpoint_path, checkpoint_steps, damage_of, facts_of
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
@@ -26,6 +34,8 @@ class Seat:
     """The time of its last call, in seconds since 1970; None: not known."""
     present: bool = False
     """Whether it takes part at this moment."""
+    saved_steps: list[int] = field(default_factory=list)
+    """The checkpoints of its own server adapters; empty where the server's half is shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +79,7 @@ def server_of(service: Path) -> Running | None:
 def stored_run(service: Path, name: str) -> StoredRun | None:
     """The run of this name; None: it was dropped meanwhile."""
     folder = service / "runs" / name
-    saved = checkpoint_steps(folder / "checkpoints")
+    saved = saved_steps(folder)
     sizes: dict[str, Any] = {"name": name, "disk_bytes": size_bytes(folder), "saved_steps": saved}
     try:
         stored = handshake_in(folder)
@@ -111,20 +121,25 @@ def all_stored(service: Path) -> list[StoredRun]:
 
 
 def checkpoints_of(service: Path, name: str) -> list[dict[str, Any]]:
-    """The checkpoints of a run: step, bytes, time of writing, and what is damaged (None: nothing; each file is hashed).
+    """The checkpoints of a run: step, bytes, time of writing, damage (None: none; each file is hashed), client.
 
-    One that a server deletes meanwhile is left out.
+    The client is the one whose adapters they are; None: all train one half. One deleted meanwhile is left out.
     """
-    folder, found = service / "runs" / name / "checkpoints", []
-    for step in checkpoint_steps(folder):
-        path = checkpoint_path(folder, step)
+    run, found = service / "runs" / name, []
+    paths = [
+        (checkpoint_path(folder, step), step, folder.parent.name if folder.parent != run else None)
+        for folder in checkpoint_folders(run)
+        for step in checkpoint_steps(folder)
+    ]
+    for path, step, client in paths:
         try:
             written_at = path.stat().st_mtime
         except FileNotFoundError:
             continue
         damage = damage_of(path)
         if path.is_dir():
-            found.append({"step": step, "bytes": size_bytes(path), "written": written_at, "damage": damage})
+            facts = {"step": step, "bytes": size_bytes(path), "written": written_at, "damage": damage}
+            found.append(facts | {"client": client})
     return found
 
 
@@ -138,6 +153,7 @@ def _seats(clients: list[str], folder: Path, progress: RunNow | None, live: RunN
             step=steps.get(name, 0),
             heard=known[name].heard if name in known else None,
             present=live is not None and name in live.clients and live.clients[name].present,
+            saved_steps=checkpoint_steps(folder / CLIENTS / name / "checkpoints"),
         )
         for name in clients
     ]
@@ -145,9 +161,12 @@ def _seats(clients: list[str], folder: Path, progress: RunNow | None, live: RunN
 
 def _saved_steps(folder: Path) -> dict[str, int]:
     """The step of each client at the newest checkpoint whose state can be read."""
-    for step in reversed(checkpoint_steps(folder / "checkpoints")):
-        try:
-            return facts_of(checkpoint_path(folder / "checkpoints", step)).get("steps", {})
-        except CheckpointError:
-            continue
-    return {}
+    steps = dict[str, int]()
+    for checkpoints in checkpoint_folders(folder):
+        for step in reversed(checkpoint_steps(checkpoints)):
+            try:
+                steps |= facts_of(checkpoint_path(checkpoints, step)).get("steps", {})
+            except CheckpointError:
+                continue
+            break
+    return steps

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hosl.errors import CheckpointError, LimitError
-from hosl.service.operation.stored import RUN_NAME, handshake_file, handshake_in, size_bytes
+from hosl.service.operation.stored import (
+    RUN_NAME,
+    checkpoint_folders,
+    handshake_file,
+    handshake_in,
+    size_bytes,
+)
 from hosl.system.checkpoint import checkpoint_path, checkpoint_steps
 from hosl.system.readable import readable_bytes
 
@@ -46,11 +52,12 @@ class Quota:
             LimitError: naming the client, what it has, and what is allowed.
         """
         has_bytes = {name: size_bytes(folder / name) for name in self._runs_of(folder, client) | {run}}
-        checkpoints = folder / run / "checkpoints"
-        one_bytes = max(
-            (size_bytes(checkpoint_path(checkpoints, step)) for step in checkpoint_steps(checkpoints)[-1:]),
-            default=1,
-        )
+        newest = [
+            checkpoint_path(checkpoints, step)
+            for checkpoints in checkpoint_folders(folder / run)
+            for step in checkpoint_steps(checkpoints)[-1:]
+        ]
+        one_bytes = sum(map(size_bytes, newest)) or 1
         wanted_bytes = sum(has_bytes.values()) - has_bytes[run] + max(has_bytes[run], _AT_ONCE * one_bytes)
         if wanted_bytes > self.disk_bytes:
             largest = sorted(has_bytes, key=lambda name: -has_bytes[name])[:3]

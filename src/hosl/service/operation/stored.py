@@ -3,6 +3,7 @@
 RUNS/NAME/handshake.json   the model and the settings of the first Hello, and the clients that have a seat
 RUNS/NAME/progress.json    what the server last knew of the run, every few seconds (`live_files`)
 RUNS/NAME/checkpoints/     see `hosl.system.checkpoint`
+RUNS/NAME/clients/CLIENT/checkpoints/   those of each client with server adapters of its own
 RUNS/NAME/given/           see `hosl.service.giving`
 """
 
@@ -17,9 +18,11 @@ import msgspec
 from google.protobuf.json_format import ParseDict, ParseError
 
 from hosl.errors import CheckpointError, ConfigError
-from hosl.system.checkpoint import newest_checkpoint
+from hosl.system.checkpoint import checkpoint_steps, newest_checkpoint
 from hosl.wire import hosl_pb2 as pb
 
+CLIENTS = "clients"
+"""The folder below a run's that has a folder for each client with server adapters of its own."""
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -96,10 +99,27 @@ def size_bytes(folder: Path) -> int:
 def written(folder: Path) -> float | None:
     """The time, in seconds since 1970, of a run's newest checkpoint or its handshake; None: it was dropped."""
     times = []
-    for path in (handshake_file(folder), newest_checkpoint(folder / "checkpoints")):
+    for path in (handshake_file(folder), *map(newest_checkpoint, checkpoint_folders(folder))):
         with suppress(FileNotFoundError):
             times += [] if path is None else [path.stat().st_mtime]
     return max(times, default=None)
+
+
+def checkpoints_below(folder: Path, training: pb.Training, client: str) -> Path:
+    """The folder of the checkpoints of the half that a client trains, below its run's folder."""
+    return (folder / CLIENTS / client if training.personal_server else folder) / "checkpoints"
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders of checkpoints of a run: its own, and those of its clients."""
+    return [folder / "checkpoints", *sorted(folder.glob(f"{CLIENTS}/*/checkpoints"))]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of which a run has checkpoints, of any client, ascending."""
+    return sorted(
+        {step for checkpoints in checkpoint_folders(folder) for step in checkpoint_steps(checkpoints)}
+    )
 
 
 def check_run(folder: Path, name: str) -> None:
