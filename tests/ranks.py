@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from hosl.config import Config, ServerConfig
 from hosl.core.targets import ClassTargets, OptionTargets
 from hosl.errors import NonFiniteError
+from hosl.methods.torch_parties import make_server
 from hosl.network.torch_hosting import TorchHosted
 from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.remote.torch_wire import to_wire
@@ -150,7 +151,11 @@ def checkpoint_tensors(folder):
 
 def one_process(config, folder, synchronous=False):
     """The half of a run in this process."""
-    return TorchHosted(config, lambda: load_half(folder, torch.float32), [], synchronous=synchronous)
+
+    def fresh():
+        return make_server(config, load_half(folder, torch.float32), [], synchronous=synchronous)
+
+    return TorchHosted(config, fresh)
 
 
 def ranked(ranks, config, synchronous=False):

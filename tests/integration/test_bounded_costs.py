@@ -161,7 +161,8 @@ def test_empty_calls_cost_their_turn():
 
     async def run():
         scheduler = Scheduler()
-        calls = Calls(None, None, scheduler, None, Limits(), idle_s=1.0)
+        status = SimpleNamespace(computed=lambda tokens: None)
+        calls = Calls(None, None, scheduler, status, Limits(), idle_s=1.0)
         holding = asyncio.create_task(scheduler.run("first", 0, gate.wait))
         await asyncio.sleep(0.05)
         array = WireArray(np.zeros((8, 8, 2), np.float32), "float32")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hosl
+from hosl.config import ClientsConfig, Config, ServerConfig
 from hosl.core.targets import ClassTargets, OptionTargets, rows_of
 from hosl.errors import ConfigError, HandshakeError
 from hosl.parties.engine.loss import mean_loss, weighed_losses
@@ -96,6 +97,14 @@ def test_a_place_is_that_of_the_environment_and_another_number_of_ranks_is_refus
 def test_a_server_that_is_probed_is_refused_by_name(method):
     with pytest.raises(HandshakeError, match=f"method {method} probes"):
         check_server(settings("opt", method=method))
+
+
+def test_adapters_of_each_device_are_refused_by_name():
+    config = Config(clients=ClientsConfig(count=2, server="personal"), server=ServerConfig(trainable="lora"))
+    with pytest.raises(
+        HandshakeError, match=r"clients.server: personal.*several ranks.*serve without --ranks"
+    ):
+        check_server(config)
 
 
 def test_only_the_ranks_know_of_torch_distributed_and_nobody_loads_them_for_one_process():

@@ -201,7 +201,8 @@ class Sessions:
     def _run_now(self, parts: list[ServedRun]) -> RunNow:
         """A run by what is in memory of it: the run, or its clients' parts."""
         run, since = parts[0], time.time() - self._away_s
-        here = {session.client for session in list(self._sessions.values()) if session.run in parts}
+        ids = {id(part) for part in parts}
+        here = {session.client for session in list(self._sessions.values()) if id(session.run) in ids}
         heard = self._heard.clients(run.of)
 
         def now(name: str, step: int, loss: float | None = None) -> ClientNow:
