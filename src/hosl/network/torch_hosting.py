@@ -1,6 +1,7 @@
 """A server half on PyTorch for the service: arrays in, arrays out, and checkpoints."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class TorchHosted:
         """The half, to ask it what it is; in any thread."""
         return self._party.half
 
+    @cached_property
+    def _longest(self) -> int | None:
+        """The positions that the model reads; read once, as transformers makes a dict of all its settings for it."""
+        return limits_of(self.half.config.to_dict()).positions
+
     def check(self, shape: tuple[int, ...], targets: Targets | AskedPositions) -> int:
         """Refuse activations of the wrong width or length, and targets that the head does not have.
 
@@ -80,7 +86,7 @@ class TorchHosted:
         text = config.get_text_config()
         if shape[2] != text.hidden_size:
             raise WireError(f"activations are {text.hidden_size} wide in this model, got {shape[2]}")
-        longest = limits_of(config.to_dict()).positions
+        longest = self._longest
         if longest is not None and shape[1] > longest:
             raise WireError(f"this model reads {longest} positions, got {shape[1]}")
         if isinstance(targets, ClassTargets) and int(targets.labels.max()) >= config.num_labels:
@@ -170,7 +176,7 @@ class TorchHosted:
             config: Any = half.config
             width = config.get_text_config().hidden_size
             token_bytes = self._token_bytes(torch.zeros(1, 1, width))
-            self._text_sizes = TextSizes(width, token_bytes, limits_of(config.to_dict()).positions)
+            self._text_sizes = TextSizes(width, token_bytes, self._longest)
         return self._text_sizes
 
     def _token_bytes(self, hidden: torch.Tensor) -> int:
