@@ -263,3 +263,15 @@ def test_a_step_that_waited_while_its_run_was_let_go_is_asked_again(tmp_path):
         assert not service.half.halves
 
     in_loop(work())
+
+
+def test_the_seat_of_a_silent_client_is_not_anothers_who_would_get_its_adapters(tmp_path):
+    async def work():
+        service = Personal(tmp_path, seat_s=0.0)
+        for client in ("ann", "bob", "cay"):
+            await service.greeted(client)
+        with pytest.raises(HandshakeError, match="is for 3 clients and has ann, bob, cay"):
+            await service.greeted("dan")
+        await service.greeted("ann")
+
+    in_loop(work())
