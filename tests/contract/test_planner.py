@@ -272,8 +272,10 @@ def test_memory_is_predicted_where_embeddings_are_trained(way):
     ("way", "blocks"),
     [
         *((way, None) for way in PLANNED),
-        *((way, blocks) for way in ("hosl-node", "hosl-residual") for blocks in (3, "all")),
-        ("hosl-node", 4),
+        ("hosl-node", "all"),
+        ("hosl-residual", 3),
+        ("hosl-residual", "all"),
+        *(pytest.param("hosl-node", blocks, marks=pytest.mark.slow) for blocks in (3, 4)),
         ("hosl", 4),
     ],
 )

@@ -55,6 +55,7 @@ def test_memory_is_of_the_client_alone_and_beside_first_order(capsys):
     assert once["fo-fo"]["tensor_peak_mib"] == lines["fo-fo"]["tensor_peak_mib"]
 
 
+@pytest.mark.slow  # each row has its memory measured in a process of its own
 def test_a_table_is_printed_for_people(capsys):
     words = [
         "bench",

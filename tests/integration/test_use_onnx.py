@@ -62,6 +62,7 @@ def test_a_device_without_torch_says_token_for_token_what_a_torch_device_says(la
         assert said(device("generate", half, *drawn)) == said(torch_device("generate", half, *drawn))
 
 
+@pytest.mark.slow
 def test_a_device_without_torch_predicts_what_a_torch_device_predicts(tmp_path, pytestconfig):
     classifier_halves(pytestconfig, tmp_path, WORDS)
     config = write_config(tmp_path / "config.yaml", tmp_path, max_steps=4)

@@ -294,7 +294,7 @@ def test_a_frozen_client_keeps_every_bit(tiny, class_batch):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_journal_rebuilds_the_client_bit_for_bit_after_200_steps(tiny, class_batch, dtype):
     client_half, server_half = split_model(tiny("bert", dtype), 2)
     client = ZerothOrderClient(client_half, distribution="rademacher")
