@@ -8,15 +8,13 @@ adapters add to one pass over the base, forward and backward. `rows differ`: the
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from hosl.bench.merging import CROWDS, Crowd
+from hosl.bench.merging import CROWDS, Crowd, cpu_seconds
 from hosl.bench.random_halves import BenchSizes, random_halves
 from hosl.core.targets import OptionTargets
 from hosl.parties.engine.merging import Part, merged_losses
@@ -66,13 +64,7 @@ def measured(half: Any, base: Any, crowd: Crowd, repeats: int) -> dict[str, floa
         "differ alone": lambda: [servers.steps([one]) for one in unequal],
         "differ together": lambda: servers.steps(unequal),
     }
-    spent: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(repeats + 1):  # round 0 warms up
-        for name, work in works.items():
-            begin = time.process_time()
-            work()
-            spent[name] += [time.process_time() - begin] if number else []
-    return {name: median(seconds) for name, seconds in spent.items()}
+    return cpu_seconds(works, repeats)
 
 
 def main() -> None:

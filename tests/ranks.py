@@ -176,23 +176,26 @@ def layout(ranks, per_copy=None, **more):
     return Layout(ranks=ranks, per_copy=per_copy or ranks, **more)
 
 
+def half_over(ranks, config, synchronous=False):
+    """The half of a run on all ranks; in this process, if `ranks` is the folder of the split model."""
+    if isinstance(ranks, Path):
+        return one_process(config, ranks, synchronous)
+    return ranked(ranks, config, synchronous)
+
+
 def gone_on(ranks, config, parts, out):
     """A scenario: each part's (questions, step from which it goes on): the answers, each on a half that is restored."""
     said = []
     for asked, step in parts:
-        hosted = ranked(ranks, config)
+        hosted = half_over(ranks, config)
         hosted.restore(out, step)
         said.append(answers(hosted, asked, out, step))
     return said
 
 
 def rounds(ranks, config, asked, out):
-    """A scenario: rounds with several contributions each; ranks None: in this process."""
-    hosted = (
-        one_process(config, ranks, synchronous=True)
-        if isinstance(ranks, Path)
-        else ranked(ranks, config, True)
-    )
+    """A scenario: rounds with several contributions each."""
+    hosted = half_over(ranks, config, True)
     said = {}
     for number in (1, 2):
         for part, (h, targets) in enumerate(asked):
@@ -221,7 +224,7 @@ def ruined(ranks, config, asked, out):
 
 def texts(ranks, config, states):
     """A scenario: what the half says to the hidden states of two texts at once, and the sizes of a text."""
-    hosted = one_process(config, ranks) if isinstance(ranks, Path) else ranked(ranks, config)
+    hosted = half_over(ranks, config)
     sizes = hosted.text_sizes()
     both = [hosted.open_text(5), hosted.open_text(0)]
     said = []

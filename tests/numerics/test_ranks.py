@@ -127,12 +127,7 @@ def go_on(folder, ranks, then):
 
     def goes_on(number, parts, there):
         if number == 1:
-            said = []
-            for part, step in parts:
-                hosted = one_process(config, server)
-                hosted.restore(there, step)
-                said.append(answers(hosted, part, there, step))
-            return said
+            return gone_on(server, config, parts, there)
         return on_ranks(gone_on, layout(number), server, config, parts, there)
 
     (reference,) = goes_on(ranks, [(asked, 0)], whole)

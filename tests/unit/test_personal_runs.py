@@ -6,11 +6,11 @@ import threading
 import pytest
 
 from hosl.errors import HandshakeError, NonFiniteError, SessionError, StepError
-from hosl.service.hello.checks import PERSONAL_PROTOCOL
 from hosl.service.hosted_half import HostedBank
 from hosl.service.operation.stored import CLIENTS
 from hosl.system.checkpoint import checkpoint_steps
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.protocol import PERSONAL_PROTOCOL
 from tests.unit.hosted import MODEL, CountingHalf, Service, in_loop, training
 
 PERSONAL = training(

@@ -25,6 +25,7 @@ from hosl.transport.channel import Channel
 from hosl.transport.join_line import JoinLine
 from hosl.transport.link import Link, LinkSpec
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.protocol import PROTOCOL
 from hosl.wire.tensors import packed_bytes
 
 
@@ -63,7 +64,7 @@ def _measure(config: Config, sizes: BenchSizes, steps: int, half: Path, through:
 
     def greeting(current: int) -> pb.HelloRequest:
         return pb.HelloRequest(
-            protocol=1, run="bench", model=model_message(facts, config), training=training_message(config),
+            protocol=PROTOCOL, run="bench", model=model_message(facts, config), training=training_message(config),
             restorable=[0], current=current,
         )  # fmt: skip
 

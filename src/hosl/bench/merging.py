@@ -6,7 +6,7 @@ client has its own scored position.
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -105,13 +105,7 @@ def _measured(server: SynchronousServer, crowd: Crowd, merge_tokens: int, repeat
         "alone": each_alone, "merged": together,
         "round alone": rounds_alone, "round merged": rounds_together,
     }  # fmt: skip
-    spent: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(repeats + 1):  # round 0 warms up
-        for name, work in works.items():
-            begin = time.process_time()
-            work()
-            spent[name] += [time.process_time() - begin] if number else []
-    cpu_s = {name: median(seconds) for name, seconds in spent.items()}
+    cpu_s = cpu_seconds(works, repeats)
     server.apply(1)
     moved = max(abs(a - b) / abs(a) for a, b in zip(each_alone(), together(), strict=True))
     return {
@@ -147,3 +141,14 @@ def _questions(server: SynchronousServer, crowd: Crowd) -> list[tuple[list[torch
         pair = [h + _EPSILON * change, h - _EPSILON * change]
         asked.append((pair, OptionTargets(mask, positions, tokens)))
     return asked
+
+
+def cpu_seconds(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of this process for each work; all take their turns in each round, after one that warms up."""
+    spent: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(repeats + 1):
+        for name, work in works.items():
+            begin = time.process_time()
+            work()
+            spent[name] += [time.process_time() - begin] if number else []
+    return {name: median(seconds) for name, seconds in spent.items()}

@@ -19,6 +19,7 @@ from hosl.methods.synthetic import synthetic_batch
 from hosl.transport.channel import SERVICE
 from hosl.transport.status import ERROR_KEY
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.protocol import PROTOCOL
 from hosl.wire.targets import targets_to_message
 from hosl.wire.tensors import WireArray, pack
 
@@ -96,7 +97,7 @@ class _Device:
     async def hello(self) -> None:
         """Begin a session."""
         request = pb.HelloRequest(
-            protocol=1, run=self._orders.run, restorable=[0], model=pb.Model.FromString(self._orders.model),
+            protocol=PROTOCOL, run=self._orders.run, restorable=[0], model=pb.Model.FromString(self._orders.model),
             training=pb.Training.FromString(self._orders.training),
         )  # fmt: skip
         reply: pb.HelloReply = await self._ask("Hello", request, pb.HelloReply)

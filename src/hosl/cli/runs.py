@@ -39,15 +39,15 @@ def run(arguments: list[str]) -> int:
     if options.yes and options.act != "drop":
         parser.error("--yes is for drop")
 
-    from hosl.service.operation.overview import server_of
+    from hosl.service.operation.live_files import read_running
     from hosl.service.operation.stored import check_run
 
     if options.act == "ls":
-        return _list(service, server_of(service), as_json=options.json)
+        return _list(service, read_running(service), as_json=options.json)
     check_run(service / "runs", options.name)
     if options.act == "drop":
         return _drop(service, options.name, sure=options.yes, as_json=options.json)
-    return _show(service, options.name, server_of(service), as_json=options.json)
+    return _show(service, options.name, read_running(service), as_json=options.json)
 
 
 def _list(service: Path, server: "Running | None", *, as_json: bool) -> int:

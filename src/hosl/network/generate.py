@@ -23,6 +23,7 @@ from hosl.tasks import own_chat_template
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.protocol import PROTOCOL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
             say(f"the server's half was trained to step {last_step} meanwhile")
 
     ask = pb.AskGenerate(
-        protocol=1, model=model_message(facts, config or Config()), run="" if use.base else use.run or run,
+        protocol=PROTOCOL, model=model_message(facts, config or Config()), run="" if use.base else use.run or run,
         base=use.base, version=versions()["hosl"],
     )  # fmt: skip
     says = "as it was split" if checkpoint is None else f"{use.path} after step {checkpoint.step}"

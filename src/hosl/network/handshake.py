@@ -9,6 +9,7 @@ from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.split.specs import LoraSpec
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum, to_enum
+from hosl.wire.protocol import spoken_protocol
 
 
 def model_message(facts: dict[str, Any], config: Config) -> pb.Model:
@@ -21,8 +22,8 @@ def model_message(facts: dict[str, Any], config: Config) -> pb.Model:
 
 
 def protocol_of(config: Config) -> int:
-    """The number of the protocol in a Hello: a server that does not know a setting must not overlook it."""
-    return 2 if config.clients.server == "personal" else 1
+    """The number of the protocol in the Hello of a run."""
+    return spoken_protocol(personal=config.clients.server == "personal")
 
 
 def training_message(config: Config, labels_digest: str = "") -> pb.Training:

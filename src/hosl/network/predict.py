@@ -31,6 +31,7 @@ from hosl.tasks import PromptsConfig, TextTokenizer
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.protocol import PROTOCOL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def scorer_across(
 
     def greeting(current: int) -> pb.HelloRequest:
         return pb.HelloRequest(
-            protocol=1, run=here.run, model=model_message(facts, here.config), current=current, look=True,
+            protocol=PROTOCOL, run=here.run, model=model_message(facts, here.config), current=current, look=True,
             version=versions()["hosl"],
         )  # fmt: skip
 

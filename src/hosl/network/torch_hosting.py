@@ -271,10 +271,7 @@ class _Text(HostedText):
         last = at_the_end(half, from_wire(hidden), cache)
         if isinstance(half, TrunkHalf):
             return NextToken(tensor=to_wire(last))
-        if not self._candidates:
-            return NextToken(tensor=to_wire(last.to(torch.float32)))
-        best = best_of(last, self._candidates)
-        return NextToken(tokens=best.tokens.tolist(), logits=best.logits.tolist())
+        return next_token(last, self._candidates)
 
     @property
     def size_bytes(self) -> int:
@@ -284,6 +281,14 @@ class _Text(HostedText):
     def close(self) -> None:
         """See `HostedText`."""
         self._cache = None
+
+
+def next_token(logits: torch.Tensor, candidates: int) -> NextToken:
+    """What logits [1, 1, vocabulary] say about the next token: so many candidates, or with 0 all of them."""
+    if not candidates:
+        return NextToken(tensor=to_wire(logits.to(torch.float32)))
+    best = best_of(logits, candidates)
+    return NextToken(tokens=best.tokens.tolist(), logits=best.logits.tolist())
 
 
 def stepped(reply: StepReply) -> Stepped:

@@ -19,9 +19,9 @@ import torch
 from hosl.config import Config
 from hosl.core.journal import Journal
 from hosl.errors import HandshakeError, HoslError, ModelError
-from hosl.inference.halves import at_the_end, best_of
-from hosl.network.torch_hosting import TorchHosted
-from hosl.parties.remote.torch_wire import from_wire, to_wire
+from hosl.inference.halves import at_the_end
+from hosl.network.torch_hosting import TorchHosted, next_token
+from hosl.parties.remote.torch_wire import from_wire
 from hosl.ranks.group import Group, end_broken
 from hosl.ranks.messages import packed, unpacked
 from hosl.ranks.sharding import (
@@ -277,11 +277,7 @@ class _RankedText(HostedText):
 
     def go_on(self, hidden: WireArray) -> NextToken:
         """See `HostedText`."""
-        last = self._hosted.next_token(self._text, from_wire(hidden))
-        if not self._candidates:
-            return NextToken(tensor=to_wire(last.to(torch.float32)))
-        best = best_of(last, self._candidates)
-        return NextToken(tokens=best.tokens.tolist(), logits=best.logits.tolist())
+        return next_token(self._hosted.next_token(self._text, from_wire(hidden)), self._candidates)
 
     @property
     def size_bytes(self) -> int:

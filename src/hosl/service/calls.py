@@ -465,27 +465,28 @@ class Calls:
         answer: Callable[[Sequence[Question]], Sequence[Any]],
     ) -> tuple[Any, float]:
         """The run's answer to a question and its seconds; with those of its other clients, if there can be any."""
-        client, tokens = question.client, _tokens_of(question.activations)
-        if run.alone:  # so that a run has the bits that it has in one process
-            paid = max(CALL_TOKENS, tokens)
-            worked = await self._scheduler.run(client, paid, lambda: answer([question])[0])
-        else:
-            worked = await self._scheduler.run_merged(client, tokens, kind, question, answer)
-        self._status.computed(tokens)
-        return worked
+        # one client's is never merged, so that its run has the bits that it has in one process
+        return await self._merged(question, None if run.alone else kind, question, answer)
 
     async def _with_others(
         self, run: ServedRun, question: Question, bank: HostedBank, kind: str, answer: Callable[..., Any]
     ) -> tuple[Any, float]:
         """The answer of a client's own half and its seconds; computed with what others ask of theirs meanwhile."""
-        found, seconds = await self._scheduler.run_merged(
-            question.client, _tokens_of(question.activations), (kind, id(bank)), OwnQuestion(run, question),
-            partial(answer, bank),
-        )  # fmt: skip
-        self._status.computed(_tokens_of(question.activations))
+        found, seconds = await self._merged(
+            question, (kind, id(bank)), OwnQuestion(run, question), partial(answer, bank)
+        )
         if isinstance(found, HoslError):
             raise found
         return found, seconds
+
+    async def _merged(
+        self, question: Question, kind: Hashable, asked: Any, answer: Callable[..., Any]
+    ) -> tuple[Any, float]:
+        """The answer to `asked`, which is `question` as `answer` takes it, and its seconds."""
+        tokens = _tokens_of(question.activations)
+        worked = await self._scheduler.run_merged(question.client, tokens, kind, asked, answer)
+        self._status.computed(tokens)
+        return worked
 
 
 def _tokens_of(arrays: Sequence[WireArray]) -> int:

@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple, TypeVar, cast
@@ -510,14 +511,12 @@ class OwnQuestion(NamedTuple):
 def steps_together(bank: HostedBank, asked: Sequence[OwnQuestion]) -> list[Stepped | HoslError]:
     """`ServedRun.step` of several clients' parts of a run, by few passes; the reply or the error of each."""
     due, failed = dict[str, OwnQuestion](), dict[str, HoslError]()
-    errors = [
-        _refusal(lambda one=one: one.run.is_due(one.question.client, one.question.step)) for one in asked
-    ]
-    for one, error in zip(asked, errors, strict=True):
-        if error is None and one.run.is_due(one.question.client, one.question.step):
-            due.setdefault(
-                one.question.client, one
-            )  # a request that was repeated meanwhile has the same reply
+
+    def note(one: OwnQuestion) -> None:
+        if one.run.is_due(one.question.client, one.question.step):
+            due.setdefault(one.question.client, one)  # a request that was repeated has the same reply
+
+    errors = [_refusal(partial(note, one)) for one in asked]
     for some in _passes(
         list(due.values()), bank.at_once
     ):  # what one did is noted before the next, which may fail

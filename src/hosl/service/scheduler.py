@@ -135,12 +135,12 @@ class Scheduler:
         Args:
             client: who pays: `CALL_TOKENS` at least.
             tokens: the tokens of the question, as they are.
-            kind: what may be answered together; never None.
+            kind: what may be answered together; None: this is `run`.
             question: what `answer` is asked.
             answer: (questions) -> results, one for each, in the same order. Of one kind, all do the same.
         """
         paid = max(CALL_TOKENS, tokens)
-        if not self.merge_tokens:
+        if kind is None or not self.merge_tokens:
             return await self.run(client, paid, lambda: answer([question])[0])
         return await self._asked(client, paid, tokens, question, answer, kind, ())
 

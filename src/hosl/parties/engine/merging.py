@@ -24,12 +24,17 @@ class Part(NamedTuple):
     targets: Targets
 
 
-def loss_of(half: ServerHalf, part: Part) -> torch.Tensor:
-    """The mean loss of one batch, nats, in a forward pass of its own."""
+def logits_of(half: ServerHalf, part: Part) -> torch.Tensor:
+    """The logits of one batch that its loss needs, in a forward pass of its own."""
     h, targets = part
     mask = torch.from_numpy(targets.mask).to(h.device, torch.int64)
     positions = wanted_positions(targets)
-    return mean_loss(half(h, mask, None if positions is None else positions.to(h.device)), targets)
+    return half(h, mask, None if positions is None else positions.to(h.device))
+
+
+def loss_of(half: ServerHalf, part: Part) -> torch.Tensor:
+    """The mean loss of one batch, nats, in a forward pass of its own."""
+    return mean_loss(logits_of(half, part), part.targets)
 
 
 def merged_losses(half: ServerHalf, parts: Sequence[Part]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from hosl.core.estimators import mean_scales
 from hosl.core.targets import Pair, StepReply, Targets
 from hosl.errors import NonFiniteError
 from hosl.parties.engine.loss import mean_loss, row_scores, wanted_positions
-from hosl.parties.engine.merging import Part, loss_of, merged_losses
+from hosl.parties.engine.merging import Part, logits_of, merged_losses
 from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
 from hosl.parties.engine.perturbation import Probe, descend_, stacked, trained_parameters
 from hosl.split import ServerHalf
@@ -60,12 +60,10 @@ class TorchServer:
         return StepReply(loss=float(loss.detach()), gradient=gradient)
 
     def _logits(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
-        mask = torch.from_numpy(targets.mask).to(self.device, torch.int64)
-        positions = wanted_positions(targets)
-        return self.half(h.to(self.device), mask, None if positions is None else positions.to(self.device))
+        return logits_of(self.half, Part(h.to(self.device), targets))
 
     def _loss(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
-        return loss_of(self.half, Part(h.to(self.device), targets))
+        return mean_loss(self._logits(h, targets), targets)
 
 
 class FirstOrderServer(TorchServer):

@@ -7,10 +7,8 @@ from hosl.core.methods import METHODS
 from hosl.errors import HandshakeError, WireError
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
+from hosl.wire.protocol import spoken_protocol
 
-PROTOCOL = 1
-PERSONAL_PROTOCOL = 2
-"""The protocol of a Hello with server adapters of each client: a server that knows none must not overlook them."""
 _MOST = {
     "max_steps": 2**31, "warmup_steps": 2**31, "learning_rate": 1e6, "clients": 4096, "grace_s": 86400.0,
     "lora.r": 1024, "lora.alpha": 2**20, "optimiser.momentum": 1.0, "optimiser.weight_decay": 1e6,
@@ -24,7 +22,7 @@ def check_protocol(told: int, *, personal: bool) -> None:
     Raises:
         HandshakeError: naming both versions.
     """
-    spoken = PERSONAL_PROTOCOL if personal else PROTOCOL
+    spoken = spoken_protocol(personal=personal)
     if told != spoken:
         raise HandshakeError(
             f"this server speaks protocol {spoken}, the client {told}; install the same version of hosl on both sides"

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.json_format import ParseDict
 
 from hosl.errors import CheckpointError, WireError
-from hosl.service.operation.live_files import Running, read_progress, read_running
+from hosl.service.operation.live_files import read_progress, read_running
 from hosl.service.operation.now import RunNow
 from hosl.service.operation.stored import (
     CLIENTS,
@@ -71,11 +71,6 @@ class StoredRun:
         return sum(seat.present for seat in self.seats)
 
 
-def server_of(service: Path) -> Running | None:
-    """The server that runs, or that was killed, in this folder; None: none has run, or it ended in order."""
-    return read_running(service)
-
-
 def stored_run(service: Path, name: str) -> StoredRun | None:
     """The run of this name; None: it was dropped meanwhile."""
     folder = service / "runs" / name
@@ -89,7 +84,7 @@ def stored_run(service: Path, name: str) -> StoredRun | None:
         return StoredRun(**sizes, damage=str(damage), heard=written(folder))
     if stored is None:
         return None
-    running, progress = server_of(service), read_progress(folder)
+    running, progress = read_running(service), read_progress(folder)
     live = progress if running is not None and running.alive and name in running.runs else None
     seats = _seats(stored["clients"], folder, progress, live)
     alone = training.clients <= 1
