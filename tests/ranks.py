@@ -12,8 +12,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosl.config import Config, ServerConfig
+from hosl.core.layout import Layout
 from hosl.core.targets import ClassTargets, OptionTargets
 from hosl.errors import NonFiniteError
 from hosl.methods.torch_parties import make_server
@@ -23,8 +25,9 @@ from hosl.parties.remote.torch_wire import to_wire
 from hosl.ranks import hosting
 from hosl.ranks.group import Group
 from hosl.ranks.hosting import RankedHosted, Ranks
-from hosl.ranks.layout import Layout, Place
+from hosl.ranks.place import Place
 from hosl.split import load_half, split_folder
+from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import begin_peak, peak_since_begin_bytes, process_bytes
 from hosl.wire.tensors import WireArray
 from tests.conftest import build
@@ -320,3 +323,77 @@ def copies(ranks, config, asked, out):
     hosted.contribute(h, targets, 1, False)
     hosted.apply(len(asked) + 1)
     return ranks.lead("same-everywhere", hosted._number)
+
+
+def planned_work(ranks, config, asked):
+    """A scenario: what rank 0 holds after a step, and what it gathers in the next one, the losses of probes before it.
+
+    Returns:
+        The bytes of weights, buffers and optimiser state on this rank; the bytes gathered over those of all weights
+        that are shared out.
+    """
+    hosted = ranked(ranks, config)
+    (h, targets), *_ = asked
+    hosted.step(h, targets, 1, True)
+    party = hosted.party
+    state = [t for of_weight in party.optimiser.state.values() for t in of_weight.values()]
+    tensors = [*party.half.parameters(), *party.half.model.buffers(), *state]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    shared_out = sum(p.numel() * p.element_size() for p in party.half.parameters() if isinstance(p, DTensor))
+    with _Gathers() as counted:
+        for _ in range(config.zo.directions):
+            hosted.losses([h, h], targets)
+        hosted.step(h, targets, 2, True)
+    return sum(t.untyped_storage().nbytes() for t in local), counted.bytes / shared_out
+
+
+class _Gathers(TorchDispatchMode):
+    """Counts the bytes of weights that are put together."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_allgather_base_" in str(func):
+            self.bytes += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def watched_step(ranks, config, warm_folder, asked, out):
+    """A scenario: steps of a half of `warm_folder`, then of this one, whose last step each rank watches."""
+    warm = Ranks(ranks.group, warm_folder)
+    ((h, targets),) = questions("opt", 4, steps=1)
+    ranked(warm, config).step(h, targets, 1, True)
+    warm.stop()
+    watch_steps(ranks, out)
+    hosted = ranked(ranks, config)
+    for number, (h, targets) in enumerate(asked, start=1):
+        hosted.step(h, targets, number, True)
+
+
+def follow_watched_step(ranks, config, warm_folder, asked, out):
+    """What the other ranks do in `watched_step`, before they follow."""
+    Ranks(ranks.group, warm_folder).follow()
+    watch_steps(ranks, out)
+
+
+def watch_steps(ranks, out):
+    """Have `out` told by how many bytes this rank's memory, at its peak in a step, is above that before the half."""
+    return_freed_memory()  # so that what the process has is what its tensors have
+    open_half = hosting.ranked_server
+
+    def watched(*args, **options):
+        gc.collect()
+        before = process_bytes()
+        party = open_half(*args, **options)
+        step = party.step
+
+        def stepped(*args, **options):
+            begin_peak()
+            reply = step(*args, **options)
+            (out / str(ranks.group.rank)).write_text(str(peak_since_begin_bytes() - before))
+            return reply
+
+        party.step = stepped
+        return party
+
+    hosting.ranked_server = watched

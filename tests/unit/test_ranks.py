@@ -13,12 +13,13 @@ import torch
 
 import hosl
 from hosl.config import ClientsConfig, Config, ServerConfig
+from hosl.core.layout import Layout
 from hosl.core.targets import ClassTargets, OptionTargets, rows_of
 from hosl.errors import ConfigError, HandshakeError
 from hosl.parties.engine.loss import mean_loss, weighed_losses
 from hosl.ranks.hosting import check_server
-from hosl.ranks.layout import STORE, Layout, place_of_process
 from hosl.ranks.messages import packed, unpacked
+from hosl.ranks.place import STORE, place_of_process
 from hosl.ranks.rows import share_of
 from tests.ranks import settings
 

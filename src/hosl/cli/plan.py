@@ -21,36 +21,15 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if an argument is impossible, or the model cannot be planned.
     """
-    options, overrides = options_and_settings(_parser(), arguments, "what")
+    parser = _parser()
+    options, overrides = options_and_settings(parser, arguments, "what")
 
-    from hosl.system.byte_sizes import parse_bytes
-    from hosl.transport.link import LinkSpec, parse_duration, parse_rate
+    _check(options, parser)
 
-    limit = float(parse_bytes(options.device_memory)) if options.device_memory else None
-    down = options.down or options.up
-    link = LinkSpec(
-        rtt_s=parse_duration(options.rtt), up_bits_per_s=parse_rate(options.up) if options.up else None,
-        down_bits_per_s=parse_rate(down) if down else None,
-    )  # fmt: skip
-    for name in ("batch", "tokens", "cores", "server_tflops"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"hosl plan --{name.replace('_', '-')} must be above 0, got {value}")
-    if options.write and Path(options.write).exists():
-        raise ConfigError(f"--write {options.write}: there is such a file already; choose another name")
-
-    from hosl.methods.variants import variants_called
-    from hosl.planner.request import Planning, planned
+    from hosl.planner.request import planned
     from hosl.report.planned import draw_plan
 
-    ways = None if options.ways is None else tuple(way.name for way in variants_called(options.ways))
-    planning = Planning(
-        what=options.what, settings=lambda base: overridden(base, overrides),
-        device_memory_bytes=limit, link=link, rows=options.batch, tokens=options.tokens,
-        cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe, server_tera_flops=options.server_tflops,
-        on_engine=options.runtime == "onnx", ways=ways,
-    )  # fmt: skip
-    result = planned(planning, say=_say)
+    result = planned(_planning(options, overrides), say=_say)
     if options.write:
         result.write(Path(options.write))
     if options.picture:
@@ -66,6 +45,44 @@ def run(arguments: list[str]) -> int:
 
         sys.stdout.write("\n" + "\n".join(alignment_lines(aligned, result.asked)) + "\n")
     return 0
+
+
+def _check(options: Any, parser: Parser) -> None:
+    """Refuse options that say nothing, or that would overwrite a file."""
+    for name in ("rank_memory", "between_ranks"):
+        if options.ranks is None and getattr(options, name) != parser.get_default(name):
+            raise ConfigError(
+                f"hosl plan --{name.replace('_', '-')} is about the processes of --ranks N; add it"
+            )
+    for name in ("batch", "tokens", "cores", "server_tflops"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"hosl plan --{name.replace('_', '-')} must be above 0, got {value}")
+    if options.write and Path(options.write).exists():
+        raise ConfigError(f"--write {options.write}: there is such a file already; choose another name")
+
+
+def _planning(options: Any, overrides: Any) -> Any:
+    """The question that the options ask."""
+    from hosl.methods.variants import variants_called
+    from hosl.planner.request import Planning
+    from hosl.system.byte_sizes import parse_bytes
+    from hosl.transport.link import LinkSpec, parse_duration, parse_rate
+
+    down = options.down or options.up
+    link = LinkSpec(
+        rtt_s=parse_duration(options.rtt), up_bits_per_s=parse_rate(options.up) if options.up else None,
+        down_bits_per_s=parse_rate(down) if down else None,
+    )  # fmt: skip
+    return Planning(
+        what=options.what, settings=lambda base: overridden(base, overrides), link=link, rows=options.batch,
+        device_memory_bytes=float(parse_bytes(options.device_memory)) if options.device_memory else None,
+        tokens=options.tokens, cuts=_cuts(options.cuts), cores=options.cores, probe=options.probe,
+        server_tera_flops=options.server_tflops, on_engine=options.runtime == "onnx",
+        ways=None if options.ways is None else tuple(way.name for way in variants_called(options.ways)),
+        ranks=options.ranks, between_ranks_bits_per_s=parse_rate(options.between_ranks),
+        rank_memory_bytes=float(parse_bytes(options.rank_memory)) if options.rank_memory else None,
+    )  # fmt: skip
 
 
 def _alignment(config: Any) -> list[Any]:
@@ -108,6 +125,16 @@ def _parser() -> Parser:
         "hosl-residual config also how far its updates are the true gradients, by backprop on one batch",
     )
     parser.add_argument("--server-tflops", type=float, default=10.0, help="what the server's products reach")
+    parser.add_argument(
+        "--ranks", type=int, help="processes of the server, whose layouts are compared (hosl serve --ranks)"
+    )
+    parser.add_argument("--rank-memory", metavar="80GiB", help="what each may take; default: no limit")
+    parser.add_argument(
+        "--between-ranks",
+        metavar="RATE",
+        default="2800gbit",
+        help="what a rank gets from the others; default: %(default)s",
+    )
     parser.add_argument(
         "--runtime",
         choices=("torch", "onnx"),

@@ -83,7 +83,7 @@ def _layout(options: Any) -> Any:
         raise ConfigError(f"{names}: these are about several ranks, and --ranks is 1; give --ranks too")
     if options.ranks == 1:
         return None
-    from hosl.ranks.layout import Layout
+    from hosl.core.layout import Layout
 
     per_copy = options.ranks if options.ranks_per_copy is None else options.ranks_per_copy
     return Layout(

@@ -23,8 +23,9 @@ from hosl.methods.torch_parties import (
     client_on,
     held_tensors,
     make_head,
-    make_server,
     prepare_client_half_,
+    prepare_server_half_,
+    server_on,
 )
 from hosl.parties.clients.zeroth_order import ZerothOrderClient
 from hosl.parties.micro_batches import TOKENS_AT_ONCE
@@ -49,6 +50,8 @@ class PartyCost:
     """Resident while the half is loaded: its file, mapped in the checkpoint's dtype, and a copy if it is converted."""
     trained: float
     """The number of trained numbers."""
+    state_bytes: float = 0.0
+    """Optimiser state, of the static bytes."""
     work: Work = field(default_factory=Work)
     formed: float = 0.0
     """Elements of shifted weights that probes form."""
@@ -270,24 +273,32 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
         work = work_of(lambda: method_round(config, party, server, batch, step), alive)
         static = float(storage_bytes(alive))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
+        state = float(storage_bytes([*_state(client), *(() if head is None else _state(server))]))
     by_seeds = isinstance(client, ZerothOrderClient)
     cost = PartyCost(
         static_bytes=static, peak_bytes=static + work.peak_bytes,
-        loading_bytes=_loading_bytes(config, checkpoint_bytes, static), trained=trained, work=work,
+        loading_bytes=_loading_bytes(config, checkpoint_bytes, static), trained=trained, state_bytes=state, work=work,
         formed=float(sum(formed)), updated=trained * config.zo.directions if by_seeds else 0.0,
     )  # fmt: skip
     return cost, counting.traffic(config, shape, rows, tokens)
 
 
-def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> PartyCost:
-    """The cost of a server's step: the losses of a step's probes, then its update, or its own probes."""
+def server_cost(
+    config: Config, shape: ModelShape, rows: int, tokens: int, *, gradients_stay: bool = True
+) -> PartyCost:
+    """The cost of a server's step: the losses of a step's probes, then its update, or its own probes.
+
+    Without `gradients_stay`, each gradient of a weight is let go of as soon as it is there: the peak is then that of
+    activations and one gradient, and nothing is updated.
+    """
     labels_stay = config.wire.labels == "client"
     half: Any = (shape.three_pieces if labels_stay else shape.halves)(config.model.cut)[1]
     half.convert(DTYPES[config.model.dtype])
+    as_if_computed(lambda: prepare_server_half_(config, half, []))
     on_cpu = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, device="cpu"))
     with without_data():
         empty_(half.model)
-        server: Any = make_server(on_cpu, half, [])
+        server: Any = server_on(on_cpu, half)
         targets = _targets(config, shape, rows, tokens)
         if labels_stay:
             server = _WithoutHead(server, _asked(targets))
@@ -295,6 +306,9 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
         h = torch.empty(rows, tokens, shape.width, dtype=dtype)
         if _has_state(server):
             server.step(h, targets, step=1)
+        for p in () if gradients_stay else half.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_let_go_)
         alive = [*_alive(server), h]
         work = work_of(lambda: _serve(config, server, h, targets), alive)
         if config.method_row.server == "first-order" and config.method_row.uploads_per_direction:
@@ -304,11 +318,12 @@ def server_cost(config: Config, shape: ModelShape, rows: int, tokens: int) -> Pa
             work = replace(work, peak_bytes=peak_bytes)
         static = float(storage_bytes(_alive(server)))
         trained = float(sum(p.numel() for p in half.parameters() if p.requires_grad))
+        state = float(storage_bytes(_state(server)))
     pairs = "client" in config.method_row.draws and config.method_row.uploads_per_direction
     arrived = storage_bytes([h]) * (2 if pairs else 1)  # a pair of activations arrives together
     return PartyCost(
         static_bytes=static, peak_bytes=static + arrived + work.peak_bytes, loading_bytes=static, trained=trained,
-        work=work, formed=0.0, updated=0.0,
+        state_bytes=state, work=work, formed=0.0, updated=0.0,
     )  # fmt: skip
 
 
@@ -341,7 +356,7 @@ def _between(low: PartyCost, high: PartyCost, t: float | int) -> PartyCost:
     def line(a: float | int, b: float | int) -> float:
         return max(float(a + t * (b - a)), 0.0)
 
-    names = ("static_bytes", "peak_bytes", "loading_bytes", "trained", "formed", "updated")
+    names = ("static_bytes", "peak_bytes", "loading_bytes", "trained", "state_bytes", "formed", "updated")
     numbers = {name: line(getattr(low, name), getattr(high, name)) for name in names}
     return PartyCost(**numbers, work=_combined(low.work, high.work, line))
 
@@ -366,6 +381,10 @@ def _serve(config: Config, server: Any, h: torch.Tensor, targets: Targets) -> No
         server.probe((h, h), targets, 1, config.zo.epsilon)
         return
     server.step(h, targets, step=2, want_gradient=method.wants_gradient)
+
+
+def _let_go_(p: torch.Tensor) -> None:
+    p.grad = None
 
 
 class _WithoutHead:
@@ -422,10 +441,13 @@ def _has_state(party: Any) -> bool:
 
 def _alive(party: Any) -> list[torch.Tensor]:
     """The tensors that a party holds between its steps."""
-    tensors = [*party.half.model.parameters(), *party.half.model.buffers()]
-    for state in getattr(getattr(party, "optimiser", None), "state", {}).values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return tensors
+    return [*party.half.model.parameters(), *party.half.model.buffers(), *_state(party)]
+
+
+def _state(party: Any) -> list[torch.Tensor]:
+    """The tensors of a party's optimiser."""
+    states = getattr(getattr(party, "optimiser", None), "state", {}).values()
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def _loading_bytes(config: Config, checkpoint_bytes: float, static_bytes: float) -> float:

@@ -187,7 +187,8 @@ def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classificati
         same = [row for row in fitting if row.name == name and row.cut <= cut]
         if same:
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
-            lower = "" if row.cut == cut else f"; cut {cut} does not fit"
+            compared = any(other.cut == cut for other in rows)
+            lower = "" if row.cut == cut or not compared else f"; cut {cut} does not fit"
             if name == FORWARD.name:
                 return row, f"of the forward-only ways compared only frozen fits, which trains nothing{lower}"
             return (

@@ -18,10 +18,11 @@ from hosl.planner.on_engine import (
     with_named_adapters,
 )
 from hosl.planner.plan import PLANNED, PlanRow, Question, of_config, plan, recommended
+from hosl.planner.planned_ranks import PlannedRanks, own_bytes, own_lines, planned_ranks
 from hosl.split import resolve_model_folder, transformers_tokenizer
 from hosl.system.allocator import return_freed_memory
 from hosl.system.gc_paused import gc_paused
-from hosl.system.readable import readable_bytes, readable_count
+from hosl.system.readable import aligned, readable_bytes, readable_count
 from hosl.tasks import Task, TextTokenizer, load_task, model_labels
 from hosl.transport.link import LinkSpec
 
@@ -48,6 +49,12 @@ class Planning:
     """Whether the device computes on an inference engine (the onnx runtime)."""
     ways: tuple[str, ...] | None = None
     """The names of the variants to compare; None: the usual ones."""
+    ranks: int | None = None
+    """The processes that have the server's half together; None: one."""
+    rank_memory_bytes: float | None = None
+    """The limit of each of them; None: every layout fits."""
+    between_ranks_bits_per_s: float = 0.0
+    """What a rank gets from the others in a second."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class Planned:
     """The settings as they were given; `question.base` has a number, or none, for client.learning_rate."""
     speed: str
     """The speeds of both sides in words, and whether they were measured."""
+    ranks: PlannedRanks | None = None
+    """The server of the recommended row over several ranks, where it was asked for."""
 
     def facts(self) -> dict[str, Any]:
         """Content of --json: units in the names."""
@@ -72,6 +81,7 @@ class Planned:
             "device_memory_bytes": question.device_memory_bytes, "speed": self.speed, "why": self.why,
             "recommended": _facts(self.chosen) if self.chosen else None,
             "ways": [_facts(row) for row in self.rows],
+            **({} if self.ranks is None else {"server_ranks": self.ranks.facts()}),
         }  # fmt: skip
 
     def table(self, *, every_row: bool = False) -> str:
@@ -98,17 +108,12 @@ class Planned:
             "server", "up/step", "down/step", "client s", "wire s", "server s", "hours",
         ]  # fmt: skip
         lines = [columns, *(_cells(row, row is chosen) for row in shown)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if name == "way" else cell.rjust(width)
-                for name, cell, width in zip(columns, line, widths, strict=True)
-            ).rstrip()
-            for line in lines
-        ]
         folded = len(self.rows) - len(shown)
         more = [f"{readable_count(folded, 'more row')}, of other cuts: --all"] if folded else []
-        return "\n".join([head, self.speed, "", *text, *more, "", f"+ fits, -> recommended: {self.why}", ""])
+        text = [*aligned(lines, left="way"), *more, "", f"+ fits, -> recommended: {self.why}"]
+        text += [] if self.chosen is None else own_lines(self.chosen)
+        text += [] if self.ranks is None else ["", *self.ranks.lines()]
+        return "\n".join([head, self.speed, "", *text, ""])
 
     def write(self, path: Path) -> None:
         """Write the recommended row as a config that `hosl train` reads.
@@ -168,7 +173,11 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
     except ConfigError as nothing:
         chosen, why = None, str(nothing)
     speed += f"; server assumed: {asked.server_tera_flops:g} TFLOP/s (--server-tflops)"
-    return Planned(question, rows, chosen, why, config, speed)
+    ranks = None if asked.ranks is None else planned_ranks(
+        question, chosen, ranks=asked.ranks, limit_bytes=asked.rank_memory_bytes,
+        between_bytes_per_s=asked.between_ranks_bits_per_s / 8,
+    )  # fmt: skip
+    return Planned(question, rows, chosen, why, config, speed, ranks)
 
 
 def shape_of(config: Config, task: Task) -> ModelShape:
@@ -242,7 +251,8 @@ def _facts(row: PlanRow) -> dict[str, Any]:
         "client_static_bytes": round(row.client.static_bytes),
         "client_tensor_peak_bytes": round(row.client.peak_bytes),
         "client_process_bytes": round(row.client_process_bytes),
-        "server_tensor_peak_bytes": round(row.server.peak_bytes), "bytes_up": row.traffic.bytes_up,
+        "server_tensor_peak_bytes": round(row.server.peak_bytes), "server_bytes_per_device": own_bytes(row),
+        "bytes_up": row.traffic.bytes_up,
         "bytes_down": row.traffic.bytes_down, "round_trips": row.traffic.round_trips,
         "client_s": round(row.client_s, 4), "wire_s": round(row.wire_s, 4), "server_s": round(row.server_s, 4),
         "hours": round(row.hours, 3),

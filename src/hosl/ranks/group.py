@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hosl.ranks.layout import BROKEN, Layout, Place
+from hosl.core.layout import Layout
+from hosl.ranks.place import BROKEN, Place
 
 _IDLE = timedelta(days=3650)
 _NUMBERS = timedelta(minutes=30)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hosl.ranks.layout import BROKEN, STORE
+from hosl.ranks.place import BROKEN, STORE
 
 _PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """The pauses before the ranks are started again, one after the other; the last one is kept."""

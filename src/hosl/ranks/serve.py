@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hosl.config import Config
+from hosl.core.layout import Layout
 from hosl.errors import ConfigError
 from hosl.network.serve import ServeOptions, parse_address, serve
 from hosl.ranks.launcher import Launcher, end_with_launcher, own_command, with_port
-from hosl.ranks.layout import Layout, Place, place_of_process
+from hosl.ranks.place import Place, place_of_process
 from hosl.split.reading.half_json import half_facts
 from hosl.transport.join_line import address_of
 

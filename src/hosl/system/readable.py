@@ -1,5 +1,7 @@
 """Bytes, seconds, counts and other libraries' messages as people read them."""
 
+from collections.abc import Sequence
+
 
 def readable_bytes(count: float | int) -> str:
     """Size to three digits in powers of 1024: `4 B`, `1.01 MiB`, `612 MiB`."""
@@ -34,3 +36,15 @@ def readable_count(count: int, noun: str = "") -> str:
 def one_line(message: object) -> str:
     """What another library says, in one line of at most 300 characters."""
     return " ".join(str(message).split())[:300]
+
+
+def aligned(lines: Sequence[Sequence[str]], *, left: str) -> list[str]:
+    """Lines of cells as text with even columns; the first line has their names, and the column `left` is flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if name == left else cell.rjust(width)
+            for name, cell, width in zip(lines[0], line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]

@@ -1,9 +1,8 @@
-"""The layout of ranks, and the place of this process in it, by the environment that torchrun sets too. No torch."""
+"""The place of this process among the ranks, by the environment that torchrun sets too. No torch."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from hosl.errors import ConfigError
 
@@ -11,47 +10,6 @@ STORE = "HOSL_RANKS_STORE"
 """The environment variable with the file by which the ranks of one machine find each other."""
 BROKEN = 75
 """The exit status of a rank whose group broke: to be started again, all ranks together (EX_TEMPFAIL)."""
-
-RowsOn = Literal["split", "all"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The share of each rank: of the rows of a request, and of the weights."""
-
-    ranks: int
-    per_copy: int
-    """The ranks that hold one copy of the weights together; 1: each rank holds all of them."""
-    rows: RowsOn = "split"
-    """split: each rank computes its share of the rows. all: each computes every row, the bits of one process."""
-    keep_gathered: bool = False
-    """Whether weights that were gathered for a question stay so until they change."""
-
-    def __post_init__(self) -> None:
-        if self.ranks < 2:
-            raise ConfigError(f"--ranks {self.ranks}: several are two or more; leave it out for one")
-        if self.per_copy < 1 or self.ranks % self.per_copy:
-            raise ConfigError(
-                f"--ranks-per-copy {self.per_copy} must divide --ranks {self.ranks} into whole copies of the half; "
-                f"{self.ranks} makes one copy, 1 makes {self.ranks}"
-            )
-
-    @property
-    def described(self) -> str:
-        """A line about what each rank has."""
-        copies = "one copy" if self.copies == 1 else f"{self.copies} copies"
-        weights = (
-            f"{copies} of the weights over {self.per_copy} each"
-            if self.per_copy > 1
-            else "each with all weights"
-        )
-        rows = "every row on each" if self.rows == "all" else "rows shared out"
-        return f"{self.ranks} ranks: {weights}, {rows}"
-
-    @property
-    def copies(self) -> int:
-        """The number of copies of the weights."""
-        return self.ranks // self.per_copy
 
 
 @dataclass(frozen=True, kw_only=True)
