@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosl.config import Config, ServerConfig
 from hosl.core.layout import Layout
-from hosl.core.targets import ClassTargets, OptionTargets
+from hosl.core.targets import ClassTargets, OptionTargets, weight_of
 from hosl.errors import NonFiniteError
 from hosl.methods.torch_parties import make_server
 from hosl.network.torch_hosting import TorchHosted
@@ -26,6 +26,7 @@ from hosl.ranks import hosting
 from hosl.ranks.group import Group
 from hosl.ranks.hosting import RankedHosted, Ranks
 from hosl.ranks.place import Place
+from hosl.service.hosted_half import Asked
 from hosl.split import load_half, split_folder
 from hosl.system.allocator import return_freed_memory
 from hosl.system.machine import begin_peak, peak_since_begin_bytes, process_bytes
@@ -397,3 +398,40 @@ def watch_steps(ranks, out):
         return party
 
     hosting.ranked_server = watched
+
+
+def merged(ranks, config, asked, out):
+    """A scenario: losses of several clients' questions, and rounds of their contributions, each in one call."""
+    hosted = half_over(ranks, config, True)
+    said = {}
+    for number in (1, 2):
+        questions = [Asked([h, h], targets) for h, targets in asked]
+        said[f"losses{number}"] = np.array(hosted.losses_together(questions))
+        parts = [
+            Asked([h], targets, weight_of(targets), index != 1) for index, (h, targets) in enumerate(asked)
+        ]
+        for part, reply in enumerate(hosted.contribute_together(parts)):
+            said[f"loss{number}-{part}"] = np.array(reply.loss)
+            if part != 1:
+                said[f"at-cut{number}-{part}"] = reply.gradient.data.copy()
+            assert (reply.gradient is None) == (part == 1)
+        hosted.apply(number)
+    hosted.save(out, 2, {}, None, [])
+    return said | checkpoint_tensors(out)
+
+
+def merged_with_nan(ranks, config, asked, out):
+    """A scenario: contributions of which one has NaN are refused together; then `merged`, as if nothing had been."""
+    hosted = half_over(ranks, config, True)
+    (h, targets), *others = asked
+    ruined = WireArray(np.full_like(h.data, np.nan), "float32")
+    parts = [Asked([h], targets, 1, True) for h, targets in [*others, (ruined, targets)]]
+    try:
+        hosted.contribute_together(parts)
+    except NonFiniteError as error:
+        refused = str(error)
+    for part in parts[:-1]:
+        hosted.contribute(part.activations[0], part.targets, 1, True)
+    hosted.apply(1)
+    hosted.save(out, 1, {}, None, [])
+    return refused, checkpoint_tensors(out)

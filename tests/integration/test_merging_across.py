@@ -7,22 +7,32 @@ import pytest
 import torch
 
 from tests.integration.network import Server, enrol, finished, join, server_state, split, wait_until
+from tests.integration.test_ranks import program as ranks_program
 
 SLOW = [sys.executable, str(Path(__file__).parent / "slow_server.py")]
 
 
+def case(name, *, killed=False, ranks=(), slow=True):
+    return pytest.param(killed, ranks, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
 @pytest.mark.parametrize(
-    "killed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["undisturbed", "the server is killed"]
-)
-def test_devices_end_with_merging_as_without(tiny_run, tmp_path, capsys, killed):
+    ("killed", "ranks"),
+    [
+        case("undisturbed", slow=False), case("the server is killed", killed=True),
+        case("two ranks", ranks=("--ranks", "2")),
+    ],
+)  # fmt: skip
+def test_devices_end_with_merging_as_without(tiny_run, tmp_path, capsys, killed, ranks):
     clients = {"count": 3, "halves": "shared", "schedule": "synchronous", "grace_s": 60.0}
     config = tiny_run(max_steps=4, save_steps=2, eval_steps=4, clients=clients, wire={"idle_s": 5.0})
     parts = split(tmp_path / "model-in", tmp_path / "halves")
     trained, journals = {}, {}
     for tokens in ("0", "512"):
         service = tmp_path / f"service-{tokens}"
-        words = ("--merge-tokens", tokens)
-        server = Server(parts / "server", service, *words, program=SLOW)
+        words = ("--merge-tokens", tokens, *ranks)
+        program = ranks_program() if ranks else SLOW
+        server = Server(parts / "server", service, *words, program=program)
         lines = [server.line, *(enrol(service, name, capsys) for name in ("second", "third"))]
         runs = [tmp_path / f"device-{place}-{tokens}" / "run" for place in range(3)]
         joined = [

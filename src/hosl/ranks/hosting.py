@@ -46,7 +46,9 @@ from hosl.system.checkpoint import (
 from hosl.training.client_part import check_same_names
 from hosl.wire.tensors import WireArray
 
-_CALLS = ("losses", "scores", "gradient", "step", "contribute", "apply")
+_CALLS = (
+    "losses", "losses_together", "scores", "gradient", "step", "contribute", "contribute_together", "apply",
+)  # fmt: skip
 """The methods of a server that a command may name."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

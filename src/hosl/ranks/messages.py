@@ -7,13 +7,14 @@ import numpy as np
 import torch
 
 from hosl.core.targets import ClassTargets, OptionTargets
+from hosl.parties.servers.synchronous import Contributed
 
 
 def packed(value: Any, tensors: list[torch.Tensor]) -> Any:
     """`value` as plain data for JSON; its tensors are appended to `tensors`, and stand for themselves by number.
 
     Args:
-        value: None, a number, a text, a tensor, targets, or lists and dicts of such.
+        value: None, a number, a text, a tensor, targets, a part of a round, or lists and dicts of such.
         tensors: is made longer.
     """
     match value:
@@ -27,6 +28,9 @@ def packed(value: Any, tensors: list[torch.Tensor]) -> Any:
         case OptionTargets():
             arrays = [_array(a, tensors) for a in (value.mask, value.positions, value.tokens)]
             return {"options": arrays, "mean_over": value.mean_over}
+        case Contributed():
+            parts = value.activations, value.targets, value.weight, value.want_gradient
+            return {"contributed": [packed(part, tensors) for part in parts]}
         case dict():
             return {"dict": {key: packed(of_key, tensors) for key, of_key in value.items()}}
         case list() | tuple():
@@ -46,6 +50,8 @@ def unpacked(data: Any, tensors: Sequence[torch.Tensor]) -> Any:
             return OptionTargets(
                 tensors[mask].numpy(), tensors[positions].numpy(), tensors[tokens].numpy(), mean_over
             )
+        case {"contributed": list(parts)}:
+            return Contributed(*(unpacked(part, tensors) for part in parts))
         case {"dict": dict(items)}:
             return {key: unpacked(value, tensors) for key, value in items.items()}
         case list():

@@ -74,10 +74,8 @@ def serve_rank(options: ServeOptions, layout: Layout, place: Place) -> None:
             return RankedHosted(ranks, config, new_weights, synchronous=synchronous)
 
         options.say(f"{layout.described}; frozen weights under adapters are whole on each")
-        if options.merge_tokens:
-            options.say("several ranks answer each question alone (--merge-tokens 0)")
         try:
-            serve(dataclasses.replace(options, device=device, merge_tokens=0), host)
+            serve(dataclasses.replace(options, device=device), host)
         finally:
             ranks.stop()
     with warnings.catch_warnings():

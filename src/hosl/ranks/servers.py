@@ -3,6 +3,7 @@
 The loss is one number on every rank, and every rank makes the same updates of the weights that it holds.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from hosl.core.array_types import Float
 from hosl.core.targets import StepReply, Targets, rows_of, weight_of
 from hosl.errors import NonFiniteError
 from hosl.parties.engine.loss import mean_loss, row_scores, weighed_losses
+from hosl.parties.engine.merging import Part, by_groups, stacked, stacked_losses
 from hosl.parties.engine.optimisers import check_gradients
 from hosl.parties.servers.basic import FirstOrderServer
-from hosl.parties.servers.synchronous import RoundGradient, SynchronousServer
+from hosl.parties.servers.synchronous import Contributed, RoundGradient, SynchronousServer
 from hosl.ranks.group import Group
 from hosl.ranks.rows import AllRows, OwnRows, Share, ValueOfAll, share_of
 
@@ -55,6 +57,22 @@ class RankedServer(FirstOrderServer):
         part = losses[: share.own].sum() / weight if share.own else losses.sum() * 0.0
         return ValueOfAll.apply(part, everyone.sum() / weight)  # pyright: ignore[reportReturnType]
 
+    def _merged_losses(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        return by_groups(parts, lambda part: self._loss(*part), self._stacked_losses)
+
+    def _stacked_losses(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        group, (hidden, targets) = self._group, stacked(parts)
+        if group.layout.rows == "all":
+            losses = stacked_losses(self.half, AllRows.apply(hidden, group), targets)  # pyright: ignore[reportArgumentType]
+            of_all = group.of_first(torch.stack(losses).detach())
+            losses = losses if group.leads else [loss * 0.0 for loss in losses]
+        else:
+            share = self._share(hidden)
+            own = OwnRows.apply(hidden, share, group)
+            losses = stacked_losses(self.half, own, targets.of_rows(share.rows, share.own))  # pyright: ignore[reportArgumentType]
+            of_all = group.gathered(torch.stack(losses).detach()[None]).sum(dim=0)
+        return [ValueOfAll.apply(loss, value) for loss, value in zip(losses, of_all, strict=True)]  # pyright: ignore[reportReturnType]
+
     def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
         try:
             return super()._finite_loss(h, targets, step)
@@ -92,6 +110,14 @@ class RankedSynchronousServer(RankedServer, SynchronousServer):
             self._forget_graph()
             raise
 
+    def contribute_together(self, parts: Sequence[Contributed]) -> list[StepReply]:
+        """As of `SynchronousServer`."""
+        try:
+            return super().contribute_together(parts)
+        except NonFiniteError:
+            self._forget_graph()
+            raise
+
 
 class _RankedRound(RoundGradient):
     """A `RoundGradient` whose gradients are those that a backward pass of all ranks leaves."""
@@ -100,20 +126,24 @@ class _RankedRound(RoundGradient):
         super().__init__(server.trained)
         self._server = server
 
-    def add(
-        self, output: torch.Tensor, h: torch.Tensor | None, weight: int, gradient: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """As of `RoundGradient`."""
-        assert gradient is None, "labels at the client have one rank"
+    def _add(
+        self,
+        output: torch.Tensor,
+        leaves: Sequence[torch.Tensor],
+        weight: int,
+        at: torch.Tensor | None = None,
+    ) -> Sequence[torch.Tensor]:
+        assert at is None, "labels at the client have one rank"
         before = [p.grad for p in self._trained]
         for p in self._trained:
             p.grad = None
         try:
-            self._server._backward(output * weight)
+            self._server._backward(output)
             found = [p.grad for p in self._trained]
+            of_leaves = [h.grad for h in leaves if h.grad is not None]
+            assert len(of_leaves) == len(leaves), "each leaf is read"
             check_gradients(found)
-            if h is not None:
-                check_gradients([h.grad])
+            check_gradients(of_leaves)  # apart: they are not shared out
         finally:
             for p, grad in zip(self._trained, before, strict=True):
                 p.grad = grad
@@ -121,4 +151,4 @@ class _RankedRound(RoundGradient):
             if new is not None:
                 p.grad = new if p.grad is None else p.grad.add_(new)
         self._weight += weight
-        return None if h is None or h.grad is None else h.grad / weight
+        return of_leaves

@@ -5,14 +5,15 @@ that no row sees. What a row's loss is does not depend on the rows beside it, bu
 other sizes add in another order (at most 3e-7 of the loss in float32). Each batch's mean is taken from its own rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hosl.core.targets import OptionTargets, Targets
+from hosl.core.targets import ClassTargets, Targets
 from hosl.parties.engine.loss import mean_loss, wanted_positions, widened
 from hosl.split import ServerHalf
 
@@ -42,11 +43,21 @@ def merged_losses(half: ServerHalf, parts: Sequence[Part]) -> list[torch.Tensor]
 
     A batch that no other goes with has the loss of `loss_of`, bit for bit.
     """
+    return by_groups(
+        parts, lambda part: loss_of(half, part), lambda some: stacked_losses(half, *stacked(some))
+    )
+
+
+def by_groups(
+    parts: Sequence[Part],
+    alone: Callable[[Part], torch.Tensor],
+    together: Callable[[Sequence[Part]], Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """The loss of each batch: of groups `together`, of one that no other goes with `alone`."""
     losses: dict[int, torch.Tensor] = {}
     for group in groups(parts):
-        together = [parts[index] for index in group]
-        found = _losses(half, together) if len(together) > 1 else [loss_of(half, together[0])]
-        losses |= dict(zip(group, found, strict=True))
+        some = [parts[index] for index in group]
+        losses |= dict(zip(group, [alone(some[0])] if len(some) == 1 else together(some), strict=True))
     return [losses[index] for index in range(len(parts))]
 
 
@@ -73,37 +84,81 @@ def groups(parts: Sequence[Part]) -> Iterator[list[int]]:
         yield group
 
 
-def _losses(half: ServerHalf, parts: Sequence[Part]) -> list[torch.Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Stacked:
+    """The targets of batches whose rows stand below each other, and what each counts in the mean loss of its batch."""
+
+    mask: np.ndarray
+    """[rows, longest], int8."""
+    rows: np.ndarray
+    """[scored], int64: the row of each scored token, or of each class; ascending."""
+    positions: np.ndarray | None
+    """[scored], int64: the position in its row; None: of classes."""
+    labels: np.ndarray
+    """[scored], int64: the right token or class."""
+    weights: np.ndarray
+    """[scored], float64: of its loss in the mean of its batch."""
+    batches: np.ndarray
+    """[scored], int64: the number of its batch; ascending."""
+    count: int
+    """The number of batches."""
+
+    def of_rows(self, rows: Sequence[int], counted: int) -> "Stacked":
+        """These rows alone, ascending, of which the first `counted` count; the weights of the others are 0."""
+        found = [np.nonzero(self.rows == row)[0] for row in rows]
+        at = np.concatenate(found)
+        new_rows = np.repeat(np.arange(len(rows)), [len(of_row) for of_row in found])
+        return replace(
+            self, mask=self.mask[list(rows)], rows=new_rows, labels=self.labels[at], batches=self.batches[at],
+            positions=None if self.positions is None else self.positions[at],
+            weights=np.where(new_rows < counted, self.weights[at], 0.0),
+        )  # fmt: skip
+
+
+def stacked(parts: Sequence[Part]) -> tuple[torch.Tensor, Stacked]:
+    """The activations of batches that `groups` puts together, [rows, longest, width], and their targets."""
     longest = max(h.shape[1] for h, _ in parts)
-    device = parts[0].activations.device
     hidden = torch.cat([F.pad(h, (0, 0, 0, longest - h.shape[1])) for h, _ in parts])
     mask = np.concatenate([np.pad(t.mask, ((0, 0), (0, longest - t.mask.shape[1]))) for _, t in parts])
-    mask_there = torch.from_numpy(mask).to(device, torch.int64)
-    options = [t for _, t in parts if isinstance(t, OptionTargets)]
-    if not options:
-        logits = half(hidden, mask_there)
-        of_part = logits.split([len(h) for h, _ in parts])
-        return [mean_loss(of_rows, t) for of_rows, (_, t) in zip(of_part, parts, strict=True)]
-    places, tokens, weights, counts = _scored(options)
-    logits = half(hidden, mask_there, torch.from_numpy(places).to(device))[0]
-    of_tokens = F.cross_entropy(widened(logits), torch.from_numpy(tokens).to(device), reduction="none")
-    weighed = of_tokens * torch.from_numpy(weights).to(of_tokens)
-    return [of_part.sum() for of_part in weighed.split(counts)]
+    rows, positions, labels, weights = zip(*(_scored(t) for _, t in parts), strict=True)
+    first_rows = np.cumsum([0, *(len(h) for h, _ in parts[:-1])])
+    return hidden, Stacked(
+        mask=mask, rows=np.concatenate([r + first for r, first in zip(rows, first_rows, strict=True)]),
+        positions=None if positions[0] is None else np.concatenate(positions), labels=np.concatenate(labels),
+        weights=np.concatenate(weights), batches=np.repeat(np.arange(len(parts)), [len(r) for r in rows]),
+        count=len(parts),
+    )  # fmt: skip
 
 
-def _scored(
-    options: Sequence[OptionTargets],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """Of the scored tokens of all batches: (row, position), token and weight in its batch's mean; their counts."""
-    places, tokens, weights, first_row = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), 0
-    for targets in options:
-        scored = targets.tokens >= 0
-        rows, spans = np.nonzero(scored)
-        places.append(np.stack([first_row + rows, targets.positions[rows, spans].astype(np.int64)], axis=1))
-        tokens.append(targets.tokens[rows, spans].astype(np.int64))
-        if targets.mean_over == "tokens":
-            weights.append(np.full(len(rows), 1 / len(rows)))
-        else:
-            weights.append(1 / (len(scored) * scored.sum(axis=1)[rows]))
-        first_row += len(scored)
-    return np.concatenate(places), np.concatenate(tokens), np.concatenate(weights), [len(t) for t in tokens]
+def stacked_losses(half: ServerHalf, hidden: torch.Tensor, targets: Stacked) -> list[torch.Tensor]:
+    """The mean loss of each batch, nats, in one forward pass; of some rows, their part of it."""
+    device = hidden.device
+    mask = torch.from_numpy(targets.mask).to(device, torch.int64)
+    if targets.positions is None:
+        logits = half(hidden, mask)[torch.from_numpy(targets.rows).to(device)]
+    else:
+        places = np.stack([targets.rows, targets.positions], axis=1)
+        logits = half(hidden, mask, torch.from_numpy(places).to(device))[0]
+    of_each = F.cross_entropy(widened(logits), torch.from_numpy(targets.labels).to(device), reduction="none")
+    weighed = of_each * torch.from_numpy(targets.weights).to(of_each)
+    counts = np.bincount(targets.batches, minlength=targets.count).tolist()
+    return [of_batch.sum() for of_batch in weighed.split(counts)]
+
+
+def _scored(targets: Targets) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """Of the scored tokens, or of each row's class: row, position or None, token or class, weight in the mean."""
+    if isinstance(targets, ClassTargets):
+        rows = np.arange(len(targets.labels))
+        return rows, None, targets.labels.astype(np.int64), np.full(len(rows), 1 / len(rows))
+    scored = targets.tokens >= 0
+    rows, spans = np.nonzero(scored)
+    if targets.mean_over == "tokens":
+        weights = np.full(len(rows), 1 / len(rows))
+    else:
+        weights = 1 / (len(scored) * scored.sum(axis=1)[rows])
+    return (
+        rows,
+        targets.positions[rows, spans].astype(np.int64),
+        targets.tokens[rows, spans].astype(np.int64),
+        weights,
+    )

@@ -43,7 +43,7 @@ class TorchServer:
         """`losses` of several batches, in as few forward passes as they allow; equal but for rounding."""
         parts = [Part(h.to(self.device), targets) for activations, targets in questions for h in activations]
         with torch.no_grad():
-            found = iter([float(loss) for loss in merged_losses(self.half, parts)])
+            found = iter([float(loss) for loss in self._merged_losses(parts)])
         return [[next(found) for _ in activations] for activations, _ in questions]
 
     def scores(self, activations: torch.Tensor, targets: Targets) -> Float[np.ndarray, "rows scores"]:
@@ -58,6 +58,9 @@ class TorchServer:
             loss = self._loss(h, targets)
         (gradient,) = torch.autograd.grad(loss, h)
         return StepReply(loss=float(loss.detach()), gradient=gradient)
+
+    def _merged_losses(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        return merged_losses(self.half, parts)
 
     def _logits(self, h: torch.Tensor, targets: Targets) -> torch.Tensor:
         return logits_of(self.half, Part(h.to(self.device), targets))

@@ -8,7 +8,7 @@ import torch
 
 from hosl.core.targets import StepReply, Targets
 from hosl.errors import NonFiniteError
-from hosl.parties.engine.merging import Part, merged_losses
+from hosl.parties.engine.merging import Part
 from hosl.parties.engine.optimisers import check_gradients, optimiser_step
 from hosl.parties.servers.basic import FirstOrderServer
 
@@ -125,9 +125,7 @@ class SynchronousServer(FirstOrderServer):
         leaves = [
             part.activations.detach().to(self.device).requires_grad_(part.want_gradient) for part in parts
         ]
-        losses = merged_losses(
-            self.half, [Part(h, part.targets) for h, part in zip(leaves, parts, strict=True)]
-        )
+        losses = self._merged_losses([Part(h, part.targets) for h, part in zip(leaves, parts, strict=True)])
         for loss in losses:
             _check_finite(loss)
         wanted = [h if part.want_gradient else None for h, part in zip(leaves, parts, strict=True)]
