@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hosl.errors import ConfigError
 from hosl.ranks.layout import BROKEN, STORE
 
 _PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -124,12 +125,19 @@ def own_command(listen: str) -> list[str]:
 
 
 def with_port(host: str, port: int) -> int:
-    """The port to listen on: where 0 is given, a free one, the same for all starts of the service."""
+    """The port to listen on: where 0 is given, a free one, the same for all starts of the service.
+
+    Raises:
+        ConfigError: if the host is no address of this machine.
+    """
     if port:
         return port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as free:
-        free.bind((host, 0))
+        try:
+            free.bind((host, 0))
+        except OSError as cause:
+            raise ConfigError(f"--listen {host}: it cannot be listened on: {cause.strerror}") from cause
         return free.getsockname()[1]
 
 
