@@ -11,6 +11,7 @@ import pytest
 
 from hosl.cli import main
 from hosl.errors import CheckpointError, SessionError
+from hosl.network.serve import _tended
 from hosl.service.operation import live_files
 from hosl.service.operation.live_files import LiveFiles, read_progress, read_running
 from hosl.service.operation.overview import stored_run
@@ -273,11 +274,12 @@ def test_a_run_that_is_dropped_while_it_is_saved_leaves_nothing(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path):
+@pytest.mark.parametrize("error", [CheckpointError("no space"), OSError(30, "no space")])
+def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path, error):
     class Full(CountingHalf):
         def save(self, folder, step, facts, journal, beside):
             if folder.parent.name == "first":
-                raise CheckpointError("no space")
+                raise error
             super().save(folder, step, facts, journal, beside)
 
     async def run():
@@ -285,7 +287,7 @@ def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path):
         for name in ("first", "second"):
             session = (await service.hello("a", SETTINGS["alone"], run=name)).session
             await service.step("a", session, 1)
-        with pytest.raises(CheckpointError, match="no space"):
+        with pytest.raises(type(error), match="no space"):
             save_all(service.sessions)
 
     in_loop(run())
@@ -299,6 +301,31 @@ def test_a_write_that_comes_late_does_not_bring_an_ended_server_back(tmp_path):
     files.close()
     files._write(())  # of a thread that outlived its task
     assert read_running(tmp_path) is None
+
+
+def test_a_failure_while_the_files_are_written_is_logged_and_they_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(live_files, "PERIOD_S", 0.01)
+
+    class Failing:
+        failures = 2
+
+        def now(self):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise RuntimeError("a bug")
+            return []
+
+        def dropped(self):
+            return []
+
+    async def run():
+        service = Service(tmp_path)
+        async with _tended(tmp_path, Failing(), service.scheduler, service.status):
+            while not (tmp_path / "running.json").exists():
+                await asyncio.sleep(0.01)
+        return [line["trace"].splitlines()[-1] for line in service.log if line["event"] == "failed"]
+
+    assert in_loop(run()) == ["RuntimeError: a bug"]  # one line, not one for each
 
 
 def test_a_disk_that_takes_no_files_is_said_once_and_stops_nobody(tmp_path):
