@@ -59,6 +59,8 @@ class Launcher:
                 self._start_all(Path(folder) / "store")
                 rank, status = self._first_end()
                 self._end_all(patiently=rank == 0 and status == 0)
+            if self._ending is not None and (rank, status) == (0, -signal.SIGTERM):
+                return 0  # by our signal: it served nobody yet, or has saved
             if self._ending is not None or (status >= 0 and status != BROKEN):
                 return status if status >= 0 else 128 - status
             died = 1 if time.monotonic() - begin > _CALM_S else died + 1
