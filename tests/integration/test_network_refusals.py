@@ -289,6 +289,31 @@ def test_room_for_less_than_one_call_is_refused_before_anything_is_served(tmp_pa
     assert not service.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--runs-at-once", "0"), "--runs-at-once must be above 0, got 0"),
+        (("--runs-per-client", "-1"), "--runs-per-client must be above 0, got -1"),
+        (("--away", "nan"), "--away must be above 0, got nan"),
+        (("--seat-days", "0"), "--seat-days must be above 0, got 0"),
+        (("--idle", "-1"), "--idle must be above 0, got -1"),
+        (("--calls-per-s", "0"), "--calls-per-s must be above 0, got 0"),
+        (("--tensor-limit", "-4"), "--tensor-limit must be above 0, got -4"),
+        (("--cache-limit", "0"), "--cache-limit must be above 0, got 0"),
+        (("--texts-at-once", "-1"), "--texts-at-once must be 0, for none, or more; got -1"),
+        (("--adapter-slots", "-1"), "--adapter-slots must be 0, for all clients, or more; got -1"),
+        (("--disk-per-client", "0GB"), "'0GB' is no amount of memory"),
+    ],
+)
+def test_limits_by_which_nothing_could_be_served_are_refused_before_anything_is_made(
+    tmp_path, capsys, words, said
+):
+    service = tmp_path / "service"
+    assert main(["serve", str(tmp_path / "half"), "--service", str(service), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not service.exists()
+
+
 def test_nobody_at_the_address_is_said(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

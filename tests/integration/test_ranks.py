@@ -115,6 +115,7 @@ def test_ranks_end_when_their_launcher_is_killed(halves, tmp_path):
         (("--ranks", "4", "--ranks-per-copy", "0"), "must divide --ranks 4"),
         (("--ranks", "4", "--ranks-per-copy", "3"), "must divide --ranks 4"),
         (("--ranks", "2", "--device", "cuda:1"), "give cpu or cuda"),
+        (("--ranks", "2", "--listen", "192.0.2.1:0"), "--listen 192.0.2.1: it cannot be listened on"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(halves, tmp_path, capsys, words, said):

@@ -8,9 +8,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hosl.errors import LimitError
 from hosl.service.operation.now import ClientNow, RunNow
+from hosl.service.runs import ServedRun
 from hosl.service.status import Status
 from hosl.wire import hosl_pb2 as pb
-from tests.unit.hosted import Service, in_loop, training
+from tests.unit.hosted import MODEL, CountingHalf, Service, in_loop, training
 
 BASE_UNITS = ("seconds", "bytes", "nats")
 OTHER_UNITS = re.compile(r"_(s|ms|us|ns|sec|minutes|hours|days|b|kb|kib|mb|mib|gb|gib|bits|percent)(_|$)")
@@ -144,6 +145,32 @@ def test_a_run_that_has_left_the_memory_has_no_series(tmp_path):
     text = in_loop(run())
     assert 'hosl_run_step{run="another"}' in text
     assert 'run="run"' not in text
+
+
+def test_clients_with_adapters_of_their_own_do_not_fill_the_live_page_however_many(tmp_path):
+    """Each client's part of such a run is one of the page's runs."""
+    status = Status(log=lambda line: None)
+    parts = [
+        ServedRun(
+            f"run/{n}",
+            MODEL,
+            training(),
+            CountingHalf(),
+            tmp_path / "runs/run/clients/n/checkpoints",
+            client="n",
+        )
+        for n in range(300)
+    ]
+    for part in parts:
+        part.server_step, part.last_loss = 1, 0.5
+    for part in parts:
+        with status.call(part.name, "Hello"):
+            status.hello(part.name, part, "1", 0)
+    for part in parts:
+        status.stepped(part, part.name)
+    assert set(status.state()["runs"]) == {f"run/{n}" for n in range(200, 300)}
+    assert [len(run["losses"]) for run in status.state()["runs"].values()] == [1] * 100
+    assert len(status._losses) == 100
 
 
 def test_refusals_of_many_clients_are_not_remembered_for_ever(monkeypatch):

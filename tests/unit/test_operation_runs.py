@@ -5,11 +5,13 @@ import io
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from hosl.cli import main
 from hosl.errors import CheckpointError, SessionError
+from hosl.network.serve import _tended
 from hosl.service.operation import live_files
 from hosl.service.operation.live_files import LiveFiles, read_progress, read_running
 from hosl.service.operation.overview import stored_run
@@ -144,6 +146,64 @@ def test_show_names_a_damaged_checkpoint_and_an_intact_one(tmp_path, capsys):
     assert "client a: step 1, away" in out  # of the newest that can be read
 
 
+def _refuse_below(folder, monkeypatch):
+    """What lies in a folder belongs to somebody else, as files that root made."""
+
+    def refusing(of, refused):
+        def call(path, *args, **options):
+            if refused(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return of(path, *args, **options)
+
+        return call
+
+    def below(path):
+        return folder in path.parents
+
+    for name in ("stat", "is_file", "read_bytes"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name), below))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir, lambda path: str(path) == str(folder)))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+
+
+def test_a_run_s_folder_that_cannot_be_read_is_named_and_no_other_run_is_hurt(tmp_path, capsys, monkeypatch):
+    async def run():
+        service = Service(tmp_path, runs_at_once=2)
+        for name in ("foreign", "own"):
+            session = (await service.hello("a", SETTINGS["alone"], run=name)).session
+            await service.step("a", session, 1)
+            await service.save("a", session, 1)
+        again = Service(tmp_path, runs_at_once=2)
+        _refuse_below(tmp_path / "runs" / "foreign", monkeypatch)
+        session = (await again.hello("a", SETTINGS["alone"], run="own", restorable=(0, 1), current=1)).session
+        await again.step("a", session, 2)
+        await again.save("a", session, 2)
+        await again.hello("a", SETTINGS["alone"], run="another")
+        with pytest.raises(CheckpointError, match=r"is damaged: .*Permission denied"):
+            await again.hello("a", SETTINGS["alone"], run="foreign", restorable=(0, 1), current=1)
+
+    in_loop(run())
+    told = {told["name"]: told["damage"] for told in _told(tmp_path, capsys, "ls")["runs"]}
+    assert "Permission denied" in told.pop("foreign")
+    assert told == {"own": None, "another": None}
+
+
+def test_a_dropped_run_of_which_a_file_cannot_be_deleted_is_said_to_be_gone_and_where_it_is(
+    tmp_path, capsys, monkeypatch
+):
+    in_loop(_worked(Service(tmp_path), "alone"))
+
+    def rmtree(path, **options):
+        raise PermissionError(13, "Permission denied", str(path / "checkpoints"))
+
+    monkeypatch.setattr("hosl.service.operation.stored.shutil.rmtree", rmtree)
+    assert main(["runs", "drop", "run", "--yes", "--service", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "run run is dropped, but not all of it could be deleted: " in said
+    assert str(tmp_path / "runs" / ".run.dropped") in said
+    assert (tmp_path / "runs" / ".run.dropped" / "checkpoints").is_dir()
+
+
 def test_a_run_that_is_deleted_while_it_is_looked_at_is_left_out(tmp_path, monkeypatch):
     in_loop(_worked(Service(tmp_path), "alone"))
     monkeypatch.setattr("hosl.service.operation.overview.handshake_in", lambda folder: None)
@@ -214,11 +274,12 @@ def test_a_run_that_is_dropped_while_it_is_saved_leaves_nothing(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path):
+@pytest.mark.parametrize("error", [CheckpointError("no space"), OSError(30, "no space")])
+def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path, error):
     class Full(CountingHalf):
         def save(self, folder, step, facts, journal, beside):
             if folder.parent.name == "first":
-                raise CheckpointError("no space")
+                raise error
             super().save(folder, step, facts, journal, beside)
 
     async def run():
@@ -226,7 +287,7 @@ def test_one_run_that_cannot_be_saved_keeps_no_other_from_it(tmp_path):
         for name in ("first", "second"):
             session = (await service.hello("a", SETTINGS["alone"], run=name)).session
             await service.step("a", session, 1)
-        with pytest.raises(CheckpointError, match="no space"):
+        with pytest.raises(type(error), match="no space"):
             save_all(service.sessions)
 
     in_loop(run())
@@ -240,6 +301,31 @@ def test_a_write_that_comes_late_does_not_bring_an_ended_server_back(tmp_path):
     files.close()
     files._write(())  # of a thread that outlived its task
     assert read_running(tmp_path) is None
+
+
+def test_a_failure_while_the_files_are_written_is_logged_and_they_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(live_files, "PERIOD_S", 0.01)
+
+    class Failing:
+        failures = 2
+
+        def now(self):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise RuntimeError("a bug")
+            return []
+
+        def dropped(self):
+            return []
+
+    async def run():
+        service = Service(tmp_path)
+        async with _tended(tmp_path, Failing(), service.scheduler, service.status):
+            while not (tmp_path / "running.json").exists():
+                await asyncio.sleep(0.01)
+        return [line["trace"].splitlines()[-1] for line in service.log if line["event"] == "failed"]
+
+    assert in_loop(run()) == ["RuntimeError: a bug"]  # one line, not one for each
 
 
 def test_a_disk_that_takes_no_files_is_said_once_and_stops_nobody(tmp_path):

@@ -1,13 +1,18 @@
 """A run in which each client has server adapters of its own: each is alone in its part, in any order of calls."""
 
 import asyncio
+import json
+import shutil
 import threading
 
 import pytest
 
-from hosl.errors import HandshakeError, NonFiniteError, SessionError, StepError
+from hosl.cli import main
+from hosl.errors import CheckpointError, HandshakeError, LimitError, NonFiniteError, SessionError, StepError
 from hosl.service.hosted_half import HostedBank
-from hosl.service.operation.stored import CLIENTS
+from hosl.service.operation.live_files import LiveFiles, read_progress
+from hosl.service.operation.quota import Quota
+from hosl.service.operation.stored import CLIENTS, size_bytes
 from hosl.system.checkpoint import checkpoint_steps
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.protocol import PERSONAL_PROTOCOL
@@ -248,6 +253,132 @@ def test_a_look_is_at_the_client_s_own_adapters(tmp_path):
         return [reply.start for reply in looks]
 
     assert in_loop(work()) == [2, 1]
+
+
+def _told(folder, capsys, *words):
+    capsys.readouterr()
+    assert main(["runs", *words, "--service", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+async def _worked(service, steps, saved):
+    """Clients with so many steps each, of which those up to `saved` are in a checkpoint; their sessions."""
+    sessions = {client: (await service.greeted(client)).session for client in steps}
+    for client, last in steps.items():
+        for step in range(1, last + 1):
+            await service.step(client, sessions[client], step)
+            if step == saved.get(client):
+                await service.save(client, sessions[client], step)
+    return sessions
+
+
+def test_hosl_runs_tells_each_client_s_own_steps_and_checkpoints(tmp_path, capsys):
+    async def work():
+        service = Personal(tmp_path)
+        sessions = await _worked(service, {"ann": 3, "bob": 2}, {"ann": 3, "bob": 1})
+        await service.leave("ann", sessions["ann"])
+        await LiveFiles(tmp_path, service.sessions.now).write()
+        (run,) = service.sessions.now()
+        return run, _told(tmp_path, capsys, "ls")["runs"], _told(tmp_path, capsys, "show", "run")
+
+    run, (listed,), shown = in_loop(work())
+    assert read_progress(tmp_path / "runs" / "run") == run
+    assert (run.name, run.step, run.expected, run.present) == ("run", 2, 3, 1)
+    assert (run.loss, run.clients["ann"].loss, run.clients["bob"].loss) == (2.0, 3.0, 2.0)
+    assert (listed["step"], listed["loss_nats"], listed["present"], listed["in_memory"]) == (2, 2.0, 1, True)
+    seats = {seat["name"]: (seat["step"], seat["saved_steps"], seat["present"]) for seat in shown["seats"]}
+    assert seats == {"ann": (3, [3], False), "bob": (2, [1], True)}
+    saved = {(c["client"], c["step"], c["damage"]) for c in shown["checkpoints"]}
+    assert saved == {("ann", 3, None), ("bob", 1, None)}
+    assert sum(c["bytes"] for c in shown["checkpoints"]) < shown["disk_bytes"]
+    (tmp_path / "running.json").unlink()  # as after an orderly end
+    (after,) = _told(tmp_path, capsys, "ls")["runs"]
+    assert (after["step"], after["present"], after["in_memory"]) == (1, 0, False)
+    assert {seat["name"]: seat["step"] for seat in after["seats"]} == {"ann": 3, "bob": 1}
+    state = tmp_path / "runs" / "run" / CLIENTS / "bob" / "checkpoints" / "step-00000001" / "state.json"
+    state.write_text(state.read_text().replace('"half": 1', '"half": 2'))
+    damages = {c["client"]: c["damage"] for c in _told(tmp_path, capsys, "show", "run")["checkpoints"]}
+    assert damages["ann"] is None
+    assert "state.json has another digest" in damages["bob"]
+
+
+def test_after_a_kill_clients_that_are_not_back_are_told_at_their_checkpoints_not_where_they_were(tmp_path):
+    async def work():
+        killed = Personal(tmp_path)
+        await _worked(killed, {"ann": 4, "bob": 3, "cay": 2}, {"ann": 4, "bob": 1})
+        await LiveFiles(tmp_path, killed.sessions.now).write()
+        again = Personal(tmp_path)
+        await again.greeted("ann", restorable=(0, 4), current=4)
+        (run,) = again.sessions.now()
+        lost = [(await again.greeted("bob", restorable=(0, 1), current=3)).start]
+        return run, lost, again.sessions.runs["run/ann"].last_loss
+
+    run, lost, loss = in_loop(work())
+    assert {name: client.step for name, client in run.clients.items()} == {"ann": 4, "bob": 1, "cay": 0}
+    assert lost == [1]
+    assert (run.step, run.clients["bob"].loss, loss) == (0, None, 4.0)
+    assert all(client.heard for client in run.clients.values())
+
+
+def test_a_quota_counts_the_checkpoints_of_every_client_at_the_one_that_began_the_run(tmp_path):
+    async def work():
+        service = Personal(tmp_path, quota=Quota(runs=1))
+        sessions = await _worked(service, {"ann": 2, "bob": 2}, {"ann": 1, "bob": 1})
+        one = size_bytes(tmp_path / "runs" / "run" / CLIENTS / "ann" / "checkpoints")
+        service.sessions._quota.disk_bytes = 5 * one  # three of one client fit, three of each of two do not
+        for client in ("bob", "ann"):
+            with pytest.raises(LimitError, match=r"client ann has .* with run run; .* are allowed"):
+                await service.save(client, sessions[client], 2)
+        service.sessions._quota.disk_bytes = 7 * one
+        saved = [await service.save(client, sessions[client], 2) for client in ("bob", "ann")]
+        for client, session in sessions.items():
+            await service.leave(client, session)
+        with pytest.raises(LimitError, match="client ann has begun 1 runs here"):
+            await service.greeted("ann", run="second")
+        await service.greeted("bob", run="second")  # who began none
+        return saved
+
+    assert in_loop(work()) == [2, 2]
+
+
+def test_a_run_that_cannot_be_opened_leaves_no_base_behind_that_another_would_train(tmp_path):
+    async def work():
+        service = Personal(tmp_path)
+        await _worked(service, {"ann": 1}, {"ann": 1})
+        again, opened = Personal(tmp_path), []
+        again.sessions._open_half = lambda model, training: opened.append(training) or again.half
+        state = tmp_path / "runs" / "run" / CLIENTS / "ann" / "checkpoints" / "step-00000001" / "state.json"
+        state.write_text("{")
+        with pytest.raises(CheckpointError):
+            await again.greeted("ann", restorable=(0, 1), current=1)
+        shutil.rmtree(
+            tmp_path / "runs" / "run"
+        )  # the owner drops it, and the device begins it with other settings
+        other = pb.Training()
+        other.CopyFrom(PERSONAL)
+        other.learning_rate *= 2
+        await again.greeted("ann", training=other)
+        return [training.learning_rate for training in opened]
+
+    first, second = in_loop(work())
+    assert second == 2 * first
+
+
+def test_a_dropped_run_s_memory_is_let_go_of_by_one_thread_alone(tmp_path):
+    async def work():
+        service = Personal(tmp_path)
+        sessions = await _worked(service, {"ann": 1, "bob": 1}, {})
+        (tmp_path / "runs" / "run").rename(tmp_path / "gone")
+        dropped = service.sessions.dropped()  # by the compute thread, while the loop hears of both clients
+        for client, session in sessions.items():
+            with pytest.raises(SessionError, match="say hello again"):
+                await service.step(client, session, 2)
+        for run in dropped:
+            service.sessions._forget(run)
+        assert not service.half.halves
+        assert not service.sessions.now()
+
+    in_loop(work())
 
 
 def test_a_step_that_waited_while_its_run_was_let_go_is_asked_again(tmp_path):

@@ -185,3 +185,11 @@ def test_the_signal_to_end_goes_to_rank_0_and_its_status_is_that_of_all(tmp_path
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def test_ranks_that_are_told_to_end_before_they_serve_end_in_order():
+    process = launch(f"{WAITS} os.write(1, (rank + chr(10)).encode()); time.sleep(60)")
+    assert {process.stdout.readline().strip() for _ in range(2)} == {"0", "1"}
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0

@@ -6,6 +6,13 @@ from typing import Any
 from hosl.cli.answers import Parser, command_parser
 from hosl.errors import ConfigError
 
+_ABOVE_0 = (
+    "runs_at_once", "runs_per_client", "away", "seat_days", "idle", "calls_per_s", "tensor_limit", "cache_limit",
+    "cache_total",
+)  # fmt: skip
+_FROM_0 = {"merge_tokens": "no merging", "adapter_slots": "all clients", "texts_at_once": "none"}
+"""Argument -> what 0 means."""
+
 
 def run(arguments: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C; the join line goes to standard output, the log to standard error.
@@ -30,19 +37,7 @@ def run(arguments: list[str]) -> int:
 
         check_device(options.device, "--device")
 
-    if options.tensor_total < 4 * options.tensor_limit:
-        raise ConfigError(
-            f"--tensor-total {options.tensor_total}: a call may have two activations of --tensor-limit "
-            f"{options.tensor_limit}, as sent and unpacked; give {4 * options.tensor_limit} at least"
-        )
-
-    if options.adapter_slots < 0:
-        raise ConfigError(f"--adapter-slots must be 1 or more, or 0 for all, got {options.adapter_slots}")
-    if options.merge_tokens < 0:
-        raise ConfigError(f"--merge-tokens must be 0, for no merging, or more; got {options.merge_tokens}")
-    for flag in ("runs_per_client", "seat_days"):
-        if not getattr(options, flag) > 0:
-            raise ConfigError(f"--{flag.replace('_', '-')} must be above 0, got {getattr(options, flag):g}")
+    _check_numbers(options)
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None
@@ -66,6 +61,27 @@ def run(arguments: list[str]) -> int:
     from hosl.ranks.serve import serve_ranks
 
     return serve_ranks(asked, layout)
+
+
+def _check_numbers(options: Any) -> None:
+    """Refuse limits by which no run could be served.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for flag in _ABOVE_0:
+        if not getattr(options, flag) > 0:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be above 0, got {getattr(options, flag):g}")
+    for flag, zero in _FROM_0.items():
+        if getattr(options, flag) < 0:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} must be 0, for {zero}, or more; got {getattr(options, flag)}"
+            )
+    if options.tensor_total < 4 * options.tensor_limit:
+        raise ConfigError(
+            f"--tensor-total {options.tensor_total}: a call may have two activations of --tensor-limit "
+            f"{options.tensor_limit}, as sent and unpacked; give {4 * options.tensor_limit} at least"
+        )
 
 
 def _layout(options: Any) -> Any:

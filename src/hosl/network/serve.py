@@ -234,10 +234,13 @@ async def _tended(service: Path, sessions: Any, scheduler: Any, status: Any) -> 
 
     async def tend() -> None:
         while True:
-            await files.write()
+            try:
+                await files.write()
+                if sessions.dropped():
+                    await scheduler.run("drop", 0, sessions.forget_dropped)
+            except Exception as error:  # a bug of the server: logged with its trace, and tried again
+                status.broke("server", "tend", error)
             await asyncio.sleep(PERIOD_S)
-            if sessions.dropped():
-                await scheduler.run("drop", 0, sessions.forget_dropped)
 
     task = asyncio.create_task(tend())
     try:

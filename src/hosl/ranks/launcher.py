@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hosl.errors import ConfigError
 from hosl.ranks.place import BROKEN, STORE
 
 _PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -58,6 +59,8 @@ class Launcher:
                 self._start_all(Path(folder) / "store")
                 rank, status = self._first_end()
                 self._end_all(patiently=rank == 0 and status == 0)
+            if self._ending is not None and (rank, status) == (0, -signal.SIGTERM):
+                return 0  # by our signal: it served nobody yet, or has saved
             if self._ending is not None or (status >= 0 and status != BROKEN):
                 return status if status >= 0 else 128 - status
             died = 1 if time.monotonic() - begin > _CALM_S else died + 1
@@ -124,12 +127,19 @@ def own_command(listen: str) -> list[str]:
 
 
 def with_port(host: str, port: int) -> int:
-    """The port to listen on: where 0 is given, a free one, the same for all starts of the service."""
+    """The port to listen on: where 0 is given, a free one, the same for all starts of the service.
+
+    Raises:
+        ConfigError: if the host is no address of this machine.
+    """
     if port:
         return port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as free:
-        free.bind((host, 0))
+        try:
+            free.bind((host, 0))
+        except OSError as cause:
+            raise ConfigError(f"--listen {host}: it cannot be listened on: {cause.strerror}") from cause
         return free.getsockname()[1]
 
 

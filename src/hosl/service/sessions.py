@@ -134,7 +134,7 @@ class Sessions:
             session is not None and session.run.name != BASE and handshake_file(session.run.home) is None
         )
         if session is not None and dropped:
-            self._forget(session.run)
+            self._end_sessions(session.run)  # its memory is the compute thread's: `forget_dropped`
             session = None
         if session is None and (client, where.session) in [
             (c, s) for (_, c), s in list(self._taken_over.items())
@@ -376,18 +376,22 @@ class Sessions:
 
     def _opened(self, of: str, model: pb.Model, training: pb.Training, client: str) -> ServedRun:
         """A run in memory, or a client's part of it, at its newest intact checkpoint. Requires: there is room."""
-        half, name = self._half(of, model, training, client), _name_of(of, training, client)
-        folder = checkpoints_below(self._folder / of, training, client)
+        name, folder = _name_of(of, training, client), checkpoints_below(self._folder / of, training, client)
         own = client if training.personal_server else ""
-        run = ServedRun(name, model, training, half, folder, self._say, own)
-        stored = handshake_in(run.home)
-        if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
-            run.go_back(saved)
-            for old, new in stored.get("heirs", {}).items():  # since the checkpoint
-                run.hand_over(old, new)
+        stored = handshake_in(self._folder / of)
+        try:
+            half = self._half(of, model, training, client)
+            run = ServedRun(name, model, training, half, folder, self._say, own)
+            if stored is not None and (saved := next(intact_steps(run.folder, self._say), None)):
+                run.go_back(saved)
+                for old, new in stored.get("heirs", {}).items():  # since the checkpoint
+                    run.hand_over(old, new)
+        except BaseException:
+            self._let_go_of_bank(of, own)
+            raise
         progress = read_progress(run.home)
         if not self._parts(of):
-            self._heard.opened(of, progress)
+            self._heard.opened(of, progress, stored["clients"] if own and stored else ())
         known = self._heard.elsewhere(of).get(own) if own else progress
         if known is not None and known.step == run.server_step:
             run.last_loss = known.loss
@@ -521,10 +525,14 @@ class Sessions:
         if not self._parts(run.of):
             self._heard.closed(run.of)
         self._end_sessions(run)
-        if run.client:
-            self._banks[run.of].forget(run.client)
-            if not self._parts(run.of):
-                del self._banks[run.of]
+        self._let_go_of_bank(run.of, run.client)
+
+    def _let_go_of_bank(self, of: str, client: str) -> None:
+        """Let go of a client's half, and of the base with the last one; the next is opened by the settings of then."""
+        if (bank := self._banks.get(of)) is not None and client:
+            bank.forget(client)
+            if not self._parts(of):
+                del self._banks[of]
 
     def _end_sessions(self, run: ServedRun, client: str | None = None) -> list[str]:
         """End the sessions of a run, or those in which one client trains it; returns their names."""
@@ -565,13 +573,13 @@ def save_all(sessions: Sessions) -> None:
     """Save every run in memory, though no client asked for it.
 
     Raises:
-        FailureError: the first of those that could not be saved, once the others are.
+        FailureError, OSError: of the first that could not be saved, once the others are.
     """
-    failed: list[FailureError] = []
+    failed: list[Exception] = []
     for run in list(sessions.runs.values()):
         try:
             sessions.save(run, asked=False)
-        except FailureError as error:
+        except (FailureError, OSError) as error:
             failed.append(error)
     if failed:
         raise failed[0]

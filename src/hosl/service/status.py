@@ -144,8 +144,8 @@ class Status:
         self._metrics.steps.inc()
         with self._lock:
             self._clients[client]["steps"] += 1
-            self._runs.setdefault(run.name, {"max_steps": run.training.max_steps})["step"] = run.server_step
-            if run.last_loss is not None:
+            self._runs.get(run.name, {})["step"] = run.server_step  # of a run that is shown no more: nothing
+            if run.last_loss is not None and run.name in self._runs:
                 losses = self._losses.setdefault(run.name, deque())
                 losses.append((run.server_step, run.last_loss))
                 if len(losses) > _POINTS:
@@ -160,7 +160,7 @@ class Status:
         self._metrics.rounds_closed.inc()
         self._metrics.absences.inc(len(dropped))
         with self._lock:
-            self._runs.setdefault(run.name, {"max_steps": run.training.max_steps})["step"] = run.server_step
+            self._runs.get(run.name, {})["step"] = run.server_step
         if dropped:
             self.line("dropped", run=run.name, round=number, clients=dropped)
 

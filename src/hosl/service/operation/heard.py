@@ -1,13 +1,13 @@
 """When each client was last heard: for the room of a run, for seats that became free, and for `hosl runs`."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hosl.service.operation.live_files import read_progress
 from hosl.service.operation.now import ClientNow, RunNow
-from hosl.service.operation.stored import written
+from hosl.service.operation.stored import CLIENTS, written
+from hosl.system.checkpoint import checkpoint_steps
 
 
 class Heard:
@@ -28,13 +28,19 @@ class Heard:
         self._runs_s.setdefault(run, {})[client] = time.monotonic()
         self._clients.setdefault(run, {})[client] = time.time()
 
-    def opened(self, run: str, progress: RunNow | None) -> None:
-        """Take what was known of a run that comes into memory."""
+    def opened(self, run: str, progress: RunNow | None, apart: Sequence[str] = ()) -> None:
+        """Take what was known of a run that comes into memory; `apart`: its clients with adapters of their own.
+
+        These go on from their newest checkpoints, though they may have been further when the server was killed.
+        """
         self._clients[run] = _told(progress)
         known = {} if progress is None else progress.clients
-        self._elsewhere[run] = {
-            name: dataclasses.replace(client, present=False) for name, client in known.items()
-        }
+        self._elsewhere[run] = {}
+        for name in apart:
+            saved = checkpoint_steps(self._folder / run / CLIENTS / name / "checkpoints")
+            step, then = saved[-1] if saved else 0, known.get(name)
+            loss = then.loss if then is not None and then.step == step else None
+            self._elsewhere[run][name] = ClientNow(step, then.heard if then else None, False, loss)
 
     def closed(self, run: str) -> None:
         """Let go of what progress.json keeps."""

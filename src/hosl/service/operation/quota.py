@@ -73,7 +73,7 @@ class Quota:
         known, self._begun = self._begun, {}
         for path in folder.glob("*"):
             file = handshake_file(path) if RUN_NAME.fullmatch(path.name) else None
-            with suppress(FileNotFoundError):  # dropped meanwhile
+            with suppress(FileNotFoundError, PermissionError):  # dropped meanwhile, or somebody else's
                 if file is not None:
                     changed = file.stat().st_mtime_ns
                     same = known.get(path.name, (-1, ""))

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from google.protobuf.json_format import ParseDict, ParseError
 
-from hosl.errors import CheckpointError, ConfigError
+from hosl.errors import CheckpointError, ConfigError, FolderError
 from hosl.system.checkpoint import checkpoint_steps, newest_checkpoint
 from hosl.wire import hosl_pb2 as pb
 
@@ -52,7 +52,10 @@ def stored_handshake(folder: Path, name: str) -> dict[str, Any] | None:
 def handshake_file(folder: Path) -> Path | None:
     """The file of a run's handshake; None: there is no such run, or it was dropped."""
     names = ("handshake.json", "agreement.json")  # the second before version 0.2
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    try:
+        return next((folder / name for name in names if (folder / name).is_file()), None)
+    except PermissionError:  # a run that somebody else's files are in; who reads it is told so
+        return folder / names[0]
 
 
 def handshake_in(folder: Path) -> dict[str, Any] | None:
@@ -83,24 +86,24 @@ def handshake_in(folder: Path) -> dict[str, Any] | None:
 def size_bytes(folder: Path) -> int:
     """The bytes of the files below a folder, each counted once though it has several names (hard links).
 
-    Files that a server deletes meanwhile are left out.
+    Files that a server deletes meanwhile are left out, and those that this user may not see.
     """
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
                 stat = os.lstat(os.path.join(parent, name))
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionError):
                 continue
             sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())
 
 
 def written(folder: Path) -> float | None:
-    """The time, in seconds since 1970, of a run's newest checkpoint or its handshake; None: it was dropped."""
+    """The time, in seconds since 1970, of a run's newest checkpoint or its handshake; None: none can be seen."""
     times = []
     for path in (handshake_file(folder), *map(newest_checkpoint, checkpoint_folders(folder))):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, PermissionError):
             times += [] if path is None else [path.stat().st_mtime]
     return max(times, default=None)
 
@@ -111,7 +114,9 @@ def checkpoints_below(folder: Path, training: pb.Training, client: str) -> Path:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders of checkpoints of a run: its own, and those of its clients."""
+    """The folders of checkpoints of a run: its own, and those of its clients; none, if this user may not look."""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        return []
     return [folder / "checkpoints", *sorted(folder.glob(f"{CLIENTS}/*/checkpoints"))]
 
 
@@ -138,9 +143,17 @@ def drop_run(folder: Path, name: str) -> None:
 
     Raises:
         ConfigError: if there is no such run.
+        FolderError: if it is gone for the server, but not all of it could be deleted.
     """
     check_run(folder, name)
     gone = folder / f".{name}.dropped"
-    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed
     (folder / name).rename(gone)  # whole: a server never sees a half of it
-    shutil.rmtree(gone)
+    try:
+        shutil.rmtree(gone)
+    except OSError as cause:
+        raise FolderError(
+            f"run {name} is dropped, but not all of it could be deleted: {cause.filename}: {cause.strerror}; what is "
+            f"left is {gone}, which is in nobody's way: delete it as the user whose files these are"
+        ) from cause
