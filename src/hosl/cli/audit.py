@@ -1,11 +1,16 @@
 """`hosl audit OUT/client --config task.yaml`: the fields that leave the device in this run, one by one."""
 
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hosl.cli.answers import answer, command_parser, options_and_settings
+from hosl.cli.answers import answer, command_parser, options_and_settings, say
 from hosl.cli.train import overridden
 from hosl.config import load_config
-from hosl.errors import ModelError
+from hosl.errors import ConfigError, ModelError
+
+_say = partial(say, by="audit")
 
 
 def run(arguments: list[str]) -> int:
@@ -19,7 +24,22 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("half", help="OUT/client of `hosl split`")
     parser.add_argument("--config", required=True, help="a YAML file, as for `hosl join`")
+    parser.add_argument(
+        "--attack", action="store_true", help="rebuild the task's texts from the half's activations, as a curious "
+        "server could; minutes, with PyTorch",
+    )  # fmt: skip
+    parser.add_argument("--rows", metavar="FILE", help="attack these: lines of a .txt, or rows with `text`")
+    parser.add_argument(
+        "--own", metavar="FILE", help="the attacker's text; default: docstrings of Python's library"
+    )
+    parser.add_argument(
+        "--count", type=int, default=100, help="rows to attack, at most; default: %(default)s"
+    )
+    parser.add_argument(
+        "--own-count", type=int, default=500, help="rows of the attacker; default: %(default)s"
+    )
     options, overrides = options_and_settings(parser, arguments, "half")
+    _check(options)
     config = overridden(load_config(options.config), overrides)
 
     from hosl.network.audit import audit
@@ -34,6 +54,19 @@ def run(arguments: list[str]) -> int:
     if width is None:
         raise ModelError(f"{folder}/config.json names no hidden_size, n_embd or dim; split the model again")
     task = load_task(config.task, TextTokenizer.load(folder), seed=config.seed)
+    if options.attack:
+        from hosl.privacy.attack import attacked
+
+        files = [None if name is None else Path(name) for name in (options.rows, options.own)]
+        found = attacked(
+            folder, config, task, file=files[0], own_file=files[1], rows=options.count, own_rows=options.own_count,
+            say=_say,
+        )  # fmt: skip
+        if options.json:
+            answer(found.facts(), as_json=True)
+        else:
+            sys.stdout.write("\n".join([*found.lines(), ""]))
+        return 0
     rows = audit(config, task, width=width)
     crosses = what_crosses(config, task.head)
     lines = {"crosses": crosses} | {
@@ -43,3 +76,14 @@ def run(arguments: list[str]) -> int:
     }
     answer({"crosses": crosses, "fields": rows} if options.json else lines, as_json=options.json)
     return 0
+
+
+def _check(options: Any) -> None:
+    """Refuse options that say nothing, and numbers below 1."""
+    defaults = {"rows": None, "own": None, "count": 100, "own_count": 500}
+    for name, default in defaults.items():
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if not options.attack and value != default:
+            raise ConfigError(f"hosl audit {option} is about --attack; add it")
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"hosl audit {option} must be 1 or more, got {value}")

@@ -45,6 +45,11 @@ class Half:
         return self._family.model_type
 
     @property
+    def causal(self) -> bool:
+        """Whether tokens see only those before them."""
+        return self._family.is_decoder
+
+    @property
     def head(self) -> Head:
         """The kind of the whole model's head."""
         return self._family.head

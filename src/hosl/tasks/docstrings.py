@@ -83,6 +83,19 @@ def docstrings_task(config: DocstringsConfig, tokenizer: TextTokenizer, *, seed:
     return classification_task("docstrings", labels, parts, tokenizer, config.max_tokens)
 
 
+def library_texts() -> list[str]:
+    """All texts, in an order that depends on their content alone.
+
+    Raises:
+        TaskError: if this Python has no readable standard library.
+    """
+    _, labelled = _kept_texts(_library(), _cache_file())
+    texts = [text for text, _ in labelled]
+    if not texts:
+        raise TaskError(f"{_library()} holds no Python sources to read; give text of your own")
+    return [texts[index] for index in content_order(texts, 1)]
+
+
 def keep_texts() -> None:
     """Fill the cache, so that the first command starts as fast as later ones. For installations."""
     _kept_texts(_library(), _cache_file())

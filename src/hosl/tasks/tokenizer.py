@@ -117,6 +117,16 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return frozenset(number for number, token in added if token.special)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
     def continuation(self, before: Sequence[int]) -> Callable[[int], str]:
         """The function from each token that follows `before`, in turn, to the text that it makes certain.
 

@@ -1,0 +1,287 @@
+"""`hosl audit --attack`: what a server that knows the public model rebuilds of this device's texts, measured.
+
+The texts are encoded and sent through the half, and through the wire's compression, as `hosl join` does it; then three
+attackers read what came. They know the half before training, the tokenizer, and text of their own. No network.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hosl.config import Config
+from hosl.errors import ConfigError, TaskError
+from hosl.methods.torch_parties import DTYPES, prepare_client_half_
+from hosl.parties.remote.torch_wire import from_wire, to_wire
+from hosl.privacy.inversion import Ranking, Seen, nearest, ridge, share
+from hosl.privacy.search import Search
+from hosl.split import ClientHalf, load_half
+from hosl.system.readable import readable_count
+from hosl.tasks import Task, TextTokenizer
+from hosl.tasks.docstrings import library_texts
+from hosl.tasks.rows import read_rows
+from hosl.wire.tensors import Compression, Unpacking, pack
+
+_ROWS_AT_ONCE = 16
+_RARE = 5
+"""A token is rare that the attacker's own text has fewer times."""
+_OVERLAP = 30
+"""The letters from which on a shared text is taken out of the attacker's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """The outcome of one attack."""
+
+    name: str
+    tokens: float
+    """The share of all tokens that was rebuilt, special ones left out."""
+    rare: float | None
+    """The same of rare tokens; None: there are none."""
+    whole: float
+    """The share of rows rebuilt without a mistake."""
+    texts: tuple[str, ...]
+    """The first rows, as rebuilt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """The outcome of all attacks on one half."""
+
+    cut: int
+    rows: int
+    tokens: int
+    rare_tokens: int
+    own_tokens: int
+    """The size of the attacker's own text."""
+    attacks: tuple[Rebuilt, ...]
+    texts: tuple[str, ...]
+    """The first rows, as they are."""
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for --json."""
+        return {
+            "cut": self.cut, "rows": self.rows, "tokens": self.tokens, "rare_tokens": self.rare_tokens,
+            "own_tokens": self.own_tokens, "texts": list(self.texts),
+            "attacks": [
+                {"name": a.name, "tokens": a.tokens, "rare": a.rare, "rows": a.whole, "texts": list(a.texts)}
+                for a in self.attacks
+            ],
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """What people read: a line for each attack, and the first rows side by side with the best of them."""
+        best = max(self.attacks, key=lambda attack: attack.tokens)
+        lines = [
+            f"attacks on the activations of {readable_count(self.rows, 'row')} at cut {self.cut}, "
+            f"{readable_count(self.tokens, 'token')}, {self.rare_tokens:,} of them rare; the attacker knows the public "
+            f"model and {readable_count(self.own_tokens, 'token')} of other text"
+        ]
+        for attack in self.attacks:
+            rare = "" if attack.rare is None else f", {100 * attack.rare:.1f} % of rare ones"
+            lines.append(
+                f"{attack.name}: {100 * attack.tokens:.1f} % of tokens{rare}, {100 * attack.whole:.1f} % of rows "
+                "without a mistake"
+            )
+        for text, rebuilt in zip(self.texts, best.texts, strict=True):
+            lines += ["", f"text:    {text}", f"rebuilt: {rebuilt}"]
+        return lines
+
+
+def attacked(
+    folder: Path,
+    config: Config,
+    task: Task,
+    *,
+    file: Path | None = None,
+    own_file: Path | None = None,
+    rows: int = 100,
+    own_rows: int = 500,
+    samples: int = 3,
+    say: Callable[[str], None] = lambda text: None,
+) -> Attacked:
+    """Attack a client's half as it is before training, on a config's data.
+
+    Args:
+        folder: the client's folder of a split model.
+        config: the settings of the run: the half's dtype and the wire's compression count.
+        task: its data, of which the test rows are attacked, or the dev rows where it has none.
+        file: rows to attack in their place.
+        own_file: the attacker's own text; None: docstrings of Python's standard library that are not attacked.
+        rows: the rows that are attacked, at most.
+        own_rows: the rows of the attacker's own text, at most.
+        samples: the rows that are shown.
+        say: is called with lines of progress.
+
+    Raises:
+        ModelError, TaskError: if the half or a file cannot be read.
+        ConfigError: if there is nothing to attack.
+    """
+    tokenizer = TextTokenizer.load(folder)
+    limit = config.task.max_tokens if isinstance(config.task.max_tokens, int) else 128
+    texts = _attacked_texts(task, tokenizer, file, limit)[:rows]
+    if not texts:
+        raise ConfigError(
+            "there are no rows to attack: the task has neither test nor dev rows; give --rows FILE"
+        )
+    own = _own_texts(tokenizer, own_file, limit, texts)[:own_rows]
+    half = _half(folder, config)
+    prepared = _half(folder, config)
+    prepare_client_half_(config, prepared)
+    say(f"encoding {readable_count(len(texts), 'row')}, and {len(own)} of the attacker's own")
+    seen = _seen(prepared, texts, config.wire.compression)
+    known = _seen(half, own, config.wire.compression)
+    table = _table(half)
+    found = dict(_attacks(half, table, known, seen, say))
+    return _scored(found, seen, known, tokenizer, half.cut, samples)
+
+
+def _attacks(
+    half: ClientHalf, table: torch.Tensor, known: Seen, seen: Seen, say: Callable[[str], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    rankings: dict[str, Ranking] = {}
+    for name, make in (("nearest embedding", nearest), ("ridge regression", ridge)):
+        say(name)
+        rankings[name] = make(table, known)
+        yield name, rankings[name](seen.states, 1)[:, 0]
+    if half.causal:
+        best = max(rankings.values(), key=lambda ranking: share(ranking(known.states, 1)[:, 0], known.tokens))
+        yield "search", Search(half, table, known).found(seen, best, _every_tenth(say))
+
+
+def _every_tenth(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    said = [0]
+
+    def settled(done: int, of: int) -> None:
+        if 10 * done // of > said[0]:
+            said[0] = 10 * done // of
+            say(f"search: {done:,} of {of:,} positions")
+
+    return settled
+
+
+def _scored(
+    found: dict[str, torch.Tensor], seen: Seen, known: Seen, tokenizer: TextTokenizer, cut: int, samples: int
+) -> Attacked:
+    special = torch.tensor([token in tokenizer.special_ids for token in seen.tokens.tolist()])
+    counts = torch.bincount(known.tokens, minlength=int(seen.tokens.max()) + 1)
+    rare = (counts[seen.tokens] < _RARE) & ~special
+    attacks = []
+    for name, tokens in found.items():
+        right = (tokens == seen.tokens) | special
+        of_rows = right.split(seen.lengths)
+        attacks.append(
+            Rebuilt(
+                name=name, tokens=share(tokens[~special], seen.tokens[~special]),
+                rare=share(tokens[rare], seen.tokens[rare]) if bool(rare.any()) else None,
+                whole=sum(bool(row.all()) for row in of_rows) / len(of_rows),
+                texts=tuple(tokenizer.text(row.tolist()) for row in tokens.split(seen.lengths)[:samples]),
+            )
+        )  # fmt: skip
+    return Attacked(
+        cut=cut, rows=len(seen.lengths), tokens=int((~special).sum()), rare_tokens=int(rare.sum()),
+        own_tokens=len(known.tokens), attacks=tuple(attacks),
+        texts=tuple(tokenizer.text(row.tolist()) for row in seen.tokens.split(seen.lengths)[:samples]),
+    )  # fmt: skip
+
+
+def _half(folder: Path, config: Config) -> ClientHalf:
+    half = load_half(folder, DTYPES[config.model.dtype])
+    assert isinstance(half, ClientHalf), "half.json says that it is the client's"
+    half.eval()
+    for p in half.parameters():
+        p.requires_grad_(False)
+    return half
+
+
+def _table(half: ClientHalf) -> torch.Tensor:
+    """The embeddings of all tokens [vocabulary, width], as the half's embedding layer has them.
+
+    Raises:
+        ConfigError: if the model widens them, so that they cannot be compared with activations.
+    """
+    embedding: Any = half.model.get_input_embeddings()
+    with torch.no_grad():
+        table = embedding(torch.arange(embedding.weight.shape[0])).float()
+    width = half.config.get_text_config().hidden_size
+    if table.shape[1] != width:
+        raise ConfigError(
+            f"the embeddings of this model are {table.shape[1]} wide and its activations {width}: the attacks compare "
+            "both, so they do not know such a model; its activations are not private for that"
+        )
+    return table
+
+
+def _seen(half: ClientHalf, rows: Sequence[tuple[int, ...]], compression: Compression) -> Seen:
+    """The activations that cross for these rows, and their tokens."""
+    states: list[torch.Tensor] = []
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[first : first + _ROWS_AT_ONCE]
+        longest = max(map(len, some))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in some])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some])
+        with torch.no_grad():
+            sent = _crossed(half(ids, mask), compression, f"attack-{first}")
+        states += [h[: len(row)] for h, row in zip(sent, some, strict=True)]
+    tokens = torch.from_numpy(np.concatenate([np.array(row, np.int64) for row in rows]))
+    return Seen(torch.cat(states).float(), tokens, tuple(map(len, rows)))
+
+
+def _crossed(h: torch.Tensor, compression: Compression, noise: str) -> torch.Tensor:
+    """Activations as the server unpacks them."""
+    packed = pack(to_wire(h), compression, noise=noise)
+    arriving = Unpacking(packed.header, tensor_bytes=1 << 40)
+    for chunk in packed.chunks():
+        arriving.add(chunk)
+    return from_wire(arriving.array())
+
+
+def _attacked_texts(
+    task: Task, tokenizer: TextTokenizer, file: Path | None, limit: int
+) -> list[tuple[int, ...]]:
+    if file is not None:
+        return [tokenizer.encode(text, limit) for text in _texts_of(file)]
+    examples = task.test or task.dev
+    return [example.rows[example.label if len(example.rows) > 1 else 0] for example in examples]
+
+
+def _own_texts(
+    tokenizer: TextTokenizer, file: Path | None, limit: int, attacked_rows: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """The attacker's own rows: none that an attacked row has, or that has an attacked row."""
+    texts = library_texts() if file is None else list(_texts_of(file))
+    attacked_texts = [tokenizer.text(row) for row in attacked_rows]
+    together = "\n".join(attacked_texts)
+    own = [
+        text
+        for text in texts
+        if text[:_OVERLAP] not in together and not any(other in text for other in attacked_texts if other)
+    ]
+    if not own:
+        raise TaskError(
+            "the attacker has no text of his own that is not attacked; give --own FILE with other text"
+        )
+    return [tokenizer.encode(text, limit) for text in own]
+
+
+def _texts_of(file: Path) -> Iterator[str]:
+    """The text of each row of a file: its lines, or its `text`, its prompt and completion, or its messages."""
+    if file.suffix.lower() == ".txt":
+        yield from (line for line in file.read_text("utf-8").splitlines() if line.strip())
+        return
+    for number, row in enumerate(read_rows(file).rows, start=1):
+        match dict(row):
+            case {"text": str(text)}:
+                yield text
+            case {"prompt": str(prompt), "completion": str(completion)}:
+                yield prompt + completion
+            case {"messages": list(messages)}:
+                yield "\n".join(str(message.get("content", "")) for message in messages)
+            case other:
+                raise TaskError(
+                    f"{file}, row {number} has {', '.join(map(str, other))}; wanted is `text`, `prompt` with "
+                    "`completion`, or `messages`; or a .txt file with a text in each line"
+                )

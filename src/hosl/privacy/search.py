@@ -1,0 +1,168 @@
+"""Tokens of a causal model rebuilt from activations by search: left to right, each guess checked in the half itself.
+
+In a causal model the activation of a position depends on no later token. So whoever has the half and knows the tokens
+before a position can try tokens there until the activation is the one that was sent; and as different texts hardly ever
+have the same activation, what fits is the text. Candidates come from another attack first, then from the gradient of
+the squared distance at the embedding of the best one so far, which says where a better embedding lies.
+Source of the idea: SipIt, "Language Models are Injective and Hence Invertible" (arXiv 2510.15511).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hosl.privacy.inversion import Ranking, Seen, spread
+
+_CANDIDATES = 8
+"""The tokens that are tried from one ranking, or along one gradient."""
+CLOSE = 0.05
+"""The distance at which a guess is taken for the token, in standard deviations of activations: beyond what int8 on the
+wire or float32 on another machine changes, far below that of another token."""
+
+
+@dataclass(eq=False)
+class _Frontier:
+    """The search at one position of a row; everything before it is settled."""
+
+    position: int
+    queue: list[int]
+    """The candidates that come next."""
+    tried: set[int] = field(default_factory=set)
+    best: tuple[float, int] = (float("inf"), -1)
+    """The least distance, and its token."""
+
+    def tell(self, token: int, distance: float) -> None:
+        """Take note of a guess that was checked."""
+        self.tried.add(token)
+        self.best = min(self.best, (distance, token))
+        self.queue = [other for other in self.queue if other not in self.tried]
+
+
+class Search:
+    """The search with one half; it holds no gradients of weights."""
+
+    def __init__(self, half: Any, table: torch.Tensor, own: Seen, *, tries: int = 64) -> None:
+        """Prepare an attack on activations of `half`.
+
+        Args:
+            half: the `ClientHalf` of a causal model, as the attacker has it.
+            table: [vocabulary, width], the embeddings of all tokens, as its embedding layer returns them.
+            own: the attacker's own text, by which distances are scaled.
+            tries: the tokens that are tried at a position before the nearest one is taken.
+        """
+        self._half, self._table, self._tries = half, table, tries
+        _, self._scale = spread(own.states)
+
+    def found(
+        self, seen: Seen, ranking: Ranking, say: Callable[[int, int], None] = lambda done, of: None
+    ) -> torch.Tensor:
+        """The tokens of all rows, [positions], of which `seen` gives the activations alone.
+
+        Args:
+            seen: what the server got; its tokens are not read.
+            ranking: the attack that gives the first candidates.
+            say: is called with the positions that are settled, and all of them.
+        """
+        wanted = seen.states.split(seen.lengths)
+        ranked = ranking(seen.states, _CANDIDATES).split(seen.lengths)
+        guesses = [of_row[:, 0].clone() for of_row in ranked]
+        open_at = {row: _Frontier(0, of_row[0].tolist()) for row, of_row in enumerate(ranked)}
+        while open_at:
+            rows = list(open_at)
+            distances = self._distances([guesses[row] for row in rows], [wanted[row] for row in rows])
+            for row, of_row in zip(rows, distances, strict=True):
+                frontier = self._advanced(open_at[row], guesses[row], of_row, ranked[row])
+                if frontier is None:
+                    del open_at[row]
+                else:
+                    open_at[row] = frontier
+            self._refill({row: open_at[row] for row in open_at if not open_at[row].queue}, guesses, wanted)
+            for row, frontier in open_at.items():
+                guesses[row][frontier.position] = frontier.queue[0]
+            left = sum(len(guesses[row]) - frontier.position for row, frontier in open_at.items())
+            say(len(seen.tokens) - left, len(seen.tokens))
+        return torch.cat(guesses)
+
+    def _advanced(
+        self, frontier: _Frontier, guess: torch.Tensor, distances: torch.Tensor, ranked: torch.Tensor
+    ) -> _Frontier | None:
+        """The frontier after a check of the row's guess; None: the row is settled."""
+        while True:
+            at = frontier.position
+            frontier.tell(int(guess[at]), float(distances[at]))
+            if frontier.best[0] > CLOSE and len(frontier.tried) < self._tries:
+                return frontier
+            changed = int(guess[at]) != frontier.best[1]
+            guess[at] = frontier.best[1]
+            if at + 1 == len(guess):
+                return None
+            frontier = _Frontier(at + 1, ranked[at + 1].tolist())
+            if changed:  # what stands after it was checked after another token
+                return frontier
+
+    def _refill(
+        self, dry: dict[int, _Frontier], guesses: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+    ) -> None:
+        """Give frontiers without candidates the embeddings nearest to where the gradient points from the best one."""
+        if not dry:
+            return
+        rows = list(dry)
+        texts = []
+        for row, frontier in dry.items():
+            text = guesses[row][: frontier.position + 1].clone()
+            text[-1] = frontier.best[1]
+            texts.append(text)
+        gradients, squares = self._gradients(texts, [wanted[row] for row in rows])
+        for row, gradient, square in zip(rows, gradients, squares, strict=True):
+            frontier = dry[row]
+            # the step at whose end the distance would be 0, were it as the gradient says all along (Polyak)
+            target = (
+                self._table[frontier.best[1]] - square / gradient.square().sum().clamp(min=1e-30) * gradient
+            )
+            away = (self._table - target).square().sum(1)
+            away[list(frontier.tried)] = float("inf")
+            frontier.queue = away.topk(_CANDIDATES, largest=False).indices.tolist()
+
+    def _distances(self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The distance of each position's activation to the one that was sent, in standard deviations."""
+        with torch.no_grad():
+            states = self._half(*_batch(texts))
+        return [
+            ((h[: len(text)] - want) / self._scale).square().mean(-1).sqrt()
+            for h, text, want in zip(states, texts, wanted, strict=True)
+        ]
+
+    def _gradients(
+        self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each text's last position: half the squared distance [rows], and its gradient at the embedding there."""
+        taken: list[torch.Tensor] = []
+
+        def take(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+            taken.append(embedded.detach().requires_grad_())
+            return taken[0]
+
+        hook = self._half.model.get_input_embeddings().register_forward_hook(take)
+        try:
+            with torch.enable_grad():
+                states = self._half(*_batch(texts))
+                ends = [len(text) - 1 for text in texts]
+                last = torch.stack([h[end] for h, end in zip(states, ends, strict=True)])
+                sent = torch.stack([want[end] for want, end in zip(wanted, ends, strict=True)])
+                squares = ((last - sent) / self._scale).square().sum(-1) / 2
+                (gradient,) = torch.autograd.grad(squares.sum(), taken[0])
+        finally:
+            hook.remove()
+        return gradient[torch.arange(len(texts)), torch.tensor(ends)], squares.detach()
+
+
+def _batch(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded (ids, mask), [rows, longest] each."""
+    longest = max(len(text) for text in texts)
+    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros(len(texts), longest, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    return ids, mask

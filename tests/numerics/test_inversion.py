@@ -1,0 +1,201 @@
+"""Attacks on activations: what they find is right, they read no answers, and their parts are those of others."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hosl.cli import main
+from hosl.privacy.inversion import Seen, nearest, ridge, share, spread
+from hosl.privacy.search import CLOSE, Search
+from hosl.split import split_model
+from tests.integration.languages import language_model, tuning
+
+LENGTHS = (7, 1, 5, 9)
+
+
+def seen_by(half, lengths, seed, vocabulary=97):
+    """Random texts, and what a half makes of them, row by row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
+    with torch.no_grad():
+        states = [half(row[None], torch.ones_like(row)[None])[0] for row in rows]
+    return Seen(torch.cat(states), torch.cat(rows), tuple(lengths))
+
+
+def table_of(half):
+    with torch.no_grad():
+        return half.model.get_input_embeddings()(torch.arange(97))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2"])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_search_finds_every_token_of_a_causal_model(tiny, family, cut):
+    half = split_model(tiny(family), cut)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    settled = []
+    found = Search(half, table, known).found(
+        seen, ridge(table, known), lambda done, of: settled.append((done, of))
+    )
+    assert torch.equal(found, seen.tokens)
+    assert settled == sorted(settled)
+    assert settled[-1] == (sum(LENGTHS), sum(LENGTHS))
+
+
+def test_search_does_not_read_the_answers(tiny):
+    half = split_model(tiny("llama"), 2)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    hidden = Seen(seen.states, torch.zeros_like(seen.tokens), seen.lengths)
+    assert torch.equal(Search(half, table, known).found(hidden, ridge(table, known)), seen.tokens)
+
+
+def test_search_without_good_candidates_follows_the_gradient(tiny):
+    """From candidates that are all wrong, and fewer tries than there are tokens, most are found at a shallow cut."""
+    half = split_model(tiny("llama"), 1)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+
+    def wrong(states, k):
+        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
+
+    found = Search(half, table, known, tries=40).found(seen, wrong)
+    assert share(wrong(seen.states, 8)[:, 0], seen.tokens) == 0
+    assert share(found, seen.tokens) > 0.9
+    few = Search(half, table, known, tries=1).found(seen, wrong)
+    assert share(few, seen.tokens) == 0
+
+
+def test_a_distance_that_counts_as_found_is_far_below_that_of_another_token(tiny):
+    half = split_model(tiny("llama"), 2)[0]
+    known = seen_by(half, [20] * 10, 1)
+    _, scale = spread(known.states)
+    apart = [seen_by(half, [1], seed) for seed in range(30)]
+    away = [
+        float(((a.states - b.states) / scale).square().mean().sqrt())
+        for a in apart for b in apart if int(a.tokens) != int(b.tokens)
+    ]  # fmt: skip
+    assert min(away) > 2 * CLOSE
+
+
+def test_nearest_is_the_largest_cosine_by_hand(tiny):
+    half = split_model(tiny("bert"), 1)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    plain = F.normalize(seen.states, dim=-1) @ F.normalize(table, dim=-1).T
+    middle = known.states.mean(0)
+    centred = F.normalize(seen.states - middle, dim=-1) @ F.normalize(table - table.mean(0), dim=-1).T
+    found = nearest(table, known)(seen.states, 3)
+    assert any(torch.equal(found, scores.topk(3).indices) for scores in (plain, centred))
+
+
+def test_ridge_is_least_squares_with_rows_for_the_penalty(tiny):
+    half = split_model(tiny("bert"), 2)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    middle, scale = spread(known.states)
+    x, y = ((known.states - middle) / scale).double().numpy(), (table[known.tokens] - table.mean(0)).double()
+    found, width, theirs = ridge(table, known)(seen.states, 1)[:, 0], x.shape[1], []
+    for strength in (1e-3, 1e-2, 1e-1, 1.0):
+        rows = np.concatenate([x, np.sqrt(strength * len(x)) * np.eye(width)])
+        weights = np.linalg.lstsq(rows, np.concatenate([y.numpy(), np.zeros((width, width))]), rcond=None)[0]
+        mapped = torch.from_numpy(((seen.states - middle) / scale).double().numpy() @ weights)
+        scores = F.normalize(mapped, dim=-1) @ F.normalize(table - table.mean(0), dim=-1).double().T
+        theirs.append(scores.argmax(-1))
+    assert any(torch.equal(found, of_strength) for of_strength in theirs)
+
+
+def test_a_constant_number_of_the_activations_is_no_division_by_zero():
+    states = torch.tensor([[1.0, 2.0], [1.0, 4.0]])
+    middle, scale = spread(states)
+    assert torch.equal(middle, torch.tensor([1.0, 3.0]))
+    assert torch.equal(scale, torch.tensor([1.0, 1.0]))
+
+
+@pytest.fixture
+def split_llama(tmp_path):
+    """The client's folder, and a config, of a tiny llama; and the attacker's own text."""
+    model = language_model(tmp_path / "model", "llama")
+    config = tuning(tmp_path, model)
+    assert main(["split", str(model), str(tmp_path / "halves"), "--cut", "2"]) == 0
+    own = tmp_path / "own.txt"
+    generator = np.random.default_rng(0)
+    own.write_text(
+        "".join(" ".join(f"w{n}" for n in generator.integers(0, 80, 12)) + "\n" for _ in range(40))
+    )
+    return tmp_path / "halves" / "client", config, own
+
+
+def attack(capsys, client, config, *words):
+    capsys.readouterr()
+    assert main(["audit", str(client), "--config", str(config), "--attack", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_audit_measures_the_attacks_on_ones_own_rows(split_llama, tmp_path, capsys):
+    client, config, own = split_llama
+    rows = tmp_path / "mine.jsonl"
+    texts = ["w3 w17 w40", "w9 w22 w71 w5", "w60"]
+    rows.write_text(
+        json.dumps({"text": texts[0]}) + "\n" + json.dumps({"prompt": texts[1], "completion": ""}) + "\n"
+        + json.dumps({"messages": [{"role": "user", "content": texts[2]}]}) + "\n"
+    )  # fmt: skip
+    found = attack(capsys, client, config, "--rows", rows, "--own", own)
+    assert found["texts"] == texts
+    by_name = {a["name"]: a for a in found["attacks"]}
+    assert list(by_name) == ["nearest embedding", "ridge regression", "search"]
+    assert by_name["search"]["tokens"] == 1.0
+    assert by_name["search"]["rows"] == 1.0
+    assert by_name["search"]["texts"] == texts
+    assert (found["cut"], found["rows"], found["tokens"]) == (2, 3, 8)
+    int8 = attack(capsys, client, config, "--rows", rows, "--own", own, "--wire.compression", "int8")
+    assert {a["name"]: a["tokens"] for a in int8["attacks"]}["search"] == 1.0
+    assert main(["audit", str(client), "--config", str(config), "--attack", "--own", str(own)]) == 0
+    shown = capsys.readouterr().out
+    assert "attacks on the activations of" in shown
+    assert shown.count("rebuilt: ") == shown.count("text: ") > 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_text_that_is_attacked_is_not_the_attackers_own(split_llama, tmp_path, capsys):
+    client, config, own = split_llama
+    known = own.read_text().splitlines()
+    rows = tmp_path / "same.txt"
+    rows.write_text("\n".join(known[:39]) + "\n\n")
+    left = attack(capsys, client, config, "--rows", rows, "--own", own)
+    assert left["own_tokens"] == len(known[39].split())
+    rows.write_text(own.read_text())
+    assert (
+        main(
+            [
+                "audit",
+                str(client),
+                "--config",
+                str(config),
+                "--attack",
+                "--rows",
+                str(rows),
+                "--own",
+                str(own),
+            ]
+        )
+        == 2
+    )
+    assert "no text of his own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--rows", "x.txt"), "hosl audit --rows is about --attack"),
+        (("--count", "5"), "hosl audit --count is about --attack"),
+        (("--attack", "--count", "0"), "hosl audit --count must be 1 or more"),
+        (("--attack", "--own-count", "-1"), "hosl audit --own-count must be 1 or more"),
+        (("--attack", "--rows", "none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_what_an_attack_cannot_do_is_refused(split_llama, capsys, words, said):
+    client, config, _ = split_llama
+    assert main(["audit", str(client), "--config", str(config), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
