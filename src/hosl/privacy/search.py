@@ -17,6 +17,8 @@ from hosl.privacy.inversion import Ranking, Seen, spread
 
 _CANDIDATES = 8
 """The tokens that are tried from one ranking, or along one gradient."""
+_AHEAD = 8
+"""The positions that are checked at once: where guesses are right, several are settled by one check."""
 CLOSE = 0.05
 """The distance at which a guess is taken for the token, in standard deviations of activations: beyond what int8 on the
 wire or float32 on another machine changes, far below that of another token."""
@@ -71,7 +73,8 @@ class Search:
         open_at = {row: _Frontier(0, of_row[0].tolist()) for row, of_row in enumerate(ranked)}
         while open_at:
             rows = list(open_at)
-            distances = self._distances([guesses[row] for row in rows], [wanted[row] for row in rows])
+            checked = [guesses[row][: open_at[row].position + _AHEAD] for row in rows]
+            distances = self._distances(checked, [wanted[row] for row in rows])
             for row, of_row in zip(rows, distances, strict=True):
                 frontier = self._advanced(open_at[row], guesses[row], of_row, ranked[row])
                 if frontier is None:
@@ -99,7 +102,9 @@ class Search:
             if at + 1 == len(guess):
                 return None
             frontier = _Frontier(at + 1, ranked[at + 1].tolist())
-            if changed:  # what stands after it was checked after another token
+            if changed or at + 1 == len(
+                distances
+            ):  # what stands after it was checked after another token, or not yet
                 return frontier
 
     def _refill(
@@ -130,7 +135,7 @@ class Search:
         with torch.no_grad():
             states = self._half(*_batch(texts))
         return [
-            ((h[: len(text)] - want) / self._scale).square().mean(-1).sqrt()
+            ((h[: len(text)] - want[: len(text)]) / self._scale).square().mean(-1).sqrt()
             for h, text, want in zip(states, texts, wanted, strict=True)
         ]
 
