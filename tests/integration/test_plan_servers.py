@@ -25,7 +25,8 @@ def test_the_layouts_of_ranks_are_planned_for_the_recommended_row(capsys):
     found = planned(capsys, "--ranks", "4", "--between-ranks", "8gbit")["server_ranks"]
     assert found["between_ranks_bytes_per_s"] == 1e9
     assert [layout["options"] for layout in found["layouts"]] == [
-        "--ranks 4 --ranks-per-copy 1", "--ranks 4 --ranks-per-copy 2", "--ranks 4", "--ranks 4 --keep-gathered",
+        "--ranks 4 --ranks-per-copy 1", "--ranks 4 --ranks-per-copy 2", "--ranks 4",
+        "--ranks 4 --ranks-per-copy 2 --keep-gathered", "--ranks 4 --keep-gathered",
     ]  # fmt: skip
     assert found["recommended"] in found["layouts"]
     assert all(layout["fits"] for layout in found["layouts"])
@@ -35,6 +36,7 @@ def test_the_layouts_of_ranks_are_planned_for_the_recommended_row(capsys):
     none = planned(capsys, "--ranks", "4", "--rank-memory", f"{least // 2}B")["server_ranks"]
     assert none["recommended"] is None
     assert none["why"].startswith("nothing fits: the least is --ranks 4")
+    assert "server_ranks" not in planned(capsys, "--ranks", "4", "--device-memory", "1KiB")
     assert main(["plan", *TINY, "--ranks", "4"]) == 0
     shown = capsys.readouterr().out
     assert "its server half over 4 ranks (cut 2, hosl)" in shown

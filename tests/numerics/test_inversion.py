@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from hosl.cli import main
-from hosl.privacy.inversion import Seen, nearest, ridge, share, spread
+from hosl.errors import NonFiniteError
+from hosl.privacy.inversion import Seen, better, nearest, ridge, share, spread
 from hosl.privacy.search import CLOSE, Search
 from hosl.split import split_model
 from tests.integration.languages import language_model, tuning
@@ -143,12 +144,12 @@ def test_audit_measures_the_attacks_on_ones_own_rows(split_llama, tmp_path, caps
     assert found["texts"] == texts
     by_name = {a["name"]: a for a in found["attacks"]}
     assert list(by_name) == ["nearest embedding", "ridge regression", "search"]
-    assert by_name["search"]["tokens"] == 1.0
-    assert by_name["search"]["rows"] == 1.0
+    assert by_name["search"]["tokens_share"] == 1.0
+    assert by_name["search"]["rows_share"] == 1.0
     assert by_name["search"]["texts"] == texts
     assert (found["cut"], found["rows"], found["tokens"]) == (2, 3, 8)
     int8 = attack(capsys, client, config, "--rows", rows, "--own", own, "--wire.compression", "int8")
-    assert {a["name"]: a["tokens"] for a in int8["attacks"]}["search"] == 1.0
+    assert {a["name"]: a["tokens_share"] for a in int8["attacks"]}["search"] == 1.0
     assert main(["audit", str(client), "--config", str(config), "--attack", "--own", str(own)]) == 0
     shown = capsys.readouterr().out
     assert "attacks on the activations of" in shown
@@ -180,7 +181,7 @@ def test_text_that_is_attacked_is_not_the_attackers_own(split_llama, tmp_path, c
         )
         == 2
     )
-    assert "no text of his own" in capsys.readouterr().err
+    assert "no text that is not attacked" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -199,3 +200,55 @@ def test_what_an_attack_cannot_do_is_refused(split_llama, capsys, words, said):
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_files_that_are_no_texts_are_refused_in_a_line_and_empty_rows_left_out(split_llama, tmp_path, capsys):
+    client, config, own = split_llama
+    words = ["audit", str(client), "--config", str(config), "--attack", "--own", str(own), "--rows"]
+    broken = {
+        "latin.txt": "w1 caf\xe9".encode("latin-1"), "chat.jsonl": b'{"messages": ["a"]}\n', "empty.txt": b"\n\n",
+        "other.jsonl": b'{"words": "w1"}\n',
+    }  # fmt: skip
+    said = ("not text in UTF-8", "wanted is `text`", "has no text", "wanted is `text`")
+    for (name, data), line in zip(broken.items(), said, strict=True):
+        (tmp_path / name).write_bytes(data)
+        assert main([*words, str(tmp_path / name)]) == 2
+        assert line in capsys.readouterr().err
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text('{"text": ""}\n{"text": "w3 w4"}\n')
+    assert main([*words, str(marked), "--json"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["rows"] == 1
+    assert "1 of 2 rows without tokens are left out" in out.err
+
+
+def test_text_in_the_docstrings_that_is_attacked_is_taken_out_though_the_tokenizer_drops_capitals():
+    from hosl.privacy.attack import _own_texts
+    from hosl.split import resolve_model_folder
+    from hosl.tasks import TextTokenizer
+    from hosl.tasks.docstrings import library_texts
+
+    tokenizer = TextTokenizer.load(resolve_model_folder("all-MiniLM-L6-v2"))
+    attacked = [tokenizer.encode(text, 64) for text in library_texts()[:50]]
+    own = _own_texts(tokenizer, None, 64, attacked)
+    assert 4000 < len(own) < len(library_texts())
+    assert not set(attacked) & set(own)
+
+
+def test_activations_that_are_no_numbers_are_refused(tiny):
+    half = split_model(tiny("llama"), 1)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    seen.states[3, 0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        Search(half, table, known).found(seen, ridge(table, known))
+
+
+def test_rows_are_searched_in_pieces_and_a_small_vocabulary_ends_the_search(tiny, monkeypatch):
+    monkeypatch.setattr("hosl.privacy.search._ROWS", 3)
+    half = split_model(tiny("llama"), 2)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    assert torch.equal(Search(half, table, known).found(seen, better(table, known)), seen.tokens)
+    elsewhere = Seen(seen.states + 50.0, seen.tokens, seen.lengths)  # no token is near
+    found = Search(half, table, known, tries=500).found(elsewhere, better(table, known))
+    assert found.shape == seen.tokens.shape

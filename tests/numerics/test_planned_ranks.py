@@ -1,5 +1,6 @@
 """The plan of a server half over several ranks against ranks that are at work."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -90,11 +91,13 @@ def test_the_peak_of_every_rank_is_within_a_tenth_of_the_plan(
 def test_the_fastest_layout_that_fits_is_recommended():
     config = parse_config({"method": "hosl", "model": {"name": "opt-125m", "cut": 5}}, where="test")
     costs = costs_of(config, "opt-125m", 4, 8, 64)
-    whole, pairs, one, kept = costs
-    assert [c.layout.per_copy for c in costs] == [1, 2, 4, 4]
+    whole, pairs, one, pairs_kept, kept = costs
+    assert [c.layout.per_copy for c in costs] == [1, 2, 4, 2, 4]
+    assert [c.layout.keep_gathered for c in costs] == [False, False, False, True, True]
     assert whole.peak_bytes > pairs.peak_bytes > kept.peak_bytes > one.peak_bytes
     # a gather and a part of the sum are as many bytes as the sum over all: the smaller of both is taken
-    assert kept.step_s == pytest.approx(whole.step_s)
+    assert kept.exchanged_bytes == pytest.approx(whole.exchanged_bytes)
+    assert kept.compute_s < pairs_kept.compute_s < whole.compute_s  # a rank updates what it holds
     assert recommended_layout(costs, None)[0] is kept
     assert recommended_layout(costs, kept.needed_bytes - 1)[0] is one
     nothing, why = recommended_layout(costs, one.needed_bytes - 1)
@@ -105,22 +108,38 @@ def test_the_fastest_layout_that_fits_is_recommended():
 def test_exchanges_are_those_of_the_ring_by_hand(tmp_path):
     halves_of(tmp_path, "opt")
     config = settings("opt", "all", "sgd", method="hosl-gradient")
-    whole, pairs, one, kept = costs_of(config, tmp_path / "opt-in", 4, 8, 7)
+    whole, pairs, one, _, kept = costs_of(config, tmp_path / "opt-in", 4, 8, 7)
     weights = whole.held_bytes  # SGD has no state, and this half no buffers
-    assert whole.exchanged_bytes == 2 * 3 / 4 * weights  # one sum over four
-    assert one.exchanged_bytes == 3 / 4 * (2 + 1) * weights  # forward, backward, and their parts of the sum
-    assert kept.exchanged_bytes == 3 / 4 * (1 + 1) * weights
-    assert pairs.exchanged_bytes == 1 / 2 * (2 + 1) * weights + 2 * 1 / 2 * weights / 2
     h_bytes = 8 * 7 * 32 * 4
+    found = [
+        cost.exchanged_bytes - 3 / 4 * h_bytes for cost in (whole, one, kept, pairs)
+    ]  # dL/dh of others' rows
+    assert found == [
+        2 * 3 / 4 * weights,  # one sum over four
+        3 / 4 * (2 + 1) * weights,  # forward, backward, and their parts of the sum
+        3 / 4 * (1 + 1) * weights,
+        1 / 2 * (2 + 1) * weights + 2 * 1 / 2 * weights / 2,
+    ]
     assert {cost.told_bytes for cost in (whole, pairs, one, kept)} == {h_bytes}
+    half = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, dtype="bfloat16"))
+    whole16, *_, kept16 = costs_of(half, tmp_path / "opt-in", 4, 8, 7)
+    assert whole16.exchanged_bytes == 2 * 3 / 4 * weights + 3 / 4 * h_bytes / 2  # sums are of float32
+    assert kept16.exchanged_bytes == 3 / 4 * (1 / 2 + 1) * weights + 3 / 4 * h_bytes / 2
     probing = cost_of(settings("opt", method="hosl"), tmp_path / "opt-in", layout(4), 8, 7)
     assert probing.told_bytes == (2 * 16 + 1) * h_bytes
+    first = settings("opt", method="hosl")
+    first = msgspec.structs.replace(
+        first, zo=msgspec.structs.replace(first.zo, server_gradient_at="first-plus")
+    )
+    at_first = cost_of(first, tmp_path / "opt-in", layout(4), 8, 7)
+    assert at_first.told_bytes == 2 * 16 * h_bytes
+    assert (probing.gathers, at_first.gathers) == (34, 33)
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"method": "zo-zo"}, "has one process"),
+        ({"method": "zo-zo"}, "is probed"),
         (
             {"clients": {"server": "personal", "count": 2}, "server": {"trainable": "lora"}},
             "adapters for each device",

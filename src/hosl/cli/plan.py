@@ -128,12 +128,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--ranks", type=int, help="processes of the server, whose layouts are compared (hosl serve --ranks)"
     )
-    parser.add_argument("--rank-memory", metavar="80GiB", help="what each may take; default: no limit")
+    parser.add_argument("--rank-memory", metavar="80GiB", help="memory of each; default: no limit")
     parser.add_argument(
         "--between-ranks",
         metavar="RATE",
         default="2800gbit",
-        help="what a rank gets from the others; default: %(default)s",
+        help="speed at which a rank gets data; default: %(default)s",
     )
     parser.add_argument(
         "--runtime",

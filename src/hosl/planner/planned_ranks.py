@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hosl.config import Config
 from hosl.methods.torch_parties import DTYPES
 from hosl.planner.plan import PlanRow, Question
 from hosl.planner.server_ranks import (
@@ -44,8 +43,8 @@ class PlannedRanks:
         first = self.costs[0]
         limit = "no limit" if self.limit_bytes is None else readable_bytes(self.limit_bytes)
         names = [
-            "", "hosl serve", "held", "at work", "opening", "gathers/step", "exchanged/step", "told/step", "compute s",
-            "exchange s",
+            "", "hosl serve", "held", "at work", "opening", "gathers/step", "exchanged/step", "sent by rank 0",
+            "compute s", "exchange s",
         ]  # fmt: skip
         return [
             f"its server half over {first.layout.ranks} ranks ({self.of}), {readable_count(first.rows, 'row')} of a "
@@ -54,7 +53,7 @@ class PlannedRanks:
             "",
             *aligned([names, *map(self._cells, self.costs)], left="hosl serve"),
             "",
-            f"+ fits, -> recommended: {self.why}",
+            self.why if self.chosen is None else f"+ fits, -> recommended: {self.why}",
         ]
 
     def _cells(self, cost: RankCost) -> list[str]:
@@ -69,23 +68,23 @@ class PlannedRanks:
 
 def planned_ranks(
     question: Question,
-    row: PlanRow | None,
+    row: PlanRow,
     *,
     ranks: int,
     limit_bytes: float | None,
     between_bytes_per_s: float,
 ) -> PlannedRanks:
-    """The layouts of the server of a row; without a row, of the settings as they are.
+    """The layouts of the server of a row.
 
     Raises:
         ConfigError: if that server needs one process.
     """
-    config: Config = question.base if row is None else row.config
+    config = row.config
     speed = RankSpeed(machine=question.server, between_bytes_per_s=between_bytes_per_s)
     costs = rank_costs(config, question.shape, question.rows, question.tokens, ranks=ranks, speed=speed)
     chosen, why = recommended_layout(costs, limit_bytes)
     return PlannedRanks(
-        of=f"cut {config.model.cut}, {config.method if row is None else row.name}", costs=costs, chosen=chosen, why=why,
+        of=f"cut {config.model.cut}, {row.name}", costs=costs, chosen=chosen, why=why,
         limit_bytes=limit_bytes, between_bytes_per_s=between_bytes_per_s,
     )  # fmt: skip
 

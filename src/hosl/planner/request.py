@@ -19,6 +19,7 @@ from hosl.planner.on_engine import (
 )
 from hosl.planner.plan import PLANNED, PlanRow, Question, of_config, plan, recommended
 from hosl.planner.planned_ranks import PlannedRanks, own_bytes, own_lines, planned_ranks
+from hosl.planner.server_ranks import check_ranks
 from hosl.split import resolve_model_folder, transformers_tokenizer
 from hosl.system.allocator import return_freed_memory
 from hosl.system.gc_paused import gc_paused
@@ -143,6 +144,8 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
         ConfigError, SplitError, ModelError, TaskError: if there is no such model, or it cannot be cut or trained so.
     """
     config, question = _question(asked, say)
+    if asked.ranks is not None:
+        check_ranks(question.base, asked.ranks)
     shape, base = question.shape, question.base
     speed = (
         f"device assumed: {readable_count(asked.cores, 'core')} at 40 GFLOP/s (--cores, --probe measures it)"
@@ -173,11 +176,26 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
     except ConfigError as nothing:
         chosen, why = None, str(nothing)
     speed += f"; server assumed: {asked.server_tera_flops:g} TFLOP/s (--server-tflops)"
-    ranks = None if asked.ranks is None else planned_ranks(
-        question, chosen, ranks=asked.ranks, limit_bytes=asked.rank_memory_bytes,
-        between_bytes_per_s=asked.between_ranks_bits_per_s / 8,
-    )  # fmt: skip
+    ranks = _ranks(asked, question, chosen, say) if asked.ranks is not None else None
     return Planned(question, rows, chosen, why, config, speed, ranks)
+
+
+def _ranks(
+    asked: Planning, question: Question, chosen: PlanRow | None, say: Callable[[str], None]
+) -> PlannedRanks | None:
+    """The server of the recommended row over several ranks; `say` hears why there is none."""
+    assert asked.ranks is not None
+    if chosen is None:
+        say("--ranks: no row is recommended whose server could be planned")
+        return None
+    try:
+        return planned_ranks(
+            question, chosen, ranks=asked.ranks, limit_bytes=asked.rank_memory_bytes,
+            between_bytes_per_s=asked.between_ranks_bits_per_s / 8,
+        )  # fmt: skip
+    except ConfigError as reason:
+        say(str(reason))
+        return None
 
 
 def shape_of(config: Config, task: Task) -> ModelShape:

@@ -5,7 +5,7 @@ and added up is counted from the shapes of its weights, as FSDP2 does it (`hosl.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,14 +75,14 @@ class RankCost:
 
 
 def layouts(ranks: int) -> list[Layout]:
-    """The layouts of so many ranks, from whole weights on each to one copy over all, then with weights kept gathered.
+    """The layouts of so many ranks, from whole weights on each to one copy over all, each as it is and kept gathered.
 
     Raises:
         ConfigError: if these are less than two.
     """
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0] or [1]
     plain = [Layout(ranks=ranks, per_copy=size) for size in sizes]
-    return [*plain, Layout(ranks=ranks, per_copy=ranks, keep_gathered=True)]
+    return [*plain, *(replace(layout, keep_gathered=True) for layout in plain if layout.per_copy > 1)]
 
 
 def rank_costs(
@@ -101,17 +101,27 @@ def rank_costs(
     Raises:
         ConfigError: if there are less than two, or the method's server needs one process.
     """
-    if config.method_row.server != "first-order" or config.wire.labels == "client":
-        raise ConfigError(
-            "--ranks: a server that is probed, or whose labels stay at the client, has one process; leave it out"
-        )
+    check_ranks(config, ranks)
+    if config.method_row.server != "first-order":
+        raise ConfigError(f"--ranks: the server of {config.method} is probed, which one process does")
+    compared = layouts(ranks)
+    step = _Step(config, shape, rows, tokens, ranks)
+    return [_cost(step, layout, speed) for layout in compared]
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuse settings of which no method's server can have so many ranks.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    layouts(ranks)
+    if config.wire.labels == "client":
+        raise ConfigError("--ranks: a server whose labels stay at the client has one process; leave it out")
     if config.clients.server == "personal":
         raise ConfigError(
             "--ranks: a server with adapters for each device (clients.server: personal) has one process; leave it out"
         )
-    compared = layouts(ranks)
-    step = _Step(config, shape, rows, tokens, ranks)
-    return [_cost(step, layout, speed) for layout in compared]
 
 
 def recommended_layout(costs: Sequence[RankCost], limit_bytes: float | None) -> tuple[RankCost | None, str]:
@@ -124,7 +134,7 @@ def recommended_layout(costs: Sequence[RankCost], limit_bytes: float | None) -> 
         least = min(costs, key=lambda cost: cost.needed_bytes)
         return None, (
             f"nothing fits: the least is {options_of(least.layout)} with {readable_bytes(least.needed_bytes)} a rank; "
-            "take more ranks, a later cut, or server.trainable: lora"
+            "take a later cut, fewer rows, or, where all weights are trained, more ranks or server.trainable: lora"
         )
     fastest_s = min(cost.step_s for cost in fitting)
     best = min((c for c in fitting if c.step_s <= 1.01 * fastest_s), key=lambda cost: cost.needed_bytes)
@@ -162,10 +172,13 @@ class _Step:
         self.weights = _Weights(config, shape, self.alone)
         probes = "client" in method.draws and method.uploads_per_direction
         self.evaluated = 2 * config.zo.directions if probes else 0
-        """The activations of probes, each evaluated on its own."""
+        """The activations of probes that are evaluated before the step, each on its own."""
+        if probes and config.zo.server_gradient_at == "first-plus":
+            self.evaluated -= 1  # the step's own
         h_bytes = rows * tokens * shape.width * DTYPES[config.model.dtype].itemsize
         self.told_bytes = float(h_bytes * (self.evaluated + 1))
         # every rank is told all rows, and gets the gradient of all
+        self.gradient_bytes = h_bytes * (ranks - 1) / ranks if method.wants_gradient else 0.0
         others = (rows - self.rows) / rows
         self.beside_bytes = h_bytes * (others * (2 if probes else 1) + (2 if method.wants_gradient else 0))
 
@@ -187,6 +200,13 @@ class _Weights:
                 units[unit] = units.get(unit, 0) + _bytes([p])
         self.root_bytes = units.pop("", 0)
         """Of the weights outside the blocks, which are gathered for a whole forward pass."""
+        self.root_trained_bytes = _bytes(
+            p
+            for name, p in half.model.named_parameters()
+            if p.requires_grad and not _block_of(name, half.blocks_name)
+        )
+        self.summed_per_byte = max(1.0, 4 / DTYPES[config.model.dtype].itemsize)
+        """The bytes of a gradient while it is added up, in float32 at least, over those of its weight."""
         self.block_bytes = max(units.values(), default=0)
         self.bytes = _bytes(self._shared)
         """Of all weights that are shared out."""
@@ -240,14 +260,21 @@ def _cost(step: _Step, layout: Layout, speed: RankSpeed) -> RankCost:
     if size > 1:
         gathers = 1.0 if layout.keep_gathered else step.evaluated + 2.0
         loading += weights.largest_bytes
-    exchanged = _exchanged_bytes(weights, layout, gathers)
+    exchanged = _exchanged_bytes(weights, layout, gathers) + step.gradient_bytes
     static = held + weights.state_bytes(size)
     return RankCost(
         layout=layout, rows=step.rows, held_bytes=static,
         peak_bytes=static + step.beside_bytes + _at_work_bytes(step, layout), loading_bytes=loading, gathers=gathers,
-        exchanged_bytes=exchanged, told_bytes=step.told_bytes, compute_s=speed.machine.seconds(step.alone.work),
+        exchanged_bytes=exchanged, told_bytes=step.told_bytes, compute_s=_compute_s(step, size, speed.machine),
         exchange_s=exchanged / speed.between_bytes_per_s + step.told_bytes / TOLD_BYTES_PER_S,
     )  # fmt: skip
+
+
+def _compute_s(step: _Step, per_copy: int, machine: Machine) -> float:
+    """Seconds of arithmetic: a rank updates only the weights that it holds."""
+    without_update = machine.seconds(step.without_gradients.work)
+    update = machine.seconds(step.alone.work) - without_update
+    return without_update + max(update, 0.0) / per_copy
 
 
 def _at_work_bytes(step: _Step, layout: Layout) -> float:
@@ -256,13 +283,15 @@ def _at_work_bytes(step: _Step, layout: Layout) -> float:
     In between, activations become less as evenly as gradients that were added up become more.
     """
     weights = step.weights
-    if layout.per_copy == 1:
-        return step.alone.peak_bytes - step.alone.static_bytes
+    if layout.per_copy == 1:  # gradients are added up one after the other, in float32
+        copy = weights.largest_bytes * weights.summed_per_byte if weights.summed_per_byte > 1 else 0.0
+        return step.alone.peak_bytes - step.alone.static_bytes + copy
     activations = step.without_gradients.peak_bytes - step.without_gradients.static_bytes
     in_use = weights.root_bytes + _BLOCKS_GATHERED * weights.block_bytes
-    of_root = weights.trained_share * weights.root_bytes  # waits for the end of the pass
+    of_root = weights.root_trained_bytes  # waits for the end of the pass
     begin = activations + (weights.bytes if layout.keep_gathered else in_use) + of_root
-    of_block = 2 * weights.trained_share * weights.block_bytes  # as it is, and as it is sent
+    # as it is, and as it is sent
+    of_block = (1 + weights.summed_per_byte) * weights.trained_share * weights.block_bytes
     return max(begin, weights.gradient_bytes(layout.per_copy) + in_use + of_root + of_block)
 
 
@@ -270,5 +299,6 @@ def _exchanged_bytes(weights: _Weights, layout: Layout, gathers: float) -> float
     """What a rank gets: gathered weights, the sums of gradients in its copy, and those over the copies."""
     others_in_copy = (layout.per_copy - 1) / layout.per_copy
     other_copies = (layout.copies - 1) / layout.copies
-    in_copy = others_in_copy * (gathers * weights.bytes + weights.trained_bytes)
-    return in_copy + 2 * other_copies * weights.trained_bytes / layout.per_copy
+    summed = weights.trained_bytes * weights.summed_per_byte
+    in_copy = others_in_copy * (gathers * weights.bytes + summed)
+    return in_copy + 2 * other_copies * summed / layout.per_copy

@@ -1,9 +1,11 @@
 """`hosl audit --attack`: what a server that knows the public model rebuilds of this device's texts, measured.
 
 The texts are encoded and sent through the half, and through the wire's compression, as `hosl join` does it; then three
-attackers read what came. They know the half before training, the tokenizer, and text of their own. No network.
+attackers read what came; of models that are not causal two. They know the half before training, the tokenizer, and
+other text. No network.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,13 @@ from hosl.config import Config
 from hosl.errors import ConfigError, TaskError
 from hosl.methods.torch_parties import DTYPES, prepare_client_half_
 from hosl.parties.remote.torch_wire import from_wire, to_wire
-from hosl.privacy.inversion import Ranking, Seen, nearest, ridge, share
+from hosl.privacy.inversion import Seen, better, nearest, ridge, share
 from hosl.privacy.search import Search
 from hosl.split import ClientHalf, load_half
 from hosl.system.readable import readable_count
 from hosl.tasks import Task, TextTokenizer
 from hosl.tasks.docstrings import library_texts
-from hosl.tasks.rows import read_rows
+from hosl.tasks.rows import read_rows, text_of_file
 from hosl.wire.tensors import Compression, Unpacking, pack
 
 _ROWS_AT_ONCE = 16
@@ -67,7 +69,10 @@ class Attacked:
             "cut": self.cut, "rows": self.rows, "tokens": self.tokens, "rare_tokens": self.rare_tokens,
             "own_tokens": self.own_tokens, "texts": list(self.texts),
             "attacks": [
-                {"name": a.name, "tokens": a.tokens, "rare": a.rare, "rows": a.whole, "texts": list(a.texts)}
+                {
+                    "name": a.name, "tokens_share": a.tokens, "rare_share": a.rare, "rows_share": a.whole,
+                    "texts": list(a.texts),
+                }
                 for a in self.attacks
             ],
         }  # fmt: skip
@@ -87,7 +92,7 @@ class Attacked:
                 "without a mistake"
             )
         for text, rebuilt in zip(self.texts, best.texts, strict=True):
-            lines += ["", f"text:    {text}", f"rebuilt: {rebuilt}"]
+            lines += ["", f"text:    {text}", f"rebuilt: {rebuilt}  ({best.name})"]
         return lines
 
 
@@ -121,12 +126,15 @@ def attacked(
         ConfigError: if there is nothing to attack.
     """
     tokenizer = TextTokenizer.load(folder)
-    limit = config.task.max_tokens if isinstance(config.task.max_tokens, int) else 128
-    texts = _attacked_texts(task, tokenizer, file, limit)[:rows]
+    limit = _limit(config, tokenizer)
+    texts = _attacked_texts(task, tokenizer, file, limit, say)[:rows]
     if not texts:
-        raise ConfigError(
-            "there are no rows to attack: the task has neither test nor dev rows; give --rows FILE"
+        what = (
+            "the task has neither test nor dev rows; give --rows FILE"
+            if file is None
+            else f"{file} has no text"
         )
+        raise ConfigError(f"there are no rows to attack: {what}")
     own = _own_texts(tokenizer, own_file, limit, texts)[:own_rows]
     half = _half(folder, config)
     prepared = _half(folder, config)
@@ -142,14 +150,13 @@ def attacked(
 def _attacks(
     half: ClientHalf, table: torch.Tensor, known: Seen, seen: Seen, say: Callable[[str], None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    rankings: dict[str, Ranking] = {}
     for name, make in (("nearest embedding", nearest), ("ridge regression", ridge)):
         say(name)
-        rankings[name] = make(table, known)
-        yield name, rankings[name](seen.states, 1)[:, 0]
-    if half.causal:
-        best = max(rankings.values(), key=lambda ranking: share(ranking(known.states, 1)[:, 0], known.tokens))
-        yield "search", Search(half, table, known).found(seen, best, _every_tenth(say))
+        yield name, make(table, known)(seen.states, 1)[:, 0]
+    if not half.causal:
+        say("search: left out, it is for causal models alone")
+        return
+    yield "search", Search(half, table, known).found(seen, better(table, known), _every_tenth(say))
 
 
 def _every_tenth(say: Callable[[str], None]) -> Callable[[int, int], None]:
@@ -239,13 +246,30 @@ def _crossed(h: torch.Tensor, compression: Compression, noise: str) -> torch.Ten
     return from_wire(arriving.array())
 
 
+def _limit(config: Config, tokenizer: TextTokenizer) -> int:
+    """The most tokens of a row: those of the task, and no more than the model reads."""
+    positions = tokenizer.limits.positions
+    wanted = config.task.max_tokens
+    if not isinstance(wanted, int):
+        wanted = positions or 512
+    return wanted if positions is None else min(wanted, positions)
+
+
 def _attacked_texts(
-    task: Task, tokenizer: TextTokenizer, file: Path | None, limit: int
+    task: Task, tokenizer: TextTokenizer, file: Path | None, limit: int, say: Callable[[str], None]
 ) -> list[tuple[int, ...]]:
-    if file is not None:
-        return [tokenizer.encode(text, limit) for text in _texts_of(file)]
-    examples = task.test or task.dev
-    return [example.rows[example.label if len(example.rows) > 1 else 0] for example in examples]
+    if file is None:
+        examples = task.test or task.dev
+        return [example.rows[example.label if len(example.rows) > 1 else 0] for example in examples]
+    texts = list(_texts_of(file))
+    rows = [tokenizer.encode(text, limit) for text in texts]
+    empty = sum(not row for row in rows)
+    cut = sum(len(tokenizer.encode(text, 1 << 30)) > limit for text in texts)
+    if empty or cut:
+        say(
+            f"{file}: {empty} of {len(rows)} rows without tokens are left out, {cut} are cut to {limit} tokens"
+        )
+    return [row for row in rows if row]
 
 
 def _own_texts(
@@ -254,23 +278,23 @@ def _own_texts(
     """The attacker's own rows: none that an attacked row has, or that has an attacked row."""
     texts = library_texts() if file is None else list(_texts_of(file))
     attacked_texts = [tokenizer.text(row) for row in attacked_rows]
-    together = "\n".join(attacked_texts)
-    own = [
-        text
-        for text in texts
-        if text[:_OVERLAP] not in together and not any(other in text for other in attacked_texts if other)
-    ]
+    together, own = "\n".join(attacked_texts), []
+    for row in (tokenizer.encode(text, limit) for text in texts):
+        text = tokenizer.text(row)  # as the tokenizer spells it, which may drop capitals
+        known = text[:_OVERLAP] in together or any(other in text for other in attacked_texts if other)
+        if text and not known:
+            own.append(row)
     if not own:
-        raise TaskError(
-            "the attacker has no text of his own that is not attacked; give --own FILE with other text"
-        )
-    return [tokenizer.encode(text, limit) for text in own]
+        raise TaskError("the attacker has no text that is not attacked, too; give --own FILE with other text")
+    return own
 
 
 def _texts_of(file: Path) -> Iterator[str]:
     """The text of each row of a file: its lines, or its `text`, its prompt and completion, or its messages."""
+    if not file.exists():
+        raise TaskError(f"{file}: no such file; --rows and --own name files with texts")
     if file.suffix.lower() == ".txt":
-        yield from (line for line in file.read_text("utf-8").splitlines() if line.strip())
+        yield from (line for line in re.split(r"\r\n?|\n", text_of_file(file)) if line.strip())
         return
     for number, row in enumerate(read_rows(file).rows, start=1):
         match dict(row):
@@ -278,10 +302,14 @@ def _texts_of(file: Path) -> Iterator[str]:
                 yield text
             case {"prompt": str(prompt), "completion": str(completion)}:
                 yield prompt + completion
-            case {"messages": list(messages)}:
-                yield "\n".join(str(message.get("content", "")) for message in messages)
+            case {"messages": [*messages]} if all(isinstance(_content(m), str) for m in messages):
+                yield "\n".join(map(_content, messages))
             case other:
                 raise TaskError(
-                    f"{file}, row {number} has {', '.join(map(str, other))}; wanted is `text`, `prompt` with "
-                    "`completion`, or `messages`; or a .txt file with a text in each line"
+                    f"{file}, row {number} has {', '.join(map(str, other))}, or not as texts; wanted is `text`, "
+                    "`prompt` with `completion`, or `messages`; or a .txt file with a text in each line"
                 )
+
+
+def _content(message: Any) -> Any:
+    return message.get("content") if isinstance(message, dict) else None

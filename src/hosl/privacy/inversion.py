@@ -1,7 +1,7 @@
 """Tokens rebuilt from activations, position by position: by the nearest embedding, and by ridge regression.
 
-The attacker has the public model, which the client's half is a part of, and text of his own. Each attack may choose
-between variants; it does so by what it rebuilds of the attacker's own text, never of the text under attack.
+The attacker has the public model, which the client's half is a part of, and text of its own. Each attack may choose
+between variants; it does so by what it rebuilds of that text, never of the text under attack.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +73,17 @@ def ridge(table: torch.Tensor, own: Seen) -> Ranking:
         key=lambda strength: share(fitted(rest, strength)(own.states[held], 1)[:, 0], own.tokens[held]),
     )
     return fitted(torch.ones_like(held), best)
+
+
+def better(table: torch.Tensor, own: Seen) -> Ranking:
+    """The attack of the two that finds more in text that it was not fitted on, a fifth of `own`; then fitted on all."""
+    held = torch.arange(len(own.tokens)) % _HELD_OUT == 0
+    rest, some = (Seen(own.states[of], own.tokens[of], ()) for of in (~held, held))
+
+    def found(make: Callable[[torch.Tensor, Seen], Ranking]) -> float:
+        return share(make(table, rest)(some.states, 1)[:, 0], some.tokens)
+
+    return max((nearest, ridge), key=found)(table, own)
 
 
 def share(found: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -9,14 +9,18 @@ Source of the idea: SipIt, "Language Models are Injective and Hence Invertible" 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from hosl.errors import NonFiniteError
 from hosl.privacy.inversion import Ranking, Seen, spread
 
 _CANDIDATES = 8
 """The tokens that are tried from one ranking, or along one gradient."""
+_ROWS = 64
+"""The rows that are searched at a time."""
 _AHEAD = 8
 """The positions that are checked at once: where guesses are right, several are settled by one check."""
 CLOSE = 0.05
@@ -66,9 +70,27 @@ class Search:
             seen: what the server got; its tokens are not read.
             ranking: the attack that gives the first candidates.
             say: is called with the positions that are settled, and all of them.
+
+        Raises:
+            NonFiniteError: if an activation is NaN or infinite.
         """
-        wanted = seen.states.split(seen.lengths)
-        ranked = ranking(seen.states, _CANDIDATES).split(seen.lengths)
+        if not bool(torch.isfinite(seen.states).all()):
+            raise NonFiniteError(
+                "the activations are NaN or infinite: this half computes nothing that can be attacked"
+            )
+        pieces, lengths, done = list[torch.Tensor](), list(seen.lengths), 0
+        for first in range(0, len(lengths), _ROWS):
+            some = lengths[first : first + _ROWS]
+            states = seen.states[done : done + sum(some)]
+            pieces.append(self._found(states, some, ranking, partial(_beyond, say, done, len(seen.tokens))))
+            done += sum(some)
+        return torch.cat(pieces)
+
+    def _found(
+        self, sent: torch.Tensor, lengths: list[int], ranking: Ranking, say: Callable[[int], None]
+    ) -> torch.Tensor:
+        wanted = sent.split(lengths)
+        ranked = ranking(sent, _CANDIDATES).split(lengths)
         guesses = [of_row[:, 0].clone() for of_row in ranked]
         open_at = {row: _Frontier(0, of_row[0].tolist()) for row, of_row in enumerate(ranked)}
         while open_at:
@@ -85,7 +107,7 @@ class Search:
             for row, frontier in open_at.items():
                 guesses[row][frontier.position] = frontier.queue[0]
             left = sum(len(guesses[row]) - frontier.position for row, frontier in open_at.items())
-            say(len(seen.tokens) - left, len(seen.tokens))
+            say(len(sent) - left)
         return torch.cat(guesses)
 
     def _advanced(
@@ -95,7 +117,7 @@ class Search:
         while True:
             at = frontier.position
             frontier.tell(int(guess[at]), float(distances[at]))
-            if frontier.best[0] > CLOSE and len(frontier.tried) < self._tries:
+            if frontier.best[0] > CLOSE and len(frontier.tried) < min(self._tries, len(self._table)):
                 return frontier
             changed = int(guess[at]) != frontier.best[1]
             guess[at] = frontier.best[1]
@@ -128,7 +150,8 @@ class Search:
             )
             away = (self._table - target).square().sum(1)
             away[list(frontier.tried)] = float("inf")
-            frontier.queue = away.topk(_CANDIDATES, largest=False).indices.tolist()
+            untried = min(_CANDIDATES, len(self._table) - len(frontier.tried))
+            frontier.queue = away.topk(untried, largest=False).indices.tolist()
 
     def _distances(self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The distance of each position's activation to the one that was sent, in standard deviations."""
@@ -161,6 +184,10 @@ class Search:
         finally:
             hook.remove()
         return gradient[torch.arange(len(texts)), torch.tensor(ends)], squares.detach()
+
+
+def _beyond(say: Callable[[int, int], None], before: int, of: int, settled: int) -> None:
+    say(before + settled, of)
 
 
 def _batch(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ def read_rows(path: Path, split: str = "train") -> Rows:
         raise TaskError(f"{path} is empty; it should hold one example per row")
     if ending == ".parquet":
         return _parquet_rows(path)
-    text = _text_of(path, packed=packed)
+    text = text_of_file(path, packed=packed)
     if ending in _SEPARATED:
         return _separated_rows(path, text, "\t" if ending == ".tsv" else None)
     if text.lstrip().startswith("["):
@@ -88,7 +88,12 @@ def expanded_path(name: str) -> Path:
     return Path(path)
 
 
-def _text_of(path: Path, *, packed: bool) -> str:
+def text_of_file(path: Path, *, packed: bool = False) -> str:
+    """The text of a file in UTF-8, without a byte order mark; `packed`: it is gzip.
+
+    Raises:
+        TaskError: if it is not.
+    """
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if packed else data
