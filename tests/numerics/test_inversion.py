@@ -32,7 +32,7 @@ def table_of(half):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2"])
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_search_finds_every_token_of_a_causal_model(tiny, family, cut):
     half = split_model(tiny(family), cut)[0]
     table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)

@@ -48,8 +48,9 @@ def check(found, alone, loss, at_cut, weights):
 @pytest.mark.parametrize(
     ("family", "ranks", "per_copy", "trained", "mean_over"),
     [
-        ("opt", 2, 2, "all", "rows"), ("opt", 3, 1, "all", "tokens"), ("bert", 4, 2, "all", "rows"),
-        ("llama", 2, 2, "lora", "tokens"),
+        ("opt", 2, 2, "all", "rows"), ("llama", 2, 2, "lora", "tokens"),
+        pytest.param("opt", 3, 1, "all", "tokens", marks=pytest.mark.slow),
+        pytest.param("bert", 4, 2, "all", "rows", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_merged_questions_and_rounds_are_those_of_one_process(

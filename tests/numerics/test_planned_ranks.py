@@ -43,7 +43,13 @@ def cost_of(config, model, the_layout, rows, tokens):
     return next(cost for cost in costs if cost.layout == the_layout)
 
 
-@pytest.mark.parametrize(("trained", "keep"), [("all", False), ("all", True), ("lora", False)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("trained", "keep"),
+    [("all", False), pytest.param("all", True, marks=SLOW), pytest.param("lora", False, marks=SLOW)],
+)
 def test_what_a_rank_holds_and_gathers_is_as_planned(tmp_path, trained, keep):
     server = halves_of(tmp_path, "opt")
     config = settings("opt", trained, "adamw", method="hosl")
