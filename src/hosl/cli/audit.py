@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import answer, command_parser, options_and_settings, say
+from hosl.cli.answers import Parser, answer, command_parser, options_and_settings, say
 from hosl.cli.train import overridden
 from hosl.config import load_config
 from hosl.errors import ConfigError, ModelError
@@ -19,26 +19,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if the config or the half cannot be read, or do not fit together.
     """
-    parser = command_parser(
-        "audit", "Every field that can leave the device. Settings of the config as --a.b value."
-    )
-    parser.add_argument("half", help="OUT/client of `hosl split`")
-    parser.add_argument("--config", required=True, help="a YAML file, as for `hosl join`")
-    parser.add_argument(
-        "--attack", action="store_true", help="rebuild the task's texts from the half's activations, as a curious "
-        "server could; minutes, with PyTorch",
-    )  # fmt: skip
-    parser.add_argument("--rows", metavar="FILE", help="attack these: lines of a .txt, or rows with `text`")
-    parser.add_argument(
-        "--own", metavar="FILE", help="the attacker's text; default: docstrings of Python's library"
-    )
-    parser.add_argument(
-        "--count", type=int, default=100, help="rows to attack, at most; default: %(default)s"
-    )
-    parser.add_argument(
-        "--own-count", type=int, default=500, help="rows of the attacker; default: %(default)s"
-    )
-    options, overrides = options_and_settings(parser, arguments, "half")
+    options, overrides = options_and_settings(_parser(), arguments, "half")
     _check(options)
     config = overridden(load_config(options.config), overrides)
 
@@ -76,6 +57,30 @@ def run(arguments: list[str]) -> int:
     }
     answer({"crosses": crosses, "fields": rows} if options.json else lines, as_json=options.json)
     return 0
+
+
+def _parser() -> Parser:
+    """The options of `hosl audit`."""
+    parser = command_parser(
+        "audit", "Every field that can leave the device. Settings of the config as --a.b value."
+    )
+    parser.add_argument("half", help="OUT/client of `hosl split`")
+    parser.add_argument("--config", required=True, help="a YAML file, as for `hosl join`")
+    parser.add_argument(
+        "--attack", action="store_true", help="rebuild the task's texts from the half's activations, as a curious "
+        "server could; minutes, with PyTorch",
+    )  # fmt: skip
+    parser.add_argument("--rows", metavar="FILE", help="attack these: lines of a .txt, or rows with `text`")
+    parser.add_argument(
+        "--own", metavar="FILE", help="the attacker's text; default: docstrings of Python's library"
+    )
+    parser.add_argument(
+        "--count", type=int, default=100, help="rows to attack, at most; default: %(default)s"
+    )
+    parser.add_argument(
+        "--own-count", type=int, default=500, help="rows of the attacker; default: %(default)s"
+    )
+    return parser
 
 
 def _check(options: Any) -> None:

@@ -188,7 +188,9 @@ def recommended(rows: Sequence[PlanRow], *, cut: int, head: Head = "classificati
         if same:
             row = max(same, key=lambda row: (row.cut, -(row.config.client.micro_batch_size is not None)))
             compared = any(other.cut == cut for other in rows)
-            lower = "" if row.cut == cut or not compared else f"; cut {cut} does not fit"
+            lower = (
+                "" if row.cut == cut else f"; cut {cut} {'does not fit' if compared else 'was not compared'}"
+            )
             if name == FORWARD.name:
                 return row, f"of the forward-only ways compared only frozen fits, which trains nothing{lower}"
             return (
