@@ -10,7 +10,6 @@ which docs/results keeps them: without commands, which name folders of one machi
 
 import argparse
 import csv
-import io
 import json
 from pathlib import Path
 
@@ -19,14 +18,8 @@ import msgspec
 from hosl.study.config import Study, parse_study, read_study, study_grid, study_groups
 from hosl.study.files import Places, read_summaries
 from hosl.study.grid import Trial
-from hosl.study.runs_csv import run_lines
+from hosl.study.runs_csv import METRICS, csv_of, run_lines
 from hosl.system.atomic import whole_file
-
-_COUNTS = ("steps", "client_peak_bytes", "server_peak_bytes", "process_peak_bytes")
-_NUMBERS = (
-    "train_loss_nats", "dev_accuracy", "dev_loss_nats", "test_accuracy", "test_loss_nats", "median_step_s",
-    "bytes_up_per_step", "bytes_down_per_step",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -69,8 +62,7 @@ def write_summaries(study: Study, csv_file: Path) -> None:
 
 def summary_of(line: dict[str, str], run: Trial, places: Places) -> dict[str, object]:
     """Summary of a finished run from its line, which has only the last point of its dev curve, and no digests."""
-    said: dict[str, object] = {name: int(line[name]) for name in _COUNTS if line[name]}
-    said |= {name: float(line[name]) for name in _NUMBERS if line[name]}
+    said: dict[str, object] = {name: json.loads(line[name]) for name in METRICS if line[name]}
     if line["diverged"] == "True":  # whoever reads looks for the key, not for what it holds
         said["diverged"] = "diverged"
     curve = [[said["steps"], said["dev_loss_nats"], said["dev_accuracy"]]] if "dev_loss_nats" in said else []
@@ -95,11 +87,7 @@ def write_csv(study: Study, csv_file: Path) -> None:
         del line["command"]
         if run["row"] not in chosen:  # which of them the table will show is not known yet
             line |= {name: run.get(name) for name in ("test_accuracy", "test_loss_nats")}
-    text = io.StringIO(newline="")
-    rows = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(lines)
-    whole_file(csv_file, text.getvalue().encode())
+    whole_file(csv_file, csv_of(lines))
     print(f"{len(lines)} lines written to {csv_file}")
 
 

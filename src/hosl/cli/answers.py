@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,6 +78,17 @@ def options_and_settings(
 
 def _is_yaml(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) and not word.startswith("--")
+
+
+def check_default(parser: Parser, options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuse options that were given though they say nothing, as another one is missing; `why` names it.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            raise ConfigError(f"{parser.prog} --{name.replace('_', '-')} {why}; add it")
 
 
 def answer(result: dict[str, Any], *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import Parser, answer, command_parser, options_and_settings, say
+from hosl.cli.answers import Parser, answer, check_default, command_parser, options_and_settings, say
 from hosl.cli.train import overridden
 from hosl.config import load_config
 from hosl.errors import ConfigError, ModelError
@@ -19,8 +19,9 @@ def run(arguments: list[str]) -> int:
     Raises:
         RequestError, ModelError: if the config or the half cannot be read, or do not fit together.
     """
-    options, overrides = options_and_settings(_parser(), arguments, "half")
-    _check(options)
+    parser = _parser()
+    options, overrides = options_and_settings(parser, arguments, "half")
+    _check(options, parser)
     config = overridden(load_config(options.config), overrides)
 
     from hosl.network.audit import audit
@@ -83,12 +84,12 @@ def _parser() -> Parser:
     return parser
 
 
-def _check(options: Any) -> None:
+def _check(options: Any, parser: Parser) -> None:
     """Refuse options that say nothing, and numbers below 1."""
-    defaults = {"rows": None, "own": None, "count": 100, "own_count": 500}
-    for name, default in defaults.items():
+    names = ("rows", "own", "count", "own_count")
+    if not options.attack:
+        check_default(parser, options, names, "is about --attack")
+    for name in names:
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if not options.attack and value != default:
-            raise ConfigError(f"hosl audit {option} is about --attack; add it")
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"hosl audit {option} must be 1 or more, got {value}")

@@ -9,6 +9,7 @@ from hosl.cli.answers import Parser, answer, command_parser, need_torch, say
 from hosl.config import Config, ModelConfig, WireConfig, ZOConfig
 from hosl.core.methods import METHODS
 from hosl.errors import ConfigError
+from hosl.system.readable import aligned
 
 if TYPE_CHECKING:
     from hosl.bench.random_halves import BenchSizes
@@ -224,10 +225,7 @@ def _show(result: dict[str, Any], as_json: bool) -> int:
     sys.stdout.write(", ".join(f"{key} {value}" for key, value in result.items()) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [columns, *([_cell(row.get(key, "")) for key in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *cells in table:
-        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        sys.stdout.write("  ".join([name.ljust(widths[0]), *right]) + "\n")
+    sys.stdout.write("\n".join([*aligned(table, left=columns[0]), ""]))
     return 0
 
 

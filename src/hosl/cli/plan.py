@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hosl.cli.answers import Parser, answer, command_parser, options_and_settings, say
+from hosl.cli.answers import Parser, answer, check_default, command_parser, options_and_settings, say
 from hosl.cli.train import overridden
 from hosl.errors import ConfigError
 
@@ -23,7 +23,6 @@ def run(arguments: list[str]) -> int:
     """
     parser = _parser()
     options, overrides = options_and_settings(parser, arguments, "what")
-
     _check(options, parser)
 
     from hosl.planner.request import planned
@@ -49,11 +48,10 @@ def run(arguments: list[str]) -> int:
 
 def _check(options: Any, parser: Parser) -> None:
     """Refuse options that say nothing, or that would overwrite a file."""
-    for name in ("rank_memory", "between_ranks"):
-        if options.ranks is None and getattr(options, name) != parser.get_default(name):
-            raise ConfigError(
-                f"hosl plan --{name.replace('_', '-')} is about the processes of --ranks N; add it"
-            )
+    if options.ranks is None:
+        check_default(
+            parser, options, ("rank_memory", "between_ranks"), "is about the processes of --ranks N"
+        )
     for name in ("batch", "tokens", "cores", "server_tflops"):
         value = getattr(options, name)
         if value is not None and not value > 0:

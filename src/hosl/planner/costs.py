@@ -283,6 +283,15 @@ def _run(config: Config, shape: ModelShape, rows: int, tokens: int) -> tuple[Par
     return cost, counting.traffic(config, shape, rows, tokens)
 
 
+def server_half(config: Config, shape: ModelShape) -> Any:
+    """The server's half, or its trunk, on the meta device, prepared for training."""
+    pieces = shape.three_pieces if config.wire.labels == "client" else shape.halves
+    half = pieces(config.model.cut)[1]
+    half.convert(DTYPES[config.model.dtype])
+    as_if_computed(lambda: prepare_server_half_(config, half, []))
+    return half
+
+
 def server_cost(
     config: Config, shape: ModelShape, rows: int, tokens: int, *, gradients_stay: bool = True
 ) -> PartyCost:
@@ -292,9 +301,7 @@ def server_cost(
     activations and one gradient, and nothing is updated.
     """
     labels_stay = config.wire.labels == "client"
-    half: Any = (shape.three_pieces if labels_stay else shape.halves)(config.model.cut)[1]
-    half.convert(DTYPES[config.model.dtype])
-    as_if_computed(lambda: prepare_server_half_(config, half, []))
+    half: Any = server_half(config, shape)
     on_cpu = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, device="cpu"))
     with without_data():
         empty_(half.model)

@@ -176,15 +176,16 @@ def planned(asked: Planning, say: Callable[[str], None] = lambda text: None) -> 
     except ConfigError as nothing:
         chosen, why = None, str(nothing)
     speed += f"; server assumed: {asked.server_tera_flops:g} TFLOP/s (--server-tflops)"
-    ranks = _ranks(asked, question, chosen, say) if asked.ranks is not None else None
+    ranks = _ranks(asked, question, chosen, say)
     return Planned(question, rows, chosen, why, config, speed, ranks)
 
 
 def _ranks(
     asked: Planning, question: Question, chosen: PlanRow | None, say: Callable[[str], None]
 ) -> PlannedRanks | None:
-    """The server of the recommended row over several ranks; `say` hears why there is none."""
-    assert asked.ranks is not None
+    """The server of the recommended row over several ranks, if it was asked for; `say` hears why there is none."""
+    if asked.ranks is None:
+        return None
     if chosen is None:
         say("--ranks: no row is recommended whose server could be planned")
         return None

@@ -4,7 +4,7 @@ Memory comes from the server's own step on tensors without data, over the rows o
 and added up is counted from the shapes of its weights, as FSDP2 does it (`hosl.ranks.sharding`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from hosl.config import Config
 from hosl.core.layout import Layout
 from hosl.errors import ConfigError
-from hosl.methods.torch_parties import DTYPES, prepare_server_half_
-from hosl.planner.costs import PartyCost, server_cost
-from hosl.planner.dry_run import as_if_computed
+from hosl.methods.torch_parties import DTYPES
+from hosl.planner.costs import PartyCost, server_cost, server_half
+from hosl.planner.dry_run import storage_bytes
 from hosl.planner.machine import Machine
 from hosl.planner.model_shape import ModelShape
 from hosl.system.readable import readable_bytes
@@ -187,9 +187,7 @@ class _Weights:
     """The weights of a server half by the modules that are gathered together, and what is whole on every rank."""
 
     def __init__(self, config: Config, shape: ModelShape, cost: PartyCost) -> None:
-        half = shape.halves(config.model.cut)[1]
-        half.convert(DTYPES[config.model.dtype])
-        as_if_computed(lambda: prepare_server_half_(config, half, []))
+        half = server_half(config, shape)
         adapters = config.server.trainable == "lora"
         self._shared: list[torch.Tensor] = []
         units = dict[str, int]()
@@ -197,10 +195,10 @@ class _Weights:
             if p.requires_grad or not adapters:  # frozen weights under adapters are whole everywhere
                 self._shared.append(p)
                 unit = _block_of(name, half.blocks_name)
-                units[unit] = units.get(unit, 0) + _bytes([p])
+                units[unit] = units.get(unit, 0) + storage_bytes([p])
         self.root_bytes = units.pop("", 0)
         """Of the weights outside the blocks, which are gathered for a whole forward pass."""
-        self.root_trained_bytes = _bytes(
+        self.root_trained_bytes = storage_bytes(
             p
             for name, p in half.model.named_parameters()
             if p.requires_grad and not _block_of(name, half.blocks_name)
@@ -208,11 +206,11 @@ class _Weights:
         self.summed_per_byte = max(1.0, 4 / DTYPES[config.model.dtype].itemsize)
         """The bytes of a gradient while it is added up, in float32 at least, over those of its weight."""
         self.block_bytes = max(units.values(), default=0)
-        self.bytes = _bytes(self._shared)
+        self.bytes = storage_bytes(self._shared)
         """Of all weights that are shared out."""
-        self.trained_bytes = _bytes(p for p in self._shared if p.requires_grad)
+        self.trained_bytes = storage_bytes(p for p in self._shared if p.requires_grad)
         self.largest_bytes = max(map(_share(1), self._shared), default=0)
-        self._whole_bytes = _bytes([*half.model.parameters(), *half.model.buffers()]) - self.bytes
+        self._whole_bytes = storage_bytes([*half.model.parameters(), *half.model.buffers()]) - self.bytes
         self._state_per_byte = cost.state_bytes / max(self.trained_bytes, 1)
 
     def held_bytes(self, per_copy: int) -> float:
@@ -237,10 +235,6 @@ def _block_of(name: str, blocks: str) -> str:
     """The number of a weight's block; empty: it is outside the blocks."""
     index = name.removeprefix(f"{blocks}.").partition(".")[0]
     return index if name.startswith(f"{blocks}.") and index.isdigit() else ""
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _share(per_copy: int) -> Callable[[torch.Tensor], int]:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hosl.config import Config
 from hosl.errors import ConfigError, TaskError
 from hosl.methods.torch_parties import DTYPES, prepare_client_half_
 from hosl.parties.remote.torch_wire import from_wire, to_wire
-from hosl.privacy.inversion import Seen, better, nearest, ridge, share
+from hosl.privacy.inversion import Seen, better, nearest, ridge, right_padded, share
 from hosl.privacy.search import Search
 from hosl.split import ClientHalf, load_half
 from hosl.system.readable import readable_count
@@ -28,6 +27,7 @@ from hosl.tasks.rows import read_rows, text_of_file
 from hosl.wire.tensors import Compression, Unpacking, pack
 
 _ROWS_AT_ONCE = 16
+_ANY_LENGTH = 1 << 30
 _RARE = 5
 """A token is rare that the attacker's own text has fewer times."""
 _OVERLAP = 30
@@ -135,12 +135,10 @@ def attacked(
             else f"{file} has no text"
         )
         raise ConfigError(f"there are no rows to attack: {what}")
-    own = _own_texts(tokenizer, own_file, limit, texts)[:own_rows]
-    half = _half(folder, config)
-    prepared = _half(folder, config)
-    prepare_client_half_(config, prepared)
+    own = _own_texts(tokenizer, own_file, limit, texts, most=own_rows)
     say(f"encoding {readable_count(len(texts), 'row')}, and {len(own)} of the attacker's own")
-    seen = _seen(prepared, texts, config.wire.compression)
+    seen = _seen(_half(folder, config, prepared=True), texts, config.wire.compression)
+    half = _half(folder, config)  # one half at a time: it may be large
     known = _seen(half, own, config.wire.compression)
     table = _table(half)
     found = dict(_attacks(half, table, known, seen, say))
@@ -195,10 +193,13 @@ def _scored(
     )  # fmt: skip
 
 
-def _half(folder: Path, config: Config) -> ClientHalf:
+def _half(folder: Path, config: Config, *, prepared: bool = False) -> ClientHalf:
+    """The public half; `prepared`: as the device computes with it."""
     half = load_half(folder, DTYPES[config.model.dtype])
     assert isinstance(half, ClientHalf), "half.json says that it is the client's"
     half.eval()
+    if prepared:
+        prepare_client_half_(config, half)
     for p in half.parameters():
         p.requires_grad_(False)
     return half
@@ -224,17 +225,13 @@ def _table(half: ClientHalf) -> torch.Tensor:
 
 def _seen(half: ClientHalf, rows: Sequence[tuple[int, ...]], compression: Compression) -> Seen:
     """The activations that cross for these rows, and their tokens."""
-    states: list[torch.Tensor] = []
+    states, texts = list[torch.Tensor](), [torch.tensor(row) for row in rows]
     for first in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[first : first + _ROWS_AT_ONCE]
-        longest = max(map(len, some))
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in some])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some])
+        some = texts[first : first + _ROWS_AT_ONCE]
         with torch.no_grad():
-            sent = _crossed(half(ids, mask), compression, f"attack-{first}")
+            sent = _crossed(half(*right_padded(some)), compression, f"attack-{first}")
         states += [h[: len(row)] for h, row in zip(sent, some, strict=True)]
-    tokens = torch.from_numpy(np.concatenate([np.array(row, np.int64) for row in rows]))
-    return Seen(torch.cat(states).float(), tokens, tuple(map(len, rows)))
+    return Seen(torch.cat(states).float(), torch.cat(texts), tuple(map(len, rows)))
 
 
 def _crossed(h: torch.Tensor, compression: Compression, noise: str) -> torch.Tensor:
@@ -261,25 +258,30 @@ def _attacked_texts(
     if file is None:
         examples = task.test or task.dev
         return [example.rows[example.label if len(example.rows) > 1 else 0] for example in examples]
-    texts = list(_texts_of(file))
-    rows = [tokenizer.encode(text, limit) for text in texts]
-    empty = sum(not row for row in rows)
-    cut = sum(len(tokenizer.encode(text, 1 << 30)) > limit for text in texts)
+    rows = [tokenizer.encode(text, _ANY_LENGTH) for text in _texts_of(file)]
+    empty, cut = sum(not row for row in rows), sum(len(row) > limit for row in rows)
     if empty or cut:
         say(
             f"{file}: {empty} of {len(rows)} rows without tokens are left out, {cut} are cut to {limit} tokens"
         )
-    return [row for row in rows if row]
+    return [tokenizer.cut(row, limit) for row in rows if row]
 
 
 def _own_texts(
-    tokenizer: TextTokenizer, file: Path | None, limit: int, attacked_rows: Sequence[tuple[int, ...]]
+    tokenizer: TextTokenizer,
+    file: Path | None,
+    limit: int,
+    attacked_rows: Sequence[tuple[int, ...]],
+    *,
+    most: int | None = None,
 ) -> list[tuple[int, ...]]:
-    """The attacker's own rows: none that an attacked row has, or that has an attacked row."""
+    """The attacker's own rows, `most` at most: none that an attacked row has, or that has an attacked row."""
     texts = library_texts() if file is None else list(_texts_of(file))
     attacked_texts = [tokenizer.text(row) for row in attacked_rows]
     together, own = "\n".join(attacked_texts), []
     for row in (tokenizer.encode(text, limit) for text in texts):
+        if len(own) == most:
+            break
         text = tokenizer.text(row)  # as the tokenizer spells it, which may drop capitals
         known = text[:_OVERLAP] in together or any(other in text for other in attacked_texts if other)
         if text and not known:

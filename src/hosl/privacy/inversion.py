@@ -4,11 +4,12 @@ The attacker has the public model, which the client's half is a part of, and tex
 between variants; it does so by what it rebuilds of that text, never of the text under attack.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 _AT_ONCE = 256
 """The positions whose scores against the whole vocabulary are held at a time."""
@@ -28,10 +29,6 @@ class Seen:
     """[positions], int64."""
     lengths: tuple[int, ...]
     """The positions of each row."""
-
-    def rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The (states, tokens) of each row."""
-        yield from zip(self.states.split(self.lengths), self.tokens.split(self.lengths), strict=True)
 
 
 Ranking = Callable[[torch.Tensor, int], torch.Tensor]
@@ -119,3 +116,10 @@ def _cosines(
         return torch.cat(parts)
 
     return ranking
+
+
+def right_padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of rows of tokens, [rows, longest] each, int64."""
+    ids = pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hosl.errors import NonFiniteError
-from hosl.privacy.inversion import Ranking, Seen, spread
+from hosl.privacy.inversion import Ranking, Seen, right_padded, spread
 
 _CANDIDATES = 8
 """The tokens that are tried from one ranking, or along one gradient."""
@@ -124,9 +124,8 @@ class Search:
             if at + 1 == len(guess):
                 return None
             frontier = _Frontier(at + 1, ranked[at + 1].tolist())
-            if changed or at + 1 == len(
-                distances
-            ):  # what stands after it was checked after another token, or not yet
+            # what stands after it was checked after another token, or was not checked yet
+            if changed or at + 1 == len(distances):
                 return frontier
 
     def _refill(
@@ -156,7 +155,7 @@ class Search:
     def _distances(self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The distance of each position's activation to the one that was sent, in standard deviations."""
         with torch.no_grad():
-            states = self._half(*_batch(texts))
+            states = self._half(*right_padded(texts))
         return [
             ((h[: len(text)] - want[: len(text)]) / self._scale).square().mean(-1).sqrt()
             for h, text, want in zip(states, texts, wanted, strict=True)
@@ -175,7 +174,7 @@ class Search:
         hook = self._half.model.get_input_embeddings().register_forward_hook(take)
         try:
             with torch.enable_grad():
-                states = self._half(*_batch(texts))
+                states = self._half(*right_padded(texts))
                 ends = [len(text) - 1 for text in texts]
                 last = torch.stack([h[end] for h, end in zip(states, ends, strict=True)])
                 sent = torch.stack([want[end] for want, end in zip(wanted, ends, strict=True)])
@@ -188,13 +187,3 @@ class Search:
 
 def _beyond(say: Callable[[int, int], None], before: int, of: int, settled: int) -> None:
     say(before + settled, of)
-
-
-def _batch(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded (ids, mask), [rows, longest] each."""
-    longest = max(len(text) for text in texts)
-    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
-    mask = torch.zeros(len(texts), longest, dtype=torch.int64)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], mask[row, : len(text)] = text, 1
-    return ids, mask

@@ -3,7 +3,8 @@
 The loss is one number on every rank, and every rank makes the same updates of the weights that it holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,22 +75,24 @@ class RankedServer(FirstOrderServer):
         return [ValueOfAll.apply(loss, value) for loss, value in zip(losses, of_all, strict=True)]  # pyright: ignore[reportReturnType]
 
     def _finite_loss(self, h: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
-        try:
+        with self._forgetting():
             return super()._finite_loss(h, targets, step)
-        except NonFiniteError:
-            self._forget_graph()
-            raise
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
         if self._group.mesh is None:  # else FSDP has added them up
             self._group.sum_gradients_(self.trained.values())
 
-    def _forget_graph(self) -> None:
-        """Have the half forget a forward pass that no backward pass follows."""
-        reset = getattr(getattr(self.half, "root", None), "reset_iter_state", None)  # torch 2.13 has it
-        if reset is not None:
-            reset()
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Have the half forget a forward pass that is refused, so that no backward pass follows it."""
+        try:
+            yield
+        except NonFiniteError:
+            reset = getattr(getattr(self.half, "root", None), "reset_iter_state", None)  # torch 2.13 has it
+            if reset is not None:
+                reset()
+            raise
 
 
 class RankedSynchronousServer(RankedServer, SynchronousServer):
@@ -104,19 +107,13 @@ class RankedSynchronousServer(RankedServer, SynchronousServer):
         self, activations: torch.Tensor, targets: Targets, examples: int, *, want_gradient: bool = False
     ) -> StepReply:
         """As of `SynchronousServer`."""
-        try:
+        with self._forgetting():
             return super().contribute(activations, targets, examples, want_gradient=want_gradient)
-        except NonFiniteError:
-            self._forget_graph()
-            raise
 
     def contribute_together(self, parts: Sequence[Contributed]) -> list[StepReply]:
         """As of `SynchronousServer`."""
-        try:
+        with self._forgetting():
             return super().contribute_together(parts)
-        except NonFiniteError:
-            self._forget_graph()
-            raise
 
 
 class _RankedRound(RoundGradient):
@@ -126,13 +123,9 @@ class _RankedRound(RoundGradient):
         super().__init__(server.trained)
         self._server = server
 
-    def _add(
-        self,
-        output: torch.Tensor,
-        leaves: Sequence[torch.Tensor],
-        weight: int,
-        at: torch.Tensor | None = None,
-    ) -> Sequence[torch.Tensor]:
+    def _gradients(
+        self, output: torch.Tensor, leaves: Sequence[torch.Tensor], at: torch.Tensor | None
+    ) -> tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]:
         assert at is None, "labels at the client have one rank"
         before = [p.grad for p in self._trained]
         for p in self._trained:
@@ -144,11 +137,7 @@ class _RankedRound(RoundGradient):
             assert len(of_leaves) == len(leaves), "each leaf is read"
             check_gradients(found)
             check_gradients(of_leaves)  # apart: they are not shared out
+            return found, of_leaves
         finally:
             for p, grad in zip(self._trained, before, strict=True):
                 p.grad = grad
-        for p, new in zip(self._trained, found, strict=True):
-            if new is not None:
-                p.grad = new if p.grad is None else p.grad.add_(new)
-        self._weight += weight
-        return of_leaves

@@ -11,10 +11,11 @@ from hosl.study.config import Group
 from hosl.study.grid import Summary
 from hosl.system.atomic import whole_file
 
-_METRICS = (
+METRICS = (
     "steps", "train_loss_nats", "dev_accuracy", "dev_loss_nats", "test_accuracy", "test_loss_nats", "median_step_s",
     "client_peak_bytes", "server_peak_bytes", "process_peak_bytes", "bytes_up_per_step", "bytes_down_per_step",
 )  # fmt: skip
+"""What a line has of a run's own summary."""
 
 
 def write_runs(
@@ -25,17 +26,22 @@ def write_runs(
 ) -> None:
     """Write runs.csv, and runs.parquet if pyarrow can be imported."""
     lines = run_lines(groups, made, chosen)
-    text = io.StringIO(newline="")
-    rows = csv.DictWriter(text, list(lines[0]))
-    rows.writeheader()
-    rows.writerows(lines)
-    whole_file(out / CHOSEN_RUNS, text.getvalue().encode())
+    whole_file(out / CHOSEN_RUNS, csv_of(lines))
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         return
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), out / "runs.parquet")
+
+
+def csv_of(lines: Sequence[dict[str, Any]]) -> bytes:
+    """The content of a CSV file with these lines, which have the same keys."""
+    text = io.StringIO(newline="")
+    rows = csv.DictWriter(text, list(lines[0]))
+    rows.writeheader()
+    rows.writerows(lines)
+    return text.getvalue().encode()
 
 
 def run_lines(
@@ -58,7 +64,7 @@ def run_lines(
             "server_rate": summary["server_rate"], "seed": summary["seed"], "chosen": is_chosen,
             "diverged": "diverged" in summary,
         }  # fmt: skip
-        for key in _METRICS:
+        for key in METRICS:
             hidden = key.startswith("test_") and not is_chosen
             line[key] = None if hidden else summary.get(key)
         line |= {part: summary["versions"][part] for part in ("hosl", "torch", "machine")}

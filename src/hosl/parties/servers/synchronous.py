@@ -76,14 +76,26 @@ class RoundGradient:
         at: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         """Add the gradient of `output`, which is weighed; returns that at `leaves`."""
+        of_trained, of_leaves = self._gradients(output, leaves, at)
+        for p, found in zip(self._trained, of_trained, strict=False):
+            if found is not None:
+                p.grad = found if p.grad is None else p.grad.add_(found)
+        self._weight += weight
+        return of_leaves
+
+    def _gradients(
+        self, output: torch.Tensor, leaves: Sequence[torch.Tensor], at: torch.Tensor | None
+    ) -> tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]:
+        """The gradients at the trained weights, each a tensor of its own to keep, and at `leaves`; both checked."""
         inputs = [*self._trained, *leaves]
         gradients: Any = torch.autograd.grad(output, inputs, at, allow_unused=True) if inputs else ()
         check_gradients(gradients)
-        for p, found in zip(self._trained, gradients, strict=False):
-            if found is not None:
-                p.grad = found.clone() if p.grad is None else p.grad.add_(found)
-        self._weight += weight
-        return gradients[len(self._trained) :]
+        of_trained = gradients[: len(self._trained)]
+        kept = [
+            found.clone() if found is not None and p.grad is None else found
+            for p, found in zip(self._trained, of_trained, strict=False)
+        ]
+        return kept, gradients[len(self._trained) :]
 
     def close(self) -> bool:
         """Divide by the weights added since the last time; returns whether there were any."""
