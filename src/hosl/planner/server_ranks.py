@@ -52,7 +52,7 @@ class RankCost:
     gathers: float
     """How often in a step the weights of a copy are put together on a rank."""
     exchanged_bytes: float
-    """What a rank gets from the others in a step: weights and sums of gradients."""
+    """What a rank gets from the others in a step: weights, sums of gradients, and dL/dh of their rows."""
     told_bytes: float
     """Activations that rank 0 tells each of the others in a step."""
     compute_s: float
@@ -104,9 +104,8 @@ def rank_costs(
     check_ranks(config, ranks)
     if config.method_row.server != "first-order":
         raise ConfigError(f"--ranks: the server of {config.method} is probed, which one process does")
-    compared = layouts(ranks)
     step = _Step(config, shape, rows, tokens, ranks)
-    return [_cost(step, layout, speed) for layout in compared]
+    return [_cost(step, layout, speed) for layout in layouts(ranks)]
 
 
 def check_ranks(config: Config, ranks: int) -> None:
