@@ -14,10 +14,12 @@ from hosl.service.runs import ServedRun
 from hosl.service.sessions import Sessions
 from hosl.system.checkpoint import (
     Checkpoint,
+    add_to_checkpoint,
     intact_steps,
     keep_newest,
     newest_checkpoint,
     read_checkpoint,
+    read_without_tensors,
     write_checkpoint,
 )
 from hosl.wire import hosl_pb2 as pb
@@ -119,6 +121,33 @@ def test_a_snapshot_that_is_linked_on_is_held_against_its_first_digest(tmp_path)
     found = read_checkpoint(path)
     assert "client/trained" not in found.tensors
     assert found.journal is not None
+
+
+def test_what_is_added_to_a_checkpoint_is_read_with_it_and_a_failed_addition_leaves_it_as_it_was(
+    tmp_path, monkeypatch
+):
+    path = written(tmp_path, 8)
+    before = read_checkpoint(path)
+    for more in (9, 10):
+        longer = Journal.from_bytes(read_checkpoint(path).journal)
+        longer.append(more, [more, 2 * more], [0.25, -0.5])
+        add_to_checkpoint(path, {"snapshot_step": more}, longer.to_bytes())
+        for read in (read_checkpoint(path), read_without_tensors(path)[0]):
+            assert (read.step, read.journal) == (8, longer.to_bytes())
+            assert read.state == STATE | {"snapshot_step": more}
+    assert torch.equal(
+        read_checkpoint(path).tensors["client/trained"]["w"], before.tensors["client/trained"]["w"]
+    )
+    assert list(intact_steps(tmp_path, pytest.fail)) == [8]
+
+    state = (path / "state.json").read_bytes()
+    with pytest.raises(CheckpointError, match="went another way"):
+        add_to_checkpoint(path, {}, longer.to_bytes()[16:])
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match="No space left; it is as it was"):
+        add_to_checkpoint(path, {}, longer.to_bytes())
+    assert (path / "state.json").read_bytes() == state
+    assert sorted(file.name for file in path.iterdir()) == ["client", "server", "state.json"]
 
 
 def test_stray_files_among_the_checkpoints_are_ignored_and_stay(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from hosl.core.journal import Journal
 from hosl.errors import LimitError, WireError
+from hosl.service.sessions import save_all
 from hosl.wire import hosl_pb2 as pb
 from tests.unit.hosted import CountingHalf, Service, in_loop, training
 
@@ -219,6 +220,35 @@ def test_a_client_killed_after_its_step_does_that_step_again_and_goes_on(tmp_pat
     assert again == loss  # what the step was answered before
     assert service.half.updates == 8  # each step moved the server's half once
     assert service.sessions.runs["run"].updates == (7 if halves == pb.SHARED else 0)
+
+
+@pytest.mark.parametrize("ended", ["killed", "asked to end"])
+def test_an_update_that_came_after_another_clients_save_is_kept_by_its_own(tmp_path, ended):
+    """Else a client that was told that its last step is saved ends with a half that no other client has."""
+
+    async def run():
+        service = Service(tmp_path)
+        settings = training(order=pb.SEQUENTIAL, clients=2, max_steps=2)
+        sessions = {name: (await service.hello(name, settings)).session for name in "ab"}
+        for name, session in sessions.items():
+            await service.step(name, session, 1)
+            await service.journal(name, session, 1)
+        await service.step("a", sessions["a"], 2)
+        await service.save("b", sessions["b"], 1)  # between the two parts of a's step
+        await service.journal("a", sessions["a"], 2, scales=(0.25,))
+        if ended == "killed":
+            assert await service.save("a", sessions["a"], 2) == 3
+        else:
+            save_all(service.sessions)
+        after = Service(tmp_path)
+        start = (await after.hello("b", settings)).start
+        return start, after.sessions.runs["run"], service.sessions.runs["run"]
+
+    start, after, before = in_loop(run())
+    assert start == 1
+    assert after.journal.to_bytes() == before.journal.to_bytes()
+    assert list(after.journal.updates(after=2)) == [(3, (1,), (0.25,))]
+    assert (after.steps["a"], after.updates, after.server_step) == (2, 3, 3)
 
 
 def test_a_round_waits_for_half_of_a_usual_round_where_that_is_longer_than_the_grace(tmp_path, monkeypatch):

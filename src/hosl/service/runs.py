@@ -27,7 +27,13 @@ from hosl.service.rounds import (
     Round,
 )
 from hosl.service.turn import Turn
-from hosl.system.checkpoint import checkpoint_steps, drop_checkpoints_after, intact_steps
+from hosl.system.checkpoint import (
+    add_to_checkpoint,
+    checkpoint_path,
+    checkpoint_steps,
+    drop_checkpoints_after,
+    intact_steps,
+)
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.tensors import WireArray
 
@@ -91,6 +97,8 @@ class ServedRun:
     """The clients that a round closed without: none waits for them until they contribute again."""
     _lengths_s: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS_REMEMBERED))
     """The lengths of the newest rounds."""
+    _saved_updates: int = 0
+    """The number of updates of the shared journal in the newest checkpoint."""
     _told: tuple[tuple[Journal, int, int], list[pb.Update]] | None = None
     """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
@@ -241,7 +249,7 @@ class ServedRun:
         self._journaled = cast(dict[str, int], facts.get("journaled", {}))
         kept = [saved for saved in self.saved_steps() if saved <= step][-2:]
         self._asked = cast(list[int], facts.get("asked", kept))
-        self.updates = self.journal.last_step
+        self.updates = self._saved_updates = self.journal.last_step
         self.server_step = step
         self._replies.clear()
         self._weights.clear()
@@ -254,13 +262,18 @@ class ServedRun:
 
         One that no client asked for takes the place of the one before of that kind, never of those that a client has.
         """
-        drop_checkpoints_after(self.folder, max(self._asked, default=0))
-        if self.server_step > max(self._asked, default=0):
-            now = [*self._asked[-1:], self.server_step] if asked else self._asked
-            facts: dict[str, object] = {"steps": self.steps, "journaled": self._journaled, "asked": now}
-            shared = self.journal if self.training.halves == pb.SHARED else None
+        newest = max(self._asked, default=0)
+        drop_checkpoints_after(self.folder, newest)
+        facts: dict[str, object] = {"steps": self.steps, "journaled": self._journaled, "asked": self._asked}
+        shared = self.journal if self.training.halves == pb.SHARED else None
+        if self.server_step > newest:
+            now = facts["asked"] = [*self._asked[-1:], self.server_step] if asked else self._asked
             self.half.save(self.folder, self.server_step, facts, shared, now)
             self._asked = now
+        elif shared and newest and self.updates > self._saved_updates:
+            # another client saved between a step of this one and its update of the journal
+            add_to_checkpoint(checkpoint_path(self.folder, newest), facts, shared.to_bytes())
+        self._saved_updates = self.updates
         return self.server_step
 
     # ---- requests that change nothing ----

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000200/
       state.json                   step, distribution, length of metrics.jsonl, digest of every file, its own too
-      client/journal.bin           zeroth-order client: every update since the base weights
+      client/journal.bin           zeroth-order client: every update since the base weights, but for the few that
+                                   came after it was written and stand in state.json (`add_to_checkpoint`)
       client/trained.safetensors   first-order client: always; zeroth-order: a snapshot (may be of an earlier step)
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
@@ -25,11 +26,13 @@ from typing import Any
 import numpy as np
 
 from hosl.errors import CheckpointError, FailureError
-from hosl.system.atomic import whole_folder
+from hosl.system.atomic import whole_file, whole_folder
 from hosl.system.safetensors_file import read_arrays, write_arrays
 
-_FORMAT = 2
-"""Format that is written; 1, without a digest of state.json, is read too."""
+_FORMAT, _WITH_ADDED = 2, 3
+"""Formats that are written: 3 where state.json has entries of the journal. 1, without a digest of it, is read too."""
+_ADDED = "journal_added"
+"""Key of state.json: entries of the journal behind those of journal.bin, in hexadecimal."""
 _NAME = re.compile(r"step-(\d{8,})")
 _JOURNAL, _SNAPSHOT, _OPTIMISER = "client/journal.bin", "client/trained.safetensors", "optimiser.safetensors"
 
@@ -75,6 +78,33 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, beside: Collection
         ) from cause
     _keep(folder, {checkpoint.step, *(checkpoint_steps(folder)[-2:] if beside is None else beside)})
     return final
+
+
+def add_to_checkpoint(path: Path, facts: dict[str, Any], journal: bytes) -> None:
+    """Bring a checkpoint's facts and its journal up to date, at once or not at all; its tensors stay.
+
+    Args:
+        path: the checkpoint's folder.
+        facts: the values that take the place of those of the same names.
+        journal: the whole journal, which begins with the one that is there.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, has another journal, or cannot be written: it is then as before.
+    """
+    state = _state(path)
+    try:
+        written = (path / _JOURNAL).read_bytes() if _JOURNAL in state["digests"] else b""
+        if not journal.startswith(written):
+            raise CheckpointError(
+                f"checkpoint {path} has a journal that went another way; nothing was added to it"
+            )
+        state |= {"format": _WITH_ADDED, "facts": state["facts"] | facts}
+        state[_ADDED] = journal[len(written) :].hex()
+        whole_file(path / "state.json", _state_bytes(state))
+    except OSError as cause:
+        raise CheckpointError(
+            f"checkpoint {path} could not be brought up to date: {cause.strerror}; it is as it was: free space"
+        ) from cause
 
 
 def keep_newest(folder: Path, count: int) -> None:
@@ -208,20 +238,24 @@ def read_without_tensors(path: Path) -> tuple[Checkpoint, dict[str, Path]]:
     """
     state = _checked(path)
     files = [name for name in state["digests"] if name != _JOURNAL]
-    journal = (path / _JOURNAL).read_bytes() if _JOURNAL in state["digests"] else None
-    checkpoint = Checkpoint(step=state["step"], state=state["facts"], journal=journal)
+    checkpoint = Checkpoint(step=state["step"], state=state["facts"], journal=_journal(path, state))
     return checkpoint, {name.removesuffix(".safetensors"): path / name for name in files}
 
 
 def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpoint:
-    checkpoint = Checkpoint(step=state["step"], state=state["facts"])
+    checkpoint = Checkpoint(step=state["step"], state=state["facts"], journal=_journal(path, state))
     for name in state["digests"]:
-        if name == _JOURNAL:
-            checkpoint.journal = (path / name).read_bytes()
-        else:
+        if name != _JOURNAL:
             tensors = read_arrays(path / name) if arrays else _torch_tensors(path / name)
             checkpoint.tensors[name.removesuffix(".safetensors")] = tensors
     return checkpoint
+
+
+def _journal(path: Path, state: dict[str, Any]) -> bytes | None:
+    """The journal of a checkpoint that was checked, whole; None: it has none."""
+    if _JOURNAL not in state["digests"]:
+        return None
+    return (path / _JOURNAL).read_bytes() + bytes.fromhex(state.get(_ADDED, ""))
 
 
 def _torch_tensors(file: Path) -> dict[str, Any]:
@@ -254,9 +288,9 @@ def _state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         digest = state.pop("digest", None)
-        if state["format"] not in (1, _FORMAT):
+        if state["format"] not in (1, _FORMAT, _WITH_ADDED):
             raise CheckpointError(
-                f"checkpoint {path} has format {state['format']}; this version reads 1 and {_FORMAT}"
+                f"checkpoint {path} has format {state['format']}; this version reads 1 to {_WITH_ADDED}"
             )
         if digest != (None if state["format"] == 1 else _state_digest(state)):
             raise CheckpointError(f"checkpoint {path}: state.json has another digest than it says")
@@ -298,8 +332,7 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
         except OSError:  # a filesystem without hard links, such as exFAT
             shutil.copyfile(previous / name, partial / name)
     state = {"format": _FORMAT, "step": checkpoint.step, "facts": checkpoint.state, "digests": digests}
-    state["digest"] = _state_digest(json.loads(json.dumps(state)))  # as it will be read
-    (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (partial / "state.json").write_bytes(_state_bytes(state))
 
 
 def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
@@ -313,6 +346,12 @@ def _save_tensors(tensors: dict[str, Any], file: Path) -> None:
         safetensors.torch.save_file(on_cpu, file)
     except safetensors.SafetensorError as cause:  # wraps the system's error, such as a full disk
         raise OSError(0, str(cause)) from cause
+
+
+def _state_bytes(state: dict[str, Any]) -> bytes:
+    """The content of state.json, with its own digest."""
+    digest = _state_digest(json.loads(json.dumps(state)))  # as it will be read
+    return json.dumps(state | {"digest": digest}, indent=2).encode()
 
 
 def _state_digest(state: dict[str, Any]) -> str:
