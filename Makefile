@@ -24,7 +24,7 @@ help:            ## what there is to make
 	@touch $@
 
 .venv/dev-installed: .venv/run-installed
-	$(INSTALL) --group dev -e '.[torch,edge,gguf,lora,data,report,serve,otel,docs,onnx-export]'
+	$(INSTALL) --group dev -e '.[torch,edge,gguf,lora,data,report,serve,otel,docs,onnx-export,privacy]'
 	@touch $@
 
 .venv/docs-installed: .venv/run-installed

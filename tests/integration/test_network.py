@@ -84,6 +84,29 @@ def test_compression_saves_its_share_and_its_error_is_noted(tiny_run, tmp_path, 
     assert in_one == (tmp_path / "joined" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["fo-fo", "hosl-gradient"])
+def test_noise_on_activations_over_loopback_is_that_of_one_process_by_the_same_key(
+    tiny_run, tmp_path, monkeypatch, method
+):
+    """A run over a network draws its key; the run in one process is given it here."""
+    config = tiny_run(method=method, max_steps=4, wire={"clip_norm": 2.0, "noise_multiplier": 0.01})
+    halves, runs = (
+        split(tmp_path / "model-in", tmp_path / "halves"),
+        [tmp_path / "joined", tmp_path / "again"],
+    )
+    with Server(halves / "server", tmp_path / "service") as server:
+        for run in runs:
+            assert finished(join(halves / "client", server.line, config, "--output-dir", run))["finished"]
+        assert server.stop() == 0
+    keys = [(run / "noise.key").read_bytes() for run in runs]
+    monkeypatch.setattr("hosl.training.local_session.simulated_key", lambda seed: keys[0])
+    assert main(["train", str(config), "--json"]) == 0
+    joined, again, here = ((run / "metrics.jsonl").read_bytes() for run in [*runs, tmp_path / "run"])
+    assert keys[0] != keys[1]
+    assert here == joined != again
+    assert client_files(tmp_path / "run") == client_files(runs[0])
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_halves_from_a_split_folder_compute_as_the_model_in_one_process(

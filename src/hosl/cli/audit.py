@@ -1,6 +1,7 @@
 """`hosl audit OUT/client --config task.yaml`: the fields that leave the device in this run, one by one."""
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,14 @@ def run(arguments: list[str]) -> int:
         f"a curious server learns {row['a curious server learns']}"
         for row in rows
     }
-    answer({"crosses": crosses, "fields": rows} if options.json else lines, as_json=options.json)
+    facts: dict[str, Any] = {"crosses": crosses, "fields": rows}
+    if config.wire.noise_multiplier:
+        from hosl.privacy.accounting import spent
+
+        losses = spent(config, task)
+        facts["noise"] = [asdict(loss) for loss in losses]
+        lines["noise"] = "; ".join(loss.line() for loss in losses)
+    answer(facts if options.json else lines, as_json=options.json)
     return 0
 
 

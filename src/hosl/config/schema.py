@@ -174,6 +174,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"{self.model.cut}"
             )
         self._check_residual()
+        if self.wire.clip_norm is not None and (method.uploads(1) != 1 or self.profile != "paper"):
+            raise ConfigError(
+                f"wire.clip_norm: {self.wire.clip_norm} is for methods that send activations once a step; method "
+                f"{self.method} sends those of probes, too, whose losses would differ by noise more than by the probe; "
+                f"use {_methods_with(lambda row: row.uploads(1) == 1)}, or leave wire.clip_norm out"
+            )
         if client.dtype != "model" and method.trains != "nothing" and client.trainable != "lora":
             raise ConfigError(
                 f"client.dtype: {client.dtype} is for weights that stay as they are, but method {self.method} trains "
@@ -283,6 +289,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "zo.clip": None,
             "zo.normalise": "none",
             "wire.compression": "none",
+            "wire.clip_norm": None,
             "wire.labels": "server",
             "server.optimiser.name": "sgd",
             "server.optimiser.momentum": 0.9,

@@ -3,6 +3,7 @@
 The checks across sections: `hosl.config.schema`.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -155,6 +156,11 @@ class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     compression: Literal["none", "bf16", "int8"] = "none"
     """The compression of uploaded activations. `hosl train` has no network, but computes with what would arrive."""
+    clip_norm: float | None = None
+    """The largest norm of a token's activation; larger ones are scaled down before they are sent. null: as they are."""
+    noise_multiplier: float = 0.0
+    """The standard deviation of Gaussian noise on each number that is sent, in units of clip_norm
+    (docs/concepts/privacy.md)."""
     labels: Literal["server", "client"] | None = None
     """The party that has the labels. server: they are uploaded. client: norm and head are on the device, too. null:
     client where text is learned (task.kind: sft, prompts of your own), else server."""
@@ -167,6 +173,17 @@ class WireConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("connect_s", "idle_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"wire.{name} must be > 0 seconds, got {getattr(self, name)}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ConfigError(f"wire.clip_norm must be null or a finite number > 0, got {self.clip_norm}")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ConfigError(
+                f"wire.noise_multiplier must be 0 or a finite number > 0, got {self.noise_multiplier}"
+            )
+        if self.noise_multiplier and self.clip_norm is None:
+            raise ConfigError(
+                f"wire.noise_multiplier is {self.noise_multiplier}, in units of wire.clip_norm, which is null; set "
+                "that too: `hosl audit --attack` says how large the activations are"
+            )
 
 
 class ClientsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -74,6 +74,7 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     facts = half_facts(folder, "client")
     if facts["head"] != "causal":
         raise ConfigError(f"{use.path} is the half of a classifier: it has no text to say")
+    _check_not_blurred(config, use.path)
     record = {} if config is None else read_record(use.path) or {}
     runtime = open_runtime(use.runtime, folder, record)
     checkpoint = None if config is None or use.base else newest_here(use.path, runtime)
@@ -113,6 +114,14 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
         )  # fmt: skip
     finally:
         channel.close()
+
+
+def _check_not_blurred(config: Config | None, path: Path) -> None:
+    if config is not None and config.wire.clip_norm is not None:
+        raise ConfigError(
+            f"{path} was trained with wire.clip_norm, which is not there for prompts: they would go up as they are; "
+            "let `hosl merge` put the model together and use it here"
+        )
 
 
 def _fit(config: Config | None, checkpoint: Checkpoint | None, ready: pb.GenerateReady) -> tuple[str, str]:

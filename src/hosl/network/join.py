@@ -32,6 +32,7 @@ from hosl.network.handshake import model_message, protocol_of, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.runtime import RuntimeName, open_runtime, what_differs
 from hosl.network.tensor_limit import check_tensor_limit
+from hosl.parties.remote.noisy import kept_key
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
@@ -265,7 +266,7 @@ def _joined(
     remote = kind(channel, greeting, runtime, compression=config.wire.compression, seed=config.seed, say=say)
     session = JoinedSession(
         config=config, task=task, client=NO_CLIENT_YET, server=remote, remote=remote, folder=options.half,
-        runtime=runtime,
+        runtime=runtime, noise_key=kept_key(run.folder) if config.wire.clip_norm is not None else b"",
     )  # fmt: skip
     session.facts = _facts(config, options, facts, task)
     try:

@@ -27,6 +27,7 @@ from hosl.system.checkpoint import (
     write_checkpoint,
 )
 from hosl.system.machine import process_peak_bytes
+from hosl.training.crossing import behind_noise
 from hosl.training.session import Session
 
 NO_CLIENT_YET = cast(ClientSide, None)
@@ -43,6 +44,8 @@ class JoinedSession(Session[ClientSide, ServerSide]):
     """The client half's folder."""
     runtime: Any = None
     """The module of the client's runtime, such as `hosl.network.torch_runtime`."""
+    noise_key: bytes = b""
+    """The secret of the noise on activations; unused where wire.clip_norm is null."""
     snapshot_step: int = 0
     """The step of the newest snapshot of a zeroth-order client; 0 is the base weights."""
     _wire_bytes: tuple[int, int] = (0, 0)
@@ -52,8 +55,8 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         self.meters.server = self.remote.meter
 
     def server_to_call(self, *, in_round: bool) -> ServerSide:
-        """The server, which counts by itself what is sent to it."""
-        return self.server
+        """The server, which counts by itself what is sent to it; behind the wire's noise, if it has any."""
+        return behind_noise(self.config, self.server, self.runtime, self.noise_key)
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method; the server's costs are those that it reports."""
@@ -63,7 +66,8 @@ class JoinedSession(Session[ClientSide, ServerSide]):
         clients = self.config.clients
         own = not clients.alone and clients.directions == "own"
         name = f"client/{self.remote.client}" if own else "client"
-        result = method_round(self.config, client, self.server, batch, step, half=name, control=self.control)
+        server = self.server_to_call(in_round=True)
+        result = method_round(self.config, client, server, batch, step, half=name, control=self.control)
         self.control = self.control.after(result.coefficients)
         if self._in_rounds and clients.halves == "personal":
             self.done(step)  # by this half, whether or not its round is still open

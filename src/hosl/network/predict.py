@@ -5,9 +5,10 @@ hidden states at the cut of every row, its mask, and of prompts the tokens of al
 where they stand). Labels that the rows may have do not.
 """
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hosl.network.generate import joined_place, newest_here
 from hosl.network.handshake import model_message
 from hosl.network.join import begun_run
 from hosl.network.runtime import RuntimeName, open_runtime
+from hosl.parties.remote.noisy import KEY_BYTES, kept_key
 from hosl.parties.remote.server import RemoteServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
@@ -28,6 +30,7 @@ from hosl.system.checkpoint import Checkpoint
 from hosl.system.machine import versions
 from hosl.system.run_folder import read_record
 from hosl.tasks import PromptsConfig, TextTokenizer
+from hosl.training.crossing import behind_noise
 from hosl.transport.channel import Patience, Proof, connect
 from hosl.transport.join_line import JoinLine
 from hosl.wire import hosl_pb2 as pb
@@ -60,6 +63,8 @@ class _Half:
     labels: list[str] | None
     checkpoint: Checkpoint | None
     says: str
+    noise_key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
+    """The secret of the noise on activations: the run's own, else a new one."""
 
 
 @contextmanager
@@ -114,6 +119,7 @@ def scorer_across(
             if here.checkpoint is not None:
                 runtime.restore_head_(server, here.checkpoint)
         whose = f"run {here.run} after step {start}" if here.run else "as it was split"
+        server = behind_noise(here.config, server, runtime, here.noise_key)
         yield Scorer(
             here.config, labels, tokenizer, client, server, f"{here.says}; the server's half: {whose}"
         )
@@ -142,7 +148,8 @@ def _half_here(options: PredictOptions, config: Config | None) -> _Half:
     runtime = open_runtime(options.runtime, folder, record)
     checkpoint, labels = newest_here(run, runtime), record.get("task", {}).get("labels")
     says = f"this half: {run} after step {0 if checkpoint is None else checkpoint.step}"
-    return _Half(of_run, folder, runtime, name, labels, checkpoint, says)
+    half = _Half(of_run, folder, runtime, name, labels, checkpoint, says)
+    return half if of_run.wire.clip_norm is None else replace(half, noise_key=kept_key(run))
 
 
 def _check(here: _Half, facts: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 from hosl.config import Config
 from hosl.errors import ConfigError, TaskError
 from hosl.methods.torch_parties import DTYPES, prepare_client_half_
+from hosl.parties.remote.noisy import ActivationNoise, simulated_key
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.privacy.inversion import Seen, better, nearest, ridge, right_padded, share
 from hosl.privacy.search import Search
@@ -24,7 +25,7 @@ from hosl.system.readable import readable_count
 from hosl.tasks import Task, TextTokenizer
 from hosl.tasks.docstrings import library_texts
 from hosl.tasks.rows import read_rows, text_of_file
-from hosl.wire.tensors import Compression, Unpacking, pack
+from hosl.wire.tensors import Unpacking, pack
 
 _ROWS_AT_ONCE = 16
 _ANY_LENGTH = 1 << 30
@@ -59,6 +60,8 @@ class Attacked:
     rare_tokens: int
     own_tokens: int
     """The size of the attacker's own text."""
+    norms: tuple[float, float]
+    """The median and the largest L2 norm of what crosses for a token, by which `wire.clip_norm` can be chosen."""
     attacks: tuple[Rebuilt, ...]
     texts: tuple[str, ...]
     """The first rows, as they are."""
@@ -67,7 +70,7 @@ class Attacked:
         """Plain data for --json."""
         return {
             "cut": self.cut, "rows": self.rows, "tokens": self.tokens, "rare_tokens": self.rare_tokens,
-            "own_tokens": self.own_tokens, "texts": list(self.texts),
+            "own_tokens": self.own_tokens, "norms": list(self.norms), "texts": list(self.texts),
             "attacks": [
                 {
                     "name": a.name, "tokens_share": a.tokens, "rare_share": a.rare, "rows_share": a.whole,
@@ -83,7 +86,8 @@ class Attacked:
         lines = [
             f"attacks on the activations of {readable_count(self.rows, 'row')} at cut {self.cut}, "
             f"{readable_count(self.tokens, 'token')}, {self.rare_tokens:,} of them rare; the attacker knows the public "
-            f"model and {readable_count(self.own_tokens, 'token')} of other text"
+            f"model and {readable_count(self.own_tokens, 'token')} of other text",
+            f"norms of what crosses for a token: median {self.norms[0]:.3g}, largest {self.norms[1]:.3g}",
         ]
         for attack in self.attacks:
             rare = "" if attack.rare is None else f", {100 * attack.rare:.1f} % of rare ones"
@@ -137,9 +141,10 @@ def attacked(
         raise ConfigError(f"there are no rows to attack: {what}")
     own = _own_texts(tokenizer, own_file, limit, texts, most=own_rows)
     say(f"encoding {readable_count(len(texts), 'row')}, and {len(own)} of the attacker's own")
-    seen = _seen(_half(folder, config, prepared=True), texts, config.wire.compression)
+    seen = _seen(_half(folder, config, prepared=True), texts, config, simulated_key(config.seed))
     half = _half(folder, config)  # one half at a time: it may be large
-    known = _seen(half, own, config.wire.compression)
+    # what leaves the device is blurred by a key that nobody else has: the attacker blurs by one of its own
+    known = _seen(half, own, config, simulated_key(config.seed + 1))
     table = _table(half)
     found = dict(_attacks(half, table, known, seen, say))
     return _scored(found, seen, known, tokenizer, half.cut, samples)
@@ -186,8 +191,10 @@ def _scored(
                 texts=tuple(tokenizer.text(row.tolist()) for row in tokens.split(seen.lengths)[:samples]),
             )
         )  # fmt: skip
+    sizes = seen.states.norm(dim=-1)
+    norms = float(sizes.median()), float(sizes.max())
     return Attacked(
-        cut=cut, rows=len(seen.lengths), tokens=int((~special).sum()), rare_tokens=int(rare.sum()),
+        cut=cut, norms=norms, rows=len(seen.lengths), tokens=int((~special).sum()), rare_tokens=int(rare.sum()),
         own_tokens=len(known.tokens), attacks=tuple(attacks),
         texts=tuple(tokenizer.text(row.tolist()) for row in seen.tokens.split(seen.lengths)[:samples]),
     )  # fmt: skip
@@ -223,20 +230,25 @@ def _table(half: ClientHalf) -> torch.Tensor:
     return table
 
 
-def _seen(half: ClientHalf, rows: Sequence[tuple[int, ...]], compression: Compression) -> Seen:
+def _seen(half: ClientHalf, rows: Sequence[tuple[int, ...]], config: Config, key: bytes) -> Seen:
     """The activations that cross for these rows, and their tokens."""
     states, texts = list[torch.Tensor](), [torch.tensor(row) for row in rows]
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         some = texts[first : first + _ROWS_AT_ONCE]
         with torch.no_grad():
-            sent = _crossed(half(*right_padded(some)), compression, f"attack-{first}")
+            sent = _crossed(half(*right_padded(some)), config, key, f"attack-{first}")
         states += [h[: len(row)] for h, row in zip(sent, some, strict=True)]
     return Seen(torch.cat(states).float(), torch.cat(texts), tuple(map(len, rows)))
 
 
-def _crossed(h: torch.Tensor, compression: Compression, noise: str) -> torch.Tensor:
+def _crossed(h: torch.Tensor, config: Config, key: bytes, noise: str) -> torch.Tensor:
     """Activations as the server unpacks them."""
-    packed = pack(to_wire(h), compression, noise=noise)
+    array = to_wire(h)
+    if config.wire.clip_norm is not None:
+        array = ActivationNoise(config.wire.clip_norm, config.wire.noise_multiplier, key).released_array(
+            array
+        )
+    packed = pack(array, config.wire.compression, noise=noise)
     arriving = Unpacking(packed.header, tensor_bytes=1 << 40)
     for chunk in packed.chunks():
         arriving.add(chunk)

@@ -94,11 +94,12 @@ class Search:
         guesses = [of_row[:, 0].clone() for of_row in ranked]
         open_at = {row: _Frontier(0, of_row[0].tolist()) for row, of_row in enumerate(ranked)}
         while open_at:
-            rows = list(open_at)
-            checked = [guesses[row][: open_at[row].position + _AHEAD] for row in rows]
-            distances = self._distances(checked, [wanted[row] for row in rows])
-            for row, of_row in zip(rows, distances, strict=True):
-                frontier = self._advanced(open_at[row], guesses[row], of_row, ranked[row])
+            checked = {row: self._texts(open_at[row], guesses[row]) for row in open_at}
+            together = [text for texts in checked.values() for text in texts]
+            found = iter(self._distances(together, [wanted[row] for row in checked for _ in checked[row]]))
+            for row, texts in checked.items():
+                distances = [next(found) for _ in texts]
+                frontier = self._advanced(open_at[row], guesses[row], texts, distances, ranked[row])
                 if frontier is None:
                     del open_at[row]
                 else:
@@ -110,10 +111,26 @@ class Search:
             say(len(sent) - left)
         return torch.cat(guesses)
 
+    def _texts(self, frontier: _Frontier, guess: torch.Tensor) -> list[torch.Tensor]:
+        """What is checked next of a row: its guess, which may be right further on, too; then all candidates at once."""
+        at = frontier.position
+        if not frontier.tried:
+            return [guess[: at + _AHEAD].clone()]
+        return [torch.cat([guess[:at], guess.new_tensor([token])]) for token in frontier.queue]
+
     def _advanced(
-        self, frontier: _Frontier, guess: torch.Tensor, distances: torch.Tensor, ranked: torch.Tensor
+        self,
+        frontier: _Frontier,
+        guess: torch.Tensor,
+        texts: Sequence[torch.Tensor],
+        checked: Sequence[torch.Tensor],
+        ranked: torch.Tensor,
     ) -> _Frontier | None:
-        """The frontier after a check of the row's guess; None: the row is settled."""
+        """The frontier after a check of the row's texts; None: the row is settled."""
+        at, distances = frontier.position, checked[0]
+        for text, of_text in zip(texts[1:], checked[1:], strict=True):
+            frontier.tell(int(text[at]), float(of_text[at]))
+        guess[at] = texts[0][at]
         while True:
             at = frontier.position
             frontier.tell(int(guess[at]), float(distances[at]))

@@ -1,8 +1,10 @@
-"""What crosses between the two machines in a run, in one line. No torch."""
+"""What crosses between the two machines in a run, in one line, and what is done to it before. No torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from hosl.config import Config
+from hosl.parties.remote.noisy import ActivationNoise, NoisyServer
+from hosl.parties.remote.packing import Arrays
 
 
 def what_crosses(config: Config, head: Literal["classification", "causal"]) -> str:
@@ -13,7 +15,7 @@ def what_crosses(config: Config, head: Literal["classification", "causal"]) -> s
     """
     method = config.method_row
     gradient = ["the gradient at the cut"] if method.wants_gradient else []
-    up = ["activations", "padding mask"]
+    up = [f"activations{_blurred(config)}", "padding mask"]
     if config.wire.labels == "client":
         up += ["scored positions", "the gradient at the last states"]
         down = ["states at the scored positions", *gradient]
@@ -23,6 +25,34 @@ def what_crosses(config: Config, head: Literal["classification", "causal"]) -> s
     if config.clients.halves == "shared" or method.server == "zeroth-order":
         up += ["seeds and coefficients"]
     return f"labels at the {config.wire.labels}; up cross {_listed(up)}; down {_listed(down)}"
+
+
+def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes) -> Any:
+    """The server as the client calls it: it gets activations as `wire.clip_norm` and `wire.noise_multiplier` have them.
+
+    Args:
+        config: the settings of the run.
+        server: a `ServerSide`.
+        arrays: the conversion for the client's runtime.
+        key: the secret of the noise; see `hosl.parties.remote.noisy`.
+    """
+    clip_norm = config.wire.clip_norm
+    if clip_norm is None:
+        return server
+    return NoisyServer(server, arrays, ActivationNoise(clip_norm, config.wire.noise_multiplier, key))
+
+
+def _blurred(config: Config) -> str:
+    """What is done to activations, in words."""
+    wire = config.wire
+    if wire.clip_norm is None:
+        return ""
+    noise = (
+        f", with noise of {wire.noise_multiplier:g} times that on each number"
+        if wire.noise_multiplier
+        else ""
+    )
+    return f" (clipped to a norm of {wire.clip_norm:g}{noise})"
 
 
 def _listed(fields: list[str]) -> str:

@@ -28,6 +28,7 @@ from hosl.parties.metered import metered
 from hosl.parties.remote import torch_wire
 from hosl.parties.remote.compression import Receiving, WatchedCompressedServer
 from hosl.parties.remote.local_trunk import LocalTrunk
+from hosl.parties.remote.noisy import simulated_key
 from hosl.parties.servers.basic import TorchServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
@@ -63,7 +64,7 @@ from hosl.training.checkpointing import (
     restore_head_,
     restore_server_,
 )
-from hosl.training.crossing import what_crosses
+from hosl.training.crossing import behind_noise, what_crosses
 from hosl.training.session import Session
 
 
@@ -95,7 +96,11 @@ class LocalSession(Session[FrozenClient, Any]):
         return Receiving(self.server, torch_wire)
 
     def server_to_call(self, *, in_round: bool) -> ServerSide:
-        """The server that the client calls under its meter; behind wire.compression if the config has one."""
+        """The server that the client calls under its meter; behind the wire's noise and compression, if it has them."""
+        server = self._metered_server(in_round=in_round)
+        return behind_noise(self.config, server, torch_wire, simulated_key(self.config.seed))
+
+    def _metered_server(self, *, in_round: bool) -> ServerSide:
         if self.head is not None:
             return self.head
         if self._wire is None:
@@ -345,14 +350,13 @@ def load_scoring(run: Path, *, best: bool = False) -> Scoring:
         server = session.server_to_call(in_round=False)
         return Scoring(config, session.task.labels, session.client, server, session.step)
     client, server, head, step = _restored(config, run, task, low_precision=True, best=best)
-    if head is not None:
-        return Scoring(config, task["labels"], client, head, step)
-    if config.wire.compression != "none":
-        behind_wire = WatchedCompressedServer(
+    called: Any = server if head is None else head
+    if head is None and config.wire.compression != "none":
+        called = WatchedCompressedServer(
             Receiving(server, torch_wire), torch_wire, compression=config.wire.compression, seed=config.seed
-        )
-        return Scoring(config, task["labels"], client, behind_wire.at_rest(), step)
-    return Scoring(config, task["labels"], client, server, step)
+        ).at_rest()
+    called = behind_noise(config, called, torch_wire, simulated_key(config.seed))
+    return Scoring(config, task["labels"], client, called, step)
 
 
 def _restored(

@@ -98,7 +98,7 @@ def pack(array: WireArray, compression: Compression, *, noise: str = "") -> Pack
         case "none":
             parts = (np.ascontiguousarray(array.data),)
         case "bf16":
-            parts = (_to_bfloat16(array.data.astype(np.float32, copy=False)),)
+            parts = (to_bfloat16(array.data.astype(np.float32, copy=False)),)
         case "int8":
             parts = _to_int8(array.widened().astype(np.float32, copy=False), noise)
     flat: list[Any] = [part.reshape(-1).view(np.uint8) for part in parts]
@@ -231,13 +231,13 @@ class Unpacking:
                 with np.errstate(over="ignore", invalid="ignore"):  # such bytes are refused when it is whole
                     whole = values * scales[:, None]
                 return (
-                    _to_bfloat16(whole)
+                    to_bfloat16(whole)
                     if self.dtype == "bfloat16"
                     else whole.astype(_STORED[self.dtype], copy=False)
                 )
 
 
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Round float32 to nearest, ties to even; uint16. NaN stays NaN."""
     bits = np.ascontiguousarray(values).view("<u4")
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
