@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 from hosl.cli import main
@@ -140,6 +142,7 @@ def test_another_failure_stops_the_study_with_the_runs_own_line(tiny_study, tmp_
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_dry_runs(example, capsys, monkeypatch):
     monkeypatch.delenv("HOSL_DATA", raising=False)
+    monkeypatch.setattr("hosl.study.forecast.forecast", lambda *words: [])  # a minute for each
     monkeypatch.chdir(example.parents[2])
     assert main(["study", str(example), "--dry-run", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -174,12 +177,76 @@ def test_a_second_ctrl_c_says_how_a_study_goes_on(tiny_study, capsys, monkeypatc
     assert capsys.readouterr().err == f"hosl: interrupted; {said}\n"
 
 
-def test_help_and_dry_run_import_no_torch():
-    for words in (["study", "--help"], ["study", str(EXAMPLES[0]), "--dry-run"]):
+def test_help_imports_no_torch_and_a_dry_run_can_do_without():
+    without = "sys.modules['torch'] = None\n"
+    for words, before in ((["study", "--help"], ""), (["study", str(EXAMPLES[0]), "--dry-run"], without)):
         script = (
-            "import sys\nfrom hosl.cli import main\n"
+            f"import sys\n{before}from hosl.cli import main\n"
             f"try: main({words!r})\nexcept SystemExit: pass\n"
-            "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+            "assert not sys.modules.get('torch') and 'matplotlib' not in sys.modules"
         )
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
         assert ran.returncode == 0, ran.stderr
+        assert not before or ("no forecast of memory and hours" in ran.stderr and "runs: " in ran.stdout)
+
+
+def test_a_dry_run_says_memory_hours_and_commands_as_a_plan_does(tiny_study, tmp_path, capsys):
+    """Both of two tasks of one length have the figures of `hosl plan` for the config of the row's first run."""
+    file = tiny_study("planned", tasks={"colours": {}, "again": {}}, seeds=[0, 1, 2], at_once=2)
+    assert main(["study", str(file), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert err.count("planning ") == 2
+    rows = {row["row"]: row for row in said["rows"]}
+    assert [row["runs"] for row in rows.values()] == [3, 3, 3, 3]
+    assert said["hours"] == pytest.approx(sum(row["hours"] for row in rows.values()) / 2)
+    assert shlex.split(rows["again-fo-fo"]["command"])[-2:] == ["--run", "again-fo-fo-0.01-0.01-seed0"]
+    config = tmp_path / "row.yaml"
+    settings = yaml.safe_load(file.read_text())["base"] | {
+        "method": "fo-fo",
+        "client": {"learning_rate": 1e-2},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["plan", str(config), "--json", "--ways", "fo-fo", "--cuts", "2"]) == 0
+    (way,) = json.loads(capsys.readouterr().out)["ways"]
+    for name in ("colours-fo-fo", "again-fo-fo"):
+        row = rows[name]
+        for side in ("client", "server"):
+            assert row[f"{side}_tensor_peak_bytes"] == way[f"{side}_tensor_peak_bytes"]
+        assert row["step_s"] == pytest.approx(way["client_s"] + way["server_s"], abs=1e-3)
+        assert row["hours"] == pytest.approx(row["step_s"] * 40 * 3 / 3600)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("dry", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_study_of_opt_125m_is_ready_for_it(hosl_data, tmp_path, capsys, kind, dry):
+    """With random weights of two layers, OPT's own tokenizer and real rows of SST-2: every row, one rate, two steps."""
+    model, example = tmp_path / "opt", next(path for path in EXAMPLES if path.stem == f"opt-125m-{kind}")
+    shutil.copytree(hosl_data / "data" / "tokenizers" / "opt", model)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    transformers.OPTForCausalLM(transformers.OPTConfig(num_attention_heads=4, **sizes)).save_pretrained(model)
+    study = yaml.safe_load(example.read_text())
+    base = study["base"]
+    base["model"] = {"name": str(model), "cut": 1}
+    base["task"] |= {"train_rows": 16, "dev_rows": 8, "test_rows": 8, "max_tokens": 48}
+    base["client"]["device"] = base["server"]["device"] = "cpu"
+    base |= {"max_steps": 2, "per_device_train_batch_size": 4, "eval_steps": 2, "save_steps": 2}
+    for row in study["methods"].values():
+        row |= {"rates": row["rates"][:1]} if "rates" in row else {}
+    study |= {"output_dir": str(tmp_path / "out"), "tasks": {"SST-2": study["tasks"]["SST-2"]}, "seeds": [0]}
+    study["server_learning_rates"] = [1.0e-5]
+    file = tmp_path / example.name
+    file.write_text(yaml.safe_dump(study, sort_keys=False))
+    assert main(["study", str(file), "--json", *(["--dry-run"] if dry else [])]) == 0
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    if dry:
+        assert "is not here" not in err
+        assert [row["row"] for row in said["rows"]] == [f"SST-2-{name}" for name in study["methods"]]
+        assert min(row["client_tensor_peak_bytes"] for row in said["rows"]) > 0
+        assert min(row["hours"] for row in said["rows"]) > 0
+    else:
+        assert said["finished"]
+        lines = _lines(tmp_path / "out")
+        assert {line["row"] for line in lines} == set(study["methods"])
+        assert all(0 < float(line["dev_loss_nats"]) < 12 for line in lines)

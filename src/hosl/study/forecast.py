@@ -1,0 +1,183 @@
+"""What a study will take, before anything runs: of each row its runs, the memory of both halves, the hours, a command.
+
+A row is planned as `hosl plan` plans one (docs/adr/0009): the parties' own code on tensors without data. Where the
+model or the data are not at hand, a known shape of the same name and the config's `task.max_tokens` stand in, and it is
+said.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from hosl.config import Config
+from hosl.errors import HoslError, ModelError
+from hosl.methods.schedule import longest_batch
+from hosl.planner.machine import Machine, assumed_cpu, assumed_server
+from hosl.planner.model_shape import ModelShape, model_shape
+from hosl.planner.plan import PlanRow, Question, of_config
+from hosl.planner.request import shape_of
+from hosl.split import resolve_model_folder, transformers_tokenizer
+from hosl.split.shapes import SHAPES
+from hosl.study.config import Study, study_grid
+from hosl.study.grid import Arm, Grid, Trial
+from hosl.system.readable import aligned, readable_bytes
+from hosl.tasks import TaskConfig, TextTokenizer, load_task, model_labels
+
+_TOKENS = 256
+ACCELERATOR_TERA_FLOPS = 10.0
+"""What an accelerator's products are assumed to reach; a CPU: one core, as of `hosl plan`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowForecast:
+    """The costs of one row of a study, all its rates and seeds together."""
+
+    row: str
+    method: str
+    runs: int
+    client_tensor_peak_bytes: int
+    server_tensor_peak_bytes: int
+    step_s: float
+    """Seconds of a training step, both sides."""
+    hours: float
+    """Hours of all steps of all its runs, one after the other, without evaluations."""
+    command: str
+    """Makes its first run alone."""
+
+
+def forecast(study: Study, command: str, say: Callable[[str], None]) -> list[RowForecast]:
+    """The rows in the order of the study.
+
+    Args:
+        study: the study, whose settings are checked.
+        command: `hosl study FILE`.
+        say: is called with a line for what had to be assumed, once.
+
+    Raises:
+        ConfigError, SplitError, ModelError: if there is no such model, or it cannot be cut or trained so.
+    """
+    grid, said = study_grid(study), set[str]()
+
+    def say_once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            say(text)
+
+    planned: dict[str, PlanRow] = {}
+    rows = []
+    for arm in grid.arms:
+        trial = _first(grid, arm)
+        config = trial.config(study.output_dir)
+        same = msgspec.json.encode((_without_names(config), _size(config, say_once))).decode()
+        if same not in planned:  # tasks of one length cost the same
+            say(f"planning {arm.name}")
+            planned[same] = of_config(_question(config, say_once))
+        plan, runs = planned[same], _runs(grid, arm)
+        rows.append(
+            RowForecast(
+                row=arm.name, method=config.method, runs=runs, client_tensor_peak_bytes=round(plan.client.peak_bytes),
+                server_tensor_peak_bytes=round(plan.server.peak_bytes), step_s=plan.step_s, hours=plan.hours * runs,
+                command=f"{command} --run {trial.name}",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def facts(rows: list[RowForecast], at_once: int) -> dict[str, Any]:
+    """Plain data for --json."""
+    return {
+        "hours": sum(row.hours for row in rows) / at_once,
+        "at_once": at_once,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def table(rows: list[RowForecast], at_once: int) -> str:
+    """The table for people."""
+    cells = [["row", "runs", "client tensors", "server tensors", "step, s", "hours"]]
+    cells += [
+        [row.row, str(row.runs), readable_bytes(row.client_tensor_peak_bytes),
+         readable_bytes(row.server_tensor_peak_bytes), f"{row.step_s:.2f}", f"{row.hours:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    hours = sum(row.hours for row in rows) / at_once
+    runs = sum(row.runs for row in rows)
+    together = f"{runs} runs, {at_once} at a time: {hours:.1f} hours of steps, evaluations apart"
+    return "\n".join([*aligned(cells, left="row"), "", together, ""])
+
+
+def _first(grid: Grid, arm: Arm) -> Trial:
+    return next(run for run in grid.conceivable if run.arm.name == arm.name)
+
+
+def _runs(grid: Grid, arm: Arm) -> int:
+    """Every rate on the first seed, the best one on the others."""
+    return len(arm.rates) * max(len(arm.server_learning_rates), 1) + len(grid.seeds) - 1
+
+
+def _question(config: Config, say: Callable[[str], None]) -> Question:
+    rows, tokens = _size(config, say)
+    shape = _shape(config, say)
+    if shape.longest is not None:
+        tokens = min(tokens, shape.longest)
+    machines = [_machine(device) for device in (config.client.device, config.server.device)]
+    base = config.with_client_rate(None) if config.client.learning_rate == "auto" else config
+    return Question(shape=shape, base=base, rows=rows, tokens=tokens, client=machines[0], server=machines[1])
+
+
+def _machine(device: str) -> Machine:
+    return assumed_cpu(1) if device == "cpu" else assumed_server(ACCELERATOR_TERA_FLOPS)
+
+
+def _without_names(config: Config) -> dict[str, Any]:
+    """What costs depend on: not the folder, the seed, the rates, the data."""
+    plain = msgspec.to_builtins(config)
+    for name in ("output_dir", "seed", "task"):
+        del plain[name]
+    return plain
+
+
+def _shape(config: Config, say: Callable[[str], None]) -> ModelShape:
+    task = _task(config)
+    try:
+        return shape_of(config, task) if task is not None else model_shape(config.model.name)
+    except ModelError:
+        known = config.model.name.rpartition("/")[2].lower()
+        if known not in SHAPES:
+            raise
+        say(f"{config.model.name} is not here: planned by the known shape {known}")
+        return model_shape(known)
+
+
+def _size(config: Config, say: Callable[[str], None]) -> tuple[int, int]:
+    """(rows, tokens) of the longest batch."""
+    task = _task(config)
+    if task is not None:
+        return longest_batch(task, config)
+    most = config.task.max_tokens
+    tokens = most if isinstance(most, int) else _TOKENS
+    say(f"a task or its tokenizer is not here: planned by rows of {tokens} tokens")
+    return config.per_device_train_batch_size, tokens
+
+
+def _task(config: Config) -> Any:
+    """The task; None: it, or the model's tokenizer, is not here."""
+    return _loaded(msgspec.json.encode(config.task), config.model.name, config.seed)
+
+
+@cache
+def _loaded(task: bytes, model: str, seed: int) -> Any:
+    try:
+        folder = resolve_model_folder(model)
+        tokenizer = TextTokenizer.load(folder, transformers_tokenizer)
+        return load_task(
+            msgspec.json.decode(task, type=TaskConfig),
+            tokenizer,
+            seed=seed,
+            model_labels=model_labels(folder),
+        )
+    except HoslError:
+        return None
