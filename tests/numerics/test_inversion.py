@@ -67,6 +67,17 @@ def test_search_without_good_candidates_follows_the_gradient(tiny):
     assert share(few, seen.tokens) == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_search_of_the_whole_vocabulary_finds_every_token_whatever_its_candidates(tiny, family):
+    half = split_model(tiny(family), 3)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+
+    def wrong(states, k):
+        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
+
+    assert torch.equal(Search(half, table, known, tries=97).found(seen, wrong), seen.tokens)
+
+
 def test_a_distance_that_counts_as_found_is_far_below_that_of_another_token(tiny):
     half = split_model(tiny("llama"), 2)[0]
     known = seen_by(half, [20] * 10, 1)
@@ -190,6 +201,7 @@ def test_text_that_is_attacked_is_not_the_attackers_own(split_llama, tmp_path, c
         (("--rows", "x.txt"), "hosl audit --rows is about --attack"),
         (("--count", "5"), "hosl audit --count is about --attack"),
         (("--attack", "--count", "0"), "hosl audit --count must be 1 or more"),
+        (("--attack", "--tries", "0"), "hosl audit --tries must be 1 or more"),
         (("--attack", "--own-count", "-1"), "hosl audit --own-count must be 1 or more"),
         (("--attack", "--rows", "none.jsonl"), "none.jsonl"),
     ],

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         files = [None if name is None else Path(name) for name in (options.rows, options.own)]
         found = attacked(
             folder, config, task, file=files[0], own_file=files[1], rows=options.count, own_rows=options.own_count,
-            say=_say,
+            tries=options.tries, say=_say,
         )  # fmt: skip
         if options.json:
             answer(found.facts(), as_json=True)
@@ -89,12 +89,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--own-count", type=int, default=500, help="rows of the attacker; default: %(default)s"
     )
+    parser.add_argument(
+        "--tries", type=int, default=64, help="tokens that the search tries at a position; with as many as the "
+        "vocabulary has it finds them all, given time; default: %(default)s",
+    )  # fmt: skip
     return parser
 
 
 def _check(options: Any, parser: Parser) -> None:
     """Refuse options that say nothing, and numbers below 1."""
-    names = ("rows", "own", "count", "own_count")
+    names = ("rows", "own", "count", "own_count", "tries")
     if not options.attack:
         check_default(parser, options, names, "is about --attack")
     for name in names:

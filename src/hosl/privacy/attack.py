@@ -19,7 +19,7 @@ from hosl.methods.torch_parties import DTYPES, prepare_client_half_
 from hosl.parties.remote.noisy import ActivationNoise, simulated_key
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.privacy.inversion import Seen, better, nearest, ridge, right_padded, share
-from hosl.privacy.search import Search
+from hosl.privacy.search import TRIES, Search
 from hosl.split import ClientHalf, load_half
 from hosl.system.readable import readable_count
 from hosl.tasks import Task, TextTokenizer
@@ -109,6 +109,7 @@ def attacked(
     own_file: Path | None = None,
     rows: int = 100,
     own_rows: int = 500,
+    tries: int = TRIES,
     samples: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> Attacked:
@@ -122,6 +123,7 @@ def attacked(
         own_file: the attacker's own text; None: docstrings of Python's standard library that are not attacked.
         rows: the rows that are attacked, at most.
         own_rows: the rows of the attacker's own text, at most.
+        tries: the tokens that the search tries at a position, at most; a whole vocabulary makes it complete.
         samples: the rows that are shown.
         say: is called with lines of progress.
 
@@ -146,12 +148,12 @@ def attacked(
     # what leaves the device is blurred by a key that nobody else has: the attacker blurs by one of its own
     known = _seen(half, own, config, simulated_key(config.seed + 1))
     table = _table(half)
-    found = dict(_attacks(half, table, known, seen, say))
+    found = dict(_attacks(half, table, known, seen, tries, say))
     return _scored(found, seen, known, tokenizer, half.cut, samples)
 
 
 def _attacks(
-    half: ClientHalf, table: torch.Tensor, known: Seen, seen: Seen, say: Callable[[str], None]
+    half: ClientHalf, table: torch.Tensor, known: Seen, seen: Seen, tries: int, say: Callable[[str], None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, make in (("nearest embedding", nearest), ("ridge regression", ridge)):
         say(name)
@@ -159,7 +161,10 @@ def _attacks(
     if not half.causal:
         say("search: left out, it is for causal models alone")
         return
-    yield "search", Search(half, table, known).found(seen, better(table, known), _every_tenth(say))
+    yield (
+        "search",
+        Search(half, table, known, tries=tries).found(seen, better(table, known), _every_tenth(say)),
+    )
 
 
 def _every_tenth(say: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -18,7 +18,11 @@ from hosl.errors import NonFiniteError
 from hosl.privacy.inversion import Ranking, Seen, right_padded, spread
 
 _CANDIDATES = 8
-"""The tokens that are tried from one ranking, or along one gradient."""
+"""The tokens that are tried from one ranking, or along the first gradient."""
+_AT_ONCE = 256
+"""The most tokens of one row, and texts of all rows, that are checked at once."""
+TRIES = 64
+"""The tokens that are tried at a position by default."""
 _ROWS = 64
 """The rows that are searched at a time."""
 _AHEAD = 8
@@ -49,7 +53,7 @@ class _Frontier:
 class Search:
     """The search with one half; it holds no gradients of weights."""
 
-    def __init__(self, half: Any, table: torch.Tensor, own: Seen, *, tries: int = 64) -> None:
+    def __init__(self, half: Any, table: torch.Tensor, own: Seen, *, tries: int = TRIES) -> None:
         """Prepare an attack on activations of `half`.
 
         Args:
@@ -166,17 +170,23 @@ class Search:
             )
             away = (self._table - target).square().sum(1)
             away[list(frontier.tried)] = float("inf")
-            untried = min(_CANDIDATES, len(self._table) - len(frontier.tried))
+            # as many again as were tried: the longer it takes, the less a gradient says
+            wanted_now = min(max(_CANDIDATES, len(frontier.tried)), _AT_ONCE)
+            untried = min(wanted_now, min(self._tries, len(self._table)) - len(frontier.tried))
             frontier.queue = away.topk(untried, largest=False).indices.tolist()
 
     def _distances(self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The distance of each position's activation to the one that was sent, in standard deviations."""
-        with torch.no_grad():
-            states = self._half(*right_padded(texts))
-        return [
-            ((h[: len(text)] - want[: len(text)]) / self._scale).square().mean(-1).sqrt()
-            for h, text, want in zip(states, texts, wanted, strict=True)
-        ]
+        distances = list[torch.Tensor]()
+        for first in range(0, len(texts), _AT_ONCE):
+            some = texts[first : first + _AT_ONCE]
+            with torch.no_grad():
+                states = self._half(*right_padded(some))
+            distances += [
+                ((h[: len(text)] - want[: len(text)]) / self._scale).square().mean(-1).sqrt()
+                for h, text, want in zip(states, some, wanted[first : first + _AT_ONCE], strict=True)
+            ]
+        return distances
 
     def _gradients(
         self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
