@@ -12,10 +12,12 @@ from hosl.errors import CheckpointError, HandshakeError
 from hosl.service.hosted_half import HostedHalf
 from hosl.service.runs import ServedRun
 from hosl.service.sessions import Sessions
+from hosl.system.atomic import whole_file
 from hosl.system.checkpoint import (
     Checkpoint,
     add_to_checkpoint,
     intact_steps,
+    journal_bytes,
     keep_newest,
     newest_checkpoint,
     read_checkpoint,
@@ -23,6 +25,7 @@ from hosl.system.checkpoint import (
     write_checkpoint,
 )
 from hosl.wire import hosl_pb2 as pb
+from hosl.wire.half_files import stored_journal
 
 STATE = {"metrics_bytes": 1234, "snapshot_step": 4, "task_digest": "ab12"}
 
@@ -140,14 +143,34 @@ def test_what_is_added_to_a_checkpoint_is_read_with_it_and_a_failed_addition_lea
     )
     assert list(intact_steps(tmp_path, pytest.fail)) == [8]
 
-    state = (path / "state.json").read_bytes()
+    (served,) = stored_journal(path / "client" / "journal.bin", journal_bytes(path))
+    assert served.size_bytes == len(longer.to_bytes())
+
     with pytest.raises(CheckpointError, match="went another way"):
         add_to_checkpoint(path, {}, longer.to_bytes()[16:])
-    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+    yet = Journal.from_bytes(longer.to_bytes())
+    yet.append(11, [11], [0.125])
+    written_whole, written_files = whole_file, []
+
+    def full(file, content):
+        written_files.append(file.name)
+        if file.name == "state.json":
+            raise OSError(28, "No space left")
+        written_whole(file, content)
+
+    monkeypatch.setattr("hosl.system.checkpoint.whole_file", full)
     with pytest.raises(CheckpointError, match="No space left; it is as it was"):
-        add_to_checkpoint(path, {}, longer.to_bytes())
-    assert (path / "state.json").read_bytes() == state
-    assert sorted(file.name for file in path.iterdir()) == ["client", "server", "state.json"]
+        add_to_checkpoint(path, {"snapshot_step": 11}, yet.to_bytes())
+    assert written_files == ["journal.bin", "state.json"]  # as after a kill between the two
+    read = read_checkpoint(path)
+    assert (read.journal, read.state) == (longer.to_bytes(), STATE | {"snapshot_step": 10})
+    assert journal_bytes(path) == len(longer.to_bytes())
+    monkeypatch.undo()
+    add_to_checkpoint(path, {"snapshot_step": 11}, yet.to_bytes())
+    assert read_checkpoint(path).journal == yet.to_bytes()
+    flip(path / "client" / "journal.bin", at=3)
+    with pytest.raises(CheckpointError, match="journal"):
+        read_checkpoint(path)
 
 
 def test_stray_files_among_the_checkpoints_are_ignored_and_stay(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from hosl.config import Config
 from hosl.errors import FolderError, LinkError, StepError, WireError
 from hosl.parties.remote.server import reply_part
-from hosl.system.checkpoint import checkpoint_path, intact_steps
+from hosl.system.checkpoint import checkpoint_path, intact_steps, journal_bytes
 from hosl.system.readable import readable_bytes
 from hosl.transport.channel import Channel
 from hosl.wire import hosl_pb2 as pb
@@ -140,7 +140,10 @@ def given_message(
     ):  # the server's own choice may be another one, as where a method adapts its own layers
         adapted = {t.name.partition(".lora_")[0].rpartition(".")[2] for t in tensors if ".lora_" in t.name}
         given.lora.target_modules.extend(sorted(adapted))
-    return given, [*tensors, *(stored_journal(journal) if journal.is_file() else [])]
+    return given, [
+        *tensors,
+        *(stored_journal(journal, journal_bytes(checkpoint)) if journal.is_file() else []),
+    ]
 
 
 def give_finished(config: Config, run: Path, record: dict[str, Any], channel: Channel, say: Any) -> None:

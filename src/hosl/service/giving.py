@@ -29,7 +29,7 @@ from hosl.errors import (
 from hosl.service.incoming import Incoming
 from hosl.service.operation.stored import checkpoints_below, stored_handshake
 from hosl.system.atomic import whole_file
-from hosl.system.checkpoint import checkpoint_path, checkpoint_steps, intact_steps
+from hosl.system.checkpoint import checkpoint_path, checkpoint_steps, intact_steps, journal_bytes
 from hosl.wire import hosl_pb2 as pb
 from hosl.wire.enums import from_enum
 from hosl.wire.half_files import (
@@ -170,7 +170,11 @@ def half_tensors(half: Path, checkpoint: Path) -> list[StoredTensor]:
     base = stored_tensors(half / "model.safetensors", "base")
     journal = checkpoint / "client" / "journal.bin"
     kept = [tensor for name, tensor in base.items() if name not in trained]
-    return [*kept, *trained.values(), *(stored_journal(journal) if journal.is_file() else [])]
+    return [
+        *kept,
+        *trained.values(),
+        *(stored_journal(journal, journal_bytes(checkpoint)) if journal.is_file() else []),
+    ]
 
 
 def given_of(runs: Path, run: str) -> dict[str, tuple[pb.Given, int, Path]]:

@@ -97,8 +97,8 @@ class ServedRun:
     """The clients that a round closed without: none waits for them until they contribute again."""
     _lengths_s: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS_REMEMBERED))
     """The lengths of the newest rounds."""
-    _saved_updates: int = 0
-    """The number of updates of the shared journal in the newest checkpoint."""
+    _saved: dict[str, int] = field(default_factory=dict)
+    """The value of `_journaled` in the newest checkpoint."""
     _told: tuple[tuple[Journal, int, int], list[pb.Update]] | None = None
     """The newest answer of `updates_after`, and what it answers: of which journal, since when, until when."""
 
@@ -249,7 +249,7 @@ class ServedRun:
         self._journaled = cast(dict[str, int], facts.get("journaled", {}))
         kept = [saved for saved in self.saved_steps() if saved <= step][-2:]
         self._asked = cast(list[int], facts.get("asked", kept))
-        self.updates = self._saved_updates = self.journal.last_step
+        self.updates, self._saved = self.journal.last_step, dict(self._journaled)
         self.server_step = step
         self._replies.clear()
         self._weights.clear()
@@ -270,10 +270,10 @@ class ServedRun:
             now = facts["asked"] = [*self._asked[-1:], self.server_step] if asked else self._asked
             self.half.save(self.folder, self.server_step, facts, shared, now)
             self._asked = now
-        elif shared and newest and self.updates > self._saved_updates:
+        elif shared is not None and newest and self._journaled != self._saved:
             # another client saved between a step of this one and its update of the journal
             add_to_checkpoint(checkpoint_path(self.folder, newest), facts, shared.to_bytes())
-        self._saved_updates = self.updates
+        self._saved = dict(self._journaled)
         return self.server_step
 
     # ---- requests that change nothing ----

@@ -100,6 +100,7 @@ def whole_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _flush(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

@@ -2,8 +2,8 @@
 
     checkpoints/step-00000200/
       state.json                   step, distribution, length of metrics.jsonl, digest of every file, its own too
-      client/journal.bin           zeroth-order client: every update since the base weights, but for the few that
-                                   came after it was written and stand in state.json (`add_to_checkpoint`)
+      client/journal.bin           zeroth-order client: every update since the base weights; state.json says how many
+                                   of its bytes count (`add_to_checkpoint`)
       client/trained.safetensors   first-order client: always; zeroth-order: a snapshot (may be of an earlier step)
       client/optimiser.safetensors, server/trained.safetensors, server/optimiser.safetensors
 
@@ -29,10 +29,10 @@ from hosl.errors import CheckpointError, FailureError
 from hosl.system.atomic import whole_file, whole_folder
 from hosl.system.safetensors_file import read_arrays, write_arrays
 
-_FORMAT, _WITH_ADDED = 2, 3
-"""Formats that are written: 3 where state.json has entries of the journal. 1, without a digest of it, is read too."""
-_ADDED = "journal_added"
-"""Key of state.json: entries of the journal behind those of journal.bin, in hexadecimal."""
+_FORMAT = 2
+"""Format that is written; 1, without a digest of state.json, is read too."""
+_LENGTH = "journal_bytes"
+"""Key of state.json: the length of the journal; what a kill has left behind it in the file does not count."""
 _NAME = re.compile(r"step-(\d{8,})")
 _JOURNAL, _SNAPSHOT, _OPTIMISER = "client/journal.bin", "client/trained.safetensors", "optimiser.safetensors"
 
@@ -81,7 +81,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, beside: Collection
 
 
 def add_to_checkpoint(path: Path, facts: dict[str, Any], journal: bytes) -> None:
-    """Bring a checkpoint's facts and its journal up to date, at once or not at all; its tensors stay.
+    """Bring a checkpoint's facts and its journal up to date, both or neither; its tensors stay.
+
+    The longer journal is written first. Until state.json counts it, which is replaced as one file, readers take the
+    part that was there.
 
     Args:
         path: the checkpoint's folder.
@@ -92,19 +95,24 @@ def add_to_checkpoint(path: Path, facts: dict[str, Any], journal: bytes) -> None
         CheckpointError: if the checkpoint is damaged, has another journal, or cannot be written: it is then as before.
     """
     state = _state(path)
+    if _JOURNAL not in state["digests"] or not journal.startswith(_journal(path, state) or b""):
+        raise CheckpointError(
+            f"checkpoint {path} has a journal that went another way; nothing was added to it"
+        )
+    state |= {"facts": state["facts"] | facts, _LENGTH: len(journal)}
+    state["digests"] = state["digests"] | {_JOURNAL: sha256(journal).hexdigest()}
     try:
-        written = (path / _JOURNAL).read_bytes() if _JOURNAL in state["digests"] else b""
-        if not journal.startswith(written):
-            raise CheckpointError(
-                f"checkpoint {path} has a journal that went another way; nothing was added to it"
-            )
-        state |= {"format": _WITH_ADDED, "facts": state["facts"] | facts}
-        state[_ADDED] = journal[len(written) :].hex()
+        whole_file(path / _JOURNAL, journal)
         whole_file(path / "state.json", _state_bytes(state))
     except OSError as cause:
         raise CheckpointError(
             f"checkpoint {path} could not be brought up to date: {cause.strerror}; it is as it was: free space"
         ) from cause
+
+
+def journal_bytes(path: Path) -> int:
+    """The length of the journal of a checkpoint whose files are as they were written; 0: it has none."""
+    return len(_journal(path, _state(path)) or b"")
 
 
 def keep_newest(folder: Path, count: int) -> None:
@@ -252,10 +260,10 @@ def _read(path: Path, state: dict[str, Any], *, arrays: bool = False) -> Checkpo
 
 
 def _journal(path: Path, state: dict[str, Any]) -> bytes | None:
-    """The journal of a checkpoint that was checked, whole; None: it has none."""
+    """The journal of a checkpoint that was checked; None: it has none."""
     if _JOURNAL not in state["digests"]:
         return None
-    return (path / _JOURNAL).read_bytes() + bytes.fromhex(state.get(_ADDED, ""))
+    return (path / _JOURNAL).read_bytes()[: state.get(_LENGTH)]
 
 
 def _torch_tensors(file: Path) -> dict[str, Any]:
@@ -273,7 +281,7 @@ def _checked(path: Path, *, weights_only: bool = False) -> dict[str, Any]:
     for name, digest in state["digests"].items():
         if weights_only and name.endswith(_OPTIMISER):
             continue
-        found = _found(path / name, digest)
+        found = _found(path / name, digest, state.get(_LENGTH) if name == _JOURNAL else None)
         if found and not (name == _SNAPSHOT and _JOURNAL in state["digests"]):
             raise CheckpointError(
                 f"checkpoint {path}: {name} should have digest {digest[:12]}, found {found}"
@@ -288,9 +296,9 @@ def _state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         digest = state.pop("digest", None)
-        if state["format"] not in (1, _FORMAT, _WITH_ADDED):
+        if state["format"] not in (1, _FORMAT):
             raise CheckpointError(
-                f"checkpoint {path} has format {state['format']}; this version reads 1 to {_WITH_ADDED}"
+                f"checkpoint {path} has format {state['format']}; this version reads 1 and {_FORMAT}"
             )
         if digest != (None if state["format"] == 1 else _state_digest(state)):
             raise CheckpointError(f"checkpoint {path}: state.json has another digest than it says")
@@ -301,10 +309,10 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _found(file: Path, digest: str) -> str | None:
-    """Words for what is there in place of the file of that digest; None: the file is."""
+def _found(file: Path, digest: str, size: int | None = None) -> str | None:
+    """Words for what is there in place of the file of that digest, or of its first `size` bytes; None: the file is."""
     try:
-        return None if _digest(file) == digest else "another content"
+        return None if _digest(file, size) == digest else "another content"
     except FileNotFoundError:
         return "no such file"
     except OSError as cause:  # such as a bad sector
@@ -332,6 +340,8 @@ def _fill(partial: Path, checkpoint: Checkpoint, previous: Path | None) -> None:
         except OSError:  # a filesystem without hard links, such as exFAT
             shutil.copyfile(previous / name, partial / name)
     state = {"format": _FORMAT, "step": checkpoint.step, "facts": checkpoint.state, "digests": digests}
+    if checkpoint.journal is not None:
+        state[_LENGTH] = len(checkpoint.journal)
     (partial / "state.json").write_bytes(_state_bytes(state))
 
 
@@ -359,9 +369,12 @@ def _state_digest(state: dict[str, Any]) -> str:
     return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, size: int | None = None) -> str:
+    """The SHA-256 digest of a file, or of its first `size` bytes."""
+    left = file.stat().st_size if size is None else size
     with file.open("rb") as stream:
         digest = sha256()
-        while block := stream.read(1 << 20):
+        while block := stream.read(min(left, 1 << 20)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()

@@ -63,9 +63,8 @@ def stored_tensors(file: Path, place: str) -> dict[str, StoredTensor]:
     return found
 
 
-def stored_journal(file: Path) -> list[StoredTensor]:
-    """The journal in a file; nothing, where it is empty."""
-    size = file.stat().st_size
+def stored_journal(file: Path, size: int) -> list[StoredTensor]:
+    """The journal in the first `size` bytes of a file; nothing, where it is empty."""
     return [StoredTensor(JOURNAL, "U8", (size,), file, 0, size)] if size else []
 
 
