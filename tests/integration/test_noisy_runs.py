@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hosl.errors import ConfigError
 from hosl.network.generate import SplitUse, split_model_for_use
 from hosl.privacy.accounting import epsilon
 from hosl.transport.join_line import JoinLine
-from tests.integration.network import split
+from tests.integration.network import Server, finished, join, split
 
 
 @pytest.mark.parametrize(
@@ -51,10 +53,34 @@ def test_audit_says_the_epsilon_of_a_message_and_of_the_run(tiny_run, tmp_path, 
     assert main(["audit", str(tmp_path / "halves" / "client"), "--config", str(config), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "clipped to a norm of 1, with noise of 20 times that on each number" in found["crosses"]
-    of_train = found["noise"][0]
-    assert of_train["split"] == "train"
+    of_train, of_dev, of_test = found["noise"]
+    assert [loss["messages"] for loss in (of_train, of_dev, of_test)] == [2, 4, 1]  # 96 of 77 rows
     assert of_train["of_message"] == pytest.approx(epsilon(20.0 / (2 * math.sqrt(of_train["tokens"])), 1))
     assert of_train["of_run"] > of_train["of_message"]
+
+
+def test_an_audit_without_the_accountant_has_its_table(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    config = tiny_run(method="frozen", wire={"clip_norm": 1.0, "noise_multiplier": 20.0})
+    split(tmp_path / "model-in", tmp_path / "halves")
+    capsys.readouterr()
+    assert main(["audit", str(tmp_path / "halves" / "client"), "--config", str(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fields"]
+    assert "pip install 'hosl[privacy]'" in found["noise"]
+
+
+def test_a_first_join_that_was_refused_leaves_no_key(tiny_run, tmp_path, capsys):
+    config = tiny_run(method="frozen", max_steps=2, wire={"clip_norm": 1.0})
+    halves = split(tmp_path / "model-in", tmp_path / "halves")
+    with Server(halves / "server", tmp_path / "service") as server:
+        wrong = re.sub("#.{43}", f"#{'a' * 43}", server.line)
+        refused = join(halves / "client", wrong, config, "--output-dir", tmp_path / "joined")
+        refused.communicate(timeout=240)
+        assert refused.returncode
+        assert not (tmp_path / "joined").exists()
+        assert finished(join(halves / "client", server.line, config, "--output-dir", tmp_path / "joined"))
+    assert (tmp_path / "joined" / "noise.key").is_file()
 
 
 def test_text_is_not_generated_across_the_split_by_a_run_whose_prompts_would_go_up_as_they_are(monkeypatch):

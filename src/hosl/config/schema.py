@@ -174,7 +174,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"{self.model.cut}"
             )
         self._check_residual()
-        if self.wire.clip_norm is not None and (method.uploads(1) != 1 or self.profile != "paper"):
+        if self.wire.clip_norm is not None and method.uploads(1) != 1:
             raise ConfigError(
                 f"wire.clip_norm: {self.wire.clip_norm} is for methods that send activations once a step; method "
                 f"{self.method} sends those of probes, too, whose losses would differ by noise more than by the probe; "
@@ -289,7 +289,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "zo.clip": None,
             "zo.normalise": "none",
             "wire.compression": "none",
-            "wire.clip_norm": None,
             "wire.labels": "server",
             "server.optimiser.name": "sgd",
             "server.optimiser.momentum": 0.9,

@@ -74,7 +74,7 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
     facts = half_facts(folder, "client")
     if facts["head"] != "causal":
         raise ConfigError(f"{use.path} is the half of a classifier: it has no text to say")
-    _check_not_blurred(config, use.path)
+    check_not_blurred(config, use.path)
     record = {} if config is None else read_record(use.path) or {}
     runtime = open_runtime(use.runtime, folder, record)
     checkpoint = None if config is None or use.base else newest_here(use.path, runtime)
@@ -116,7 +116,12 @@ def split_model_for_use(use: SplitUse, say: Callable[[str], None]) -> Iterator[R
         channel.close()
 
 
-def _check_not_blurred(config: Config | None, path: Path) -> None:
+def check_not_blurred(config: Config | None, path: Path) -> None:
+    """Refuse prompts of a config whose activations are blurred, as those of prompts would not be.
+
+    Raises:
+        ConfigError: if it has wire.clip_norm.
+    """
     if config is not None and config.wire.clip_norm is not None:
         raise ConfigError(
             f"{path} was trained with wire.clip_norm, which is not there for prompts: they would go up as they are; "

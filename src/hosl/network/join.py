@@ -32,7 +32,7 @@ from hosl.network.handshake import model_message, protocol_of, training_message
 from hosl.network.joined_session import NO_CLIENT_YET, JoinedSession
 from hosl.network.runtime import RuntimeName, open_runtime, what_differs
 from hosl.network.tensor_limit import check_tensor_limit
-from hosl.parties.remote.noisy import kept_key
+from hosl.parties.remote.noisy import KEY_FILE, kept_key
 from hosl.parties.remote.server import RemoteServer, WatchedServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
@@ -397,7 +397,7 @@ def _finished(folder: Path, record: dict[str, Any]) -> bool:
 def _clear(folder: Path) -> None:
     """Remove what a run that was refused before its first step has made, and nothing else."""
     if not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-        for name in ("record.json", "config.yaml", ".lock"):
+        for name in ("record.json", "config.yaml", ".lock", KEY_FILE):
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # a person's own hidden files
             folder.rmdir()

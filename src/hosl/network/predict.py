@@ -6,6 +6,7 @@ where they stand). Labels that the rows may have do not.
 """
 
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -119,7 +120,8 @@ def scorer_across(
             if here.checkpoint is not None:
                 runtime.restore_head_(server, here.checkpoint)
         whose = f"run {here.run} after step {start}" if here.run else "as it was split"
-        server = behind_noise(here.config, server, runtime, here.noise_key)
+        place = f"predict/{time.time_ns()}"  # no two predictions have the same
+        server = behind_noise(here.config, server, runtime, here.noise_key, place)
         yield Scorer(
             here.config, labels, tokenizer, client, server, f"{here.says}; the server's half: {whose}"
         )

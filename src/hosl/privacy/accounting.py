@@ -1,8 +1,10 @@
-"""The (epsilon, delta) of the noise on activations, by Google's dp-accounting: per message, and over a run.
+"""The (epsilon, delta) of the noise on activations, by Google's dp-accounting: of a message, and of a run.
 
-What is protected is one text, against any other of as many tokens: lengths are seen anyway. Every token's vector has a
-norm of at most C, so a text of T tokens moves what is sent by at most 2 C sqrt(T), whatever it says. The server sees
-which rows a message has, so nothing is gained by sampling them; a text that is sent K times is composed K times.
+What is protected is one text against any other of as many tokens, in its activations alone: lengths are seen, and
+labels are sent as the config says. Every token's vector has a norm of at most C, so a text of T tokens moves what is
+sent by at most 2 C sqrt(T), whatever it says. The server sees which rows a message has, so nothing is gained by
+sampling them; a text that is sent K times is composed K times. That holds for a client that never changes. Where the
+client is trained, a text also moves its weights, and with them every later message of any text: no bound is known here.
 """
 
 import math
@@ -24,24 +26,31 @@ _ORDERS = tuple((1 + np.logspace(-4, 3, 200)).tolist())
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What the texts of one split can lose in a run at most."""
+    """What the activations of the texts of one split tell at most."""
 
     split: str
-    """train, or dev and test, which are sent for evaluation."""
+    """train, dev or test; the last two are sent for evaluation."""
     tokens: int
     """The tokens of the longest row."""
+    rows: int
+    """The rows that a message has of one text: its candidates in evaluation."""
     messages: int
-    """The number of messages that a row is part of, at most."""
+    """The number of messages that a text is part of, at most."""
     of_message: float
     """The epsilon of one of them, at `DELTA`."""
-    of_run: float
-    """The epsilon of all of them together, at `DELTA`."""
+    of_run: float | None
+    """The epsilon of all of them together, at `DELTA`; None: no bound, as the client is trained."""
 
     def line(self) -> str:
         """The sentence for people."""
+        run = (
+            "no bound over the run, as the client's weights carry it into other messages"
+            if self.of_run is None
+            else f"{_shown(self.of_run)} over {readable_count(self.messages, 'message')}"
+        )
         return (
             f"a text of {self.split} with {readable_count(self.tokens, 'token')}: epsilon {_shown(self.of_message)} a "
-            f"message, {_shown(self.of_run)} over {readable_count(self.messages, 'message')}, delta {DELTA:g}"
+            f"message, {run}, delta {DELTA:g}"
         )
 
 
@@ -49,22 +58,30 @@ def spent(config: Config, task: Task) -> list[Spent]:
     """The loss of each split's longest text. Requires: `wire.noise_multiplier` > 0.
 
     Raises:
-        ConfigError: if dp-accounting is not installed.
+        ConfigError: if dp-accounting is not installed, or the text crosses beside its activations.
     """
+    if task.head != "classification" and config.task.__struct_config__.tag == "sft":
+        what = "its tokens" if config.wire.labels == "server" else "the gradient at the last states"
+        raise ConfigError(f"no epsilon: where text is learned, {what} crosses without noise")
     config = with_steps(config, task)
-    batch, rows = config.per_device_train_batch_size, max(len(task.train), 1)
     evaluations = math.ceil(config.max_steps / config.eval_steps)
-    counts = {"train": math.ceil(config.max_steps * batch / rows), "dev": evaluations + 1, "test": 1}
+    in_train = math.ceil(config.max_steps * config.per_device_train_batch_size / max(len(task.train), 1))
+    candidates = task.rows_per_example()
     losses = []
-    for split, messages in counts.items():
+    for split, messages, rows in (
+        ("train", in_train, 1), ("dev", evaluations + 1, candidates), ("test", 1, candidates),
+    ):  # fmt: skip
         lengths = [len(row) for example in getattr(task, split) or () for row in example.rows]
         if not lengths:
             continue
-        multiplier = config.wire.noise_multiplier / (2 * math.sqrt(max(lengths)))
-        of_message, of_run = epsilon(multiplier, 1), epsilon(multiplier, messages)
+        multiplier = config.wire.noise_multiplier / (2 * math.sqrt(max(lengths) * rows))
+        frozen = config.method_row.trains == "nothing"
         losses.append(
-            Spent(split=split, tokens=max(lengths), messages=messages, of_message=of_message, of_run=of_run)
-        )
+            Spent(
+                split=split, tokens=max(lengths), rows=rows, messages=messages, of_message=epsilon(multiplier, 1),
+                of_run=epsilon(multiplier, messages) if frozen else None,
+            )
+        )  # fmt: skip
     return losses
 
 

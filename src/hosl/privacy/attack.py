@@ -251,7 +251,7 @@ def _crossed(h: torch.Tensor, config: Config, key: bytes, noise: str) -> torch.T
     array = to_wire(h)
     if config.wire.clip_norm is not None:
         array = ActivationNoise(config.wire.clip_norm, config.wire.noise_multiplier, key).released_array(
-            array
+            array, noise
         )
     packed = pack(array, config.wire.compression, noise=noise)
     arriving = Unpacking(packed.header, tensor_bytes=1 << 40)

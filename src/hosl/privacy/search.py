@@ -134,7 +134,6 @@ class Search:
         at, distances = frontier.position, checked[0]
         for text, of_text in zip(texts[1:], checked[1:], strict=True):
             frontier.tell(int(text[at]), float(of_text[at]))
-        guess[at] = texts[0][at]
         while True:
             at = frontier.position
             frontier.tell(int(guess[at]), float(distances[at]))

@@ -5,16 +5,18 @@ model or the data are not at hand, a known shape of the same name and the config
 said.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hosl.config import Config
 from hosl.errors import HoslError, ModelError
-from hosl.methods.schedule import longest_batch
+from hosl.methods.schedule import longest_batch, with_steps
 from hosl.planner.machine import Machine, assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config
@@ -70,11 +72,11 @@ def forecast(study: Study, command: str, say: Callable[[str], None]) -> list[Row
     rows = []
     for arm in grid.arms:
         trial = _first(grid, arm)
-        config = trial.config(study.output_dir)
-        same = msgspec.json.encode((_without_names(config), _size(config, say_once))).decode()
+        question = _question(trial.config(study.output_dir), say_once)
+        config, same = question.base, _costs_depend_on(question)
         if same not in planned:  # tasks of one length cost the same
             say(f"planning {arm.name}")
-            planned[same] = of_config(_question(config, say_once))
+            planned[same] = of_config(question)
         plan, runs = planned[same], _runs(grid, arm)
         rows.append(
             RowForecast(
@@ -119,8 +121,14 @@ def _runs(grid: Grid, arm: Arm) -> int:
 
 
 def _question(config: Config, say: Callable[[str], None]) -> Question:
-    rows, tokens = _size(config, say)
-    shape = _shape(config, say)
+    task, shape = _task(config), _shape(config, say)
+    if task is not None:
+        config, (rows, tokens) = with_steps(config, task), longest_batch(task, config)
+    else:
+        most, rows = config.task.max_tokens, config.per_device_train_batch_size
+        tokens = most if isinstance(most, int) else _TOKENS
+        epochs = "" if config.num_train_epochs is None else f", and for {config.max_steps} steps"
+        say(f"a task or its tokenizer is not here: planned by rows of {tokens} tokens{epochs}")
     if shape.longest is not None:
         tokens = min(tokens, shape.longest)
     machines = [_machine(device) for device in (config.client.device, config.server.device)]
@@ -128,43 +136,49 @@ def _question(config: Config, say: Callable[[str], None]) -> Question:
     return Question(shape=shape, base=base, rows=rows, tokens=tokens, client=machines[0], server=machines[1])
 
 
+def _costs_depend_on(question: Question) -> str:
+    """What two rows of equal costs have in common: all but folder, seed, rates and the data themselves."""
+    plain = msgspec.to_builtins(question.base.with_client_rate(None))
+    for name in ("output_dir", "seed", "task"):
+        del plain[name]
+    del plain["server"]["learning_rate"]
+    shape = question.shape
+    labels = getattr(shape.config, "num_labels", None)
+    return repr((plain, question.rows, question.tokens, shape.name, shape.head, labels, shape.scored_tokens))
+
+
 def _machine(device: str) -> Machine:
     return assumed_cpu(1) if device == "cpu" else assumed_server(ACCELERATOR_TERA_FLOPS)
 
 
-def _without_names(config: Config) -> dict[str, Any]:
-    """What costs depend on: not the folder, the seed, the rates, the data."""
-    plain = msgspec.to_builtins(config)
-    for name in ("output_dir", "seed", "task"):
-        del plain[name]
-    return plain
-
-
 def _shape(config: Config, say: Callable[[str], None]) -> ModelShape:
-    task = _task(config)
-    try:
-        return shape_of(config, task) if task is not None else model_shape(config.model.name)
-    except ModelError:
-        known = config.model.name.rpartition("/")[2].lower()
-        if known not in SHAPES:
-            raise
-        say(f"{config.model.name} is not here: planned by the known shape {known}")
-        return model_shape(known)
-
-
-def _size(config: Config, say: Callable[[str], None]) -> tuple[int, int]:
-    """(rows, tokens) of the longest batch."""
-    task = _task(config)
+    task, name = _task(config), config.model.name
     if task is not None:
-        return longest_batch(task, config)
-    most = config.task.max_tokens
-    tokens = most if isinstance(most, int) else _TOKENS
-    say(f"a task or its tokenizer is not here: planned by rows of {tokens} tokens")
-    return config.per_device_train_batch_size, tokens
+        return shape_of(config, task)
+    if _is_here(name):
+        return model_shape(name)
+    known = name.rpartition("/")[2].lower()
+    if known not in SHAPES:
+        raise ModelError(
+            f"model {name} is not here, and a dry run downloads nothing; known shapes are {', '.join(SHAPES)}"
+        )
+    say(f"{name} is not here: planned by the known shape {known}")
+    return model_shape(known)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a model is a folder, a file or in the hub's cache; a name that is nothing at all is refused later."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _task(config: Config) -> Any:
     """The task; None: it, or the model's tokenizer, is not here."""
+    if not _is_here(config.model.name):
+        return None
     return _loaded(msgspec.json.encode(config.task), config.model.name, config.seed)
 
 

@@ -24,10 +24,15 @@ def what_crosses(config: Config, head: Literal["classification", "causal"]) -> s
         down = ["losses", *gradient]
     if config.clients.halves == "shared" or method.server == "zeroth-order":
         up += ["seeds and coefficients"]
-    return f"labels at the {config.wire.labels}; up cross {_listed(up)}; down {_listed(down)}"
+    line = f"labels at the {config.wire.labels}; up cross {_listed(up)}; down {_listed(down)}"
+    return (
+        line
+        if config.wire.clip_norm is None
+        else f"{line}; the model that is written has no clipping and no noise"
+    )
 
 
-def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes) -> Any:
+def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes, place: str) -> Any:
     """The server as the client calls it: it gets activations as `wire.clip_norm` and `wire.noise_multiplier` have them.
 
     Args:
@@ -35,11 +40,12 @@ def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes) -> Any
         server: a `ServerSide`.
         arrays: the conversion for the client's runtime.
         key: the secret of the noise; see `hosl.parties.remote.noisy`.
+        place: that of the round or the evaluation in the run.
     """
     clip_norm = config.wire.clip_norm
     if clip_norm is None:
         return server
-    return NoisyServer(server, arrays, ActivationNoise(clip_norm, config.wire.noise_multiplier, key))
+    return NoisyServer(server, arrays, ActivationNoise(clip_norm, config.wire.noise_multiplier, key), place)
 
 
 def _blurred(config: Config) -> str:

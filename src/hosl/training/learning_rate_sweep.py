@@ -183,7 +183,7 @@ def _held_out_losses(config: Config, rate: float, steps: int) -> list[float] | N
     try:
         for step, batch in enumerate(seen, start=1):
             session.round(batch, step)
-        server = session.plain_server
+        server: Any = session.server_to_call(in_round=False)
         losses = [server.losses([session.client.forward(b)], b.targets)[0] for b in held_out]
     except NonFiniteError:
         return None

@@ -98,7 +98,8 @@ class LocalSession(Session[FrozenClient, Any]):
     def server_to_call(self, *, in_round: bool) -> ServerSide:
         """The server that the client calls under its meter; behind the wire's noise and compression, if it has them."""
         server = self._metered_server(in_round=in_round)
-        return behind_noise(self.config, server, torch_wire, simulated_key(self.config.seed))
+        place = f"{self.step}/{'round' if in_round else 'evaluation'}"
+        return behind_noise(self.config, server, torch_wire, simulated_key(self.config.seed), place)
 
     def _metered_server(self, *, in_round: bool) -> ServerSide:
         if self.head is not None:
@@ -118,11 +119,6 @@ class LocalSession(Session[FrozenClient, Any]):
     def client_half(self) -> ClientHalf:
         """The client's half of the model."""
         return self.client.half
-
-    @property
-    def plain_server(self) -> Any:
-        """The server that the client calls, without compression and meters of its own."""
-        return self.server if self.head is None else self.head
 
     @property
     def _trunk(self) -> LocalTrunk:
@@ -355,7 +351,7 @@ def load_scoring(run: Path, *, best: bool = False) -> Scoring:
         called = WatchedCompressedServer(
             Receiving(server, torch_wire), torch_wire, compression=config.wire.compression, seed=config.seed
         ).at_rest()
-    called = behind_noise(config, called, torch_wire, simulated_key(config.seed))
+    called = behind_noise(config, called, torch_wire, simulated_key(config.seed), f"{step}/scores")
     return Scoring(config, task["labels"], client, called, step)
 
 

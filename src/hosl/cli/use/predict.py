@@ -116,9 +116,10 @@ def _text_model(options: argparse.Namespace, config: Config) -> Iterator[tuple[A
         raise ConfigError("--best is for a run whose both halves are here; leave it out, or --to")
     line, proof = connection(options)
 
-    from hosl.network.generate import SplitUse, split_model_for_use
+    from hosl.network.generate import SplitUse, check_not_blurred, split_model_for_use
     from hosl.network.join import begun_run
 
+    check_not_blurred(config, path)
     base = False
     if (path / "half.json").is_file():
         begun = begun_run(config)

@@ -2,9 +2,10 @@
 
 The Gaussian mechanism on each token's vector: scaled down to a norm of at most C, then noise of standard deviation
 sigma C on each number. `hosl.privacy.accounting` says which (epsilon, delta) that is. The noise is a function of a
-secret key and of the numbers that it is added to: what is sent again, after a lost connection or a resume, is the same,
-and what differs by a bit has noise of its own. Doubles are not real numbers: who builds on an epsilon should know
-Mironov, "On significance of the least significant bits for differential privacy" (CCS 2012).
+secret key, of the place of a row in the run, and of the numbers that it is added to: what is sent again, after a lost
+connection or a resume, is the same; equal rows at two places, and what differs by a bit, have noise of their own.
+Doubles are not real numbers: who builds on an epsilon should know Mironov, "On significance of the least significant
+bits for differential privacy" (CCS 2012).
 """
 
 import math
@@ -39,18 +40,21 @@ class ActivationNoise:
     key: bytes
     """The secret that keys the noise: whoever has it can take the noise off."""
 
-    def released(self, h: np.ndarray) -> np.ndarray:
-        """What leaves the client: [rows, seq, width], in the dtype of `h`, float32 or float64. One row at a time."""
+    def released(self, h: np.ndarray, place: str) -> np.ndarray:
+        """What leaves the client: [rows, seq, width], in the dtype of `h`, float32 or float64. One row at a time.
+
+        `place`: that of the message in the run; no two messages of a run have the same.
+        """
         released = np.empty_like(h)
-        for row, out in zip(h, released, strict=True):
+        for number, (row, out) in enumerate(zip(h, released, strict=True)):
             np.multiply(row, _shrinking(row, self.clip_norm), out=out)
             if self.multiplier:
-                out += self.multiplier * self.clip_norm * self._normals(row)
+                out += self.multiplier * self.clip_norm * self._normals(row, f"{place}/{number}")
         return released
 
-    def released_array(self, h: WireArray) -> WireArray:
+    def released_array(self, h: WireArray, place: str) -> WireArray:
         """`released` of an array for the wire, in its dtype."""
-        return _as(self.released(h.widened()), h)
+        return _as(self.released(h.widened(), place), h)
 
     def pulled_back(self, gradient: np.ndarray, h: np.ndarray) -> np.ndarray:
         """dL/dh from dL/d(released): [rows, seq, width]; the noise is constant, clipping is a projection and a scale.
@@ -66,9 +70,9 @@ class ActivationNoise:
             out[:] = np.where(factor < 1, factor * (g - along * row), g)
         return pulled
 
-    def _normals(self, row: np.ndarray) -> np.ndarray:
+    def _normals(self, row: np.ndarray, place: str) -> np.ndarray:
         """Standard normal numbers, float64, of the shape of `row`: Box-Muller over SHAKE-256 of its keyed digest."""
-        seed = blake2b(row.tobytes(), key=self.key, digest_size=32).digest()
+        seed = blake2b(place.encode() + b"\0" + row.tobytes(), key=self.key, digest_size=32).digest()
         pairs = -(-row.size // 2)
         bits = np.frombuffer(shake_256(seed).digest(16 * pairs), dtype="<u8")
         uniform = ((bits >> np.uint64(11)) + 1) * 2.0**-53  # in (0, 1]
@@ -108,10 +112,15 @@ def kept_key(run: Path) -> bytes:
 
 
 class NoisyServer:
-    """A `FirstOrderServerSide` in front of another one, which gets clipped and blurred activations."""
+    """A `FirstOrderServerSide` in front of another one, which gets clipped and blurred activations.
 
-    def __init__(self, server: Any, arrays: Arrays, noise: ActivationNoise) -> None:
+    One is made for each round and each evaluation: a round that is repeated then has the same noise.
+    """
+
+    def __init__(self, server: Any, arrays: Arrays, noise: ActivationNoise, place: str) -> None:
+        """`place`: that of the round or the evaluation in the run, such as its step."""
         self._server, self._arrays, self._noise = server, arrays, noise
+        self._place, self._messages = place, 0
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
         """The mean loss of each activation, in nats; NaN where one is NaN or infinite."""
@@ -147,7 +156,8 @@ class NoisyServer:
             raise NonFiniteError(
                 "an activation at the cut is NaN or infinite; nothing was sent: lower client.learning_rate"
             )
-        return self._arrays.from_wire(self._noise.released_array(array))
+        self._messages += 1
+        return self._arrays.from_wire(self._noise.released_array(array, f"{self._place}/{self._messages}"))
 
 
 def _as(values: np.ndarray, like: WireArray) -> WireArray:
