@@ -140,10 +140,7 @@ def given_message(
     ):  # the server's own choice may be another one, as where a method adapts its own layers
         adapted = {t.name.partition(".lora_")[0].rpartition(".")[2] for t in tensors if ".lora_" in t.name}
         given.lora.target_modules.extend(sorted(adapted))
-    return given, [
-        *tensors,
-        *(stored_journal(journal, journal_bytes(checkpoint)) if journal.is_file() else []),
-    ]
+    return given, [*tensors, *stored_journal(journal, journal_bytes(checkpoint))]
 
 
 def give_finished(config: Config, run: Path, record: dict[str, Any], channel: Channel, say: Any) -> None:

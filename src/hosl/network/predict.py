@@ -6,10 +6,9 @@ where they stand). Labels that the rows may have do not.
 """
 
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hosl.network.generate import joined_place, newest_here
 from hosl.network.handshake import model_message
 from hosl.network.join import begun_run
 from hosl.network.runtime import RuntimeName, open_runtime
-from hosl.parties.remote.noisy import KEY_BYTES, kept_key
+from hosl.parties.remote.noisy import KEY_BYTES
 from hosl.parties.remote.server import RemoteServer
 from hosl.parties.remote.trunk import RemoteTrunk
 from hosl.split.reading.half_json import half_facts
@@ -64,8 +63,6 @@ class _Half:
     labels: list[str] | None
     checkpoint: Checkpoint | None
     says: str
-    noise_key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
-    """The secret of the noise on activations: the run's own, else a new one."""
 
 
 @contextmanager
@@ -120,8 +117,8 @@ def scorer_across(
             if here.checkpoint is not None:
                 runtime.restore_head_(server, here.checkpoint)
         whose = f"run {here.run} after step {start}" if here.run else "as it was split"
-        place = f"predict/{time.time_ns()}"  # no two predictions have the same
-        server = behind_noise(here.config, server, runtime, here.noise_key, place)
+        key = secrets.token_bytes(KEY_BYTES)  # nothing is repeated here: each prediction has its own
+        server = behind_noise(here.config, server, runtime, key, "predict")
         yield Scorer(
             here.config, labels, tokenizer, client, server, f"{here.says}; the server's half: {whose}"
         )
@@ -150,8 +147,7 @@ def _half_here(options: PredictOptions, config: Config | None) -> _Half:
     runtime = open_runtime(options.runtime, folder, record)
     checkpoint, labels = newest_here(run, runtime), record.get("task", {}).get("labels")
     says = f"this half: {run} after step {0 if checkpoint is None else checkpoint.step}"
-    half = _Half(of_run, folder, runtime, name, labels, checkpoint, says)
-    return half if of_run.wire.clip_norm is None else replace(half, noise_key=kept_key(run))
+    return _Half(of_run, folder, runtime, name, labels, checkpoint, says)
 
 
 def _check(here: _Half, facts: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from hosl.split import resolve_model_folder, transformers_tokenizer
 from hosl.system.allocator import return_freed_memory
 from hosl.system.gc_paused import gc_paused
 from hosl.system.readable import aligned, readable_bytes, readable_count
-from hosl.tasks import Task, TextTokenizer, load_task, model_labels
+from hosl.tasks import Task, TaskConfig, TextTokenizer, load_task, model_labels
 from hosl.transport.link import LinkSpec
 
 _TOKENS = 256
@@ -199,6 +199,22 @@ def _ranks(
         return None
 
 
+def task_for(config: TaskConfig, model: str, seed: int) -> Task:
+    """The task of a config, read with the tokenizer of a model.
+
+    Raises:
+        ConfigError, ModelError, TaskError: if there is no such model, or the data cannot be read.
+    """
+    folder = resolve_model_folder(model)
+    tokenizer = TextTokenizer.load(folder, transformers_tokenizer)
+    return load_task(config, tokenizer, seed=seed, model_labels=model_labels(folder))
+
+
+def without_auto(config: Config) -> Config:
+    """The config with the usual rate in place of auto: a sweep finds auto's number, and no cost depends on it."""
+    return config.with_client_rate(None) if config.client.learning_rate == "auto" else config
+
+
 def shape_of(config: Config, task: Task) -> ModelShape:
     """The shape of a config's model, with the head that its task needs."""
     labels = len(task.labels) if task.head == "classification" else None
@@ -211,9 +227,7 @@ def _question(asked: Planning, say: Callable[[str], None]) -> tuple[Config, Ques
     if asked.what.endswith((".yaml", ".yml")):
         config = asked.settings(load_config(asked.what))
         say(f"reading the task of {asked.what}")
-        folder = resolve_model_folder(config.model.name)
-        tokenizer, names = TextTokenizer.load(folder, transformers_tokenizer), model_labels(folder)
-        task = load_task(config.task, tokenizer, seed=config.seed, model_labels=names)
+        task = task_for(config.task, config.model.name, config.seed)
         config, shape = with_steps(config, task), shape_of(config, task)
         rows, tokens = longest_batch(task, config)
     else:
@@ -223,8 +237,7 @@ def _question(asked: Planning, say: Callable[[str], None]) -> tuple[Config, Ques
     tokens = asked.tokens or tokens
     if shape.longest is not None and tokens > shape.longest:
         raise ConfigError(f"--tokens {tokens}: {shape.name} reads {shape.longest} positions at most")
-    # a sweep finds auto's number; no cost depends on it
-    base = config.with_client_rate(None) if config.client.learning_rate == "auto" else config
+    base = without_auto(config)
     engine = None
     if asked.on_engine:
         base, engine = with_named_adapters(base, shape), shape_on_engine(shape)

@@ -60,13 +60,13 @@ def spent(config: Config, task: Task) -> list[Spent]:
     Raises:
         ConfigError: if dp-accounting is not installed, or the text crosses beside its activations.
     """
-    if task.head != "classification" and config.task.__struct_config__.tag == "sft":
+    if config.task.__struct_config__.tag == "sft":
         what = "its tokens" if config.wire.labels == "server" else "the gradient at the last states"
         raise ConfigError(f"no epsilon: where text is learned, {what} crosses without noise")
     config = with_steps(config, task)
     evaluations = math.ceil(config.max_steps / config.eval_steps)
     in_train = math.ceil(config.max_steps * config.per_device_train_batch_size / max(len(task.train), 1))
-    candidates = task.rows_per_example()
+    candidates, frozen = task.rows_per_example(), config.method_row.trains == "nothing"
     losses = []
     for split, messages, rows in (
         ("train", in_train, 1), ("dev", evaluations + 1, candidates), ("test", 1, candidates),
@@ -75,7 +75,6 @@ def spent(config: Config, task: Task) -> list[Spent]:
         if not lengths:
             continue
         multiplier = config.wire.noise_multiplier / (2 * math.sqrt(max(lengths) * rows))
-        frozen = config.method_row.trains == "nothing"
         losses.append(
             Spent(
                 split=split, tokens=max(lengths), rows=rows, messages=messages, of_message=epsilon(multiplier, 1),

@@ -16,7 +16,7 @@ import torch
 from hosl.config import Config
 from hosl.errors import ConfigError, TaskError
 from hosl.methods.torch_parties import DTYPES, prepare_client_half_
-from hosl.parties.remote.noisy import ActivationNoise, simulated_key
+from hosl.parties.remote.noisy import simulated_key
 from hosl.parties.remote.torch_wire import from_wire, to_wire
 from hosl.privacy.inversion import Seen, better, nearest, ridge, right_padded, share
 from hosl.privacy.search import TRIES, Search
@@ -25,6 +25,7 @@ from hosl.system.readable import readable_count
 from hosl.tasks import Task, TextTokenizer
 from hosl.tasks.docstrings import library_texts
 from hosl.tasks.rows import read_rows, text_of_file
+from hosl.training.crossing import noise_of
 from hosl.wire.tensors import Unpacking, pack
 
 _ROWS_AT_ONCE = 16
@@ -246,14 +247,13 @@ def _seen(half: ClientHalf, rows: Sequence[tuple[int, ...]], config: Config, key
     return Seen(torch.cat(states).float(), torch.cat(texts), tuple(map(len, rows)))
 
 
-def _crossed(h: torch.Tensor, config: Config, key: bytes, noise: str) -> torch.Tensor:
+def _crossed(h: torch.Tensor, config: Config, key: bytes, place: str) -> torch.Tensor:
     """Activations as the server unpacks them."""
     array = to_wire(h)
-    if config.wire.clip_norm is not None:
-        array = ActivationNoise(config.wire.clip_norm, config.wire.noise_multiplier, key).released_array(
-            array, noise
-        )
-    packed = pack(array, config.wire.compression, noise=noise)
+    blur = noise_of(config, key)
+    if blur is not None:
+        array = blur.released_array(array, place)
+    packed = pack(array, config.wire.compression, noise=place)
     arriving = Unpacking(packed.header, tensor_bytes=1 << 40)
     for chunk in packed.chunks():
         arriving.add(chunk)

@@ -170,11 +170,7 @@ def half_tensors(half: Path, checkpoint: Path) -> list[StoredTensor]:
     base = stored_tensors(half / "model.safetensors", "base")
     journal = checkpoint / "client" / "journal.bin"
     kept = [tensor for name, tensor in base.items() if name not in trained]
-    return [
-        *kept,
-        *trained.values(),
-        *(stored_journal(journal, journal_bytes(checkpoint)) if journal.is_file() else []),
-    ]
+    return [*kept, *trained.values(), *stored_journal(journal, journal_bytes(checkpoint))]
 
 
 def given_of(runs: Path, run: str) -> dict[str, tuple[pb.Given, int, Path]]:

@@ -20,13 +20,11 @@ from hosl.methods.schedule import longest_batch, with_steps
 from hosl.planner.machine import Machine, assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config
-from hosl.planner.request import shape_of
-from hosl.split import resolve_model_folder, transformers_tokenizer
+from hosl.planner.request import shape_of, task_for, without_auto
 from hosl.split.shapes import SHAPES
 from hosl.study.config import Study, study_grid
-from hosl.study.grid import Arm, Grid, Trial
 from hosl.system.readable import aligned, readable_bytes
-from hosl.tasks import TaskConfig, TextTokenizer, load_task, model_labels
+from hosl.tasks import Task, TaskConfig
 
 _TOKENS = 256
 ACCELERATOR_TERA_FLOPS = 10.0
@@ -71,13 +69,13 @@ def forecast(study: Study, command: str, say: Callable[[str], None]) -> list[Row
     planned: dict[str, PlanRow] = {}
     rows = []
     for arm in grid.arms:
-        trial = _first(grid, arm)
+        trial = next(run for run in grid.conceivable if run.arm is arm)
         question = _question(trial.config(study.output_dir), say_once)
         config, same = question.base, _costs_depend_on(question)
         if same not in planned:  # tasks of one length cost the same
             say(f"planning {arm.name}")
             planned[same] = of_config(question)
-        plan, runs = planned[same], _runs(grid, arm)
+        plan, runs = planned[same], grid.runs_of(arm, {})
         rows.append(
             RowForecast(
                 row=arm.name, method=config.method, runs=runs, client_tensor_peak_bytes=round(plan.client.peak_bytes),
@@ -111,15 +109,6 @@ def table(rows: list[RowForecast], at_once: int) -> str:
     return "\n".join([*aligned(cells, left="row"), "", together, ""])
 
 
-def _first(grid: Grid, arm: Arm) -> Trial:
-    return next(run for run in grid.conceivable if run.arm.name == arm.name)
-
-
-def _runs(grid: Grid, arm: Arm) -> int:
-    """Every rate on the first seed, the best one on the others."""
-    return len(arm.rates) * max(len(arm.server_learning_rates), 1) + len(grid.seeds) - 1
-
-
 def _question(config: Config, say: Callable[[str], None]) -> Question:
     task, shape = _task(config), _shape(config, say)
     if task is not None:
@@ -132,7 +121,7 @@ def _question(config: Config, say: Callable[[str], None]) -> Question:
     if shape.longest is not None:
         tokens = min(tokens, shape.longest)
     machines = [_machine(device) for device in (config.client.device, config.server.device)]
-    base = config.with_client_rate(None) if config.client.learning_rate == "auto" else config
+    base = without_auto(config)
     return Question(shape=shape, base=base, rows=rows, tokens=tokens, client=machines[0], server=machines[1])
 
 
@@ -175,7 +164,7 @@ def _is_here(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def _task(config: Config) -> Any:
+def _task(config: Config) -> Task | None:
     """The task; None: it, or the model's tokenizer, is not here."""
     if not _is_here(config.model.name):
         return None
@@ -183,15 +172,8 @@ def _task(config: Config) -> Any:
 
 
 @cache
-def _loaded(task: bytes, model: str, seed: int) -> Any:
+def _loaded(task: bytes, model: str, seed: int) -> Task | None:
     try:
-        folder = resolve_model_folder(model)
-        tokenizer = TextTokenizer.load(folder, transformers_tokenizer)
-        return load_task(
-            msgspec.json.decode(task, type=TaskConfig),
-            tokenizer,
-            seed=seed,
-            model_labels=model_labels(folder),
-        )
+        return task_for(msgspec.json.decode(task, type=TaskConfig), model, seed)
     except HoslError:
         return None

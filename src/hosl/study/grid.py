@@ -104,12 +104,13 @@ class Grid:
 
     def total(self, done: Mapping[str, Summary]) -> int:
         """Number of runs there are in all, as far as one can know."""
-        runs = 0
-        for arm in self.arms:
-            chosen = self._chosen(arm, done)
-            tries = len(arm.rates) * max(len(arm.server_learning_rates), 1)
-            runs += tries + (len(chosen) if chosen else len(self.seeds)) - 1
-        return runs
+        return sum(self.runs_of(arm, done) for arm in self.arms)
+
+    def runs_of(self, arm: Arm, done: Mapping[str, Summary]) -> int:
+        """Number of runs of one arm, as far as one can know: every rate on the first seed, the best on the others."""
+        chosen = self._chosen(arm, done)
+        tries = len(arm.rates) * max(len(arm.server_learning_rates), 1)
+        return tries + (len(chosen) if chosen else len(self.seeds)) - 1
 
     def _trials(self, arm: Arm, done: Mapping[str, Summary]) -> list[Trial]:
         """All trials on the first seed; empty while the server's rate is unknown."""

@@ -112,7 +112,10 @@ def add_to_checkpoint(path: Path, facts: dict[str, Any], journal: bytes) -> None
 
 def journal_bytes(path: Path) -> int:
     """The length of the journal of a checkpoint whose files are as they were written; 0: it has none."""
-    return len(_journal(path, _state(path)) or b"")
+    state = _state(path)
+    if _JOURNAL not in state["digests"]:
+        return 0
+    return state.get(_LENGTH, (path / _JOURNAL).stat().st_size)
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -42,10 +42,14 @@ def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes, place:
         key: the secret of the noise; see `hosl.parties.remote.noisy`.
         place: that of the round or the evaluation in the run.
     """
+    noise = noise_of(config, key)
+    return server if noise is None else NoisyServer(server, arrays, noise, place)
+
+
+def noise_of(config: Config, key: bytes) -> ActivationNoise | None:
+    """What `wire.clip_norm` and `wire.noise_multiplier` do to activations; None: nothing."""
     clip_norm = config.wire.clip_norm
-    if clip_norm is None:
-        return server
-    return NoisyServer(server, arrays, ActivationNoise(clip_norm, config.wire.noise_multiplier, key), place)
+    return None if clip_norm is None else ActivationNoise(clip_norm, config.wire.noise_multiplier, key)
 
 
 def _blurred(config: Config) -> str:
