@@ -11,13 +11,24 @@ _LARGEST_KEPT_BYTES = 32 << 20
 """The largest block that is kept when it is freed: the most that glibc would come to by itself."""
 _KEPT_BYTES = 64 << 20
 """What each heap keeps free at its end."""
+_LOOKED_AT_BYTES = 1 << 16
+"""The smallest block whose freeing makes glibc look at the end of its heap."""
 
 
 def trim() -> None:
-    """Give what is free in the allocator's heap back to the system; with other C libraries than glibc, do nothing."""
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    """Give what is free back to the system: in all heaps, and what `keep_freed_memory` keeps at the end of this one.
+
+    `malloc_trim` leaves the end of every heap but the first. With other C libraries than glibc, nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        libc.malloc_trim(0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 0)
+        libc.free(libc.malloc(_LOOKED_AT_BYTES))
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def return_freed_memory() -> bool:
