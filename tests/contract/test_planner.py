@@ -72,7 +72,7 @@ def measured(config, half):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("scored", [0, 9])
+@pytest.mark.parametrize("scored", [pytest.param(0, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize(
     ("family", "way"),
     [("opt", "hosl"), ("llama", "hosl-gradient"), ("bert", "hosl-node"), ("llama", "fo-fo")],
@@ -109,7 +109,13 @@ def test_a_head_on_the_device_is_planned_as_it_is_measured(family, way, scored):
     )
 
 
-CASES = [(family, way) for family in MODELS for way in ("hosl-gradient", "hosl-node", "fo-recompute")]
+CASES = [(family, way) for family in MODELS for way in ("hosl-gradient", "fo-recompute")]
+CASES += [
+    (family, "hosl-node")
+    if family in ("opt", "bert", "llama")
+    else pytest.param(family, "hosl-node", marks=pytest.mark.slow)
+    for family in MODELS
+]
 CASES += [(family, way) for family in ("opt", "bert") for way in WAYS if (family, way) not in CASES]
 CASES += [
     (family, way)
@@ -272,11 +278,17 @@ def test_memory_is_predicted_where_embeddings_are_trained(way):
     ("way", "blocks"),
     [
         *((way, None) for way in PLANNED),
-        ("hosl-node", "all"),
-        ("hosl-residual", 3),
         ("hosl-residual", "all"),
-        *(pytest.param("hosl-node", blocks, marks=pytest.mark.slow) for blocks in (3, 4)),
-        ("hosl", 4),
+        *(
+            pytest.param(way, blocks, marks=pytest.mark.slow)
+            for way, blocks in [
+                ("hosl-node", 3),
+                ("hosl-node", 4),
+                ("hosl-node", "all"),
+                ("hosl-residual", 3),
+                ("hosl", 4),
+            ]
+        ),
     ],
 )
 def test_many_cuts_follow_from_two(way, blocks):
@@ -358,6 +370,7 @@ def test_a_lower_limit_is_met_by_as_many_rows_at_once_as_fit(way):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.slow
 def test_below_one_row_at_a_time_a_lower_cut_is_named():
     shape, base = model_shape("tiny"), Config(method="frozen", model=ModelConfig(cut=5))
     takes = takes_of(shape, 32, 48, 256)

@@ -41,6 +41,7 @@ def test_a_step_of_every_method_is_measured(capsys):
     assert lines["hosl"]["bytes_down"] < lines["hosl-gradient"]["bytes_down"]
 
 
+@pytest.mark.slow
 def test_memory_is_of_the_client_alone_and_beside_first_order(capsys):
     rows = "frozen;hosl;fo-fo;fo-fo, AdamW;hosl-gradient, bfloat16"
     _, lines = _measured(capsys, "memory", "--methods", rows)

@@ -20,7 +20,7 @@ def files(run):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("labels", [pytest.param("server", marks=pytest.mark.slow), "client"])
 def test_a_step_after_an_evaluation_has_the_bytes_of_a_step(tiny_run, tmp_path, capsys, labels):
     config = tiny_run(max_steps=4, eval_steps=2, save_steps=2, wire={"labels": labels})
     halves = split(tmp_path / "model-in", tmp_path / "halves", **{"labels-at": labels})

@@ -22,7 +22,7 @@ def exact(run):
     return {name: (run / name).read_bytes() for name in names}
 
 
-@pytest.mark.parametrize("method", ["hosl", "fo-fo"])
+@pytest.mark.parametrize("method", [pytest.param("hosl", marks=pytest.mark.slow), "fo-fo"])
 def test_a_finished_run_trained_further_is_the_longer_run_bit_for_bit(tiny_run, tmp_path, capsys, method):
     client = {"learning_rate": 1e-3, "trainable": "all"}
     config = str(tiny_run(method=method, eval_steps=4, server=ADAMW, client=client))

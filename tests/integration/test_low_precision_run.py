@@ -36,7 +36,12 @@ def _exact_bytes(run):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("hosl", "int8"), ("hosl-gradient", "int8"), ("fo-fo", "int8"), ("hosl", "bfloat16")],
+    [
+        ("hosl", "int8"),
+        pytest.param("hosl-gradient", "int8", marks=pytest.mark.slow),
+        ("fo-fo", "int8"),
+        pytest.param("hosl", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, dtype):
     config = str(tiny_run(method=method, client=_client(dtype), server=_SERVER, max_steps=40))

@@ -51,8 +51,15 @@ def test_a_run_over_loopback_equals_the_run_in_one_process(tiny_run, tmp_path, m
     assert all(line["wire_bytes_up"] > 0 for line in lines)
 
 
-@pytest.mark.parametrize("method", ["hosl", "hosl-gradient"])
-@pytest.mark.parametrize(("compression", "share"), [("bf16", 1 / 2), ("int8", 1 / 4 + 1 / 32)])
+@pytest.mark.parametrize(
+    ("compression", "share", "method"),
+    [
+        pytest.param("bf16", 1 / 2, "hosl", marks=pytest.mark.slow),
+        ("bf16", 1 / 2, "hosl-gradient"),
+        ("int8", 1 / 4 + 1 / 32, "hosl"),
+        pytest.param("int8", 1 / 4 + 1 / 32, "hosl-gradient", marks=pytest.mark.slow),
+    ],
+)
 def test_compression_saves_its_share_and_its_error_is_noted(tiny_run, tmp_path, method, compression, share):
     config = tiny_run(
         method=method, max_steps=26, wire={"compression": compression}, zo={"directions": 2, "epsilon": 1e-2}

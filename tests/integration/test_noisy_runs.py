@@ -32,7 +32,14 @@ def test_noise_that_cannot_be_is_refused(tiny_run, capsys, settings, said):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frozen", "hosl-gradient", "fo-fo"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("frozen", marks=pytest.mark.slow),
+        "hosl-gradient",
+        pytest.param("fo-fo", marks=pytest.mark.slow),
+    ],
+)
 def test_clipping_to_a_norm_that_no_token_has_changes_no_bit_and_noise_changes_the_loss(
     tiny_run, tmp_path, method
 ):

@@ -72,6 +72,7 @@ def test_what_fits_is_marked_and_the_recommended_row_is_a_config(capsys, tmp_pat
     assert main(["plan", *words, "--write", str(files[0])]) == 2  # nothing is written over
 
 
+@pytest.mark.slow
 def test_a_device_without_torch_is_planned_beside_torch(capsys, tmp_path):
     words = ["tiny", "--batch", "1", "--tokens", "64", "--cuts", "2,3", "--runtime", "onnx"]
     assert main(["plan", *words, "--json"]) == 0
@@ -212,6 +213,7 @@ def test_a_run_over_its_budget_is_stopped_with_its_state_saved(capsys, tiny_run,
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.slow
 def test_a_device_keeps_to_its_budget_for_200_steps(tiny_run, tmp_path):
     client = {"learning_rate": 1e-3, "memory_budget": mib(RUNTIME_BASE_BYTES + 53 * 2**20)}
     config = tiny_run(client=client, max_steps=200, eval_steps=100, save_steps=100)
@@ -355,6 +357,7 @@ def test_the_table_is_folded_and_says_the_speeds_that_it_assumed(capsys, tiny_ru
     assert {cut for cut, way in cuts_and_ways if way == "hosl-node"} == {"1", "2", "3"}
 
 
+@pytest.mark.slow
 def test_the_pair_in_the_readme_runs_as_it_is_printed(capsys, tmp_path, monkeypatch):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (config,) = re.findall(r"^```yaml\n# my.yaml.*?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)

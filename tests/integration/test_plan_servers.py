@@ -21,6 +21,7 @@ def planned(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_layouts_of_ranks_are_planned_for_the_recommended_row(capsys):
     found = planned(capsys, "--ranks", "4", "--between-ranks", "8gbit")["server_ranks"]
     assert found["between_ranks_bytes_per_s"] == 1e9

@@ -48,7 +48,13 @@ def _checkpoints(run):
     }
 
 
-@pytest.mark.parametrize("missing", [["locks"], ["links"], ["flushes"], list(MISSING)])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        *(pytest.param([call], marks=pytest.mark.slow) for call in ("locks", "links", "flushes")),
+        list(MISSING),
+    ],
+)
 def test_a_run_on_a_poor_filesystem_is_the_same_run(tiny_run, tmp_path, monkeypatch, capsys, missing):
     config = tiny_run(max_steps=8, save_steps=2, snapshot_steps=4)
     assert main(["train", str(config), "--output-dir", str(tmp_path / "plain"), "--json"]) == 0

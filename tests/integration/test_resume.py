@@ -51,11 +51,11 @@ def _kill_and_resume(config, folder, delays):
     ("method", "zo", "delay"),
     [
         ("hosl", {}, 0.6),
-        ("hosl-gradient", {"clip": 1.0, "row_clip": 2.0}, 0.8),
+        pytest.param("hosl-gradient", {"clip": 1.0, "row_clip": 2.0}, 0.8, marks=pytest.mark.slow),
         ("hosl-residual", {}, 0.8),
-        ("hosl-node", {}, 0.8),
+        pytest.param("hosl-node", {}, 0.8, marks=pytest.mark.slow),
         ("fo-fo", {}, 1.0),
-        ("fo-recompute", {}, 1.0),
+        pytest.param("fo-recompute", {}, 1.0, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -54,6 +54,7 @@ def _written(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_killed_study_ends_as_its_commands_do_and_then_only_renders(
     tiny_study, tmp_path, capsys, monkeypatch
 ):
@@ -217,7 +218,16 @@ def test_a_dry_run_says_memory_hours_and_commands_as_a_plan_does(tiny_study, tmp
         assert row["hours"] == pytest.approx(row["step_s"] * 40 * 3 / 3600)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_dry_run_says_why_it_could_not_read_the_rows(tiny_study, capsys):
+    missing = {"train": "not-yet.csv", "max_tokens": 9}
+    assert main(["study", str(tiny_study("early", tasks={"colours": {"task": missing}})), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    (reason,) = [line for line in err.splitlines() if line.endswith("; planned by rows of 9 tokens")]
+    assert "not-yet.csv" in reason
+    assert "hours if every step had the longest rows" in out
+
+
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dry", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_study_of_opt_125m_is_ready_for_it(hosl_data, tmp_path, capsys, kind, dry):
     """With random weights of two layers, OPT's own tokenizer and real rows of SST-2: every row, one rate, two steps."""

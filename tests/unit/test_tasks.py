@@ -191,7 +191,10 @@ def test_classification_rows_are_padded_on_the_right_to_the_longest(tokenizer, t
 
 
 @pytest.mark.parametrize("name", ["SST-2", "CB", "RTE", "WiC", "WSC", "BoolQ"])
-@pytest.mark.parametrize("tokenizer_folder", ["data/tokenizers/opt", "models/minilm-l6-as-opt"])
+@pytest.mark.parametrize(
+    "tokenizer_folder",
+    ["data/tokenizers/opt", pytest.param("models/minilm-l6-as-opt", marks=pytest.mark.slow)],
+)
 def test_the_papers_tasks_read_their_real_files(hosl_data, name, tokenizer_folder):
     """Row counts from GLUE's and SuperGLUE's validation splits; every option decodes to its own words."""
     reader = TextTokenizer.load(hosl_data / tokenizer_folder)

@@ -105,19 +105,19 @@ def table(rows: list[RowForecast], at_once: int) -> str:
     ]  # fmt: skip
     hours = sum(row.hours for row in rows) / at_once
     runs = sum(row.runs for row in rows)
-    together = f"{runs} runs, {at_once} at a time: {hours:.1f} hours of steps, evaluations apart"
+    together = f"{runs} runs, {at_once} at a time: {hours:.1f} hours if every step had the longest rows, evaluations apart"
     return "\n".join([*aligned(cells, left="row"), "", together, ""])
 
 
 def _question(config: Config, say: Callable[[str], None]) -> Question:
     task, shape = _task(config), _shape(config, say)
-    if task is not None:
+    if not isinstance(task, str):
         config, (rows, tokens) = with_steps(config, task), longest_batch(task, config)
     else:
         most, rows = config.task.max_tokens, config.per_device_train_batch_size
         tokens = most if isinstance(most, int) else _TOKENS
         epochs = "" if config.num_train_epochs is None else f", and for {config.max_steps} steps"
-        say(f"a task or its tokenizer is not here: planned by rows of {tokens} tokens{epochs}")
+        say(f"{task}; planned by rows of {tokens} tokens{epochs}")
     if shape.longest is not None:
         tokens = min(tokens, shape.longest)
     machines = [_machine(device) for device in (config.client.device, config.server.device)]
@@ -142,7 +142,7 @@ def _machine(device: str) -> Machine:
 
 def _shape(config: Config, say: Callable[[str], None]) -> ModelShape:
     task, name = _task(config), config.model.name
-    if task is not None:
+    if not isinstance(task, str):
         return shape_of(config, task)
     if _is_here(name):
         return model_shape(name)
@@ -164,16 +164,16 @@ def _is_here(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def _task(config: Config) -> Task | None:
-    """The task; None: it, or the model's tokenizer, is not here."""
+def _task(config: Config) -> Task | str:
+    """The task, or why there is none: it, or the model's tokenizer, is not here, or a run would refuse it."""
     if not _is_here(config.model.name):
-        return None
+        return f"the tokenizer of {config.model.name} is not here"
     return _loaded(msgspec.json.encode(config.task), config.model.name, config.seed)
 
 
 @cache
-def _loaded(task: bytes, model: str, seed: int) -> Task | None:
+def _loaded(task: bytes, model: str, seed: int) -> Task | str:
     try:
         return task_for(msgspec.json.decode(task, type=TaskConfig), model, seed)
-    except HoslError:
-        return None
+    except HoslError as error:
+        return str(error)

@@ -16,7 +16,7 @@ _LOOKED_AT_BYTES = 1 << 16
 
 
 def trim() -> None:
-    """Give what is free back to the system: in all heaps, and what `keep_freed_memory` keeps at the end of this one.
+    """Give the free memory of all heaps back to the system, and what `keep_freed_memory` keeps at this thread's end.
 
     `malloc_trim` leaves the end of every heap but the first. With other C libraries than glibc, nothing is done.
     """
