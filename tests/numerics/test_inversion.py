@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from hosl.cli import main
 from hosl.errors import NonFiniteError
+from hosl.privacy.expectation import expectation
 from hosl.privacy.inversion import Seen, better, nearest, ridge, share, spread
 from hosl.privacy.search import CLOSE, Search
 from hosl.split import split_model
@@ -76,6 +78,48 @@ def test_a_search_of_the_whole_vocabulary_finds_every_token_whatever_its_candida
         return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
 
     assert torch.equal(Search(half, table, known, tries=97).found(seen, wrong), seen.tokens)
+
+
+def test_a_search_that_is_told_what_to_expect_needs_few_tries(tiny):
+    """At a deep cut, from candidates that are all wrong; each expectation is of the text as it was settled so far."""
+    half = split_model(tiny("llama"), 3)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
+    rows, asked = seen.tokens.split(seen.lengths), []
+
+    def wrong(states, k):
+        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
+
+    def expected(texts):
+        asked.extend(texts)
+        scores = torch.zeros(len(texts), 97)
+        scores[:, 0] = 2  # the right one is not the most probable
+        for of_text, text in zip(scores, texts, strict=True):
+            for row in rows:
+                if len(row) > len(text) and torch.equal(row[: len(text)], text):
+                    of_text[row[len(text)]] = 1
+        return scores
+
+    alone = Search(half, table, known, tries=20).found(seen, wrong)
+    assert share(alone, seen.tokens) < 0.5
+    found = Search(half, table, known, tries=20, expectation=expected).found(seen, wrong)
+    assert torch.equal(found, seen.tokens)
+    assert len(asked) == len(seen.tokens)  # once a position
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bloom"])
+def test_what_is_expected_are_the_logits_of_transformers(tmp_path, family):
+    folder = language_model(tmp_path / "model", family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    texts = [torch.tensor([5, 17, 40]), torch.tensor([60]), torch.tensor([], dtype=torch.int64)]
+    found = expectation(str(folder), 97, seed=0)(texts)
+    begin = model.config.bos_token_id
+    if begin is None or begin >= 97:
+        assert not found[2].any()
+        texts = texts[:2]
+    else:
+        texts[2] = torch.tensor([begin])
+    for text, scores in zip(texts, found, strict=False):
+        assert torch.allclose(scores, model(text[None]).logits[0, -1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_distance_that_counts_as_found_is_far_below_that_of_another_token(tiny):
@@ -159,6 +203,8 @@ def test_audit_measures_the_attacks_on_ones_own_rows(split_llama, tmp_path, caps
     assert by_name["search"]["rows_share"] == 1.0
     assert by_name["search"]["texts"] == texts
     assert (found["cut"], found["rows"], found["tokens"]) == (2, 3, 8)
+    told = attack(capsys, client, config, "--rows", rows, "--own", own, "--public-model", tmp_path / "model")
+    assert {a["name"]: a["tokens_share"] for a in told["attacks"]}["search"] == 1.0
     int8 = attack(capsys, client, config, "--rows", rows, "--own", own, "--wire.compression", "int8")
     assert {a["name"]: a["tokens_share"] for a in int8["attacks"]}["search"] == 1.0
     assert main(["audit", str(client), "--config", str(config), "--attack", "--own", str(own)]) == 0
@@ -195,6 +241,27 @@ def test_text_that_is_attacked_is_not_the_attackers_own(split_llama, tmp_path, c
     assert "no text that is not attacked" in capsys.readouterr().err
 
 
+def test_a_public_model_with_other_tokens_is_refused(split_llama, tmp_path, capsys):
+    client, config, own = split_llama
+    other = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    words = [
+        "--config",
+        str(config),
+        "--attack",
+        "--own",
+        str(own),
+        "--public-model",
+        str(tmp_path / "other"),
+    ]
+    assert main(["audit", str(client), *words]) == 2
+    assert (
+        "has 96 tokens, the half 97; name the model that the half was split from" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -202,6 +269,7 @@ def test_text_that_is_attacked_is_not_the_attackers_own(split_llama, tmp_path, c
         (("--count", "5"), "hosl audit --count is about --attack"),
         (("--attack", "--count", "0"), "hosl audit --count must be 1 or more"),
         (("--attack", "--tries", "0"), "hosl audit --tries must be 1 or more"),
+        (("--public-model", "x"), "hosl audit --public-model is about --attack"),
         (("--attack", "--own-count", "-1"), "hosl audit --own-count must be 1 or more"),
         (("--attack", "--rows", "none.jsonl"), "none.jsonl"),
     ],

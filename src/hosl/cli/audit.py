@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         files = [None if name is None else Path(name) for name in (options.rows, options.own)]
         found = attacked(
             folder, config, task, file=files[0], own_file=files[1], rows=options.count, own_rows=options.own_count,
-            tries=options.tries, say=_say,
+            tries=options.tries, public_model=options.public_model, say=_say,
         )  # fmt: skip
         if options.json:
             answer(found.facts(), as_json=True)
@@ -96,12 +96,16 @@ def _parser() -> Parser:
         "--tries", type=int, default=64, help="tokens that the search tries at a position; with as many as the "
         "vocabulary has it finds them all, given time; default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--public-model", metavar="MODEL", help="the model that the half was split from: the search then tries what it "
+        "expects after the text so far, too",
+    )  # fmt: skip
     return parser
 
 
 def _check(options: Any, parser: Parser) -> None:
     """Refuse options that say nothing, and numbers below 1."""
-    names = ("rows", "own", "count", "own_count", "tries")
+    names = ("rows", "own", "count", "own_count", "tries", "public_model")
     if not options.attack:
         check_default(parser, options, names, "is about --attack")
     for name in names:

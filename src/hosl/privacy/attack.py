@@ -2,12 +2,13 @@
 
 The texts are encoded and sent through the half, and through the wire's compression, as `hosl join` does it; then three
 attackers read what came; of models that are not causal two. They know the half before training, the tokenizer, and
-other text. No network.
+other text; the search may know the whole model. No network.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hosl.errors import ConfigError, TaskError
 from hosl.methods.torch_parties import DTYPES, prepare_client_half_
 from hosl.parties.remote.noisy import simulated_key
 from hosl.parties.remote.torch_wire import from_wire, to_wire
+from hosl.privacy.expectation import expectation
 from hosl.privacy.inversion import Seen, better, nearest, ridge, right_padded, share
 from hosl.privacy.search import TRIES, Search
 from hosl.split import ClientHalf, load_half
@@ -111,6 +113,7 @@ def attacked(
     rows: int = 100,
     own_rows: int = 500,
     tries: int = TRIES,
+    public_model: str | None = None,
     samples: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> Attacked:
@@ -125,11 +128,12 @@ def attacked(
         rows: the rows that are attacked, at most.
         own_rows: the rows of the attacker's own text, at most.
         tries: the tokens that the search tries at a position, at most; a whole vocabulary makes it complete.
+        public_model: the whole language model, whose expectation gives the search candidates; None: it does without.
         samples: the rows that are shown.
         say: is called with lines of progress.
 
     Raises:
-        ModelError, TaskError: if the half or a file cannot be read.
+        ModelError, SplitError, TaskError: if the half, the model or a file cannot be read.
         ConfigError: if there is nothing to attack.
     """
     tokenizer = TextTokenizer.load(folder)
@@ -149,12 +153,21 @@ def attacked(
     # what leaves the device is blurred by a key that nobody else has: the attacker blurs by one of its own
     known = _seen(half, own, config, simulated_key(config.seed + 1))
     table = _table(half)
-    found = dict(_attacks(half, table, known, seen, tries, say))
+    expects = None
+    if public_model is not None and half.causal:
+        say(f"loading {public_model}, for what it expects")
+        expects = expectation(public_model, len(table), config.seed)
+    found = dict(_attacks(half, table, known, seen, partial(Search, tries=tries, expectation=expects), say))
     return _scored(found, seen, known, tokenizer, half.cut, samples)
 
 
 def _attacks(
-    half: ClientHalf, table: torch.Tensor, known: Seen, seen: Seen, tries: int, say: Callable[[str], None]
+    half: ClientHalf,
+    table: torch.Tensor,
+    known: Seen,
+    seen: Seen,
+    search: Callable[[ClientHalf, torch.Tensor, Seen], Search],
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, make in (("nearest embedding", nearest), ("ridge regression", ridge)):
         say(name)
@@ -162,10 +175,7 @@ def _attacks(
     if not half.causal:
         say("search: left out, it is for causal models alone")
         return
-    yield (
-        "search",
-        Search(half, table, known, tries=tries).found(seen, better(table, known), _every_tenth(say)),
-    )
+    yield "search", search(half, table, known).found(seen, better(table, known), _every_tenth(say))
 
 
 def _every_tenth(say: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -3,7 +3,8 @@
 In a causal model the activation of a position depends on no later token. So whoever has the half and knows the tokens
 before a position can try tokens there until the activation is the one that was sent; and as different texts hardly ever
 have the same activation, what fits is the text. Candidates come from another attack first, then from the gradient of
-the squared distance at the embedding of the best one so far, which says where a better embedding lies.
+the squared distance at the embedding of the best one so far, which says where a better embedding lies, and, of an
+attacker who has the whole language model, from what that model expects after the text so far.
 Source of the idea: SipIt, "Language Models are Injective and Hence Invertible" (arXiv 2510.15511).
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from hosl.errors import NonFiniteError
+from hosl.privacy.expectation import Expectation
 from hosl.privacy.inversion import Ranking, Seen, right_padded, spread
 
 _CANDIDATES = 8
@@ -42,6 +44,8 @@ class _Frontier:
     tried: set[int] = field(default_factory=set)
     best: tuple[float, int] = (float("inf"), -1)
     """The least distance, and its token."""
+    expected: Sequence[int] = ()
+    """The tokens that a language model expects here, most probable first; empty: it was not asked."""
 
     def tell(self, token: int, distance: float) -> None:
         """Take note of a guess that was checked."""
@@ -53,7 +57,15 @@ class _Frontier:
 class Search:
     """The search with one half; it holds no gradients of weights."""
 
-    def __init__(self, half: Any, table: torch.Tensor, own: Seen, *, tries: int = TRIES) -> None:
+    def __init__(
+        self,
+        half: Any,
+        table: torch.Tensor,
+        own: Seen,
+        *,
+        tries: int = TRIES,
+        expectation: Expectation | None = None,
+    ) -> None:
         """Prepare an attack on activations of `half`.
 
         Args:
@@ -61,8 +73,10 @@ class Search:
             table: [vocabulary, width], the embeddings of all tokens, as its embedding layer returns them.
             own: the attacker's own text, by which distances are scaled.
             tries: the tokens that are tried at a position before the nearest one is taken.
+            expectation: that of the whole public model, which then gives half of the candidates after the first.
         """
-        self._half, self._table, self._tries = half, table, tries
+        self._half, self._table, self._tries = half, table, min(tries, len(table))
+        self._expectation = expectation
         _, self._scale = spread(own.states)
 
     def found(
@@ -137,7 +151,7 @@ class Search:
         while True:
             at = frontier.position
             frontier.tell(int(guess[at]), float(distances[at]))
-            if frontier.best[0] > CLOSE and len(frontier.tried) < min(self._tries, len(self._table)):
+            if frontier.best[0] > CLOSE and len(frontier.tried) < self._tries:
                 return frontier
             changed = int(guess[at]) != frontier.best[1]
             guess[at] = frontier.best[1]
@@ -151,7 +165,10 @@ class Search:
     def _refill(
         self, dry: dict[int, _Frontier], guesses: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
     ) -> None:
-        """Give frontiers without candidates the embeddings nearest to where the gradient points from the best one."""
+        """Give frontiers without candidates the embeddings nearest to where the gradient points from the best one.
+
+        Where a language model is at hand, half of them are those that it expects.
+        """
         if not dry:
             return
         rows = list(dry)
@@ -161,6 +178,7 @@ class Search:
             text[-1] = frontier.best[1]
             texts.append(text)
         gradients, squares = self._gradients(texts, [wanted[row] for row in rows])
+        self._ask({row: guesses[row][: dry[row].position] for row in rows}, dry)
         for row, gradient, square in zip(rows, gradients, squares, strict=True):
             frontier = dry[row]
             # the step at whose end the distance would be 0, were it as the gradient says all along (Polyak)
@@ -171,8 +189,19 @@ class Search:
             away[list(frontier.tried)] = float("inf")
             # as many again as were tried: the longer it takes, the less a gradient says
             wanted_now = min(max(_CANDIDATES, len(frontier.tried)), _AT_ONCE)
-            untried = min(wanted_now, min(self._tries, len(self._table)) - len(frontier.tried))
-            frontier.queue = away.topk(untried, largest=False).indices.tolist()
+            untried = min(wanted_now, self._tries - len(frontier.tried))
+            near = away.topk(untried, largest=False).indices.tolist()
+            likely = [token for token in frontier.expected if token not in frontier.tried]
+            frontier.queue = list(dict.fromkeys([*likely[: (untried + 1) // 2], *near]))[:untried]
+
+    def _ask(self, texts: dict[int, torch.Tensor], dry: dict[int, _Frontier]) -> None:
+        """Ask the language model once for each frontier, of what stands before it."""
+        asked = [row for row in texts if not dry[row].expected]
+        if self._expectation is None or not asked:
+            return
+        scores = self._expectation([texts[row] for row in asked])
+        for row, likely in zip(asked, scores.topk(self._tries).indices.tolist(), strict=True):
+            dry[row].expected = likely
 
     def _distances(self, texts: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The distance of each position's activation to the one that was sent, in standard deviations."""

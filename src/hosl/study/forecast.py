@@ -105,7 +105,8 @@ def table(rows: list[RowForecast], at_once: int) -> str:
     ]  # fmt: skip
     hours = sum(row.hours for row in rows) / at_once
     runs = sum(row.runs for row in rows)
-    together = f"{runs} runs, {at_once} at a time: {hours:.1f} hours if every step had the longest rows, evaluations apart"
+    spent = f"{runs} runs, {at_once} at a time: {hours:.1f} hours"
+    together = f"{spent} if every step had the longest rows, evaluations apart"
     return "\n".join([*aligned(cells, left="row"), "", together, ""])
 
 
