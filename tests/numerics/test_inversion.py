@@ -1,6 +1,7 @@
 """Attacks on activations: what they find is right, they read no answers, and their parts are those of others."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,18 @@ def test_search_without_good_candidates_follows_the_gradient(tiny):
     assert share(few, seen.tokens) == 0
 
 
+@pytest.mark.parametrize(("tries", "share_found"), [(2, 0.0), (8, 1.0)])
+def test_no_more_tokens_are_tried_than_were_asked_for(tiny, tries, share_found):
+    """The right token is the eighth of each ranking."""
+    half = split_model(tiny("llama"), 2)[0]
+    table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, (1, 1, 1, 1), 2)
+
+    def eighth(states, k):
+        return ((seen.tokens[:, None] + 8 - torch.arange(1, 9)) % 97)[:, :k]
+
+    assert share(Search(half, table, known, tries=tries).found(seen, eighth), seen.tokens) == share_found
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_search_of_the_whole_vocabulary_finds_every_token_whatever_its_candidates(tiny, family):
     half = split_model(tiny(family), 3)[0]
@@ -111,15 +124,10 @@ def test_what_is_expected_are_the_logits_of_transformers(tmp_path, family):
     folder = language_model(tmp_path / "model", family)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     texts = [torch.tensor([5, 17, 40]), torch.tensor([60]), torch.tensor([], dtype=torch.int64)]
-    found = expectation(str(folder), 97, seed=0)(texts)
-    begin = model.config.bos_token_id
-    if begin is None or begin >= 97:
-        assert not found[2].any()
-        texts = texts[:2]
-    else:
-        texts[2] = torch.tensor([begin])
-    for text, scores in zip(texts, found, strict=False):
+    found = expectation(str(folder), 97)(texts)
+    for text, scores in zip(texts[:2], found, strict=False):
         assert torch.allclose(scores, model(text[None]).logits[0, -1], rtol=1e-5, atol=1e-6)
+    assert not found[2].any()
 
 
 def test_a_distance_that_counts_as_found_is_far_below_that_of_another_token(tiny):
@@ -203,8 +211,6 @@ def test_audit_measures_the_attacks_on_ones_own_rows(split_llama, tmp_path, caps
     assert by_name["search"]["rows_share"] == 1.0
     assert by_name["search"]["texts"] == texts
     assert (found["cut"], found["rows"], found["tokens"]) == (2, 3, 8)
-    told = attack(capsys, client, config, "--rows", rows, "--own", own, "--public-model", tmp_path / "model")
-    assert {a["name"]: a["tokens_share"] for a in told["attacks"]}["search"] == 1.0
     int8 = attack(capsys, client, config, "--rows", rows, "--own", own, "--wire.compression", "int8")
     assert {a["name"]: a["tokens_share"] for a in int8["attacks"]}["search"] == 1.0
     assert main(["audit", str(client), "--config", str(config), "--attack", "--own", str(own)]) == 0
@@ -239,6 +245,33 @@ def test_text_that_is_attacked_is_not_the_attackers_own(split_llama, tmp_path, c
         == 2
     )
     assert "no text that is not attacked" in capsys.readouterr().err
+
+
+def test_audit_gives_the_search_what_the_public_model_expects(split_llama, tmp_path, capsys, monkeypatch):
+    client, config, own = split_llama
+    monkeypatch.setattr("hosl.privacy.attack.better", lambda table, known: lambda states, k: torch.zeros(
+        len(states), k, dtype=torch.int64
+    ))  # fmt: skip
+    asked = []
+
+    def spied(name, vocabulary):
+        expected = expectation(name, vocabulary)
+        return lambda texts: asked.append(texts) or expected(texts)
+
+    monkeypatch.setattr("hosl.privacy.attack.expectation", spied)
+    for more in ([], ["--public-model", tmp_path / "model"]):
+        assert not asked
+        attack(capsys, client, config, "--own", own, "--tries", "3", *more)
+    assert asked
+
+
+def test_a_public_model_is_no_help_against_an_encoder(split_llama, capsys, monkeypatch):
+    client, config, _ = split_llama
+    monkeypatch.setattr("hosl.privacy.attack._half", lambda *words: SimpleNamespace(causal=False))
+    assert (
+        main(["audit", str(client), "--config", str(config), "--attack", "--public-model", "no matter"]) == 2
+    )
+    assert "which is for causal models alone; leave it out for this half" in capsys.readouterr().err
 
 
 def test_a_public_model_with_other_tokens_is_refused(split_llama, tmp_path, capsys):

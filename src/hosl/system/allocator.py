@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import threading
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -13,6 +14,8 @@ _KEPT_BYTES = 64 << 20
 """What each heap keeps free at its end."""
 _LOOKED_AT_BYTES = 1 << 16
 """The smallest block whose freeing makes glibc look at the end of its heap."""
+_kept = threading.Event()
+"""Whether `keep_freed_memory` holds in this process, as glibc's own settings do."""
 
 
 def trim() -> None:
@@ -24,8 +27,10 @@ def trim() -> None:
         return
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         libc.malloc_trim(0)
+        if not _kept.is_set():
+            return
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         libc.mallopt(_M_TRIM_THRESHOLD, 0)
         libc.free(libc.malloc(_LOOKED_AT_BYTES))
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
@@ -47,7 +52,9 @@ def keep_freed_memory() -> bool:
     Else each message of half a MiB takes fresh pages, which the system must clear: more than half of what a server's
     event loop does for a tensor.
     """
-    return _set(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and _set(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    if _set(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and _set(_M_TRIM_THRESHOLD, _KEPT_BYTES):
+        _kept.set()
+    return _kept.is_set()
 
 
 def _set(parameter: int, value: int) -> bool:
