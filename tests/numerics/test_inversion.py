@@ -34,6 +34,15 @@ def table_of(half):
         return half.model.get_input_embeddings()(torch.arange(97))
 
 
+def all_wrong(seen):
+    """A ranking that has the right token of no position."""
+
+    def ranking(states, k):
+        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
+
+    return ranking
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2"])
 @pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_search_finds_every_token_of_a_causal_model(tiny, family, cut):
@@ -60,13 +69,10 @@ def test_search_without_good_candidates_follows_the_gradient(tiny):
     half = split_model(tiny("llama"), 1)[0]
     table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
 
-    def wrong(states, k):
-        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
-
-    found = Search(half, table, known, tries=40).found(seen, wrong)
-    assert share(wrong(seen.states, 8)[:, 0], seen.tokens) == 0
+    found = Search(half, table, known, tries=40).found(seen, all_wrong(seen))
+    assert share(all_wrong(seen)(seen.states, 8)[:, 0], seen.tokens) == 0
     assert share(found, seen.tokens) > 0.9
-    few = Search(half, table, known, tries=1).found(seen, wrong)
+    few = Search(half, table, known, tries=1).found(seen, all_wrong(seen))
     assert share(few, seen.tokens) == 0
 
 
@@ -87,10 +93,7 @@ def test_a_search_of_the_whole_vocabulary_finds_every_token_whatever_its_candida
     half = split_model(tiny(family), 3)[0]
     table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
 
-    def wrong(states, k):
-        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
-
-    assert torch.equal(Search(half, table, known, tries=97).found(seen, wrong), seen.tokens)
+    assert torch.equal(Search(half, table, known, tries=97).found(seen, all_wrong(seen)), seen.tokens)
 
 
 def test_a_search_that_is_told_what_to_expect_needs_few_tries(tiny):
@@ -98,9 +101,6 @@ def test_a_search_that_is_told_what_to_expect_needs_few_tries(tiny):
     half = split_model(tiny("llama"), 3)[0]
     table, known, seen = table_of(half), seen_by(half, [20] * 10, 1), seen_by(half, LENGTHS, 2)
     rows, asked = seen.tokens.split(seen.lengths), []
-
-    def wrong(states, k):
-        return (seen.tokens[:, None] + 1 + torch.arange(k)) % 97
 
     def expected(texts):
         asked.extend(texts)
@@ -112,9 +112,9 @@ def test_a_search_that_is_told_what_to_expect_needs_few_tries(tiny):
                     of_text[row[len(text)]] = 1
         return scores
 
-    alone = Search(half, table, known, tries=20).found(seen, wrong)
+    alone = Search(half, table, known, tries=20).found(seen, all_wrong(seen))
     assert share(alone, seen.tokens) < 0.5
-    found = Search(half, table, known, tries=20, expectation=expected).found(seen, wrong)
+    found = Search(half, table, known, tries=20, expectation=expected).found(seen, all_wrong(seen))
     assert torch.equal(found, seen.tokens)
     assert len(asked) == len(seen.tokens)  # once a position
 

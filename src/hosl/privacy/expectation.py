@@ -1,6 +1,5 @@
 """What a whole public language model expects after a text: candidates for the search, as text is seldom a surprise."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,11 +38,10 @@ def expectation(name: str, vocabulary: int) -> Expectation:
 def _expected(model: Any, texts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The last logits of each text, float32; of an empty text all are 0. One text at a time: nothing is padded."""
     size = model.get_input_embeddings().num_embeddings
-    short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     rows = torch.zeros(len(texts), size)
     for row, text in zip(rows, texts, strict=True):
         if len(text):  # of a first token nothing is expected
-            logits = model(input_ids=text[None], use_cache=False, **short).logits[0, -1].float()
+            logits = model(input_ids=text[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
             row[: len(logits)] = logits[:size]
             row[len(logits) :] = -torch.inf  # embeddings that the head has no score for
     return rows
