@@ -7,8 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hosl.config import Config
+from hosl.core.targets import OptionTargets
 from hosl.errors import TaskError
-from hosl.methods.schedule import alike_indices, batch_indices
+from hosl.methods.schedule import alike_indices, batch_indices, batch_of_step, longest_batch, usual_batch
 from hosl.tasks import SftConfig, TextTokenizer, load_task
 from hosl.tasks.base import task_digest
 from hosl.tasks.docstrings import documented_functions_note
@@ -321,3 +323,20 @@ def test_batches_of_like_lengths_pad_less_and_another_seed_draws_others():
     alike = padding(lambda step: alike_indices(0, step, 8, LENGTHS))
     assert alike < 0.4 * padding(lambda step: batch_indices(0, step, 8, len(LENGTHS)))
     assert alike_indices(0, 3, 8, LENGTHS) != alike_indices(1, 3, 8, LENGTHS)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_usual_batch_is_the_mean_of_those_that_are_drawn(tokenizer, tmp_path, alike):
+    file = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"Say {i}: ", "completion": "Hello there" * (1 if i % 5 else 20)} for i in range(60)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = SftConfig(train=str(file), group_by_length=alike)
+    task = load_task(settings, tokenizer(), seed=0)
+    config = Config(task=settings, max_steps=30, per_device_train_batch_size=2)
+    drawn = [batch_of_step(config, task, step) for step in range(1, 31)]
+    assert all(isinstance(batch.targets, OptionTargets) for batch in drawn)
+    widths = [batch.input_ids.shape[1] for batch in drawn]
+    learned = sum(int((batch.targets.tokens >= 0).sum()) for batch in drawn)
+    tokens, scored = usual_batch(task, config)
+    assert tokens == round(sum(widths) / 30) < longest_batch(task, config)[1]
+    assert scored == -(-learned // 60)

@@ -10,18 +10,12 @@ import numpy as np
 
 from hosl.config import Config
 from hosl.core.targets import Batch
-from hosl.tasks import SftConfig, Task
+from hosl.tasks import Example, SftConfig, Task
 
 
 def batch_of_step(config: Config, task: Task, step: int) -> Batch:
     """The training batch of `step` (from 1)."""
-    batch, rows = config.per_device_train_batch_size, len(task.train)
-    if isinstance(config.task, SftConfig) and config.task.group_by_length:
-        lengths = tuple(len(example.rows[0]) for example in task.train)
-        indices = alike_indices(config.seed, step, batch, lengths)
-    else:
-        indices = batch_indices(config.seed, step, batch, rows)
-    return task.collate([task.train[i] for i in indices])
+    return task.collate([task.train[i] for i in _indices(config, task, step)])
 
 
 def batch_indices(seed: int, step: int, batch: int, examples: int) -> list[int]:
@@ -60,13 +54,21 @@ def with_steps(config: Config, task: Task) -> Config:
 
 def longest_batch(task: Task, config: Config) -> tuple[int, int]:
     """Rows and tokens of the longest batch that training can draw."""
-    tokens = max(len(example.rows[example.label if len(example.rows) > 1 else 0]) for example in task.train)
-    return min(config.per_device_train_batch_size, len(task.train)), tokens
+    return min(config.per_device_train_batch_size, len(task.train)), max(map(_trained_tokens, task.train))
+
+
+def usual_batch(task: Task, config: Config) -> tuple[int, int]:
+    """The mean tokens of a padded row, and the mean of those learned one by one, over the run's first batches."""
+    steps = range(1, min(config.max_steps, _STEPS_LOOKED_AT) + 1)
+    batches = [[task.train[i] for i in _indices(config, task, step)] for step in steps]
+    tokens = [max(_trained_tokens(example) for example in batch) for batch in batches]
+    scored = [_scored(example) for batch in batches for example in batch]
+    return round(sum(tokens) / len(tokens)), math.ceil(sum(scored) / len(scored))
 
 
 def most_scored(task: Task) -> int:
     """The most tokens of a training row that are learned one by one; 0: rows have a label, or candidate answers."""
-    return max((sum(stop - start for start, stop in example.scored) for example in task.train), default=0)
+    return max(map(_scored, task.train), default=0)
 
 
 def learning_rate(config: Config, base: float) -> Callable[[int], float]:
@@ -85,6 +87,28 @@ def learning_rate(config: Config, base: float) -> Callable[[int], float]:
                 return base * 0.5 * (1 + math.cos(math.pi * progress))
 
     return rate_of
+
+
+_STEPS_LOOKED_AT = 200
+"""Batches by which the usual length is told: of a thousand, a fifth is enough for a forecast of hours."""
+
+
+def _indices(config: Config, task: Task, step: int) -> list[int]:
+    batch = config.per_device_train_batch_size
+    if isinstance(config.task, SftConfig) and config.task.group_by_length:
+        lengths = tuple(len(example.rows[0]) for example in task.train)
+        return alike_indices(config.seed, step, batch, lengths)
+    return batch_indices(config.seed, step, batch, len(task.train))
+
+
+def _trained_tokens(example: Example) -> int:
+    """Tokens of the row that training reads: of several answers the right one."""
+    return len(example.rows[example.label if len(example.rows) > 1 else 0])
+
+
+def _scored(example: Example) -> int:
+    """Tokens of an example that are learned one by one."""
+    return sum(stop - start for start, stop in example.scored)
 
 
 @lru_cache(maxsize=2)

@@ -1,13 +1,13 @@
 """What a study will take, before anything runs: of each row its runs, the memory of both halves, the hours, a command.
 
-A row is planned as `hosl plan` plans one (docs/adr/0009): the parties' own code on tensors without data. Where the
-model or the data are not at hand, a known shape of the same name and the config's `task.max_tokens` stand in, and it is
-said.
+A row is planned as `hosl plan` plans one (docs/adr/0009): the parties' own code on tensors without data, memory for
+the longest batch, time for batches of the usual length. Where the model or the data are not at hand, a known shape of
+the same name and the config's `task.max_tokens` stand in, and it is said.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import msgspec
 
 from hosl.config import Config
 from hosl.errors import HoslError, ModelError
-from hosl.methods.schedule import longest_batch, with_steps
+from hosl.methods.schedule import longest_batch, usual_batch, with_steps
 from hosl.planner.machine import Machine, assumed_cpu, assumed_server
 from hosl.planner.model_shape import ModelShape, model_shape
 from hosl.planner.plan import PlanRow, Question, of_config
@@ -41,7 +41,7 @@ class RowForecast:
     client_tensor_peak_bytes: int
     server_tensor_peak_bytes: int
     step_s: float
-    """Seconds of a training step, both sides."""
+    """Seconds of a training step of usual length, both sides."""
     hours: float
     """Hours of all steps of all its runs, one after the other, without evaluations."""
     command: str
@@ -68,18 +68,23 @@ def forecast(study: Study, command: str, say: Callable[[str], None]) -> list[Row
 
     planned: dict[str, PlanRow] = {}
     rows = []
+
+    def plan_of(question: Question, row: str) -> PlanRow:
+        same = _costs_depend_on(question)
+        if same not in planned:  # tasks of one length cost the same
+            say_once(f"planning {row}")
+            planned[same] = of_config(question)
+        return planned[same]
+
     for arm in grid.arms:
         trial = next(run for run in grid.conceivable if run.arm is arm)
-        question = _question(trial.config(study.output_dir), say_once)
-        config, same = question.base, _costs_depend_on(question)
-        if same not in planned:  # tasks of one length cost the same
-            say(f"planning {arm.name}")
-            planned[same] = of_config(question)
-        plan, runs = planned[same], grid.runs_of(arm, {})
+        longest, usual = _questions(trial.config(study.output_dir), say_once)
+        memory, time, runs = plan_of(longest, arm.name), plan_of(usual, arm.name), grid.runs_of(arm, {})
         rows.append(
             RowForecast(
-                row=arm.name, method=config.method, runs=runs, client_tensor_peak_bytes=round(plan.client.peak_bytes),
-                server_tensor_peak_bytes=round(plan.server.peak_bytes), step_s=plan.step_s, hours=plan.hours * runs,
+                row=arm.name, method=longest.base.method, runs=runs,
+                client_tensor_peak_bytes=round(memory.client.peak_bytes),
+                server_tensor_peak_bytes=round(memory.server.peak_bytes), step_s=time.step_s, hours=time.hours * runs,
                 command=f"{command} --run {trial.name}",
             )
         )  # fmt: skip
@@ -105,25 +110,29 @@ def table(rows: list[RowForecast], at_once: int) -> str:
     ]  # fmt: skip
     hours = sum(row.hours for row in rows) / at_once
     runs = sum(row.runs for row in rows)
-    spent = f"{runs} runs, {at_once} at a time: {hours:.1f} hours"
-    together = f"{spent} if every step had the longest rows, evaluations apart"
+    together = f"{runs} runs, {at_once} at a time: {hours:.1f} hours, evaluations apart"
     return "\n".join([*aligned(cells, left="row"), "", together, ""])
 
 
-def _question(config: Config, say: Callable[[str], None]) -> Question:
+def _questions(config: Config, say: Callable[[str], None]) -> tuple[Question, Question]:
+    """A batch of the longest rows, by which memory is planned, and one of the usual length, by which time is."""
     task, shape = _task(config), _shape(config, say)
     if not isinstance(task, str):
         config, (rows, tokens) = with_steps(config, task), longest_batch(task, config)
+        usual, scored = usual_batch(task, config)
     else:
         most, rows = config.task.max_tokens, config.per_device_train_batch_size
         tokens = most if isinstance(most, int) else _TOKENS
         epochs = "" if config.num_train_epochs is None else f", and for {config.max_steps} steps"
         say(f"{task}; planned by rows of {tokens} tokens{epochs}")
+        usual, scored = tokens, shape.scored_tokens
     if shape.longest is not None:
-        tokens = min(tokens, shape.longest)
-    machines = [_machine(device) for device in (config.client.device, config.server.device)]
-    base = without_auto(config)
-    return Question(shape=shape, base=base, rows=rows, tokens=tokens, client=machines[0], server=machines[1])
+        tokens, usual = min(tokens, shape.longest), min(usual, shape.longest)
+    client, server = (_machine(device) for device in (config.client.device, config.server.device))
+    longest = Question(
+        shape=shape, base=without_auto(config), rows=rows, tokens=tokens, client=client, server=server
+    )
+    return longest, replace(longest, shape=replace(shape, scored_tokens=scored), tokens=usual)
 
 
 def _costs_depend_on(question: Question) -> str:
