@@ -40,6 +40,16 @@ def test_a_run_keeps_the_rates_that_it_used(tiny_run, tmp_path):
     assert Config().server.learning_rate is None
 
 
+@pytest.mark.parametrize(("method", "said"), [("zo-zo", 1), ("hosl", 0)])
+def test_a_probed_server_says_that_it_reads_no_optimiser(tiny_run, capsys, method, said):
+    assert (
+        main(["train", str(tiny_run(method=method, server={"optimiser": {"name": "adamw"}}, max_steps=1))])
+        == 0
+    )
+    line = "the server is probed, too: plain SGD at server.learning_rate 0.001; server.optimiser (adamw) is not read\n"
+    assert capsys.readouterr().err.count(line) == said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_defaults_learn_200_rows_of_four_classes(hosl_data, tmp_path, capsys, seed):

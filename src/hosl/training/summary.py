@@ -53,13 +53,24 @@ def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any
 
 
 def greeting(session: Session, run: Path) -> str:
-    """The lines before the first step: method, task, model, trained parameters, folder; and what crosses."""
-    task, facts = session.task, session.facts
+    """The lines before the first step: method, task, model, trained parameters, folder, what crosses, what is not read."""
+    task, facts, config = session.task, session.facts, session.config
     trained = ", ".join(f"{side} {count:,}" for side, count in facts["trained_parameters"].items())
     return (
-        f"{session.config.method} on {task.name}: {len(task.train)} train, {len(task.dev)} dev, {len(task.test)} "
+        f"{config.method} on {task.name}: {len(task.train)} train, {len(task.dev)} dev, {len(task.test)} "
         f"test examples; {facts['model']['family']} cut at {facts['cut']}; trained: {trained} parameters; {run}\n"
-        f"{facts['crosses']}"
+        f"{facts['crosses']}{_unread(config)}"
+    )
+
+
+def _unread(config: Config) -> str:
+    """The line for a server that is probed: its optimiser is none of those that the config can name."""
+    if config.method_row.server == "first-order":
+        return ""
+    named = config.server.optimiser.name
+    return (
+        f"\nthe server is probed, too: plain SGD at server.learning_rate {config.server_rate:g}; server.optimiser "
+        f"({named}) is not read"
     )
 
 
