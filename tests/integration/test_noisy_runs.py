@@ -51,6 +51,15 @@ def test_clipping_to_a_norm_that_no_token_has_changes_no_bit_and_noise_changes_t
         )
         metrics.append((tmp_path / f"run{len(metrics)}" / "metrics.jsonl").read_bytes())
     assert metrics[0] == metrics[1] != metrics[2]
+    plain, _, noisy = (_client_calls(tmp_path / f"run{number}") for number in range(3))
+    assert noisy - plain == {"release", "pull_back"} - ({"pull_back"} if method == "frozen" else set())
+
+
+def _client_calls(run):
+    """What the client's clock has counted in the first step."""
+    first = json.loads((run / "timings.jsonl").read_text().splitlines()[0])
+    assert sum(first["client_calls_s"].values()) == pytest.approx(first["client_s"], abs=1e-4)
+    return set(first["client_calls_s"])
 
 
 def test_audit_says_the_epsilon_of_a_message_and_of_the_run(tiny_run, tmp_path, capsys):

@@ -57,7 +57,7 @@ class JoinedSession(Session[ClientSide, ServerSide]):
     def server_to_call(self, *, in_round: bool) -> ServerSide:
         """The server, which counts by itself what is sent to it; behind the wire's noise, if it has any."""
         place = f"{self.step}/{'round' if in_round else 'evaluation'}"
-        return behind_noise(self.config, self.server, self.runtime, self.noise_key, place)
+        return behind_noise(self.config, self.server, self.runtime, self.noise_key, place, self.meters.client)
 
     def round(self, batch: Batch, step: int) -> RoundResult:
         """One step of the config's method; the server's costs are those that it reports."""

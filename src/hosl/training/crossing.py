@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from hosl.config import Config
+from hosl.parties.metered import Meter
 from hosl.parties.remote.noisy import ActivationNoise, NoisyServer
 from hosl.parties.remote.packing import Arrays
 
@@ -32,7 +33,9 @@ def what_crosses(config: Config, head: Literal["classification", "causal"]) -> s
     )
 
 
-def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes, place: str) -> Any:
+def behind_noise(
+    config: Config, server: Any, arrays: Arrays, key: bytes, place: str, meter: Meter | None = None
+) -> Any:
     """The server as the client calls it: it gets activations as `wire.clip_norm` and `wire.noise_multiplier` have them.
 
     Args:
@@ -41,9 +44,10 @@ def behind_noise(config: Config, server: Any, arrays: Arrays, key: bytes, place:
         arrays: the conversion for the client's runtime.
         key: the secret of the noise; see `hosl.parties.remote.noisy`.
         place: that of the round or the evaluation in the run.
+        meter: the client's, who makes the noise.
     """
     noise = noise_of(config, key)
-    return server if noise is None else NoisyServer(server, arrays, noise, place)
+    return server if noise is None else NoisyServer(server, arrays, noise, place, meter=meter)
 
 
 def noise_of(config: Config, key: bytes) -> ActivationNoise | None:

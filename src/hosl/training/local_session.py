@@ -99,7 +99,9 @@ class LocalSession(Session[FrozenClient, Any]):
         """The server that the client calls under its meter; behind the wire's noise and compression, if it has them."""
         server = self._metered_server(in_round=in_round)
         place = f"{self.step}/{'round' if in_round else 'evaluation'}"
-        return behind_noise(self.config, server, torch_wire, simulated_key(self.config.seed), place)
+        return behind_noise(
+            self.config, server, torch_wire, simulated_key(self.config.seed), place, self.meters.client
+        )
 
     def _metered_server(self, *, in_round: bool) -> ServerSide:
         if self.head is not None:

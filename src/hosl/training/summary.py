@@ -53,7 +53,7 @@ def files_summary(config: Config, run: Path, *, finished: bool) -> dict[str, Any
 
 
 def greeting(session: Session, run: Path) -> str:
-    """The lines before the first step: method, task, model, trained parameters, folder, what crosses and is not read."""
+    """The lines before the first step: method, task, model, trained parameters, folder, what crosses or is not read."""
     task, facts, config = session.task, session.facts, session.config
     trained = ", ".join(f"{side} {count:,}" for side, count in facts["trained_parameters"].items())
     return (

@@ -21,6 +21,7 @@ import numpy as np
 from hosl.core.array_types import Float
 from hosl.core.targets import Activations, StepReply, Targets
 from hosl.errors import FolderError, NonFiniteError
+from hosl.parties.metered import Meter
 from hosl.parties.remote.packing import Arrays
 from hosl.system.atomic import whole_file
 from hosl.wire.tensors import WireArray, to_bfloat16
@@ -117,9 +118,19 @@ class NoisyServer:
     One is made for each round and each evaluation: a round that is repeated then has the same noise.
     """
 
-    def __init__(self, server: Any, arrays: Arrays, noise: ActivationNoise, place: str) -> None:
-        """`place`: that of the round or the evaluation in the run, such as its step."""
-        self._server, self._arrays, self._noise = server, arrays, noise
+    def __init__(
+        self, server: Any, arrays: Arrays, noise: ActivationNoise, place: str, *, meter: Meter | None = None
+    ) -> None:
+        """Put the noise before a server.
+
+        Args:
+            server: a `FirstOrderServerSide`, or one that evaluates alone.
+            arrays: the conversion for the client's runtime.
+            noise: what is done to activations.
+            place: that of the round or the evaluation in the run, such as its step.
+            meter: the client's, who makes the noise; None: nobody counts.
+        """
+        self._server, self._arrays, self._noise, self._meter = server, arrays, noise, meter or Meter()
         self._place, self._messages = place, 0
 
     def losses(self, activations: Sequence[Activations], targets: Targets) -> Sequence[float]:
@@ -146,11 +157,18 @@ class NoisyServer:
         reply = self._server.step(sent, targets, step=step, want_gradient=want_gradient)
         if reply.gradient is None:
             return reply
-        gradient, h = (self._arrays.to_wire(tensor) for tensor in (reply.gradient, activations))
-        pulled = self._noise.pulled_back(gradient.widened(), h.widened())
-        return StepReply(reply.loss, self._arrays.from_wire(_as(pulled, gradient)))
+        return StepReply(
+            reply.loss, self._meter.own_work("pull_back", self._pull_back, reply.gradient, activations)
+        )
+
+    def _pull_back(self, received: Activations, activations: Activations) -> Activations:
+        gradient, h = (self._arrays.to_wire(tensor) for tensor in (received, activations))
+        return self._arrays.from_wire(_as(self._noise.pulled_back(gradient.widened(), h.widened()), gradient))
 
     def _released(self, activations: Activations) -> Activations:
+        return self._meter.own_work("release", self._release, activations)
+
+    def _release(self, activations: Activations) -> Activations:
         array = self._arrays.to_wire(activations)
         if not array.finite():
             raise NonFiniteError(
