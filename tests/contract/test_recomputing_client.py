@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from hosl.core.targets import Batch, ClassTargets
+from hosl.errors import NonFiniteError
 from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.recomputing import RecomputingClient
+from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.split import LoraSpec, add_lora, set_trainable, split_model
 from tests.contract.test_adapters import _targets
 
@@ -101,6 +103,45 @@ def test_a_client_of_few_blocks_takes_the_same_steps(tiny, padded, family, cut, 
     _, expected = _updates(FirstOrderClient, **options)
     _, found = _updates(RecomputingClient, **options, micro_batch_size=2)
     _assert_same(found, expected, torch.float64)
+
+
+@pytest.mark.parametrize("trainable", ["blocks", "all", "lora"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize(
+    "spec",
+    [OptimiserSpec(name="adamw", weight_decay=0.1), OptimiserSpec(momentum=0.9, weight_decay=0.1)],
+    ids=["adamw", "momentum"],
+)
+def test_an_optimiser_takes_the_steps_that_it_takes_after_ordinary_backprop(
+    tiny, padded, family, trainable, spec
+):
+    """Whole batches have the same bits. Parts of one round differently, which AdamW makes a step of full size where a
+    gradient should be 0, such as that of the bias of keys."""
+    model, batch = tiny(family, torch.float64), _batch(padded)
+    options = {
+        "model": model,
+        "cut": 3,
+        "trainable": trainable,
+        "batch": batch,
+        "steps": 3,
+        "optimiser": spec,
+    }
+    _, expected = _updates(FirstOrderClient, **options)
+    _, found = _updates(RecomputingClient, **options)
+    assert all(torch.equal(found[name], update) for name, update in expected.items())
+    assert max(float(update.abs().max()) for update in expected.values()) > 1e-3
+    if spec.momentum:
+        _, found = _updates(RecomputingClient, **options, micro_batch_size=2)
+        _assert_same(found, expected, torch.float64)
+
+
+def test_a_gradient_that_is_no_number_is_refused_by_an_optimiser(tiny, padded):
+    client = RecomputingClient(_half(tiny("opt"), 3, "lora"), optimiser=OptimiserSpec(name="adamw"))
+    before = {name: p.detach().clone() for name, p in client.trained.items()}
+    h = client.forward_for_backward(_batch(padded))
+    with pytest.raises(NonFiniteError):
+        client.backward(torch.full_like(h, torch.nan), ETA)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in client.trained.items())
 
 
 @pytest.mark.parametrize("trainable", ["blocks", "all"])

@@ -74,12 +74,14 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, method, zo, d
         {"optimiser": {"name": "adamw"}, "learning_rate": 1e-3},
         {"optimiser": {"momentum": 0.9}, "learning_rate": 1e-3},
         {"trainable": "lora", "learning_rate": 1e-2},
+        {"trainable": "lora", "optimiser": {"name": "adamw"}, "learning_rate": 1e-3},
     ],
-    ids=["adamw", "momentum", "lora"],
+    ids=["adamw", "momentum", "lora", "lora-adamw"],
 )
-def test_residual_feedback_goes_on_with_what_it_has_beside_weights(tiny_run, tmp_path, client):
+@pytest.mark.parametrize("method", ["hosl-residual", "fo-recompute"])
+def test_a_client_goes_on_with_what_it_has_beside_weights(tiny_run, tmp_path, method, client):
     """Stopped at half, with a state of the optimiser or adapters: the bits of the whole run."""
-    config = tiny_run(method="hosl-residual", max_steps=8, save_steps=4, client=client)
+    config = tiny_run(method=method, max_steps=8, save_steps=4, client=client)
     assert main(["train", str(config), "--output-dir", str(tmp_path / "whole")]) == 0
     assert main(["train", str(config), "--output-dir", str(tmp_path / "half"), "--max-steps", "4"]) == 0
     assert main(["train", "--resume", str(tmp_path / "half"), "--max-steps", "8"]) == 0

@@ -58,6 +58,16 @@ def test_what_is_trained_moves_from_pages_of_files_to_the_process_own():
         assert memory.process_bytes == EDGE_BASE_BYTES + memory.tensor_bytes
 
 
+def test_an_optimiser_keeps_one_or_two_numbers_of_each_adapter():
+    adapters = BLOCKS * 2 * 2 * 8 * WIDTH * 4  # two layers a block, two matrices each, of rank 8
+    plain, momentum, adamw = (
+        planned("fo-recompute", trainable="lora", optimiser=optimiser)
+        for optimiser in ({}, {"momentum": 0.9}, {"name": "adamw"})
+    )
+    assert momentum.own_bytes - plain.own_bytes == adapters
+    assert adamw.own_bytes - plain.own_bytes == 2 * adapters
+
+
 def test_memory_grows_with_rows_tokens_and_what_is_beside():
     for method in ("frozen", "hosl", "hosl-gradient", "fo-recompute"):
         small = planned(method).tensor_bytes

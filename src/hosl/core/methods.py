@@ -242,8 +242,9 @@ _ROWS: tuple[Method, ...] = (
     ),
     Method(
         "fo-recompute", "As fo-fo in little memory: block by block with recomputation, the update inside backward.",
-        rounds.fo_round, reads=_TRAINED, lets_stand=PROBES, backward="blocks", client_state="weights",
-        wants_gradient=True, on_the_wire="fo-fo", on_engine=True, learning_rates=_BY_GRADIENT,
+        rounds.fo_round, reads=_TRAINED | {"client.optimiser"}, lets_stand=PROBES, backward="blocks",
+        client_state="weights", wants_gradient=True, on_the_wire="fo-fo", on_engine=True, learning_rates=_BY_GRADIENT,
+        learning_rates_adamw=_BY_ADAMW,
     ),
     Method(
         "fo-fo", "Ordinary split learning: backprop through both halves.", rounds.fo_round,

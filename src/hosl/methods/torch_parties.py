@@ -146,7 +146,9 @@ _CLIENTS: dict[str, Callable[[Config, ClientHalf], FrozenClient]] = {
     "hosl-residual": _residual,
     "hosl-node": lambda config, half: NodeClient(half, blocks=config.trained_blocks, **_common(config)),
     "fo-zo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),
-    "fo-recompute": lambda config, half: RecomputingClient(half, **_common(config)),
+    "fo-recompute": lambda config, half: RecomputingClient(
+        half, optimiser=config.client.optimiser, **_common(config)
+    ),
     "fo-fo": lambda config, half: FirstOrderClient(half, **_by_backprop(config)),
 }
 """The constructor of each method's client; a new method needs a line here."""

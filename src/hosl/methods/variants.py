@@ -158,6 +158,9 @@ VARIANTS = (
     ),
     Variant("fo-recompute, LoRA", "fo-recompute", client=LORA, on_engine=True, choice_on_engine=3),
     Variant(
+        "fo-recompute, LoRA + AdamW", "fo-recompute", client={**LORA, "optimiser": ADAMW}, on_engine=True
+    ),
+    Variant(
         "fo-recompute, int8 + LoRA",
         "fo-recompute",
         client={**LORA, "dtype": "int8"},

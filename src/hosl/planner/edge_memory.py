@@ -199,13 +199,20 @@ def planned_memory(
     before = 0.0
     if config.method_row.trains == "chosen" and config.client.trainable == "all":
         before = float(sum(p.numbers for p in half.before.values())) * _FLOAT
-    state = 2 if config.method_row.keeps_by_blocks and config.client.optimiser.name == "adamw" else 0
-    held = (before + sum(trained)) * (1 + state)
+    held = (before + sum(trained)) * (1 + _state_copies(config))
     step = _Step(config, half, rows, tokens, trained, before)
     worst = max(step.clean() if evaluation else step.moments(), key=lambda moment: moment.bytes)
     return PlannedMemory(
         own_bytes=held + worst.own_bytes, read_bytes=worst.read_bytes + _front_bytes(half, tokens)
     )
+
+
+def _state_copies(config: Config) -> int:
+    """How many numbers an optimiser keeps of each trained weight."""
+    optimiser = config.client.optimiser
+    if "client.optimiser" not in config.method_row.reads:
+        return 0
+    return 2 if optimiser.name == "adamw" else int(optimiser.momentum > 0)
 
 
 @dataclass(frozen=True, slots=True)

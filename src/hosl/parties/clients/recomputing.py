@@ -1,12 +1,12 @@
 """A first-order client that holds one block's gradients at a time: recomputation, micro-batches, the update inside.
 
-The gradient is that of `FirstOrderClient`, the update plain SGD. Between the two calls only each block's input is kept.
+Gradient and update are those of `FirstOrderClient`. Between the two calls only each block's input is kept.
 Backward goes through the blocks from last to first: each is computed again, its gradients are summed over micro-batches
 of rows, its weights updated at once, and its gradients released (LOMO, arXiv 2306.09782). Memory: methods.md section 3.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from hosl.core.targets import Batch
 from hosl.parties.clients.frozen import FrozenClient, in_one
 from hosl.parties.engine.block_calls import BlockCall, recorded
+from hosl.parties.engine.optimisers import OptimiserSpec, make_optimiser, optimiser_step
 from hosl.parties.engine.perturbation import trained_parameters
 from hosl.split import ClientHalf
 
@@ -46,11 +47,20 @@ class RecomputingClient(FrozenClient):
     and first result, and no trained tensor in two blocks, since the upper block's update would change the lower block.
     """
 
-    def __init__(self, half: ClientHalf, *, micro_batch_size: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        half: ClientHalf,
+        *,
+        optimiser: OptimiserSpec | None = None,
+        micro_batch_size: int | None = None,
+        device: str = "cpu",
+    ) -> None:
         """Train the parameters of `half` that require a gradient.
 
         Args:
             half: the client half.
+            optimiser: None: plain SGD. Another one has a state of the trained weights' size, or twice that, and the
+                gradient of an embedding table is dense with it.
             micro_batch_size: the rows of a batch that are evaluated and recomputed at once; None: chosen by memory
                 (`row_slices`).
             device: a torch device.
@@ -67,6 +77,8 @@ class RecomputingClient(FrozenClient):
         with_trained = [i for i, parameters in enumerate(trained_by_block) if parameters]
         self._lowest = 0 if self._before else min(with_trained, default=len(self._blocks))
         """The index of the first block that a gradient has to reach."""
+        spec = optimiser or OptimiserSpec()
+        self.optimiser = None if spec.plain else make_optimiser(spec, self.trained.values())
         self._parts: list[_Part] = []
         """The micro-batches of the last `forward_for_backward`."""
 
@@ -83,7 +95,11 @@ class RecomputingClient(FrozenClient):
         return h
 
     def backward(self, gradient: torch.Tensor, learning_rate: float) -> None:
-        """theta_c -= learning_rate dL/dtheta_c, block by block, from dL/dh of the last `forward_for_backward`."""
+        """One update of theta_c, block by block, from dL/dh of the last `forward_for_backward`.
+
+        Raises:
+            NonFiniteError: if an optimiser refuses the gradients of a block; the blocks above it have moved.
+        """
         assert self._parts, "backward needs a forward_for_backward before it"
         parts, self._parts = self._parts, []
         gradients = [gradient[part.rows].to(self.device, self._dtype) for part in parts]
@@ -91,12 +107,19 @@ class RecomputingClient(FrozenClient):
             block, to_input = self._blocks[index], index > self._lowest or bool(self._before)
             for i, part in enumerate(parts):
                 gradients[i] = _backward_block_(block, part.calls.pop(), gradients[i], to_input=to_input)
-            _descend_(_trained(block.parameters()), learning_rate)
+            self._descend_(_trained(block.parameters()), learning_rate)
         if self._before:
-            with _sparse_lookups(self.half.model):
+            with _sparse_lookups(self.half.model) if self.optimiser is None else nullcontext():
                 for part, part_gradient in zip(parts, gradients, strict=True):
                     self._hidden_before_blocks(part.ids, part.mask).backward(part_gradient)
-            _descend_(self._before, learning_rate)
+            self._descend_(self._before, learning_rate)
+
+    def _descend_(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
+        """The update of some weights by their gradients, which are released; no other weight has one."""
+        if self.optimiser is None:
+            _descend_(parameters, learning_rate)
+        elif parameters:
+            optimiser_step(self.optimiser, learning_rate)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -82,8 +82,7 @@ class ResidualClient(OutputProjectionClient):
             set_trainable(half, "output-projections", blocks=blocks)  # the norms, too
             self.trained = trained_parameters(half.model)
         spec = optimiser or OptimiserSpec()
-        plain = spec.name == "sgd" and not spec.momentum and not spec.weight_decay
-        self.optimiser = None if plain else make_optimiser(spec, self.trained.values())
+        self.optimiser = None if spec.plain else make_optimiser(spec, self.trained.values())
 
     def _layers_in(self, index: int) -> BlockLayers:
         layers = block_layers(self.half, self._blocks[index], f"{self._block_names[index]}.")

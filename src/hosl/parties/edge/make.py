@@ -45,7 +45,7 @@ def make_edge_client(config: Any, folder: Path) -> FrozenEdgeClient:
         case "frozen":
             return FrozenEdgeClient(half, **options)
         case "fo-recompute":
-            return RecomputingEdgeClient(half, trained, **options)
+            return RecomputingEdgeClient(half, trained, optimiser=config.client.optimiser, **options)
         case "hosl-residual" if config.residual.slopes != "none":
             residual = config.residual
             return GuidedEdgeClient(half, trained, slopes=residual.slopes, decay=residual.decay, **options)

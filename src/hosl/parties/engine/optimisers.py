@@ -22,6 +22,11 @@ class OptimiserSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weight_decay: float = 0.0
     """The weight decay: decoupled for adamw, L2 for sgd."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is SGD alone, which has no state and may move each weight by itself."""
+        return self.name == "sgd" and not self.momentum and not self.weight_decay
+
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optimiser momentum must lie in [0, 1), got {self.momentum}")

@@ -13,7 +13,9 @@ from hosl.core.targets import Batch
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
 from hosl.parties.edge.gradients import Kept, block_gradients, trained_by_block
 from hosl.parties.edge.half import EdgeHalf
+from hosl.parties.edge.optimisers import EdgeOptimiser
 from hosl.parties.edge.update import descend_gradient_
+from hosl.parties.engine.optimisers import OptimiserSpec
 from hosl.parties.micro_batches import row_slices
 
 EVALUATIONS = 4
@@ -23,19 +25,25 @@ read again for each micro-batch; a third over an int8 base, where they are widen
 
 
 class RecomputingEdgeClient(FrozenEdgeClient):
-    """A client trained by backprop in little memory; the twin of `RecomputingClient`. Plain SGD.
+    """A client trained by backprop in little memory; the twin of `RecomputingClient`.
 
     Requires: trained parameters in blocks. The weights after a step depend on the micro-batches by rounding.
     """
 
     def __init__(
-        self, half: EdgeHalf, trained: Sequence[str], *, micro_batch_size: int | None = None
+        self,
+        half: EdgeHalf,
+        trained: Sequence[str],
+        *,
+        optimiser: OptimiserSpec | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         """Train parameters of blocks, or adapters.
 
         Args:
             half: the client half.
             trained: the parameters by their names in the half.
+            optimiser: None: plain SGD.
             micro_batch_size: the rows that are evaluated and recomputed at once; None: chosen by memory.
 
         Raises:
@@ -45,6 +53,8 @@ class RecomputingEdgeClient(FrozenEdgeClient):
         self._of_block = trained_by_block(half, self.trained, "gradient")
         """The trained parameters of each block."""
         self._lowest = min((i for i, names in enumerate(self._of_block) if names), default=half.cut)
+        spec = optimiser or OptimiserSpec()
+        self.optimiser = None if spec.plain else EdgeOptimiser(spec)
         self._kept: Kept | None = None
 
     def forward_for_backward(self, batch: Batch) -> Float[np.ndarray, "rows seq width"]:
@@ -62,7 +72,11 @@ class RecomputingEdgeClient(FrozenEdgeClient):
         return hidden
 
     def backward(self, gradient: Float[np.ndarray, "rows seq width"], learning_rate: float) -> None:
-        """theta_c -= learning_rate dL/dtheta_c, block by block, from dL/dh of the last `forward_for_backward`."""
+        """One update of theta_c, block by block, from dL/dh of the last `forward_for_backward`.
+
+        Raises:
+            NonFiniteError: if an optimiser refuses the gradients of a block; the blocks above it have moved.
+        """
         assert self._kept is not None, "backward needs a forward_for_backward before it"
         kept, self._kept = self._kept, None
         at_output = np.ascontiguousarray(gradient, np.float32)
@@ -72,6 +86,9 @@ class RecomputingEdgeClient(FrozenEdgeClient):
                 self.half, index, "gradient", kept, hidden, at_output,
                 wanted=self._of_block[index], to_input=index > self._lowest,
             )  # fmt: skip
+            if self.optimiser is not None:
+                self.optimiser.step_(self.trained, sums, learning_rate)
+                sums.clear()
             while sums:  # each is released once its weights have moved
                 name, total = sums.popitem()
                 descend_gradient_(self.trained[name], total, learning_rate)

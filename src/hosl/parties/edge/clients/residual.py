@@ -68,8 +68,7 @@ class ResidualEdgeClient(FrozenEdgeClient):
                 "the gradient comes down through them, which needs the inputs of blocks; leave it out"
             )
         spec = optimiser or OptimiserSpec()
-        plain = spec.name == "sgd" and not spec.momentum and not spec.weight_decay
-        self.optimiser = None if plain else EdgeOptimiser(spec)
+        self.optimiser = None if spec.plain else EdgeOptimiser(spec)
         self._kept: Kept | None = None
 
     def forward_keeping_inputs(self, batch: Batch) -> Float[np.ndarray, "rows seq width"]:
