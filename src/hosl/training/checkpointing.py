@@ -4,10 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hosl.parties.clients.first_order import FirstOrderClient
 from hosl.parties.clients.frozen import FrozenClient
-from hosl.parties.clients.recomputing import RecomputingClient
-from hosl.parties.clients.residual import ResidualClient
 from hosl.parties.servers.basic import FirstOrderServer, TorchServer
 from hosl.parties.servers.headed import HeadedServer
 from hosl.parties.servers.trunk import TrunkServer
@@ -59,8 +56,7 @@ def restore_client_(client: FrozenClient, checkpoint: Checkpoint) -> int:
 
 def _optimiser_of(client: FrozenClient) -> torch.optim.Optimizer | None:
     """The optimiser of a client that descends gradients; None: it has plain updates, without a state."""
-    descends = isinstance(client, FirstOrderClient | RecomputingClient | ResidualClient)
-    return client.optimiser if descends else None
+    return getattr(client, "optimiser", None)
 
 
 def put_head(checkpoint: Checkpoint, server: HeadedServer, *, optimiser: bool = True) -> None:

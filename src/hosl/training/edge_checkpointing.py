@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from hosl.parties.edge.clients.frozen import FrozenEdgeClient
-from hosl.parties.edge.clients.recomputing import RecomputingEdgeClient
-from hosl.parties.edge.clients.residual import ResidualEdgeClient
 from hosl.parties.edge.head import EdgeHalfHead, EdgeHeadedServer
 from hosl.parties.edge.optimisers import EdgeOptimiser
 from hosl.system.checkpoint import Checkpoint
@@ -90,8 +88,7 @@ def trained_digest(client: FrozenEdgeClient) -> str:
 
 
 def _optimiser_of(client: FrozenEdgeClient) -> EdgeOptimiser | None:
-    descends = isinstance(client, RecomputingEdgeClient | ResidualEdgeClient)
-    return client.optimiser if descends else None
+    return getattr(client, "optimiser", None)
 
 
 def _optimiser_tensors(optimiser: EdgeOptimiser) -> dict[str, np.ndarray]:

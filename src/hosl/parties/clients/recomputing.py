@@ -115,11 +115,16 @@ class RecomputingClient(FrozenClient):
             self._descend_(self._before, learning_rate)
 
     def _descend_(self, parameters: list[nn.Parameter], learning_rate: float) -> None:
-        """The update of some weights by their gradients, which are released; no other weight has one."""
-        if self.optimiser is None:
-            _descend_(parameters, learning_rate)
-        elif parameters:
-            optimiser_step(self.optimiser, learning_rate)
+        """The update of these weights by their gradients, which are released; no other weight has one."""
+        if self.optimiser is not None:
+            if parameters:
+                optimiser_step(self.optimiser, learning_rate)
+            return
+        with torch.no_grad():
+            for p in parameters:
+                if p.grad is not None:
+                    p.add_(p.grad.coalesce() if p.grad.is_sparse else p.grad, alpha=-learning_rate)
+                    p.grad = None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -161,15 +166,6 @@ def _backward_block_(
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad]
-
-
-def _descend_(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
-    """p -= learning_rate * gradient, in place; the gradients are released."""
-    with torch.no_grad():
-        for p in parameters:
-            if p.grad is not None:
-                p.add_(p.grad.coalesce() if p.grad.is_sparse else p.grad, alpha=-learning_rate)
-                p.grad = None
 
 
 @contextmanager
