@@ -142,13 +142,13 @@ def test_an_adapter_is_exported_only_where_it_holds_all_that_was_trained(
             "client.micro_batch_size is not read by method fo-fo, got 2; methods that read it: frozen, zo-zo, hosl,",
         ),
         (
-            {"method": "fo-recompute", "client": {"optimiser": {"name": "adamw"}}},
-            "client.optimiser is not read by method fo-recompute, got name: adamw; methods that read it: "
-            "hosl-residual, fo-zo, fo-fo.",
+            {"method": "hosl-node", "client": {"optimiser": {"name": "adamw"}}},
+            "client.optimiser is not read by method hosl-node, got name: adamw; methods that read it: "
+            "hosl-residual, fo-zo, fo-recompute, fo-fo.",
         ),
         (
-            {"method": "fo-recompute", "client": {"optimiser": {"momentum": 0.9}}},
-            "client.optimiser is not read by method fo-recompute, got momentum: 0.9",
+            {"method": "hosl-node", "client": {"optimiser": {"momentum": 0.9}}},
+            "client.optimiser is not read by method hosl-node, got momentum: 0.9",
         ),
         (
             {"zo": {"guidance": "mixed"}},
